@@ -1,0 +1,286 @@
+"""One typed definition of every training option: defaults, ``--help``, YAML recipes and checks all come from here.
+
+A field of :class:`Config` is a flag (``batch_size`` -> ``--batch_size`` or ``--batch-size``) and a recipe key. A default that differs
+between the stages is a :class:`PerStage`. Order of precedence: default < recipe (``--config``) < command line.
+"""
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scf_fast.backbones import BACKBONES
+from scf_fast.confidence import CONFIDENCE_NETS
+
+STAGES = ("backbone", "confidence")
+MARGIN_PRESETS = {"arcface": (1.0, 0.5, 0.0), "cosface": (1.0, 0.0, 0.4), "combined": (1.0, 0.3, 0.2)}
+
+
+@dataclass(frozen=True)
+class PerStage:
+    """A default that depends on the stage."""
+    backbone: Any
+    confidence: Any
+
+
+def option(default, help: str, *, choices=None, stage: str | None = None, group: str = "training", metavar: str | None = None):
+    """A dataclass field with what the command line needs to know about it; ``stage`` names the only stage that has it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "stage": stage, "group": group, "metavar": metavar})
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that decides a run. ``None`` means "not set"; the checks name the flag, what arrived and what to do."""
+
+    stage: str | None = option(None, "which stage to train; implied to be 'confidence' by --saved_bkb", choices=STAGES, group="task")
+    data: str | None = option(None, "folder with train.rec, or a .rec file", group="task", metavar="DIR")
+    output_dir: str | None = option(None, "where the run's files go", group="task", metavar="DIR")
+    resume: bool = option(False, "continue from the newest checkpoint in --output_dir, or start if there is none", group="task")
+    overwrite: bool = option(False, "delete what an earlier run left in --output_dir", group="task")
+    seed: int = option(777, "seed of weights, shuffle and flips", group="task")
+
+    network: str = option("ir_100", "backbone architecture; stage 2 reads it off the checkpoint instead", choices=tuple(BACKBONES),
+                          stage="backbone", group="model")
+    z_dim: int | None = option(PerStage(512, None), "embedding width d; stage 2 reads it off the checkpoint and checks this one", group="model")
+    dropout: float = option(0.4, "dropout before the embedding layer, in [0, 1)", stage="backbone", group="model")
+    loss: str = option("arcface", "margin preset: " + ", ".join(f"{name} {m}" for name, m in MARGIN_PRESETS.items()),
+                       choices=tuple(MARGIN_PRESETS), stage="backbone", group="model")
+    margins: tuple[float, ...] | None = option(None, "m1,m2,m3 of cos(m1 theta + m2) - m3 (radians for m2); overrides --loss",
+                                               stage="backbone", group="model", metavar="M1,M2,M3")
+    margin_gradient: str = option("exact", "gradient at the target: the derivative, or s (as arcface_torch has it)",
+                                  choices=("exact", "straight_through"), stage="backbone", group="model")
+    scale: float = option(64.0, "multiplier s of the logits", stage="backbone", group="model")
+
+    saved_bkb: str | None = option(None, "backbone checkpoint of stage 1", stage="confidence", group="model", metavar="FILE")
+    saved_fc: str | None = option(None, "class-center checkpoint of stage 1", stage="confidence", group="model", metavar="FILE")
+    confidence_net: str = option("mlp", "network on the last feature map: the published MLP, or TFace's convolutional one",
+                                 choices=tuple(CONFIDENCE_NETS), stage="confidence", group="model")
+    convf_dim: int | None = option(None, "length of the flattened last feature map, checked against the backbone", stage="confidence", group="model")
+    radius: float = option(64.0, "radius r of the sphere", stage="confidence", group="model")
+    normalizer: str = option("exact", "vMF normaliser: exact, or the published code's float32 formula (for comparison with old runs)",
+                             choices=("exact", "published"), stage="confidence", group="model")
+    initial_kappa: float | None = option(None, "kappa that the untrained confidence net starts from; default: as PyTorch initialises (about 1)",
+                                         stage="confidence", group="model")
+
+    batch_size: int = option(PerStage(512, 1024), "images per optimiser step over all ranks")
+    gradient_accumulation_steps: int = option(1, "micro-batches per optimiser step; divides a rank's share of --batch_size")
+    epochs: int = option(PerStage(20, 30), "passes over the data")
+    lr: float = option(PerStage(0.1, 3e-5), "learning rate after warm-up")
+    weight_decay: float = option(5e-4, "L2 term added to the gradient (not decoupled)")
+    momentum: float = option(0.9, "SGD momentum", stage="backbone")
+    lr_scheduler: str = option(PerStage("Polynomial", "StepLR"), "learning-rate rule",
+                               choices=("Polynomial", "Cosine", "MultiStep", "StepLR", "Constant", "ReduceLROnPlateau"))
+    warmup_epochs: float = option(0.0, "linear warm-up, in epochs")
+    power: float = option(1.0, "exponent of Polynomial: insightface's recipes use 1")
+    milestones: tuple[int, ...] = option((), "epochs at which MultiStep multiplies by --gamma", metavar="E1,E2,...")
+    step_size: int = option(2, "epochs between decays of StepLR")
+    gamma: float = option(PerStage(0.1, 0.5), "factor of StepLR and MultiStep")
+    plateau_patience: int = option(20000, "steps without improvement before ReduceLROnPlateau multiplies by 0.1 (it costs a host sync a step)")
+    max_grad_norm: float = option(PerStage(5.0, 0.0), "clip the global gradient norm; 0 is off")
+    max_grad_clip: float = option(0.0, "clip each gradient value; 0 is off")
+    optimizer: str = option("auto", "implementation of SGD/Adam: the first of apex, deepspeed, torch that is there",
+                            choices=("auto", "apex", "deepspeed", "torch"))
+
+    normalization: str = option("insightface", "pixels: (x - 127.5)/127.5, or the published code's (x - 127.5)/128", choices=("insightface", "published"),
+                                group="input")
+    loader: str = option("auto", "decoder: dali where installed, else torch", choices=("auto", "dali", "torch"), group="input")
+    num_workers: int = option(2, "decoding threads (DALI) or processes (torch) a rank", group="input")
+    flip: bool = option(True, "random horizontal flip", group="input")
+
+    precision: str = option("auto", "forward and backward type; auto: bf16 where the GPU has it, fp32 on CPU. Parameters, BatchNorm statistics and the "
+                                    "loss stay float32", choices=("auto", "fp32", "bf16", "fp16"), group="system")
+    zero_stage: int = option(PerStage(1, 2), "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3), group="system")
+    deepspeed_config: str | None = option(None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE")
+    log_every: int = option(20, "steps between log points; each costs one host synchronisation", group="system")
+    checkpoint_every: int = option(0, "steps between checkpoints besides the one after each epoch; 0 is off", group="system")
+    keep_checkpoints: int = option(2, "newest checkpoints kept", group="system")
+    max_steps: int = option(0, "stop after this many optimiser steps, checkpointed; 0 is off", group="system")
+    tensorboard: bool = option(True, "write TensorBoard event files to OUTPUT/runs", group="system")
+
+    def __post_init__(self):
+        if self.stage is None and self.saved_bkb:
+            self.stage = "confidence"
+        if self.stage not in STAGES:
+            raise ValueError(f"--stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, PerStage):
+                setattr(self, field.name, getattr(value, self.stage))
+                value = getattr(self, field.name)
+            choices = field.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"--{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        if self.margins is None:
+            self.margins = MARGIN_PRESETS[self.loss]
+        self._check()
+
+    def _check(self):
+        def require(condition, flag, what):
+            if not condition:
+                raise ValueError(f"--{flag} must be {what}, got {getattr(self, flag)!r}")
+
+        for flag in ("data", "output_dir"):
+            require(getattr(self, flag), flag, "given")
+        for flag in ("batch_size", "gradient_accumulation_steps", "epochs", "step_size", "log_every", "keep_checkpoints", "num_workers"):
+            require(getattr(self, flag) >= 1, flag, "at least 1")
+        for flag in ("weight_decay", "momentum", "warmup_epochs", "max_grad_norm", "max_grad_clip", "checkpoint_every", "max_steps"):
+            require(getattr(self, flag) >= 0, flag, "0 or more")
+        for flag in ("lr", "scale", "radius", "gamma", "power"):
+            require(getattr(self, flag) > 0, flag, "positive")
+        require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        require(self.z_dim is None or self.z_dim >= 2, "z_dim", "at least 2")
+        require(len(self.margins) == 3, "margins", "three numbers m1,m2,m3")
+        require(self.warmup_epochs <= self.epochs, "warmup_epochs", f"at most --epochs ({self.epochs})")
+        require(self.initial_kappa is None or self.initial_kappa > 0, "initial_kappa", "positive")
+        require(not (self.resume and self.overwrite), "resume", "without --overwrite: one continues the old run, the other deletes it")
+        require(self.precision != "fp16" or self.zero_stage == 0, "precision",
+                "bf16 with ZeRO: DeepSpeed's fp16 autocast never lowers the loss scale under ZeRO 1-3. Use bf16, or --zero_stage 0")
+        if self.stage == "confidence":
+            require(self.saved_bkb, "saved_bkb", "given for stage 2: the backbone that stage 1 wrote")
+            require(self.saved_fc, "saved_fc", "given for stage 2: the class centers that stage 1 wrote")
+
+    def as_dict(self) -> dict:
+        """Plain values, JSON- and YAML-ready."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _value_type(field):
+    """(python type, is a tuple) of a field's annotation, seen through ``| None``."""
+    annotation = typing.get_type_hints(Config)[field.name]
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def _coerce(field, value, source):
+    """``value`` of a recipe or a flag as the field's type; a clear error otherwise."""
+    kind, is_tuple = _value_type(field)
+    try:
+        if value is None:
+            return None
+        if is_tuple:
+            parts = value.replace(" ", "").split(",") if isinstance(value, str) else value
+            return tuple(kind(part) for part in parts if part != "")
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return kind(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError):
+        expected = f"comma-separated {kind.__name__}s" if is_tuple else {bool: "true or false"}.get(kind, kind.__name__)
+        raise ValueError(f"{source}: {field.name} must be {expected}, got {value!r}") from None
+
+
+def _suggest(name, known):
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, generated from :class:`Config`."""
+    parser = _Parser(
+        prog="train.py", allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+        description="Train a Sphere Confidence Face model: stage 'backbone' (margin softmax), then stage 'confidence' (kappa on the frozen backbone).",
+        epilog="Launch with `deepspeed train.py ...`, `torchrun ... train.py ...` or plain `python train.py ...`.")
+    parser.add_argument("--config", metavar="FILE", action="append", default=[],
+                        help="YAML recipe with any of the flags below as keys; flags on the command line win")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    titles = {"task": "what to do", "model": "model and loss", "training": "optimisation", "input": "input pipeline", "system": "system"}
+    groups = {key: parser.add_argument_group(title) for key, title in titles.items()}
+    for field in dataclasses.fields(Config):
+        meta = field.metadata
+        default = field.default
+        shown = default
+        if isinstance(default, PerStage):
+            shown = ", ".join(f"{value} ({stage})" for stage, value in vars(default).items() if value is not None)
+        text = meta["help"] + ("" if shown in (None, ()) else f" [{shown}]")
+        if meta["stage"]:
+            text = f"({meta['stage']} only) {text}"
+        flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+        kind, _ = _value_type(field)
+        extra = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            "metavar": meta["metavar"] or ("{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else kind.__name__.upper())}
+        groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **extra)
+    return parser
+
+
+def load_recipe(path: str) -> dict:
+    """Keys and values of a YAML recipe; unknown keys are refused.
+
+    Raises:
+        ValueError: the file is missing, is no YAML mapping, or has an unknown key or a value of the wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: is no valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: must hold `key: value` lines, got {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"--config {path}: unknown key {key!r}{_suggest(str(key), fields)}")
+    return {key: _coerce(fields[key], value, f"--config {path}") for key, value in values.items()}
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """The run's configuration from the command line; wrong input ends the process with one line and exit status 2."""
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(arguments)
+    flags = {name for action in parser._actions for name in action.option_strings}
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}{_suggest(unknown[0].split('=')[0], flags)}")
+    try:
+        values: dict = {}
+        for path in known.config:
+            values.update(load_recipe(path))
+        fields = {field.name: field for field in dataclasses.fields(Config)}
+        given = {name: value for name, value in vars(known).items() if name in fields}
+        values.update({name: _coerce(fields[name], value, f"--{name}") for name, value in given.items()})
+        config = Config(**values)
+        for name in values:
+            only = fields[name].metadata["stage"]
+            if only and only != config.stage and values[name] is not None:
+                raise ValueError(f"--{name} belongs to stage {only}, but this is stage {config.stage}; leave it out")
+        return config
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def save(config: Config, path: Path, versions: dict) -> None:
+    """Write the resolved configuration and versions as YAML, complete or not at all."""
+    text = yaml.safe_dump({"config": config.as_dict(), "command": " ".join(sys.argv), "versions": versions}, sort_keys=False)
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def load_saved(path: Path) -> dict:
+    """The ``config`` part of a file that :func:`save` wrote.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        return yaml.safe_load(path.read_text())["config"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is no saved configuration ({type(error).__name__}); give --overwrite to start anew") from None

@@ -1,0 +1,114 @@
+"""The DeepSpeed engine: its configuration from ours, and full weights back out of it under any ZeRO stage."""
+import contextlib
+import difflib
+import json
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from scf_fast.config import Config
+from scf_fast.launch import Runtime
+
+log = logging.getLogger(__name__)
+
+# DeepSpeed ignores unknown top-level keys without a word, so a typing error would silently train something else.
+_KNOWN_KEYS = frozenset("""
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler zero_optimization
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer fp16 bf16 amp torch_autocast data_types gradient_clipping prescale_gradients
+    gradient_predivide_factor sparse_gradients communication_data_type seq_parallel_communication_data_type gradient_allreduce_op
+    graph_harvesting dump_state steps_per_print wall_clock_breakdown memory_breakdown log_level flops_profiler tensorboard wandb comet
+    csv_monitor comms_logger activation_checkpointing aio checkpoint data_efficiency curriculum_learning compile
+    disable_allgather load_universal_checkpoint dataloader_drop_last use_data_before_expert_parallel_ timers nebula
+    """.split())
+
+
+def resolve_precision(config: Config, device: torch.device) -> str:
+    """``"fp32"``, ``"bf16"`` or ``"fp16"``; says once what auto chose."""
+    if config.precision != "auto":
+        return config.precision
+    precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    log.info("precision: %s (auto)", precision)
+    return precision
+
+
+def load_deepspeed_config(path: str) -> dict:
+    """A user's DeepSpeed JSON, its top-level keys checked.
+
+    Raises:
+        ValueError: unreadable, no JSON object, an unknown top-level key, or a key that belongs to our own flags.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"--deepspeed_config {path}: is no valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--deepspeed_config {path}: must hold a JSON object, got {type(values).__name__}")
+    for key in values:
+        if key not in _KNOWN_KEYS:
+            close = difflib.get_close_matches(key, _KNOWN_KEYS, n=1)
+            raise ValueError(f"--deepspeed_config {path}: DeepSpeed has no key {key!r} and would ignore it{f'; did you mean {close[0]}?' if close else ''}")
+        if key in ("optimizer", "scheduler"):
+            raise ValueError(f"--deepspeed_config {path}: {key!r} is set by our flags (--optimizer, --lr, --lr_scheduler ...); leave it out")
+    return values
+
+
+def _merge(base: dict, override: dict) -> dict:
+    merged = dict(base)
+    for key, value in override.items():
+        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged
+
+
+def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict:
+    """The DeepSpeed configuration of a run, with the keys of ``--deepspeed_config`` on top.
+
+    Mixed precision is autocast: parameters and BatchNorm statistics stay float32, and gradients are reduced in float32
+    (``lower_precision_safe_modules``), so that every ZeRO stage trains the same.
+    """
+    generated: dict = {
+        "train_batch_size": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.batch_size // (runtime.world_size * config.gradient_accumulation_steps),
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.max_grad_norm,  # DeepSpeed clips at 1.0 when the key is absent
+        "zero_allow_untested_optimizer": True,  # SGD is elementwise, so it is safe on ZeRO's flat partitions
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": runtime.device.type == "cuda"},
+    }
+    if precision != "fp32":
+        generated["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision], "lower_precision_safe_modules": []}
+    if runtime.device.type == "cpu":
+        generated["zero_optimization"]["reduce_bucket_size"] = 50_000_000
+    return _merge(generated, load_deepspeed_config(config.deepspeed_config)) if config.deepspeed_config else generated
+
+
+def initialise_engine(module: nn.Module, optimizer, config: Config, runtime: Runtime, precision: str):
+    """The DeepSpeed engine around ``module``."""
+    import deepspeed
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, runtime, precision))
+    return engine
+
+
+def average_batchnorm_statistics(module: nn.Module) -> None:
+    """Give every rank the mean of the ranks' running statistics: nothing else synchronises them, and a checkpoint holds rank 0's."""
+    if dist.get_world_size() > 1:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()
+
+
+def full_state_dict(engine, module: nn.Module) -> dict[str, torch.Tensor]:
+    """CPU copies of all weights and buffers of ``module`` (the engine's or a part of it), gathered under ZeRO 3; collective there.
+
+    Copies, because ZeRO's parameters are views into one flat buffer that saving would write whole.
+    """
+    gathered = contextlib.nullcontext()
+    if engine.zero_optimization_partition_weights():
+        import deepspeed
+        gathered = deepspeed.zero.GatheredParameters(list(module.parameters()))
+    with gathered:
+        return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in module.state_dict().items()}

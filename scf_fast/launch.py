@@ -1,0 +1,68 @@
+"""Start of a rank: environment, device, process group; and its end. Serves ``deepspeed``, ``torchrun`` and plain ``python`` alike."""
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Runtime:
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def environment() -> tuple[int, int]:
+    """(rank, world size) as the launcher has set them; (0, 1) without one."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now, so that two launches on one machine do not meet."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start() -> Runtime:
+    """Join the process group; the GPU of this local rank, or the CPU."""
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:  # the deepspeed launcher sets no limit, and every rank would take every core
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+    import deepspeed
+
+    # Used for inference only, this op takes 30 s to compile and leaves 66 MiB a rank in shared memory for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return Runtime(dist.get_rank(), dist.get_world_size(), device)
+
+
+def finish(engine=None) -> None:
+    """Leave the process group; without it a rank that is done can abort at interpreter exit."""
+    if engine is not None:
+        engine.destroy()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Mean over ranks of a small float tensor."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values

@@ -1,0 +1,165 @@
+"""Real launches of train.py: both stages on two ranks, resume, the three launchers, and bad input."""
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from scf_fast.backbones import identify_backbone
+from scf_fast.checkpoints import backbone_state, class_centers
+from scf_fast.demo import launcher
+from scf_fast.model import load_model
+
+COMMON = ["--network", "ir_small", "--z_dim", "32", "--batch_size", "32", "--epochs", "2", "--lr", "0.05", "--log_every", "1", "--num_workers", "1"]
+STAGE1 = ["--stage", "backbone", *COMMON, "--zero_stage", "2"]
+STAGE2 = ["--stage", "confidence", "--batch_size", "32", "--epochs", "2", "--lr", "1e-3", "--log_every", "1", "--num_workers", "1", "--confidence_net", "conv"]
+STEPS = 8 * 16 // 32 * 2
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder, key):
+    return [m[key] for m in metrics(folder)]
+
+
+def test_stage_1_on_two_ranks(stage1):
+    folder, output = stage1
+    assert losses(folder, "step") == list(range(1, STEPS + 1))
+    assert all(0 < m["loss"] < 100 and 0 <= m["accuracy"] <= 1 and m["images_per_second"] > 0 for m in metrics(folder))
+    state = backbone_state(folder / "backbone.pth")
+    assert identify_backbone(state) == ("ir_small", 32)
+    assert all(v.dtype == torch.float32 for k, v in state.items() if "num_batches" not in k)
+    assert class_centers(folder / "fc.pth").shape == (8, 32)
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step*")) == ["step00000004", "step00000008"]
+    assert (folder / "checkpoints" / "latest").read_text() == "step00000008"
+    assert list((folder / "runs").glob("events.*"))
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (saved["config"]["network"] == "ir_small" and saved["versions"]["torch"] == torch.__version__.split("+")[0]) or saved["versions"]["torch"]
+    assert "2 ranks on" in output and "img/s" in output and "optimizer: fused SGD" in output
+    assert "Traceback" not in output
+
+
+def test_stage_2_on_two_ranks(stage1, stage2):
+    folder, output = stage2
+    for record in metrics(folder):
+        total = record["neg_kappa_times_cos_theta"] + record["neg_dim_scalar_times_log_kappa"] + record["log_iv_kappa"]
+        constant = 16 * torch.log(torch.tensor(2 * torch.pi)).item() + 32 * torch.log(torch.tensor(64.0)).item()
+        assert record["total_loss"] == pytest.approx(total + constant, rel=1e-4)
+        assert 0 < record["kappa_p05"] <= record["kappa_p50"] <= record["kappa_p95"]
+    assert losses(folder, "total_loss")[-1] < losses(folder, "total_loss")[0]
+    model = load_model(folder)
+    frozen = backbone_state(stage1[0] / "backbone.pth")
+    assert all(torch.equal(v, frozen[k]) for k, v in model.backbone.state_dict().items())
+    assert set(torch.load(folder / "confidence.pth")) == {"uncer_net_state_dict", "epoch", "global_step"}
+    assert "optimizer: fused Adam" in output
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_resume_continues_the_same_run(name, faces, stage1, request, tmp_path, run_command):
+    """Stopped in the middle of an epoch and resumed: losses equal to the uninterrupted run's, bit for bit."""
+    whole, _ = request.getfixturevalue(name)
+    flags = STAGE1 if name == "stage1" else [*STAGE2, "--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"]
+    command = [*flags, "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    status, output = run_command([*launcher(2), *command, "--max_steps", 3])
+    assert status == 0, output
+    status, output = run_command([*launcher(2), *command, "--resume"])
+    assert status == 0 and "resumed at step 3" in output, output
+    key = "loss" if name == "stage1" else "total_loss"
+    assert losses(tmp_path / "run", key) == losses(whole, key)
+
+
+@pytest.mark.parametrize("zero_stage, how", [(0, "python"), (1, "torchrun"), (3, "deepspeed")])
+def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, stage1, tmp_path, run_command):
+    """One rank or two, ZeRO 0 to 3: BatchNorm sees other batches on one rank, so only the two-rank losses must agree."""
+    port = launcher(2)[-2]
+    start = {"python": [sys.executable, "train.py"], "deepspeed": launcher(2),
+             "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "train.py"]}[how]
+    before = set(os.listdir("/dev/shm"))
+    flags = ["--stage", "backbone", *COMMON, "--zero_stage", zero_stage, "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    status, output = run_command([*start, *flags])
+    assert status == 0, output
+    assert set(os.listdir("/dev/shm")) <= before
+    ours, theirs = losses(tmp_path / "run", "loss"), losses(stage1[0], "loss")
+    assert ours == pytest.approx(theirs, rel=1e-3 if how != "python" else 0.2)
+    assert backbone_state(tmp_path / "run" / "backbone.pth").keys() == backbone_state(stage1[0] / "backbone.pth").keys()
+
+
+def truncated(folder, tmp_path):
+    copy = tmp_path / "cut"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.npy"))
+    with open(copy / "train.rec", "r+b") as file:
+        file.truncate(os.path.getsize(copy / "train.rec") - 1000)
+    return copy
+
+
+def mislabelled(folder, tmp_path):
+    copy = tmp_path / "label"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.npy"))
+    (copy / "property").write_text("5,112,112\n")
+    return copy
+
+
+BAD = {
+    "missing data": (lambda f, s, t: ["--data", t / "none"], "there is no data set at"),
+    "truncated rec": (lambda f, s, t: ["--data", truncated(f, t)], "train.rec"),
+    "label out of range": (lambda f, s, t: ["--data", mislabelled(f, t)], "but"),
+    "batch larger than the data": (lambda f, s, t: ["--data", f, "--batch_size", "512"], "--batch_size 512 is more than the 128 images"),
+    "accumulation does not divide": (lambda f, s, t: ["--data", f, "--gradient_accumulation_steps", "3"], "must be divisible by ranks"),
+    "unknown deepspeed key": (lambda f, s, t: ["--data", f, "--deepspeed_config", t / "ds.json"], "did you mean gradient_clipping?"),
+    "folder of something else": (lambda f, s, t: ["--data", f, "--output_dir", t], "holds files that are no run of this program"),
+    "a different run": (lambda f, s, t: ["--data", f, "--output_dir", s, "--seed", "5", "--resume"], "holds a different run (seed 777 -> 5)"),
+    "a run without resume": (lambda f, s, t: ["--data", f, "--output_dir", s], "give --resume to continue it"),
+    "other number of ranks": (lambda f, s, t: ["--data", f, "--output_dir", s, "--resume"], "written by 2 ranks with ZeRO 2, this launch has 1"),
+}
+
+
+def snapshot(folder):
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_input_is_one_line_and_status_2(case, faces, stage1, tmp_path, monkeypatch, capsys):
+    """In this process, so that ten starts of the interpreter are saved; the launched form is tested below."""
+    import train
+    (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
+    make, expected = BAD[case]
+    arguments = make(faces / "train", stage1[0], tmp_path)
+    if "--output_dir" not in arguments:
+        arguments += ["--output_dir", tmp_path / "out"]
+    before = snapshot(stage1[0])
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*STAGE1, *arguments])])
+    assert train.main() == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train.py: error: ") and expected in lines[0], lines
+    assert not (tmp_path / "out").exists()
+    assert snapshot(stage1[0]) == before
+
+
+@pytest.mark.parametrize("swap, expected", [("both", "no backbone"), ("width", "from the same stage-1 run"), ("classes", "only 3 class centers")])
+def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, tmp_path, monkeypatch, capsys):
+    import train
+    backbone, centers = stage1[0] / "backbone.pth", stage1[0] / "fc.pth"
+    if swap == "both":
+        backbone, centers = centers, backbone
+    else:
+        shape = (8, 16) if swap == "width" else (3, 32)
+        torch.save(torch.randn(shape), tmp_path / "fc.pth")
+        centers = tmp_path / "fc.pth"
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*STAGE2, "--saved_bkb", backbone, "--saved_fc", centers, "--data", faces / "train",
+                                                            "--output_dir", tmp_path / "out"])])
+    assert train.main() == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1 and ("must hold" in error if swap == "both" else expected in error)
+
+
+def test_bad_input_under_the_launcher(faces, tmp_path, run_command):
+    status, output = run_command([*launcher(2), *STAGE1, "--batch_size", "33", "--data", faces / "train", "--output_dir", tmp_path / "out"])
+    assert status == 2
+    assert output.count("--batch_size 33 must be divisible by ranks") == 1
+    assert "Traceback" not in output and not Path(tmp_path / "out").exists()

@@ -1,0 +1,28 @@
+"""Train a Sphere Confidence Face model: ``deepspeed train.py --stage backbone|confidence ...``; ``--help`` lists the options."""
+import os
+import sys
+import time
+
+from scf_fast import config, launch
+
+
+def main() -> int:
+    settings = config.parse()
+    from scf_fast import trainer  # after the flags are known to be good: DeepSpeed and DALI take seconds to import
+    try:
+        trainer.train(settings)
+    except FloatingPointError as error:
+        print(f"train.py: stopped: the loss is not finite at {error}", file=sys.stderr)
+        return 1
+    except trainer.InputError as error:
+        if os.environ.get("SCF_FAST_TRACEBACK"):
+            raise
+        if launch.environment()[0]:
+            time.sleep(3)  # as a rule rank 0 has the same error, says it, and the launcher ends this rank meanwhile
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
