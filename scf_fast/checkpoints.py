@@ -1,17 +1,12 @@
-"""Checkpoints of a run (DeepSpeed folders, complete or absent) and weight files in the published formats.
+"""Weight files: read with nothing but tensors let in, recognised by their keys, written complete or not at all.
 
-Weight files: a backbone is a bare state_dict, class centers are ``{"arc_face_state_dict": {"weight": (C, z_dim)}}``, both as the
-published code loads them; a whole model is what :mod:`scf_fast.model` reads.
+A backbone is a bare state_dict, class centers are ``{"arc_face_state_dict": {"weight": (C, z_dim)}}``, both as the published code loads
+them; a whole model is what :mod:`scf_fast.model` reads. The folders that a run resumes from belong to :mod:`scf_fast.run_state`.
 """
-import logging
 import os
-import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-
-log = logging.getLogger(__name__)
 
 
 def save_file(value, path: Path) -> None:
@@ -67,55 +62,3 @@ def class_centers(path: str | Path, flag: str = "--saved_fc") -> torch.Tensor:
     if not torch.isfinite(value).all() or not value.any(dim=1).all():
         raise ValueError(f"{flag} {path}: class centers must be finite and no row zero; the file is damaged or its training diverged")
     return value
-
-
-def save_checkpoint(engine, folder: Path, state: dict, keep: int) -> None:
-    """Write one checkpoint of all ranks, then move ``latest`` to it; collective.
-
-    ``latest`` moves only when every rank is done, so it never names a half-written checkpoint. ``state`` must be the same on all ranks;
-    each rank's random state is kept beside it.
-    """
-    tag = f"step{state['step']:08d}"
-    rank = dist.get_rank()
-    (folder / tag).mkdir(parents=True, exist_ok=True)
-    random_state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random_state["cuda"] = torch.cuda.get_rng_state()
-    save_file(random_state, folder / tag / f"random_rank{rank}.pt")
-    client_state = {"scf_fast": {**state, "world_size": dist.get_world_size(), "zero_stage": engine.zero_optimization_stage()}}
-    engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
-    dist.barrier()
-    if rank == 0:
-        save_file(client_state["scf_fast"], folder / tag / "state.pt")
-        part = folder / "latest.part"
-        part.write_text(tag)
-        os.replace(part, folder / "latest")
-        for old in sorted(path for path in folder.glob("step*") if path.name < tag)[:-(keep - 1) or None]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-
-
-def peek_checkpoint(folder: Path) -> dict | None:
-    """The state that the newest checkpoint was saved with, without loading it; None where there is none.
-
-    Raises:
-        ValueError: ``latest`` names a checkpoint that is not there.
-    """
-    latest = folder / "latest"
-    if not latest.exists():
-        return None
-    state_file = folder / latest.read_text().strip() / "state.pt"
-    if not state_file.exists():
-        raise ValueError(f"{latest} names {state_file.parent}, which is not complete; write the name of an intact step folder into it, or use --overwrite")
-    return load_file(state_file, "checkpoint")
-
-
-def load_checkpoint(engine, folder: Path) -> dict:
-    """Load the newest checkpoint into the engine and return its state; collective."""
-    tag = (folder / "latest").read_text().strip()
-    engine.load_checkpoint(str(folder), tag=tag)
-    random_state = load_file(folder / tag / f"random_rank{dist.get_rank()}.pt", "checkpoint")
-    torch.set_rng_state(random_state["cpu"])
-    if "cuda" in random_state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random_state["cuda"])
-    return load_file(folder / tag / "state.pt", "checkpoint")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pipelines.index import open_source
 from pipelines.loader import Preprocessing, make_loader
 from pipelines.sampler import EpochSampler
-from scf_fast import __version__, checkpoints, launch
+from scf_fast import __version__, launch, run_state
 from scf_fast import config as configuration
 from scf_fast.backbone_stage import BackboneStage
 from scf_fast.confidence_stage import ConfidenceStage
@@ -74,7 +74,7 @@ def _claim_output(config: Config) -> dict | None:
         raise ValueError(f"--output_dir {folder}: holds a different run ({what}); give another folder, or --overwrite to delete it")
     if not config.resume:
         raise ValueError(f"--output_dir {folder}: holds this run already; give --resume to continue it, or --overwrite to delete it")
-    return checkpoints.peek_checkpoint(folder / "checkpoints")
+    return run_state.peek_checkpoint(folder / "checkpoints")
 
 
 def _check_world(config: Config, world_size: int, state: dict | None) -> None:
@@ -198,7 +198,7 @@ def train(config: Config) -> None:
         if not runtime.is_main:
             source = open_source(config.data)
             stage = STAGE_CLASSES[config.stage](config, source)
-            state = checkpoints.peek_checkpoint(folder / "checkpoints") if config.resume else None
+            state = run_state.peek_checkpoint(folder / "checkpoints") if config.resume else None
         _set_up_logging(folder, runtime.is_main)
         torch.manual_seed(config.seed)  # the same weights on every rank
         precision = resolve_precision(config, runtime.device)
@@ -239,7 +239,7 @@ def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: 
     schedule = LearningRate(config, engine.basic_optimizer, per_epoch)
     first_step = 0
     if state is not None:
-        state = checkpoints.load_checkpoint(engine, folder / "checkpoints")
+        state = run_state.load_checkpoint(engine, folder / "checkpoints")
         first_step = state["step"]
         schedule.load_state_dict(state["schedule"])
         log.info("resumed at step %d (epoch %d)", first_step, first_step // per_epoch + 1)
@@ -276,7 +276,7 @@ def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: 
             epoch_ends = step % per_epoch == 0 or step == last_step
             if epoch_ends or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 average_batchnorm_statistics(engine.module)
-                checkpoints.save_checkpoint(engine, folder / "checkpoints", {"step": step, "schedule": schedule.state_dict()}, config.keep_checkpoints)
+                run_state.save_checkpoint(engine, folder / "checkpoints", {"step": step, "schedule": schedule.state_dict()}, config.keep_checkpoints)
             if epoch_ends:
                 files = stage.export(engine, folder, runtime.is_main, {"epoch": (step - 1) // per_epoch, "global_step": step - 1})
     seconds = time.monotonic() - began
