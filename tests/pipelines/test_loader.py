@@ -1,0 +1,254 @@
+"""Both backends against Pillow called here, and against each other."""
+import builtins
+import io
+import itertools
+import logging
+import multiprocessing
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.loader import Preprocessing, make_loader
+from pipelines.sampler import EpochSampler
+from pipelines.sources import EncodedImages
+
+try:
+    import nvidia.dali  # noqa: F401
+except ImportError:
+    HAS_DALI = False
+else:
+    HAS_DALI = True
+BACKENDS = [pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")), "torch"]
+NUM_IMAGES = 22
+
+
+def encode(pixels, fmt, **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, fmt, **options)
+    return file.getvalue()
+
+
+def picture(rng, height=112, width=112, channels=3):
+    """Smooth colours with some noise, so that decoders agree as they do on photographs."""
+    smooth = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.clip(np.asarray(smooth) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
+    return pixels if channels == 3 else pixels[..., 0]
+
+
+@pytest.fixture(scope="module")
+def source():
+    """JPEGs as face data sets hold them, and one of each other kind that must come out as RGB 112 x 112 too."""
+    rng = np.random.default_rng(0)
+    images = [encode(picture(rng), "JPEG", quality=quality) for quality in rng.integers(60, 98, NUM_IMAGES).tolist()]
+    images[3] = encode(picture(rng, channels=1), "JPEG")
+    images[5] = encode(np.dstack([picture(rng), picture(rng, channels=1)]), "PNG")
+    images[7] = encode(picture(rng, 150, 130), "JPEG")
+    images[9] = encode(picture(rng, 64, 80), "PNG")
+    file = io.BytesIO()
+    Image.fromarray(picture(rng)).convert("CMYK").save(file, "JPEG")
+    images[11] = file.getvalue()
+    return EncodedImages(images, labels=np.arange(NUM_IMAGES) % 5)
+
+
+def pillow_face(encoded):
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    return np.asarray(image if image.size == (112, 112) else image.resize((112, 112), Image.Resampling.BILINEAR)).astype(np.float64)
+
+
+def same_batches(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for left, right in zip(a, b) for x, y in zip(left, right))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalization", ["insightface", "published"])
+def test_batches_are_the_samplers_images_decoded_flipped_and_normalised(source, backend, normalization):
+    sampler = EpochSampler(NUM_IMAGES, 8, seed=3, last_batch="partial")
+    with make_loader(source, sampler, Preprocessing(normalization), backend=backend) as loader:
+        assert loader.backend == backend and loader.batches_per_epoch == 3
+        batches = list(loader.batches(epoch=2))
+    assert [len(batch.labels) for batch in batches] == [8, 8, 6]
+    for number, batch in enumerate(batches):
+        indices = sampler.indices(2, number)
+        flips = sampler.flips(2, indices)
+        assert batch.indices.tolist() == indices.tolist() and batch.labels.tolist() == (indices % 5).tolist()
+        assert batch.images.shape == (len(indices), 3, 112, 112) and batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        pixels = batch.images.permute(0, 2, 3, 1).double().numpy() * {"insightface": 127.5, "published": 128.0}[normalization] + 127.5
+        for face, i, flip in zip(pixels, indices, flips):
+            error = np.abs(face - pillow_face(source.encoded(i))[:, ::-1 if flip else 1])
+            assert error.max() < 3.01 and error.mean() < 0.5  # decoders may round differently; a wrong flip or channel is 10 and more
+    assert flips.any() and not flips.all()
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
+def test_backends_give_the_same_batches(source):
+    sampler = EpochSampler(NUM_IMAGES, 4, seed=1)
+    epochs = []
+    for backend in ("dali", "torch"):
+        with make_loader(source, sampler, backend=backend) as loader:
+            epochs.append([*loader.batches(0), *loader.batches(1)])
+    assert len(epochs[0]) == len(epochs[1]) == 10
+    for dali, pillow in zip(*epochs):
+        assert torch.equal(dali.indices, pillow.indices) and torch.equal(dali.labels, pillow.labels)
+        error = (dali.images - pillow.images).abs() * 127.5
+        assert error.max() < 3.01 and error.mean() < 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resume_restart_and_half_read_epochs(source, backend):
+    sampler = EpochSampler(NUM_IMAGES, 4, seed=5)
+    with make_loader(source, sampler, backend=backend) as loader:
+        whole = list(loader.batches(0))
+        for start in range(6):
+            assert same_batches(list(loader.batches(0, start)), whole[start:])
+        abandoned = loader.batches(1)
+        first = next(abandoned)
+        kept = first.images.clone()
+        assert same_batches(list(loader.batches(0)), whole)  # the abandoned iteration leaves nothing behind
+        assert list(abandoned) == []  # and has ended
+        assert torch.equal(first.images, kept)  # a batch that is kept stays what it was
+        for _ in loader.batches(0):
+            break
+        assert same_batches(list(loader.batches(0, 2)), whole[2:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_resume_on_another_number_of_ranks(source, backend):
+    def run(rank, world_size, start_batch):
+        sampler = EpochSampler(NUM_IMAGES, 6, rank=rank, world_size=world_size, seed=2)
+        with make_loader(source, sampler, backend=backend, num_workers=1, prefetch=1) as loader:
+            return list(loader.batches(4, start_batch))
+
+    one = run(0, 1, 0)
+    shares = [run(rank, 2, 1) for rank in range(2)]
+    assert same_batches([[torch.cat(parts) for parts in zip(*batches)] for batches in zip(*shares)], one[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_share_of_a_partial_batch_can_be_empty(source, backend):
+    sizes = []
+    for rank in range(4):
+        sampler = EpochSampler(NUM_IMAGES, 20, rank=rank, world_size=4, last_batch="partial")
+        with make_loader(source, sampler, backend=backend, num_workers=1) as loader:
+            batches = list(loader.batches(0))
+        assert all(batch.images.shape == (len(batch.indices), 3, 112, 112) for batch in batches)
+        sizes.append([len(batch.labels) for batch in batches])
+    assert sizes == [[5, 0], [5, 1], [5, 0], [5, 1]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("broken", [b"no image", None, b""], ids=["garbage", "truncated", "empty"])
+def test_broken_image_is_named_and_the_loader_goes_on(source, backend, broken):
+    images = [source.encoded(i).tobytes() for i in range(8)]
+    images[6] = images[6][:-500] if broken is None else broken
+    sampler = EpochSampler(8, 2, shuffle=False)
+    with make_loader(EncodedImages(images), sampler, backend=backend, num_workers=1) as loader:
+        batches = loader.batches(0)
+        assert [next(batches).indices.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+        with pytest.raises(ValueError, match=r"^image 6 cannot be decoded: .*; replace the image or leave it out$"):
+            next(batches)
+        next(loader.batches(0, 1))  # prefetches the broken image ...
+        assert len(list(itertools.islice(loader.batches(0), 3))) == 3  # ... which must not reach the next iteration
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unreadable_image_is_named(backend, source):
+    class Unreadable(EncodedImages):
+        def encoded(self, i):
+            if i == 2:
+                raise ValueError("cannot read image 2: the disk is gone")
+            return super().encoded(i)
+
+    images = Unreadable([source.encoded(i).tobytes() for i in range(4)])
+    with make_loader(images, EpochSampler(4, 2), backend=backend) as loader, pytest.raises(ValueError, match=r"^cannot read image 2: the disk"):
+        list(loader.batches(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("normalization", "scale"), [("insightface", 127.5), ("published", 128.0)])
+def test_normalisation_is_rounded_once(dtype, normalization, scale):
+    values = torch.arange(256, dtype=torch.uint8)
+    result = Preprocessing(normalization).normalize(values.reshape(1, 16, 16, 1).repeat(2, 1, 1, 3), dtype)
+    expected = ((values.double() - 127.5) / scale).to(dtype)
+    assert torch.equal(result, expected.reshape(1, 1, 16, 16).expand(2, 3, 16, 16))
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_flips(source):
+    sampler = EpochSampler(NUM_IMAGES, NUM_IMAGES, shuffle=False)
+    with make_loader(source, sampler, Preprocessing(horizontal_flip=False), backend="torch", num_workers=0, dtype=torch.bfloat16) as loader:
+        (batch,) = loader.batches(0)
+    assert batch.images.dtype == torch.bfloat16
+    expected = torch.from_numpy(np.stack([(pillow_face(source.encoded(i)) - 127.5) / 127.5 for i in range(NUM_IMAGES)]))
+    assert torch.equal(batch.images, expected.permute(0, 3, 1, 2).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_close_ends_workers(source, backend):
+    loader = make_loader(source, EpochSampler(NUM_IMAGES, 4), backend=backend)
+    batches = loader.batches(0)
+    next(batches)
+    loader.close()
+    assert not multiprocessing.active_children()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("face-reader")]
+    assert list(batches) == []
+
+
+def test_torch_takes_over_where_dali_is_missing(source, monkeypatch, caplog):
+    def no_dali(name, *rest, import_module=builtins.__import__):
+        if name.startswith("nvidia.dali"):
+            raise ImportError("libcuda.so.1 is missing")
+        return import_module(name, *rest)
+
+    monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
+    monkeypatch.setattr(builtins, "__import__", no_dali)
+    sampler = EpochSampler(NUM_IMAGES, 4)
+    with caplog.at_level(logging.INFO, logger="pipelines.loader"):
+        assert [make_loader(source, sampler).backend for _ in range(2)] == ["torch", "torch"]
+    assert [record.message for record in caplog.records] == [
+        "reading images with PyTorch workers, because NVIDIA DALI cannot be imported: libcuda.so.1 is missing"]
+    with pytest.raises(ValueError, match="backend='dali' needs NVIDIA DALI: libcuda"):
+        make_loader(source, sampler, backend="dali")
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
+def test_auto_prefers_dali(source):
+    with make_loader(source, EpochSampler(NUM_IMAGES, 4)) as loader:
+        assert loader.backend == "dali"
+
+
+def test_bad_arguments(source):
+    sampler = EpochSampler(NUM_IMAGES, 4)
+    for arguments, message in (
+        ({"backend": "mxnet"}, "backend must be 'auto', 'dali' or 'torch', got 'mxnet'"),
+        ({"dtype": torch.uint8}, "floating-point type, got torch.uint8"),
+        ({"num_workers": -1}, "num_workers must be at least 0"),
+        ({"prefetch": 0}, "prefetch at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_loader(source, sampler, **arguments)
+    with pytest.raises(ValueError, match="the sampler must cover the source: 9 samples for 22 images"):
+        make_loader(source, EpochSampler(9, 3))
+    with pytest.raises(ValueError, match="normalization must be one of insightface, published, got 'imagenet'"):
+        Preprocessing("imagenet")
+    with make_loader(source, sampler, backend="torch") as loader, pytest.raises(ValueError, match=r"start_batch must lie in 0\.\.5, got 6"):
+        loader.batches(0, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gpu_batches_match_pillow_and_stay_valid(source, backend):
+    sampler = EpochSampler(NUM_IMAGES, 4, seed=1)
+    with make_loader(source, sampler, backend="torch", num_workers=0) as loader:
+        expected = list(loader.batches(0))
+    with make_loader(source, sampler, backend=backend, device="cuda") as loader:
+        batches = [*loader.batches(0), *loader.batches(1)][:len(expected)]
+    for batch, reference in zip(batches, expected):
+        assert batch.images.is_cuda and batch.labels.is_cuda and torch.equal(batch.labels.cpu(), reference.labels)
+        error = (batch.images.cpu() - reference.images).abs() * 127.5
+        assert error.max() < 8 and error.mean() < 1  # nvJPEG rounds its transform and colours differently from libjpeg
