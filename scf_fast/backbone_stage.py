@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from kernels.margin_softmax import margin_softmax_loss
+from pipelines.loader import Batch, Loader
 from scf_fast import checkpoints
 from scf_fast.backbones import Backbone
 from scf_fast.config import Config
 from scf_fast.engine import full_state_dict
+from scf_fast.inputs import image_loader
 from scf_fast.launch import Runtime
 
 BACKBONE_FILE, CENTERS_FILE = "backbone.pth", "fc.pth"
@@ -45,9 +47,13 @@ class BackboneStage:
         backbone = Backbone(self.config.network, self.config.z_dim, self.config.dropout)
         return MarginClassifier(backbone, self.num_classes, self.config).to(runtime.device)
 
-    def loss(self, engine, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def make_loader(self, source, sampler, runtime: Runtime) -> Loader:
+        """Batches of images."""
+        return image_loader(self.config, source, sampler, runtime)
+
+    def loss(self, engine, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of one micro-batch and what to log of it, all on the device."""
-        loss, correct = engine(images, labels)
+        loss, correct = engine(batch.images, batch.labels)
         return loss, {"loss": loss.detach(), "accuracy": correct.float().mean()}
 
     def export(self, engine, folder: Path, is_main: bool, progress: dict) -> list[Path]:

@@ -1,10 +1,13 @@
-"""IR-ResNet backbones with the architecture and parameter names of the published SCF code.
+"""IR-ResNet backbones of the published SCF code, of TFace and of insightface, in one class and under one set of parameter names.
 
     images (B, 3, 112, 112) -> features (B, z_dim), convf (B, C, 7, 7)
 
 ``features`` is the embedding before normalisation (mu = features / |features|), ``convf`` the last feature map that the confidence net
-reads. An IR unit is BN - conv3x3 - PReLU - conv3x3(stride) - BN [- SE] beside a shortcut, with no BN between its convolutions.
+reads. An IR unit is BN - conv3x3 [- BN] - PReLU - conv3x3(stride) - BN [- SE] beside a shortcut. The names are those of the published
+code; what the other families call the same parameters is a one-to-one map (:func:`family_state`, :func:`native_state`).
 """
+import functools
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +17,27 @@ IMAGE_SIZE = 112
 
 
 @dataclass(frozen=True)
+class Family:
+    """What the networks of one code base have in common: where their units differ, and how they are trained."""
+    inner_batchnorm: bool  # between the two convolutions of a unit
+    strided_projection: bool  # a shortcut with a stride is conv1x1 - BN even where the width stays
+    affine_features: bool  # the last BatchNorm has a bias, and a weight that stays 1
+    dropout: float
+    normalization: str  # of the pixels, a name that pipelines.loader.Preprocessing knows
+
+
+FAMILIES = {
+    "published": Family(inner_batchnorm=False, strided_projection=False, affine_features=False, dropout=0.4, normalization="published"),
+    "tface": Family(inner_batchnorm=True, strided_projection=False, affine_features=False, dropout=0.4, normalization="insightface"),
+    "insightface": Family(inner_batchnorm=True, strided_projection=True, affine_features=True, dropout=0.0, normalization="insightface"),
+}
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """What sets one IR-ResNet apart from another: channels of the stem and the four stages, units and stride of each stage."""
-    units: tuple[int, int, int, int]
+    """What sets one IR-ResNet apart from another: its family, channels of the stem and the four stages, units and stride of each stage."""
+    units: tuple[int, ...]
+    family: str = "published"
     widths: tuple[int, ...] = (64, 64, 128, 256, 512)
     strides: tuple[int, ...] = (1, 2, 2, 2, 2)
     squeeze_excitation: bool = False
@@ -35,17 +56,24 @@ class Architecture:
         return self.widths[-1] * self.map_size**2
 
 
-_UNITS = {50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
-# A CPU trains this one: the stem halves the image, so that nothing runs at 112 x 112, and the last stage stays at 7 x 7.
-_SMALL = {"widths": (16, 16, 32, 64, 128), "strides": (2, 2, 2, 2, 1)}
-_MEDIUM = {"widths": (32, 32, 64, 128, 256), "strides": (2, 2, 2, 2, 1)}
+_UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3), 200: (6, 26, 60, 6)}
+# A CPU trains these: the stem halves the image, so that nothing runs at 112 x 112, and the last stage stays at 7 x 7.
+_SMALL = {"units": (1, 2, 2, 1), "widths": (16, 16, 32, 64, 128), "strides": (2, 2, 2, 2, 1)}
+_MEDIUM = {**_SMALL, "widths": (32, 32, 64, 128, 256)}
 BACKBONES: dict[str, Architecture] = {
-    **{f"ir_{depth}": Architecture(units) for depth, units in _UNITS.items()},
-    **{f"ir_se_{depth}": Architecture(units, squeeze_excitation=True) for depth, units in _UNITS.items()},
-    "ir_small": Architecture((1, 2, 2, 1), **_SMALL),
-    "ir_se_small": Architecture((1, 2, 2, 1), **_SMALL, squeeze_excitation=True),
-    "ir_medium": Architecture((1, 2, 2, 1), **_MEDIUM),
+    **{f"ir_{depth}": Architecture(_UNITS[depth]) for depth in (50, 100, 152)},
+    **{f"ir_se_{depth}": Architecture(_UNITS[depth], squeeze_excitation=True) for depth in (50, 100, 152)},
+    "ir_small": Architecture(**_SMALL),
+    "ir_se_small": Architecture(**_SMALL, squeeze_excitation=True),
+    "ir_medium": Architecture(**_MEDIUM),
+    **{f"iresnet{depth}": Architecture(_UNITS[depth], "insightface") for depth in (18, 34, 50, 100, 200)},
+    "iresnet_small": Architecture(**_SMALL, family="insightface"),
+    # TFace calls the network of 100 layers IR_101.
+    **{f"tface_ir_{depth + (depth == 100)}": Architecture(_UNITS[depth], "tface") for depth in (18, 34, 50, 100)},
+    **{f"tface_ir_se_{depth + (depth == 100)}": Architecture(_UNITS[depth], "tface", squeeze_excitation=True) for depth in (50, 100)},
+    "tface_ir_small": Architecture(**_SMALL, family="tface"),
 }
+ALIASES = {f"r{depth}": f"iresnet{depth}" for depth in (18, 34, 50, 100, 200)}  # as insightface's recipes call them
 
 
 class SqueezeExcitation(nn.Module):
@@ -64,17 +92,19 @@ class SqueezeExcitation(nn.Module):
 
 
 class IRUnit(nn.Module):
-    """BN - conv3x3 - PReLU - conv3x3(stride) - BN [- SE], added to the shortcut."""
+    """BN - conv3x3 [- BN] - PReLU - conv3x3(stride) - BN [- SE], added to the shortcut."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, squeeze_excitation: bool):
+    def __init__(self, in_channels: int, channels: int, stride: int, family: Family, squeeze_excitation: bool):
         super().__init__()
-        if in_channels == channels:
-            self.shortcut_layer = nn.MaxPool2d(1, stride)
-        else:
+        if in_channels != channels or (family.strided_projection and stride != 1):
             self.shortcut_layer = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
-        layers = [nn.BatchNorm2d(in_channels), nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False), nn.PReLU(channels),
-                  nn.Conv2d(channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels)]
-        self.res_layer = nn.Sequential(*layers, *([SqueezeExcitation(channels)] if squeeze_excitation else []))
+        else:
+            self.shortcut_layer = nn.MaxPool2d(1, stride)
+        layers = [nn.BatchNorm2d(in_channels), nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)]
+        layers += [nn.BatchNorm2d(channels)] if family.inner_batchnorm else []
+        layers += [nn.PReLU(channels), nn.Conv2d(channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels)]
+        layers += [SqueezeExcitation(channels)] if squeeze_excitation else []
+        self.res_layer = nn.Sequential(*layers)
 
     def forward(self, x):
         return self.res_layer(x) + self.shortcut_layer(x)
@@ -86,30 +116,39 @@ class Backbone(nn.Module):
     Args:
         name: a key of :data:`BACKBONES`.
         z_dim: embedding width.
-        dropout: rate before the embedding layer.
+        dropout: rate before the embedding layer; by default the family's.
+    Raises:
+        ValueError: unknown name.
     """
 
-    def __init__(self, name: str = "ir_100", z_dim: int = 512, dropout: float = 0.4):
+    def __init__(self, name: str = "ir_100", z_dim: int = 512, dropout: float | None = None):
         super().__init__()
         if name not in BACKBONES:
             raise ValueError(f"network must be one of {', '.join(BACKBONES)}, got {name!r}")
         architecture = BACKBONES[name]
+        family = FAMILIES[architecture.family]
         self.name, self.z_dim, self.architecture = name, z_dim, architecture
         stem, *widths = architecture.widths
         self.input_layer = nn.Sequential(nn.Conv2d(3, stem, 3, architecture.strides[0], 1, bias=False), nn.BatchNorm2d(stem), nn.PReLU(stem))
         units, in_channels = [], stem
         for channels, count, stride in zip(widths, architecture.units, architecture.strides[1:]):
             for index in range(count):
-                units.append(IRUnit(in_channels, channels, stride if index == 0 else 1, architecture.squeeze_excitation))
+                units.append(IRUnit(in_channels, channels, stride if index == 0 else 1, family, architecture.squeeze_excitation))
                 in_channels = channels
         self.body = nn.Sequential(*units)
-        self.output_layer = nn.Sequential(nn.BatchNorm2d(in_channels), nn.Dropout(dropout), nn.Flatten(),
-                                          nn.Linear(architecture.convf_dim, z_dim), nn.BatchNorm1d(z_dim, affine=False))
+        self.output_layer = nn.Sequential(nn.BatchNorm2d(in_channels), nn.Dropout(family.dropout if dropout is None else dropout), nn.Flatten(),
+                                          nn.Linear(architecture.convf_dim, z_dim), nn.BatchNorm1d(z_dim, affine=family.affine_features))
+        if family.affine_features:
+            self.output_layer[4].weight.requires_grad_(False)
         self._initialise()
 
     def _initialise(self):
+        """As each family does: what the learning rate does to a convolution under BatchNorm depends on the size of its weights."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if self.architecture.family == "insightface":
+                if isinstance(module, nn.Conv2d):
+                    nn.init.normal_(module.weight, std=0.1)
+            elif isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -120,27 +159,85 @@ class Backbone(nn.Module):
         return self.output_layer(convf), convf
 
 
+def _family_modules(family: str, units: tuple[int, ...]) -> dict[str, str]:
+    """What a family calls the modules whose name differs from ours: ours -> theirs."""
+    if family == "tface":
+        return {f"body.{k}.res_layer.6.{fc}": f"body.{k}.res_layer.se_block.{fc}" for k in range(sum(units)) for fc in ("fc1", "fc2")}
+    if family != "insightface":
+        return {}
+    names = {"input_layer.0": "conv1", "input_layer.1": "bn1", "input_layer.2": "prelu",
+             "output_layer.0": "bn2", "output_layer.3": "fc", "output_layer.4": "features"}
+    places = [f"layer{stage}.{index}" for stage, count in enumerate(units, 1) for index in range(count)]
+    for k, place in enumerate(places):
+        names |= {f"body.{k}.res_layer.{i}": f"{place}.{name}" for i, name in enumerate(("bn1", "conv1", "bn2", "prelu", "conv2", "bn3"))}
+        names |= {f"body.{k}.shortcut_layer.{i}": f"{place}.downsample.{i}" for i in (0, 1)}
+    return names
+
+
+def _rename(key: str, modules: dict[str, str]) -> str:
+    module, _, leaf = key.rpartition(".")
+    return f"{modules.get(module, module)}.{leaf}"
+
+
+def _theirs_to_ours(keys) -> dict[str, str]:
+    """Module names of whichever family wrote these keys -> ours; the keys themselves say how many units each stage has."""
+    places = [re.match(r"layer(\d+)\.(\d+)\.", key) for key in keys]
+    if any(places):
+        units: dict[int, int] = {}
+        for stage, index in (map(int, place.groups()) for place in places if place):
+            units[stage] = max(units.get(stage, 0), index + 1)
+        modules = _family_modules("insightface", tuple(units.get(stage, 0) for stage in range(1, max(units) + 1)))
+    else:
+        modules = _family_modules("tface", (len({key.split(".")[1] for key in keys if key.startswith("body.")}),))
+    return {theirs: ours for ours, theirs in modules.items()}
+
+
+def native_state(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A backbone's state_dict under the names of :class:`Backbone`, whichever family's names it has."""
+    modules = _theirs_to_ours(state_dict)
+    return {_rename(key, modules): value for key, value in state_dict.items()}
+
+
+def family_state(state_dict: dict[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
+    """The inverse of :func:`native_state`: the state_dict of a :class:`Backbone` under the names of its own family."""
+    modules = _family_modules(architecture.family, architecture.units)
+    return {_rename(key, modules): value for key, value in state_dict.items()}
+
+
+@functools.cache
+def _expected_shapes(name: str, z_dim: int) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in Backbone(name, z_dim).state_dict().items()}
+
+
 def identify_backbone(state_dict: dict[str, torch.Tensor]) -> tuple[str, int]:
-    """Name and embedding width of the architecture that a state_dict belongs to, by its keys and shapes.
+    """Name and embedding width of the architecture that a state_dict belongs to, by its keys and shapes under any family's names.
 
     Raises:
-        ValueError: no known architecture has these keys; the message names the nearest and what differs.
+        ValueError: no known architecture has these keys; the message names the nearest and what differs, in the file's own words.
     """
-    shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
-    last = shapes.get("output_layer.3.weight")
-    if last is None:
-        raise ValueError(f"no backbone: must have 'output_layer.3.weight', got keys like {list(shapes)[:3]}; give the file that stage 1 wrote")
-    best = None
-    for name in BACKBONES:
-        with torch.device("meta"):
-            expected = {key: tuple(value.shape) for key, value in Backbone(name, last[0]).state_dict().items()}
-        missing, unexpected = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
-        misshaped = [key for key in expected.keys() & shapes.keys() if expected[key] != shapes[key]]
-        distance = len(missing) + len(unexpected) + len(misshaped)
-        if distance == 0:
-            return name, last[0]
-        if best is None or distance < best[0]:
-            best = (distance, name, sorted(missing), sorted(unexpected), sorted(misshaped))
-    _, name, missing, unexpected, misshaped = best
-    parts = [f"{len(keys)} {what} (e.g. {keys[0]})" for what, keys in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped)) if keys]
-    raise ValueError(f"backbone of no known architecture; nearest is {name}: {', '.join(parts)}")
+    theirs_to_ours = _theirs_to_ours(state_dict)
+    ours_to_theirs = {ours: theirs for theirs, ours in theirs_to_ours.items()}
+    shapes = {_rename(key, theirs_to_ours): tuple(value.shape) for key, value in state_dict.items()}
+    embedding = shapes.get("output_layer.3.weight", ())
+    if len(embedding) != 2:
+        raise ValueError(f"no backbone: must have 'output_layer.3.weight' (insightface: 'fc.weight'), got keys like {list(state_dict)[:3]}; "
+                         "give the file that stage 1 wrote")
+    z_dim = embedding[0]
+    units = len({key.split(".")[1] for key in shapes if key.startswith("body.")})
+    for name, architecture in BACKBONES.items():  # of the right depth only: building each of them takes a second
+        if sum(architecture.units) == units and _expected_shapes(name, z_dim) == shapes:
+            return name, z_dim
+
+    def differences(name):
+        expected = _expected_shapes(name, z_dim)
+        return {"missing": expected.keys() - shapes.keys(), "unexpected": shapes.keys() - expected.keys(),
+                "misshaped": {key for key in expected.keys() & shapes.keys() if expected[key] != shapes[key]}}
+
+    nearest = min(BACKBONES, key=lambda name: sum(map(len, differences(name).values())))
+    parts = []
+    for what, keys in differences(nearest).items():
+        if keys:
+            examples = sorted(_rename(key, ours_to_theirs) for key in keys)
+            parts.append(f"{len(keys)} {what} ({', '.join(examples[:3])}{', ...' if len(keys) > 3 else ''})")
+    raise ValueError(f"backbone of no known architecture; nearest is {nearest}: {'; '.join(parts)}")

@@ -10,6 +10,9 @@ from scf_fast.backbones import BACKBONES, Backbone, identify_backbone
 from scf_fast.confidence import build_confidence_net
 from scf_fast.config import Config
 from scf_fast.engine import full_state_dict
+from scf_fast.features import FeatureBatch, FeatureStream
+from scf_fast.frozen import FrozenBackbone, frozen_precisions
+from scf_fast.inputs import image_loader
 from scf_fast.launch import Runtime
 from scf_fast.model import MODEL_FILE, save_model
 
@@ -42,21 +45,22 @@ class ConfidenceStage:
 
     def build(self, runtime: Runtime, precision: str) -> nn.Module:
         """The module for the engine: the confidence net alone. The frozen backbone and the class centers stay outside."""
-        self._autocast = {"device_type": runtime.device.type, "enabled": precision != "fp32",
-                          "dtype": torch.float16 if precision == "fp16" else torch.bfloat16}
-        self.backbone = Backbone(self.name, self.z_dim)
-        self.backbone.load_state_dict(self.backbone_state)
-        self.backbone = self.backbone.eval().requires_grad_(False).to(runtime.device, memory_format=torch.channels_last)
+        backbone = Backbone(self.name, self.z_dim)
+        backbone.load_state_dict(self.backbone_state)
+        self.backbone = FrozenBackbone(backbone, runtime.device, frozen_precisions(self.config.precision, runtime.device))
         self.class_centers = self.class_centers.to(runtime.device)
-        architecture = self.backbone.architecture
+        architecture = backbone.architecture
         net = build_confidence_net(self.config.confidence_net, architecture.widths[-1], architecture.map_size, self.config.initial_kappa)
         return net.to(runtime.device)
 
-    def loss(self, engine, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def make_loader(self, source, sampler, runtime: Runtime) -> FeatureStream:
+        """Batches of features."""
+        return FeatureStream(image_loader(self.config, source, sampler, runtime), self.backbone)
+
+    def loss(self, engine, batch: FeatureBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of one micro-batch and what to log of it, all on the device. Tags are those of the published code."""
-        with torch.no_grad(), torch.autocast(**self._autocast):
-            features, convf = self.backbone(images)
-        log_kappa = engine(convf)
+        features, convf, labels = batch
+        log_kappa = engine(convf.float())
         loss, terms = scf_loss(features, log_kappa, self.class_centers, labels, radius=self.config.radius,
                                normalizer=self.config.normalizer, return_terms=True)
         return loss, {"total_loss": loss.detach(), "kappa": terms.kappa.mean(), "neg_kappa_times_cos_theta": terms.l1.mean(),

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pipelines.index import open_source
-from pipelines.loader import Preprocessing, make_loader
 from pipelines.sampler import EpochSampler
 from scf_fast import __version__, launch, run_state
 from scf_fast import config as configuration
@@ -223,8 +222,8 @@ class _StepLog(NamedTuple):
 
 def _train_step(engine, stage, batch, micro_batches: int) -> _StepLog:
     total, names, distribution = 0.0, [], None
-    for images, labels in zip(batch.images.chunk(micro_batches), batch.labels.chunk(micro_batches)):
-        loss, metrics = stage.loss(engine, images, labels)
+    for parts in zip(*(tensor.chunk(micro_batches) for tensor in batch)):
+        loss, metrics = stage.loss(engine, type(batch)(*parts))
         distribution = metrics.pop("kappa_distribution", None)
         engine.backward(loss)
         engine.step()
@@ -253,8 +252,7 @@ def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: 
         log.info("nothing to do: the run is at step %d of %d", first_step, last_step)
         return
 
-    loader = make_loader(source, sampler, Preprocessing(config.normalization, horizontal_flip=config.flip), device=runtime.device,
-                         backend=config.loader, num_workers=config.num_workers)
+    loader = stage.make_loader(source, sampler, runtime)
     batches = (batch for epoch in itertools.count(first_step // per_epoch)
                for batch in loader.batches(epoch, start_batch=max(0, first_step - epoch * per_epoch)))
     reporter = Reporter(folder, runtime, last_step * config.batch_size, first_step * config.batch_size, config.tensorboard)

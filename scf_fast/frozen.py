@@ -1,0 +1,196 @@
+"""An inference-only backbone: every BatchNorm folded exactly, low precision, channels_last, compiled.
+
+A BatchNorm is y = a x + b for each channel, with a = weight / sqrt(var + eps) and b = bias - a mean.
+
+    after a convolution:        scales the filters by a and adds b
+    before a padded one:        conv(pad(a x + b), w) = conv(pad(x), w a) + conv(pad(b 1), w)
+
+The padding of the second is zero in y, not in x, so its constant term differs at the border: a map over positions, computed once.
+"""
+import copy
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scf_fast.backbones import IMAGE_SIZE, Backbone
+
+log = logging.getLogger(__name__)
+
+MIN_COSINE = 0.9999  # of the features against the float32 model, in bf16 and fp16
+MAX_CONVF_ERROR = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative, in the Frobenius norm
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CHECK_IMAGES = 32
+
+
+def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(a, b) of a BatchNorm in evaluation mode, float64."""
+    variance, mean = norm.running_var.double(), norm.running_mean.double()
+    weight = norm.weight.double() if norm.affine else torch.ones_like(mean)
+    bias = norm.bias.double() if norm.affine else torch.zeros_like(mean)
+    a = weight / torch.sqrt(variance + norm.eps)
+    return a, bias - a * mean
+
+
+class FoldedConv(nn.Module):
+    """[BN -] conv [- BN] as one convolution and one addition.
+
+    Args:
+        before, conv, after: the modules, in evaluation mode; the BatchNorms may be None.
+        size: side of the input map, to which the bias map belongs.
+    """
+
+    def __init__(self, before: nn.Module | None, conv: nn.Conv2d, after: nn.Module | None, size: int):
+        super().__init__()
+        self.stride, self.padding = conv.stride, conv.padding
+        weight = conv.weight.double()
+        constant = weight.new_zeros(1, weight.shape[0], 1, 1)
+        if before is not None:
+            a, b = _affine(before)
+            constant = F.conv2d(b[None, :, None, None].expand(1, -1, size, size), weight, None, conv.stride, conv.padding)
+            weight = weight * a[None, :, None, None]
+        if after is not None:
+            a, b = _affine(after)
+            weight = weight * a[:, None, None, None]
+            constant = constant * a[None, :, None, None] + b[None, :, None, None]
+        per_channel = constant.shape[-1] == 1
+        self.register_buffer("weight", weight.float())
+        self.register_buffer("bias", constant.float().flatten() if per_channel else None)
+        self.register_buffer("bias_map", None if per_channel else constant.float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return y if self.bias_map is None else y + self.bias_map
+
+
+class FoldedUnit(nn.Module):
+    """An IR unit with its BatchNorms folded."""
+
+    def __init__(self, unit: nn.Module, size: int):
+        super().__init__()
+        layers = list(unit.res_layer)
+        first_norm, conv1, *rest = layers
+        middle = rest.pop(0) if isinstance(rest[0], nn.BatchNorm2d) else None
+        prelu, conv2, last_norm, *gate = rest
+        self.conv1 = FoldedConv(first_norm, conv1, middle, size)
+        self.register_buffer("slope", prelu.weight.detach().float())
+        self.conv2 = FoldedConv(None, conv2, last_norm, size)
+        self.gate = copy.deepcopy(gate[0]) if gate else None  # a change of dtype here must not reach the model it came from
+        if isinstance(unit.shortcut_layer, nn.MaxPool2d):
+            self.shortcut, self.step = None, unit.shortcut_layer.stride
+        else:
+            conv, norm = unit.shortcut_layer
+            self.shortcut, self.step = FoldedConv(None, conv, norm, size), 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv2(F.prelu(self.conv1(x), self.slope))
+        if self.gate is not None:
+            y = self.gate(y)
+        if self.shortcut is not None:
+            return y + self.shortcut(x)
+        return y + (x if self.step == 1 else x[:, :, ::self.step, ::self.step])
+
+
+class FoldedBackbone(nn.Module):
+    """images (B, 3, 112, 112) -> features (B, z_dim) unnormalised, convf (B, C, 7, 7), in the weights' dtype, channels_last.
+
+    The embedding layer (BN - flatten - linear - BN) is one linear map. Its weight is stored in the order of the channels_last map, so that
+    flattening the map copies nothing.
+    """
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        conv, norm, prelu = backbone.input_layer
+        size = IMAGE_SIZE
+        self.stem = FoldedConv(None, conv, norm, size)
+        self.register_buffer("slope", prelu.weight.detach().float())
+        size = -(-size // conv.stride[0])
+        units = []
+        for unit in backbone.body:
+            folded = FoldedUnit(unit, size)
+            units.append(folded)
+            size = -(-size // folded.conv2.stride[0])
+        self.body = nn.ModuleList(units)
+        norm2d, linear, norm1d = (next(m for m in backbone.output_layer if isinstance(m, kind)) for kind in (nn.BatchNorm2d, nn.Linear, nn.BatchNorm1d))
+        (a_in, b_in), (a_out, b_out) = _affine(norm2d), _affine(norm1d)
+        weight = linear.weight.double().unflatten(1, (-1, size, size))
+        bias = linear.bias.double() + (weight * b_in[:, None, None]).sum((1, 2, 3))
+        weight = (weight * a_in[:, None, None] * a_out[:, None, None, None]).permute(0, 2, 3, 1)  # (z_dim, H, W, C)
+        self.register_buffer("weight", weight.flatten(1).float().contiguous())
+        self.register_buffer("bias", (bias * a_out + b_out).float())
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = F.prelu(self.stem(images), self.slope)
+        for unit in self.body:
+            x = unit(x)
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight, self.bias), x
+
+
+def frozen_precisions(precision: str, device: torch.device) -> tuple[str, ...]:
+    """The precisions to try for a frozen backbone, in order. float16 resolves eight times finer than bfloat16 at the same speed on a GPU."""
+    if precision != "auto":
+        return (precision,) if precision == "fp32" else (precision, "fp32")
+    if device.type == "cuda":
+        return ("fp16", "bf16", "fp32")
+    return ("bf16", "fp32") if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("fp32",)
+
+
+class FrozenBackbone(nn.Module):
+    """A backbone for inference alone. Its first batch is compared with the float32 model's, and decides the precision.
+
+    Args:
+        backbone: any of :mod:`scf_fast.backbones`, with its weights; left as it is.
+        device: where to run.
+        precisions: of ``"fp32"``, ``"bf16"``, ``"fp16"``: the first that is accurate enough becomes the dtype of weights and activations.
+        compile: fuse the pointwise work with torch.compile; on CUDA as one graph a batch size, whose outputs are overwritten by the next call.
+    """
+
+    def __init__(self, backbone: Backbone, device: torch.device | str = "cpu", precisions: tuple[str, ...] = ("fp32",), compile: bool = False):
+        super().__init__()
+        self.z_dim, self.architecture = backbone.z_dim, backbone.architecture
+        self._reference = copy.deepcopy(backbone).eval().requires_grad_(False).to(device)
+        self._device, self._precisions, self._compile = torch.device(device), precisions, compile
+        self._folded = self._call = self.dtype = None
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, 112, 112) normalised RGB -> features (B, z_dim), convf (B, C, 7, 7), both in ``self.dtype``, which the first call sets.
+
+        Raises:
+            RuntimeError: on the first batch only: no precision is accurate enough.
+        """
+        return self._choose(images) if self._call is None else self._compute(images)
+
+    def _compute(self, images):
+        images = images.to(self.dtype, memory_format=torch.channels_last)
+        try:
+            return self._call(images)
+        except torch._dynamo.exc.TorchDynamoException as error:  # no compiler on this machine, as a rule
+            if self._call is self._folded:
+                raise
+            log.warning("frozen backbone: not compiled, so it runs slower (%s)", str(error).strip().splitlines()[0])
+            self._call = self._folded
+            return self._call(images)
+
+    def _choose(self, images):
+        """Take the first precision that agrees with the float32 model on these images, then let go of that model."""
+        expected, expected_map = self._reference(images[:_CHECK_IMAGES].float())
+        for precision in self._precisions:
+            self.dtype = DTYPES[precision]
+            self._folded = FoldedBackbone(self._reference).to(self._device, self.dtype, memory_format=torch.channels_last)
+            self._call = self._folded
+            if self._compile:
+                mode = "reduce-overhead" if self._device.type == "cuda" else None
+                self._call = torch.compile(self._folded, mode=mode, dynamic=False)
+            features, convf = self._compute(images)
+            cosine = F.cosine_similarity(features[:_CHECK_IMAGES].float(), expected).min().item()
+            error = ((convf[:_CHECK_IMAGES].float() - expected_map).norm() / expected_map.norm()).item()
+            accurate = cosine >= MIN_COSINE and error <= MAX_CONVF_ERROR[precision]
+            log.info("frozen backbone: %s %s%s: against float32, cosine of features >= %.6f, relative error of convf %.1e", precision,
+                     "taken" if accurate else "refused, not accurate enough", ", compiled" * (self._call is not self._folded), cosine, error)
+            if accurate:
+                self._reference = None
+                return features, convf
+        raise RuntimeError(f"the frozen backbone differs from the float32 model in every precision of {', '.join(self._precisions)}: cosine must be >= "
+                           f"{MIN_COSINE} and the relative error of convf <= {MAX_CONVF_ERROR[precision]:.0e}; the weights may be damaged")
