@@ -1,0 +1,161 @@
+"""Verification and error-versus-reject metrics, in NumPy, each exact over the scores it is given.
+
+A pair is accepted where score > threshold. `scores` (P,) float, larger is more alike; `same` (P,) bool, True for genuine pairs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Roc:
+    """Operating points from the threshold that accepts nothing to the one that accepts everything, one per distinct score."""
+
+    false_accept_rate: np.ndarray  # (K,) fraction of impostor pairs accepted, rising from 0 to 1
+    true_accept_rate: np.ndarray  # (K,) fraction of genuine pairs accepted, rising from 0 to 1
+    threshold: np.ndarray  # (K,) falling
+
+
+@dataclass(frozen=True)
+class KFoldAccuracy:
+    mean: float  # over the folds
+    std: float  # over the folds
+    threshold: np.ndarray  # (folds,) chosen on the other folds
+
+
+@dataclass(frozen=True)
+class RejectCurve:
+    rejected: np.ndarray  # (P,) fraction of pairs rejected, from 0 to 1 - 1/P
+    error: np.ndarray  # (P,) error rate of the pairs kept
+    area: float  # mean of error over the rejected fractions
+
+    def error_at(self, rejected: float) -> float:
+        """Error rate at the first point that rejects at least this fraction, in [0, 1)."""
+        return float(self.error[min(np.searchsorted(self.rejected, rejected), len(self.error) - 1)])
+
+
+def roc(scores: np.ndarray, same: np.ndarray) -> Roc:
+    """Every operating point that the scores can tell apart.
+
+    Raises:
+        ValueError: the shapes differ, a score is not finite, or genuine or impostor pairs are missing.
+    """
+    genuine, impostor = _split(scores, same)
+    threshold = np.concatenate([np.unique(scores)[::-1], [-np.inf]])
+    rates = [(len(part) - np.searchsorted(np.sort(part), threshold, side="right")) / len(part) for part in (impostor, genuine)]
+    return Roc(*rates, threshold)
+
+
+def measurable_fars(fars: tuple[float, ...], num_impostors: int, least_accepts: int = 10) -> list[float]:
+    """Those false accept rates at which at least `least_accepts` impostor pairs are accepted: below it the estimate is mostly noise."""
+    return [far for far in fars if far * num_impostors >= least_accepts * (1 - 1e-9)]  # 1e-3 * 10,000 must count as 10
+
+
+def tar_at_far(scores: np.ndarray, same: np.ndarray, fars: list[float]) -> dict[float, float]:
+    """True accept rate at the lowest threshold whose false accept rate does not pass `far`, for each of `fars` in [0, 1].
+
+    Raises:
+        ValueError: as in roc.
+    """
+    genuine, impostor = _split(scores, same)
+    # The threshold is the highest impostor score that must be refused, whatever ties it has.
+    refused = np.sort(impostor)[::-1]
+    result = {}
+    for far in fars:
+        allowed = math.floor(far * len(impostor) + 1e-9)  # 1e-9: a product such as 0.29 * 100 rounds to 28.999...
+        threshold = refused[allowed] if allowed < len(impostor) else -np.inf
+        result[far] = float(np.mean(genuine > threshold))
+    return result
+
+
+def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
+    """The threshold of highest accuracy, searched over every cut between distinct scores: the middle of the best gap.
+
+    Of several best cuts the strictest wins, as in insightface's search. Accepting nothing or everything are cuts too.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, same = scores[order], same[order]
+    correct = np.concatenate([[0], np.cumsum(np.where(same, 1, -1))])  # plus a constant: right answers when the first n are accepted
+    is_cut = np.concatenate([[True], scores[1:] < scores[:-1], [True]])
+    cut = int(np.argmax(np.where(is_cut, correct, np.iinfo(correct.dtype).min)))
+    if cut in (0, len(scores)):
+        return -math.inf if cut else math.inf
+    # The mean of two neighbouring floats may round up to the upper one, which must stay accepted.
+    middle = scores[cut] + (scores[cut - 1] - scores[cut]) / 2
+    return float(middle if middle < scores[cut - 1] else scores[cut])
+
+
+def k_fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: int = 10) -> KFoldAccuracy:
+    """Verification accuracy of the LFW protocol as insightface runs it: contiguous folds of pairs in file order, the threshold chosen
+    on the others and tested on each. The threshold search is exact where insightface's steps over a grid of 0.01 in squared distance.
+
+    Raises:
+        ValueError: as in roc, or there are fewer pairs than folds.
+    """
+    _split(scores, same)
+    if len(scores) < folds:
+        raise ValueError(f"{folds}-fold accuracy needs at least {folds} pairs, got {len(scores)}")
+    accuracy, thresholds = [], []
+    for test in np.array_split(np.arange(len(scores)), folds):
+        train = np.ones(len(scores), bool)
+        train[test] = False
+        thresholds.append(best_threshold(scores[train], same[train]))
+        accuracy.append(np.mean((scores[test] > thresholds[-1]) == same[test]))
+    return KFoldAccuracy(float(np.mean(accuracy)), float(np.std(accuracy)), np.array(thresholds))
+
+
+def equal_error_threshold(scores: np.ndarray, same: np.ndarray) -> float:
+    """The operating threshold where false accept and false reject rates are closest; of equals the strictest.
+
+    Raises:
+        ValueError: as in roc.
+    """
+    curve = roc(scores, same)
+    return float(curve.threshold[np.argmin(np.abs(curve.false_accept_rate - (1 - curve.true_accept_rate)))])
+
+
+def error_versus_reject(wrong: np.ndarray, quality: np.ndarray) -> RejectCurve:
+    """Error rate of the pairs kept when those of lowest quality are rejected first, the decisions having been made once on all pairs.
+
+    Pairs of equal quality are rejected in random order: the curve is the expectation over that order.
+
+    Args:
+        wrong: (P,) bool, the decision on the pair is an error.
+        quality: (P,) float.
+    Raises:
+        ValueError: the shapes differ, there are no pairs, or a quality is not finite.
+    """
+    if wrong.shape != quality.shape or wrong.ndim != 1 or len(wrong) == 0:
+        raise ValueError(f"wrong and quality must be (P,) with P >= 1, got {wrong.shape} and {quality.shape}")
+    if not np.isfinite(quality).all():
+        raise ValueError(f"quality must be finite, got {np.count_nonzero(~np.isfinite(quality))} values that are not")
+    _, group, size = np.unique(quality, return_inverse=True, return_counts=True)
+    expected = (np.bincount(group, weights=wrong) / size)[group]
+    best_first = np.argsort(-quality, kind="stable")
+    kept = np.arange(1, len(wrong) + 1)
+    error = (np.cumsum(expected[best_first]) / kept)[::-1]
+    return RejectCurve(1 - kept[::-1] / len(wrong), error, float(error.mean()))
+
+
+def random_reject(wrong: np.ndarray, seeds: int = 100) -> RejectCurve:
+    """The mean curve of `seeds` random rejection orders, the same ones on every call; its expectation is flat at the error rate.
+
+    Raises:
+        ValueError: as in error_versus_reject.
+    """
+    curves = [error_versus_reject(wrong, np.random.default_rng(seed).random(len(wrong))) for seed in range(seeds)]
+    error = np.mean([curve.error for curve in curves], axis=0)
+    return RejectCurve(curves[0].rejected, error, float(error.mean()))
+
+
+def _split(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Genuine and impostor scores, after checking them."""
+    if scores.shape != same.shape or scores.ndim != 1 or same.dtype != bool:
+        raise ValueError(f"scores (P,) and same (P,) bool must agree, got {scores.shape} and {same.shape} {same.dtype}")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores must be finite, got {np.count_nonzero(~np.isfinite(scores))} of {len(scores)} that are not")
+    if same.all() or not same.any():
+        raise ValueError(f"verification needs genuine and impostor pairs, got {np.count_nonzero(same)} genuine of {len(same)}")
+    return scores[same], scores[~same]

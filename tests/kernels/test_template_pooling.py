@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from kernels.template_pooling import pool_templates
+
+
+def unit_rows(count, dim, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dim", [2, 37])
+def test_equals_a_loop_over_templates(dtype, tolerance, weighted, dim):
+    mu = unit_rows(60, dim, dtype)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.cat([torch.arange(5), torch.randint(0, 9, (54,), generator=generator), torch.tensor([11])])
+    kappa = (torch.rand(60, generator=generator, dtype=torch.float64) * 16 - 4).exp().to(dtype) if weighted else None
+    directions, kappas = pool_templates(mu, kappa, ids)
+    assert directions.shape == (12, dim) and kappas.shape == (12,)
+    assert directions.dtype == kappas.dtype == torch.promote_types(dtype, torch.float32)
+    for template in range(12):
+        total = torch.zeros(dim, dtype=torch.float64)
+        for image in range(60):
+            if ids[image] == template:
+                total += (1.0 if kappa is None else kappa[image].double()) * mu[image].double()
+        length = total.norm()
+        assert abs(kappas[template] - length) <= tolerance * max(length, 1)
+        if template not in ids:
+            assert not directions[template].any() and kappas[template] == 0
+        else:
+            torch.testing.assert_close(directions[template].double(), total / length, rtol=0, atol=tolerance)
+
+
+def test_a_confident_image_leads_its_template():
+    mu = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    directions, kappas = pool_templates(mu, torch.tensor([3.0, 4.0]), torch.tensor([0, 0]))
+    torch.testing.assert_close(directions, torch.tensor([[0.6, 0.8]]))
+    torch.testing.assert_close(kappas, torch.tensor([5.0]))
+
+
+def test_opposite_images_give_the_uniform_distribution():
+    mu = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    directions, kappas = pool_templates(mu, torch.tensor([7.0, 7.0]), torch.tensor([0, 0]))
+    assert not directions.any() and not kappas.any()
+
+
+def test_order_of_templates_does_not_change_a_bit():
+    mu, kappa = unit_rows(500, 16, torch.float32), torch.rand(500, generator=torch.Generator().manual_seed(2))
+    ids = torch.arange(500) % 7
+    by_template = torch.argsort(ids, stable=True)
+    for first, second in zip(pool_templates(mu, kappa, ids), pool_templates(mu[by_template], kappa[by_template], ids[by_template])):
+        assert torch.equal(first, second)
+
+
+def test_gradients():
+    mu, kappa = unit_rows(7, 5).requires_grad_(), torch.rand(7, dtype=torch.float64).add(0.1).requires_grad_()
+    ids = torch.tensor([2, 0, 2, 3, 3, 3, 0])
+    assert torch.autograd.gradcheck(lambda mu, kappa: pool_templates(mu, kappa, ids), (mu, kappa))
+
+
+def test_templates_without_images():
+    directions, kappas = pool_templates(torch.empty(0, 8), None, torch.empty(0, dtype=torch.int64), num_templates=3)
+    assert directions.shape == (3, 8) and not directions.any() and not kappas.any()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"mu": torch.ones(3)}, "mu must be"),
+    ({"mu": torch.ones(3, 2, dtype=torch.int64)}, "mu must be"),
+    ({"kappa": torch.ones(2)}, "kappa must be"),
+    ({"template_ids": torch.zeros(3)}, "template_ids must be"),
+    ({"template_ids": torch.tensor([0, 1, -1])}, "must lie in"),
+    ({"num_templates": 2}, r"must lie in \[0, 2\), got 0\.\.2"),
+    ({"num_templates": 0}, "at least one template"),
+])
+def test_refuses(change, message):
+    arguments = {"mu": torch.ones(3, 2), "kappa": torch.ones(3), "template_ids": torch.tensor([0, 1, 2])} | change
+    with pytest.raises(ValueError, match=message):
+        pool_templates(**arguments)

@@ -1,0 +1,155 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from scf_fast.evaluation import metrics
+
+
+def tied_scores(seed, count=60):
+    """Few distinct values, so that ties within and between genuine and impostor pairs are common."""
+    rng = np.random.default_rng(seed)
+    same = rng.random(count) < 0.5
+    return np.round(rng.normal(loc=same * 1.5), 1), same
+
+
+def every_threshold(scores):
+    return [-np.inf, *np.unique(scores)]
+
+
+def test_roc_by_hand():
+    curve = metrics.roc(np.array([0.9, 0.8, 0.8, 0.1]), np.array([True, True, False, False]))
+    assert curve.threshold.tolist() == [0.9, 0.8, 0.1, -np.inf]
+    assert curve.true_accept_rate.tolist() == [0, 0.5, 1, 1]
+    assert curve.false_accept_rate.tolist() == [0, 0, 0.5, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_roc_counts_at_each_threshold(seed):
+    scores, same = tied_scores(seed)
+    curve = metrics.roc(scores, same)
+    for threshold, far, tar in zip(curve.threshold, curve.false_accept_rate, curve.true_accept_rate):
+        assert far == np.mean(scores[~same] > threshold) and tar == np.mean(scores[same] > threshold)
+    assert np.all(np.diff(curve.false_accept_rate) >= 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tar_at_far_is_the_best_allowed_operating_point(seed):
+    scores, same = tied_scores(seed)
+    fars = [0.0, 0.01, 0.1, 0.29, 0.5, 1.0]
+    for far, tar in metrics.tar_at_far(scores, same, fars).items():
+        allowed = [t for t in every_threshold(scores) if np.mean(scores[~same] > t) <= far]
+        assert tar == max(np.mean(scores[same] > t) for t in allowed)
+
+
+def test_far_that_rounds_down_in_floating_point():
+    impostors = np.arange(100.0)
+    assert 0.29 * 100 < 29
+    # 29 impostors may pass, so the threshold is the 30th highest of them, 70.
+    assert metrics.tar_at_far(np.append(impostors, 70.5), np.arange(101) == 100, [0.29]) == {0.29: 1.0}
+
+
+def test_measurable_fars():
+    assert metrics.measurable_fars((1e-1, 1e-2, 1e-3, 1e-4), 10_000) == [1e-1, 1e-2, 1e-3]
+    assert metrics.measurable_fars((1e-1, 1e-2), 99) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_threshold_against_every_cut(seed):
+    scores, same = tied_scores(seed, count=15)
+    found = metrics.best_threshold(scores, same)
+    accuracy = {t: np.mean((scores > t) == same) for t in every_threshold(scores)}
+    strictest = max(t for t in accuracy if accuracy[t] == max(accuracy.values()))
+    assert np.array_equal(scores > found, scores > strictest)
+
+
+def test_best_threshold_lies_in_the_middle_of_the_gap():
+    assert metrics.best_threshold(np.array([0.2, 0.8, 0.4]), np.array([False, True, False])) == pytest.approx(0.6)
+    neighbours = np.array([1.0, np.nextafter(1.0, 2)])
+    assert np.array_equal(neighbours > metrics.best_threshold(neighbours, np.array([False, True])), [False, True])
+
+
+def test_k_fold_accuracy_by_hand():
+    # The threshold comes from the other half: 0.5 for the first, 0.3 for the second, and each half then has one error in four.
+    scores = np.array([0.6, 0.4, 0.2, 0.0, 0.7, 0.9, 0.3, 0.25])
+    same = np.array([True, True, False, False, True, True, False, False])
+    result = metrics.k_fold_accuracy(scores, same, folds=2)
+    assert result.threshold.tolist() == pytest.approx([0.5, 0.3])
+    assert result.mean == 7 / 8 and result.std == 1 / 8
+
+
+def test_k_fold_uses_contiguous_folds_in_file_order():
+    scores, same = tied_scores(3, count=103)  # folds of 11, 11, 11, 10, ...
+    result = metrics.k_fold_accuracy(scores, same)
+    sizes = [11] * 3 + [10] * 7
+    accuracies, start = [], 0
+    for size in sizes:
+        test = (np.arange(103) >= start) & (np.arange(103) < start + size)
+        threshold = metrics.best_threshold(scores[~test], same[~test])
+        accuracies.append(np.mean((scores[test] > threshold) == same[test]))
+        start += size
+    assert result.mean == pytest.approx(np.mean(accuracies), abs=1e-15) and result.std == pytest.approx(np.std(accuracies), abs=1e-15)
+
+
+def test_equal_error_threshold():
+    scores = np.array([5.0, 4.0, 3.0, 2.0, 4.5, 1.0, 0.5, 0.1])
+    same = np.array([True] * 4 + [False] * 4)
+    threshold = metrics.equal_error_threshold(scores, same)
+    assert np.mean(scores[~same] > threshold) == 0.25 == np.mean(scores[same] <= threshold)
+
+
+def test_error_versus_reject_by_hand():
+    curve = metrics.error_versus_reject(np.array([True, False, False, True]), np.array([1.0, 4.0, 3.0, 2.0]))
+    assert curve.rejected.tolist() == [0, 0.25, 0.5, 0.75]
+    assert curve.error.tolist() == pytest.approx([1 / 2, 1 / 3, 0, 0])
+    assert curve.area == pytest.approx((1 / 2 + 1 / 3) / 4)
+
+
+def test_ties_in_quality_give_the_expected_curve():
+    wrong, quality = np.array([True, False, True, False, False]), np.array([1.0, 1.0, 1.0, 2.0, 0.0])
+    curves = []
+    for order in itertools.permutations(range(3)):
+        broken = quality.copy()
+        broken[:3] += 1e-3 * np.array(order)
+        curves.append(metrics.error_versus_reject(wrong, broken).error)
+    np.testing.assert_allclose(metrics.error_versus_reject(wrong, quality).error, np.mean(curves, axis=0), atol=1e-15)
+
+
+def test_rejecting_by_correctness_is_best_and_at_random_is_flat():
+    wrong = np.random.default_rng(0).random(400) < 0.2
+    oracle = metrics.error_versus_reject(wrong, -wrong.astype(float))
+    random = metrics.random_reject(wrong)
+    opposite = metrics.error_versus_reject(wrong, wrong.astype(float))
+    assert oracle.area < random.area < opposite.area
+    assert random.error[0] == pytest.approx(wrong.mean()) and oracle.error[0] == pytest.approx(wrong.mean())
+    # The mean of 100 orders stays within a few standard errors of flat where half of the pairs remain.
+    assert abs(random.error[200] - wrong.mean()) < 4 * math.sqrt(wrong.var() / 200 / 100)
+    assert np.array_equal(random.error, metrics.random_reject(wrong).error)
+
+
+SAME = np.array([True, False])
+
+
+@pytest.mark.parametrize(("scores", "same", "message"), [
+    (np.zeros(3), SAME, "must agree"),
+    (np.zeros(2), SAME.astype(int), "must agree"),
+    (np.array([0.0, np.nan]), SAME, "1 of 2 that are not"),
+    (np.zeros(2), np.array([True, True]), "genuine and impostor"),
+])
+def test_scores_that_are_refused(scores, same, message):
+    for metric in (metrics.roc, metrics.k_fold_accuracy, lambda scores, same: metrics.tar_at_far(scores, same, [0.1])):
+        with pytest.raises(ValueError, match=message):
+            metric(scores, same)
+
+
+def test_more_folds_than_pairs_are_refused():
+    with pytest.raises(ValueError, match="at least 10 pairs, got 2"):
+        metrics.k_fold_accuracy(np.zeros(2), SAME)
+
+
+@pytest.mark.parametrize(("wrong", "quality", "message"), [
+    (SAME, np.zeros(3), "must be"), (SAME[:0], np.zeros(0), "must be"), (SAME, np.array([0.0, np.inf]), "finite")])
+def test_rejection_orders_that_are_refused(wrong, quality, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.error_versus_reject(wrong, quality)
