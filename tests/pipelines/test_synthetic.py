@@ -18,6 +18,7 @@ from pipelines.synthetic import Parameters, evaluation_pictures, main, train_pic
 
 ROOT = Path(synthetic.__file__).parents[1]
 SMALL = Parameters(identities=12, images_per_identity=3, eval_identities=20, seed=3)
+TINY = Parameters(identities=25, images_per_identity=1, eval_identities=0, seed=9)  # three parts
 
 
 def _files(folder):
@@ -164,16 +165,14 @@ def test_a_picture_depends_on_seed_identity_and_index_alone(small):
     assert len({*base, *encoded(SMALL, 8), *encoded(Parameters(12, 3, 20, seed=4), 7)}) == 9
 
 
-def test_two_processes_from_the_command_line_write_the_same_files(small, tmp_path):
-    out = tmp_path / "set"
-    command = [sys.executable, "-m", "pipelines.synthetic", str(out), *_arguments(SMALL), "--workers", "2"]
+def test_two_processes_from_the_command_line_write_the_same_files(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    write_synthetic_set(one, TINY, workers=1)
+    command = [sys.executable, "-m", "pipelines.synthetic", str(two), *_arguments(TINY), "--workers", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "images/s" in done.stderr and json.loads(done.stdout.split(": ", 1)[1])["train"]["images"] == 36
-    assert _files(out) == _files(small)
-
-
-TINY = Parameters(identities=25, images_per_identity=1, eval_identities=0, seed=9)
+    assert "images/s" in done.stderr and json.loads(done.stdout.split(": ", 1)[1])["train"]["images"] == 25
+    assert _files(two) == _files(one)
 
 
 def test_an_interrupted_set_is_completed(tmp_path, monkeypatch, capsys):
