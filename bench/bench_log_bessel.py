@@ -1,0 +1,126 @@
+"""The log-Bessel family at d = 512: ours, the published scipy way, plain PyTorch, and that compiled.
+
+    python -m pytest bench/bench_log_bessel.py --benchmark-json=bench/results/log_bessel-<device>-<date>.json
+
+"value" is the forward pass of a tensor that asks for a gradient, so ours also writes the derivative; "value_and_gradient" adds the
+backward pass. `gb_per_s` divides by the time the bytes that either must move: 12 an element (kappa in, value and derivative out), and 12
+more to go back (gradient and derivative in, gradient out). `share_of_copy` sets it against a device copy timed in the same run.
+"""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+
+from bench._environment import DEVICE, environment
+from bench._measure import buffer_count, footprint, time_case
+from bench.baselines.compiled import compiled_log_bessel_i, compiled_log_vmf_normalizer
+from bench.baselines.eager import eager_log_bessel_i, eager_log_vmf_normalizer
+from bench.baselines.published_normalizer import OFFSET, published_log_bessel_i, published_log_vmf_normalizer
+from kernels import inverse_mean_resultant_length, log_bessel_i, log_vmf_normalizer, mean_resultant_length
+
+pytestmark = pytest.mark.timeout(1800)  # seconds; the published way with 2^26 values needs a few minutes
+
+DIM = 512
+ORDER = DIM / 2 - 1
+SIZES = [2**power for power in range(10, 28 if DEVICE == "cuda" else 21, 2)]
+# Each function of kappa alone, in every way there is.
+FAMILY = {
+    "log_bessel_i": {
+        "scf_fast": partial(log_bessel_i, ORDER),
+        "published": partial(published_log_bessel_i, ORDER),
+        "eager": partial(eager_log_bessel_i, ORDER),
+        "compiled": partial(compiled_log_bessel_i, ORDER),
+    },
+    "log_vmf_normalizer": {
+        "scf_fast": partial(log_vmf_normalizer, dim=DIM),
+        "published": partial(published_log_vmf_normalizer, dim=DIM),
+        "eager": partial(eager_log_vmf_normalizer, dim=DIM),
+        "compiled": partial(compiled_log_vmf_normalizer, dim=DIM),
+    },
+    "mean_resultant_length": {"scf_fast": partial(mean_resultant_length, dim=DIM)},
+}
+
+
+def value(function, kappa):
+    return function(kappa)
+
+
+def value_and_gradient(function, kappa):
+    result = function(kappa)
+    return torch.autograd.grad(result, kappa, torch.ones_like(result))
+
+
+PASSES = {"value": (value, 12), "value_and_gradient": (value_and_gradient, 24)}
+
+
+def fresh_kappas(size, device):
+    """Log-uniform over the working range, 50 to 5000: tensors of (size,) float32 that ask for a gradient, in turn."""
+    count = buffer_count(4 * size)
+    return [torch.empty(size, device=device).uniform_(3.9, 8.5).exp_().requires_grad_() for _ in range(count)]
+
+
+def expected(quantity, name, kappa):
+    """(value, gradient) in float64 at the float64 tensor kappa: of the published formula by scipy, else of the eager expansion."""
+    if name == "published":
+        at = kappa.cpu().numpy()
+        scaled, lower = scipy.special.ive(ORDER, at), scipy.special.ive(ORDER - 1, at)
+        log_i = np.log(OFFSET + scaled) + at
+        slope = 1 + (lower - scaled * (ORDER + at) / at) / (OFFSET + scaled)
+        if quantity == "log_vmf_normalizer":
+            log_i, slope = ORDER * np.log(OFFSET + at) - DIM / 2 * np.log(2 * np.pi) - log_i, ORDER / (OFFSET + at) - slope
+        return tuple(torch.from_numpy(array).to(kappa.device) for array in (log_i, slope))
+    kappa = kappa.clone().requires_grad_()
+    log_i = eager_log_bessel_i(ORDER, kappa)
+    (slope,) = torch.autograd.grad(log_i.sum(), kappa, create_graph=True)
+    a = slope - ORDER / kappa
+    if quantity == "mean_resultant_length":
+        return a.detach(), torch.autograd.grad(a.sum(), kappa)[0]
+    if quantity == "log_bessel_i":
+        return log_i, slope
+    return ORDER * torch.log(kappa) - DIM / 2 * np.log(2 * np.pi) - log_i, -a
+
+
+def check(quantity, name, kappa):
+    """Refuses to time a function whose values or gradients are not what it promises."""
+    kappa = kappa[:4096].detach().requires_grad_()
+    result = FAMILY[quantity][name](kappa)
+    (gradient,) = torch.autograd.grad(result.sum(), kappa)
+    expected_value, expected_gradient = (tensor.detach() for tensor in expected(quantity, name, kappa.detach().double()))
+    # The baselines subtract terms of thousands in float32: their values hold to 1e-3, and their gradients to as many digits fewer.
+    torch.testing.assert_close(result.double(), expected_value, rtol=1e-5, atol=1e-6 if quantity == "mean_resultant_length" else 1e-3)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=0 if quantity == "mean_resultant_length" else 1e-5)
+
+
+def measure(benchmark, call, buffers, device, least_bytes, copy_bytes_per_second):
+    size = buffers[0].numel()
+    seconds = time_case(benchmark, call, [(kappa,) for kappa in buffers], device)
+    benchmark.extra_info.update(
+        environment(device), shape=[size], dtype="float32", dim=DIM, **footprint(call, (buffers[0],), device),
+        gb_per_s=least_bytes * size / seconds / 1e9, copy_gb_per_s=copy_bytes_per_second / 1e9,
+        share_of_copy=least_bytes * size / seconds / copy_bytes_per_second,
+    )
+
+
+@pytest.mark.parametrize(("quantity", "name"), [(quantity, name) for quantity, ways in FAMILY.items() for name in ways])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("direction", PASSES)
+def test_log_bessel_family(benchmark, device, copy_bytes_per_second, direction, size, quantity, name):
+    benchmark.group = f"{quantity}, {direction}, {size} elements"
+    buffers = fresh_kappas(size, device)
+    check(quantity, name, buffers[0])
+    run, least_bytes = PASSES[direction]
+    measure(benchmark, partial(run, FAMILY[quantity][name]), buffers, device, least_bytes, copy_bytes_per_second)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_inverse(benchmark, device, copy_bytes_per_second, size):
+    benchmark.group = f"inverse_mean_resultant_length, value, {size} elements"
+    kappas = [kappa.detach() for kappa in fresh_kappas(size, device)]
+    buffers = [mean_resultant_length(kappa, DIM) for kappa in kappas]
+    found = inverse_mean_resultant_length(buffers[0], DIM)
+    # A rounding of rho moves kappa by rho / (kappa A') of it: tenfold at kappa = 5000.
+    torch.testing.assert_close(found, kappas[0], rtol=1e-5, atol=0)
+    measure(benchmark, partial(inverse_mean_resultant_length, dim=DIM), buffers, device, 8, copy_bytes_per_second)

@@ -1,0 +1,103 @@
+"""The measuring itself: medians taken in turns, memory counted, and benchmark files that pytest can run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import _measure, bench_log_bessel, bench_scf_loss
+from bench._environment import environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_interleaved_seconds_takes_turns_and_the_median(monkeypatch):
+    called, timed = [], []
+    ticks = iter([1.0, 10.0, 20.0, 2.0, 9.0, 30.0])  # rounds a b, b a, a b
+
+    def fake_seconds(call, args, device, clock):
+        timed.append(call(*args))
+        return next(ticks)
+
+    monkeypatch.setattr(_measure, "_seconds", fake_seconds)
+    calls = {name: lambda x, name=name: called.append(name + x) or name + x for name in "ab"}
+    medians = _measure.interleaved_seconds(calls, [("0",), ("1",), ("2",)], "cpu", rounds=3)
+    assert timed == ["a0", "b0", "b2", "a2", "a1", "b1"]
+    assert called[2:] == ["a2", "a0", "b2", "b0", "b1", "b2", "a1", "a2", "a0", "a1", "b0", "b1"]  # each after one of its own, untimed
+    assert medians == {"a": 2.0, "b": 20.0}
+
+
+def test_footprint_counts_memory_held_at_once():
+    """Two temporaries of a MiB at once, then the result: 2 MiB, not the 3 MiB allocated in all."""
+    x = torch.rand(2**18)
+    found = _measure.footprint(lambda x: x.exp().log().exp(), (x,), "cpu")
+    assert found["peak_mib"] == pytest.approx(2.0, abs=0.01)
+    assert found["operators"] == 3
+    assert found["kernels"] is found["copies"] is found["device_us"] is None
+
+
+def test_buffer_count_covers_the_cache_within_bounds():
+    assert _measure.buffer_count(4096) == 16
+    assert _measure.buffer_count(64 * 2**20) == 4
+    assert _measure.buffer_count(2**34) == 2
+
+
+def test_environment_names_what_a_number_needs():
+    found = environment("cpu")
+    assert found["device"] == "cpu" and found["cpu"] and found["torch"] == torch.__version__
+    assert {"driver", "triton", "commit", "date", "threads"} <= set(found)
+
+
+@pytest.mark.parametrize("quantity", bench_log_bessel.FAMILY)
+def test_every_function_passes_its_check(quantity):
+    """Compiled ones excepted, for the compiler's time: test_baselines has one of them."""
+    torch.manual_seed(0)
+    for name in bench_log_bessel.FAMILY[quantity].keys() - {"compiled"}:
+        bench_log_bessel.check(quantity, name, bench_log_bessel.fresh_kappas(64, "cpu")[0])
+
+
+@pytest.mark.parametrize("quantity", bench_log_bessel.FAMILY)
+def test_a_wrong_function_is_not_timed(monkeypatch, quantity):
+    torch.manual_seed(0)
+    honest = bench_log_bessel.FAMILY[quantity]["scf_fast"]
+    monkeypatch.setitem(bench_log_bessel.FAMILY[quantity], "scf_fast", lambda kappa: honest(1.001 * kappa))
+    with pytest.raises(AssertionError):
+        bench_log_bessel.check(quantity, "scf_fast", bench_log_bessel.fresh_kappas(64, "cpu")[0])
+
+
+@pytest.mark.parametrize("name", ["scf_fast", "scf_fast_published", "published", "eager"])
+def test_every_loss_passes_its_check(name):
+    torch.manual_seed(0)
+    class_centers = bench_scf_loss.fresh_class_centers(100, "cpu")
+    bench_scf_loss.check(name, bench_scf_loss.fresh_batches(32, class_centers, finetune=False)[0])
+
+
+def test_a_wrong_loss_is_not_timed(monkeypatch):
+    torch.manual_seed(0)
+    class_centers = bench_scf_loss.fresh_class_centers(100, "cpu")
+    batch = bench_scf_loss.fresh_batches(32, class_centers, finetune=False)[0]
+    honest = bench_scf_loss.LOSSES["published"]
+    monkeypatch.setitem(bench_scf_loss.LOSSES, "scf_fast", lambda *inputs: honest(*inputs))
+    with pytest.raises(AssertionError):
+        bench_scf_loss.check("scf_fast", batch)
+
+
+def test_benchmarks_run_when_named(tmp_path):
+    """One small case of each file; naming it makes pytest import the file and work out all of its cases."""
+    results = tmp_path / "results.json"
+    cases = [
+        "bench/bench_log_bessel.py::test_log_bessel_family[value-1024-log_bessel_i-eager]",
+        "bench/bench_scf_loss.py::test_scf_loss[85742-forward-confidence-256-eager]",
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases, f"--benchmark-json={results}"]
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # the cases are those of the CPU
+    finished = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    timed = json.loads(results.read_text())["benchmarks"]
+    assert {case["group"].split(",")[0] for case in timed} == {"log_bessel_i", "scf_loss"}
+    for case in timed:
+        assert {"device", "driver", "torch", "triton", "commit", "shape", "dtype", "peak_mib", "kernels", "gb_per_s"} <= set(case["extra_info"])
