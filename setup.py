@@ -14,9 +14,9 @@ setup(
     py_modules=["train"],
     python_requires=">=3.10,<3.14",
     install_requires=["torch>=2.8", "triton>=3.4", "deepspeed>=0.17", "numpy>=1.26", "scipy>=1.11", "pillow>=10", "matplotlib>=3.8",
-                      "tensorboard>=2.15", "tqdm>=4.65", "PyYAML>=6.0", "setuptools"],
+                      "tensorboard>=2.15", "tqdm>=4.65", "PyYAML>=6.0", "safetensors>=0.4", "setuptools"],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.2", "hypothesis>=6.90", "mpmath>=1.3", "ruff>=0.12"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "hypothesis>=6.90", "mpmath>=1.3", "ruff>=0.12"],
     },
 )

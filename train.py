@@ -8,6 +8,10 @@ from scf_fast import config, launch
 
 def main() -> int:
     settings = config.parse()
+    if not settings.cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif settings.gpu_ids and "RANK" not in os.environ:  # a launcher has chosen already
+        os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids.replace(" ", "")
     from scf_fast import trainer  # after the flags are known to be good: DeepSpeed and DALI take seconds to import
     try:
         trainer.train(settings)

@@ -1,50 +1,146 @@
 """Confidence-weighted pooling of the images of a template into one direction and one concentration.
 
     s_t = sum over images m of template t of kappa_m mu_m,    direction_t = s_t / |s_t|,    kappa_t = |s_t|
+
+    d loss / d s_t     = (g - (g . direction_t) direction_t) / kappa_t + h direction_t,     g, h: gradients of direction_t and kappa_t
+    d loss / d mu_m    = kappa_m d loss / d s_t        d loss / d kappa_m = mu_m . d loss / d s_t
+
+Images are sorted by template (stably) and summed one after another, which unlike atomic additions gives the same bits on every run.
 """
 
 import torch
+import triton
+import triton.language as tl
+
+from ._common import as_compute, check_floating, compute_dtype, use_triton
+
+_MAX_DIM = 8192  # a program holds the sum of a template in registers
+_TILE = 4096  # elements of the images that a program reads at a time: enough loads in flight to hide their latency
 
 
-def pool_templates(
-    mu: torch.Tensor, kappa: torch.Tensor | None, template_ids: torch.Tensor, num_templates: int | None = None
+def pool_templates_reference(mu, kappa, template_ids, num_templates):
+    """In plain PyTorch, in mu's dtype (at least float32): one segmented sum of the sorted rows."""
+    dtype = _dtype(mu, kappa)
+    weighted = mu.to(dtype) if kappa is None else mu.to(dtype) * kappa.to(dtype)[:, None]
+    order, offsets = _segments(template_ids, num_templates)
+    sums = torch.segment_reduce(weighted[order], "sum", lengths=offsets.diff(), axis=0, initial=0.0)
+    kappas = torch.linalg.vector_norm(sums, dim=1)
+    return sums / kappas.clamp(min=torch.finfo(dtype).tiny)[:, None], kappas
+
+
+def _segments(template_ids: torch.Tensor, num_templates: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) rows in the order of their templates, and (T + 1,) where each template starts in that."""
+    counts = torch.bincount(template_ids, minlength=num_templates)
+    return torch.argsort(template_ids, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+@triton.jit
+def _pool_kernel(
+    mu_ptr, kappa_ptr, order_ptr, offsets_ptr, directions_ptr, kappas_ptr, mu_stride,
+    WEIGHTED: tl.constexpr, TINY: tl.constexpr, FP64: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """One template a program, ROWS images at a time."""
+    template = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(offsets_ptr + template), tl.load(offsets_ptr + template + 1)
+    cols = tl.arange(0, BLOCK_D)
+    inside_d = cols < D
+    total = as_compute(tl.zeros((BLOCK_D,), tl.float32), FP64)
+    for at in range(start, stop, ROWS):
+        positions = at + tl.arange(0, ROWS)
+        inside = positions < stop
+        images = tl.load(order_ptr + positions, mask=inside, other=0)
+        values = as_compute(tl.load(mu_ptr + images[:, None] * mu_stride + cols[None, :], mask=inside[:, None] & inside_d[None, :], other=0.0), FP64)
+        if WEIGHTED:
+            values *= as_compute(tl.load(kappa_ptr + images, mask=inside, other=0.0), FP64)[:, None]
+        total += tl.sum(values, axis=0)
+    length = tl.sqrt(tl.sum(total * total))
+    scale = 1.0 / tl.where(length < TINY, TINY, length)
+    tl.store(directions_ptr + template * D + cols, total * scale, mask=inside_d)
+    tl.store(kappas_ptr + template, length)
+
+
+def _dtype(mu: torch.Tensor, kappa: torch.Tensor | None) -> torch.dtype:
+    return compute_dtype(mu) if kappa is None else compute_dtype(mu, kappa)
+
+
+@torch.library.custom_op("scf::pool_templates", mutates_args=())
+def _pool_templates(
+    mu: torch.Tensor, kappa: torch.Tensor | None, template_ids: torch.Tensor, num_templates: int, triton_kernel: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pools image directions into templates of any size. Source: Eqn (14), Li et al., CVPR 2021.
-
-    CPU and CUDA tensors run the same PyTorch code: rows sorted by template (stably), then one segmented sum, which unlike atomic
-    additions gives the same bits on every run.
-
-    Args:
-        mu: (N, D) floating point, unit rows.
-        kappa: (N,) floating point weights >= 0; None weighs every image alike (average pooling).
-        template_ids: (N,) int64 in [0, T), in any order.
-        num_templates: T >= 1; by default the largest id plus one.
-    Returns:
-        directions (T, D) and kappas (T,), summed in mu's dtype (at least float32). A template without images, or whose images
-        cancel exactly, has direction 0 and kappa 0: the uniform distribution. Differentiable in mu and kappa. Deterministic.
-    Raises:
-        ValueError: shapes or dtypes are not as above, an id lies outside [0, T), or T is 0.
-    """
-    if mu.ndim != 2 or not mu.is_floating_point():
-        raise ValueError(f"mu must be (N, D) floating point, got {tuple(mu.shape)} {mu.dtype}")
-    if kappa is not None and (kappa.shape != mu.shape[:1] or not kappa.is_floating_point()):
-        raise ValueError(f"kappa must be ({len(mu)},) floating point, one per row of mu, or None, got {tuple(kappa.shape)} {kappa.dtype}")
-    if template_ids.shape != mu.shape[:1] or template_ids.dtype != torch.int64:
-        got = f"{tuple(template_ids.shape)} {template_ids.dtype}"
-        raise ValueError(f"template_ids must be ({len(mu)},) int64, one per row of mu, got {got}")
-    lowest, highest = (int(template_ids.min()), int(template_ids.max())) if len(mu) else (0, -1)
-    if num_templates is None:
-        num_templates = highest + 1
-    if num_templates < 1:
-        raise ValueError(f"there must be at least one template, got {num_templates}; pass images or num_templates")
+    lowest, highest = (int(value) for value in template_ids.aminmax()) if len(template_ids) else (0, -1)
     if lowest < 0 or highest >= num_templates:
         raise ValueError(f"template_ids must lie in [0, {num_templates}), got {lowest}..{highest}; "
                          "number them with torch.unique(return_inverse=True)")
-    weighted = mu.to(torch.promote_types(mu.dtype, torch.float32))
+    if not triton_kernel:
+        return pool_templates_reference(mu, kappa, template_ids, num_templates)
+    dim, dtype = mu.shape[1], _dtype(mu, kappa)
+    directions = torch.empty(num_templates, dim, dtype=dtype, device=mu.device)
+    kappas = torch.empty(num_templates, dtype=dtype, device=mu.device)
+    mu = mu if mu.stride(1) == 1 else mu.contiguous()
+    order, offsets = _segments(template_ids, num_templates)
+    block_d = triton.next_power_of_2(dim)
+    _pool_kernel[(num_templates,)](
+        mu, mu if kappa is None else kappa.contiguous(), order, offsets, directions, kappas, mu.stride(0),
+        WEIGHTED=kappa is not None, TINY=torch.finfo(dtype).tiny, FP64=dtype == torch.float64, D=dim, ROWS=max(1, min(8, _TILE // block_d)),
+        BLOCK_D=block_d, num_warps=4 if block_d <= 1024 else 8)
+    return directions, kappas
+
+
+@_pool_templates.register_fake
+def _(mu, kappa, template_ids, num_templates, triton_kernel):
+    dtype = _dtype(mu, kappa)
+    return torch.empty(num_templates, mu.shape[1], dtype=dtype, device=mu.device), torch.empty(num_templates, dtype=dtype, device=mu.device)
+
+
+def _setup(ctx, inputs, output):
+    mu, kappa, template_ids, *_ = inputs
+    ctx.save_for_backward(mu, kappa, template_ids, *output)
+
+
+def _backward(ctx, grad_directions, grad_kappas):
+    mu, kappa, template_ids, directions, kappas = ctx.saved_tensors
+    along = (grad_directions * directions).sum(dim=1, keepdim=True)
+    # The direction of a template that cancels has no derivative; its gradient is 0, as its direction is.
+    inverse = torch.where(kappas > 0, 1 / kappas, 0.0)[:, None]
+    grad_sums = (grad_directions - along * directions) * inverse + grad_kappas[:, None] * directions
+    grad = grad_sums[template_ids]
+    grad_kappa = None if kappa is None else (mu.to(grad.dtype) * grad).sum(dim=1).to(kappa.dtype)
+    grad_mu = grad if kappa is None else grad * kappa.to(grad.dtype)[:, None]
+    return grad_mu.to(mu.dtype), grad_kappa, None, None, None
+
+
+_pool_templates.register_autograd(_backward, setup_context=_setup)
+
+
+def pool_templates(
+    mu: torch.Tensor, kappa: torch.Tensor | None, template_ids: torch.Tensor, num_templates: int | None = None, *, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pools image directions into templates of any size. Source: Eqn (14), Li et al., CVPR 2021.
+
+    Args:
+        mu: (N, D) floating point, unit rows, D <= 8192.
+        kappa: (N,) floating point weights >= 0; None weighs every image alike (average pooling).
+        template_ids: (N,) int64 in [0, T), in any order. Their range is checked, which waits for the device.
+        num_templates: T >= 1; by default the largest id plus one. torch.compile wants it given.
+        backend: "auto" runs Triton for CUDA tensors and PyTorch for others; "triton" or "torch" insists.
+    Returns:
+        directions (T, D) and kappas (T,), summed in float32, or in float64 if an argument is. A template without images, or whose
+        images cancel exactly, has direction 0 and kappa 0: the uniform distribution. Differentiable in mu and kappa. Deterministic.
+    Raises:
+        ValueError: shapes or dtypes are not as above, an id lies outside [0, T), T is 0, or the backend cannot run.
+    """
+    check_floating("mu", mu)
+    if mu.ndim != 2 or not 1 <= mu.shape[1] <= _MAX_DIM:
+        raise ValueError(f"mu must be (N, D) with D in 1 .. {_MAX_DIM}, got {tuple(mu.shape)}")
     if kappa is not None:
-        weighted = weighted * kappa.to(weighted.dtype)[:, None]
-    order = torch.argsort(template_ids, stable=True)
-    lengths = torch.bincount(template_ids, minlength=num_templates)
-    sums = torch.segment_reduce(weighted[order], "sum", lengths=lengths, axis=0, initial=0.0)
-    kappas = torch.linalg.vector_norm(sums, dim=1)
-    return sums / kappas.clamp(min=torch.finfo(sums.dtype).tiny)[:, None], kappas
+        check_floating("kappa", kappa)
+        if kappa.shape != mu.shape[:1]:
+            raise ValueError(f"kappa must be ({len(mu)},), one per row of mu, or None, got {tuple(kappa.shape)}")
+    if template_ids.shape != mu.shape[:1] or template_ids.dtype != torch.int64:
+        got = f"{tuple(template_ids.shape)} {template_ids.dtype}"
+        raise ValueError(f"template_ids must be ({len(mu)},) int64, one per row of mu, got {got}")
+    if num_templates is None:
+        num_templates = int(template_ids.max()) + 1 if len(mu) else 0
+    if num_templates < 1:
+        raise ValueError(f"there must be at least one template, got {num_templates}; pass images or num_templates")
+    return _pool_templates(mu, kappa, template_ids, num_templates, use_triton(backend, mu))

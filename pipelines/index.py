@@ -1,135 +1,194 @@
-"""Random access to the images of a RecordIO file by a small index beside it."""
-import contextlib
-import glob
-import hashlib
+"""Opens any data set by its path, and says what is in one: `python -m pipelines.index DATA [--verify]`."""
+import argparse
+import collections
 import logging
+import multiprocessing
 import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from pipelines.files import atomic_output
-from pipelines.recordio import read_num_classes, read_record, scan_image_records
-from pipelines.sources import ImageSource
+from pipelines.image_folder import FolderIndex
+from pipelines.image_list import ListIndex
+from pipelines.images import load_face, read_header
+from pipelines.record_index import RecordIndex
+from pipelines.sources import ConcatenatedSources
+from pipelines.tar_shards import TarIndex
 
-_LOG = logging.getLogger(__name__)
-_EXACT_LABELS = 1 << 24  # float32 holds every integer up to here
-
-
-class RecordIndex(ImageSource):
-    """The image records of a `.rec`, in file order; made by RecordIndex.open.
-
-    The file and its index are memory maps: forked workers share them, and a pickled copy opens them anew.
-    """
-
-    def __init__(self, rec_path, index_path, num_classes):
-        self._rec_path, self._index_path, self.num_classes = Path(rec_path), Path(index_path), num_classes
-        self._offsets, self.labels = np.asarray(np.load(index_path, mmap_mode="r"))
-        self._data = _memory_map(self._rec_path)
-
-    def __reduce__(self):
-        return RecordIndex, (self._rec_path, self._index_path, self.num_classes)
-
-    @classmethod
-    def open(cls, path, cache_dir=None):
-        """Index a `.rec`, or find the index made before.
-
-        A `property` file beside the `.rec` gives num_classes; without one it is the largest label + 1.
-
-        Args:
-            path: the `.rec`, or the folder that holds `train.rec`.
-            cache_dir: folder for the index; by default beside the `.rec`, or where that is read-only in
-                $XDG_CACHE_HOME/scf_fast (~/.cache/scf_fast). 16 bytes an image; made anew when the `.rec` changes size or date.
-        Returns:
-            RecordIndex.
-        Raises:
-            ValueError: the file is missing, truncated, damaged or without images, or a label does not fit.
-        """
-        rec_path = Path(path)
-        if rec_path.is_dir():
-            rec_path = rec_path / "train.rec"
-        data = _memory_map(rec_path)
-        index_path = _index_path(rec_path, cache_dir)
-        if not index_path.exists():
-            _write_index(rec_path, data, index_path)
-        property_path = rec_path.with_name("property")
-        index = cls(rec_path, index_path, read_num_classes(property_path) if property_path.exists() else None)
-        largest = int(index.labels.max())
-        if index.num_classes is None:
-            index.num_classes = largest + 1
-        if largest >= index.num_classes:
-            raise ValueError(f"{index.name(int(index.labels.argmax()))} has label {largest}, but {property_path} says {index.num_classes} "
-                             "classes; correct the property file, or take both files from the same data set")
-        return index
-
-    def encoded(self, i):
-        return self._record(i).image
-
-    def name(self, i):
-        return f"{self._rec_path} record {self._record(i).record_id}"
-
-    def _record(self, i):
-        try:
-            return read_record(self._data, int(self._offsets[i]))
-        except ValueError as error:
-            raise ValueError(f"{self._rec_path} changed while in use: {error}") from error
+_SAMPLE = 2000  # images whose headers the report reads where not all are decoded
+_CHUNK = 256  # images a task of --verify
+_SHOWN = 20  # broken images named in the report
 
 
-def open_source(path):
-    """The images at `path`, whatever format they are in.
+def open_source(path, root=None, cache_dir=None):
+    """The images at `path`, whatever format they are in; the first time they are scanned, and an index is kept.
 
     Args:
-        path: a folder with `train.rec` (as MS1M and Glint360K are shipped), or a `.rec` file.
+        path: one of
+            a `.rec` file, or a folder with `train.rec`, or with other `.rec` files that are parts of one set (RecordIndex);
+            a `.tar` file, or a folder of them (TarIndex);
+            a text file with lines `path label` (ListIndex);
+            a folder of one folder of image files for each identity (FolderIndex);
+            or a list or tuple of such paths: several data sets, each with its own identities (ConcatenatedSources).
+        root: folder that relative paths in a text file start from; by default its own.
+        cache_dir: folder for the index; by default beside the data, see IndexedImages.open.
     Returns:
         ImageSource.
     Raises:
-        ValueError: nothing is there, or nothing that is known; or the file is damaged.
+        ValueError: nothing is there, or nothing that is known; or the data is damaged.
     """
+    if isinstance(path, (list, tuple)):
+        if not path:
+            raise ValueError("there must be at least one data set, got none")
+        sources = [open_source(one, root, cache_dir) for one in path]
+        return sources[0] if len(sources) == 1 else ConcatenatedSources(sources)
     path = Path(path)
-    if path.suffix == ".rec" or (path / "train.rec").exists():
-        return RecordIndex.open(path)
-    if not path.exists():
+    if not path.exists() and path.suffix not in (".rec", ".tar"):
         raise ValueError(f"there is no data set at {path}; check the path")
-    raise ValueError(f"{path} must be a .rec file or a folder that holds train.rec; check the path")
+    return _kind(path).open(path, cache_dir, root)
 
 
-def _memory_map(path):
-    """(bytes,) uint8 array over the file; without pages of its own."""
+def _kind(path):
+    if not path.is_dir():
+        return {".rec": RecordIndex, ".tar": TarIndex}.get(path.suffix, ListIndex)
     try:
-        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if os.path.getsize(path) else np.empty(0, dtype=np.uint8)
+        with os.scandir(path) as entries:
+            entries = list(entries)
     except OSError as error:
-        raise ValueError(f"cannot open {path}: {os.strerror(error.errno)}; check the path") from error
+        raise ValueError(f"cannot list {path}: {os.strerror(error.errno)}; check its permissions") from error
+    for suffix, kind in ((".rec", RecordIndex), (".tar", TarIndex)):
+        if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
+            return kind
+    if any(entry.is_dir() for entry in entries):
+        return FolderIndex
+    raise ValueError(f"{path} must hold train.rec, .tar shards, or a folder of images for each identity; to use an image list, give the file; "
+                     "check the path")
 
 
-def _index_path(rec_path, cache_dir):
-    """Where the index of this very file belongs: another size or date, another name."""
-    stat = rec_path.stat()
-    name = f"{rec_path.name}.index-{stat.st_size:x}-{stat.st_mtime_ns:x}.npy"
-    if cache_dir is None and os.access(rec_path.parent, os.W_OK):
-        return rec_path.with_name(name)
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scf_fast"
-        _LOG.info("%s is read-only: the index of %s goes to %s", rec_path.parent, rec_path.name, cache_dir)
-    folder = hashlib.sha256(str(rec_path.resolve()).encode()).hexdigest()[:16]  # one folder for each file called train.rec
-    return Path(cache_dir) / folder / name
+def describe(source):
+    """What is in an indexed source, as lines of text; reads the headers of up to 2000 images, evenly spread.
+
+    Args:
+        source: IndexedImages.
+    Returns:
+        list of str.
+    """
+    counts = np.bincount(source.labels, minlength=source.num_classes)
+    used = counts[counts > 0]
+    lines = [f"format                 {source.FORMAT}", f"images                 {len(source):,}",
+             f"identities             {len(used):,} with images, {source.num_classes - len(used):,} numbers without",
+             f"images per identity    {used.min():,} to {used.max():,}, median {np.median(used):g}, mean {used.mean():.1f}",
+             *(f"skipped                {count:,} {reason}" for reason, count in source.skipped.items() if count)]
+    kinds, sizes, bad = collections.Counter(), [], collections.Counter()
+    sample = np.unique(np.linspace(0, len(source) - 1, num=min(_SAMPLE, len(source)), dtype=np.int64)).tolist()
+    for i in sample:
+        try:
+            encoded = source.encoded(i)
+            header = read_header(encoded)
+        except ValueError as error:
+            bad[_reason(source, i, error)] += 1
+            continue
+        kinds[f"{header.format} {header.width} x {header.height}"] += 1
+        sizes.append(len(encoded))
+    where = "" if len(sample) == len(source) else f" (of {len(sample):,} looked at)"
+    if sizes:
+        lines.append(f"bytes an image         {min(sizes):,} to {max(sizes):,}, mean {np.mean(sizes):,.0f}{where}")
+    lines += [f"kind                   {count:,} {kind}{where}" for kind, count in kinds.most_common(8)]
+    lines += [f"unreadable             {count:,} {reason}{where}" for reason, count in bad.most_common(8)]
+    lines.append(f"broken                 {len(source.broken):,} of {len(source):,}" if source.verified else
+                 "broken                 not known; --verify decodes every image")
+    return lines
 
 
-def _write_index(rec_path, data, index_path):
-    """Save a (2, N) int64 array: byte offset of each image record, label of each. Indices of the file's earlier states go."""
+def find_broken(source, workers=None):
+    """Decode every image.
+
+    Args:
+        source: ImageSource.
+        workers: int, processes; by default one a core.
+    Returns:
+        dict of position -> message, ascending.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    starts = range(0, len(source), _CHUNK)
+    broken = {}
+    with (ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_source, (source,)) as pool,
+          tqdm(total=len(source), desc="decoding", unit="img", unit_scale=True, disable=None) as bar):
+        for start, found in zip(starts, pool.map(_broken_from, starts)):
+            broken.update(found)
+            bar.update(min(_CHUNK, len(source) - start))
+    return broken
+
+
+def _set_source(source):
+    global _source
+    _source = source
+
+
+def _broken_from(start):
+    found = {}
+    for i in range(start, min(start + _CHUNK, len(_source))):
+        try:
+            load_face(_source, i)
+        except ValueError as error:
+            found[i] = str(error)
+    return found
+
+
+def _reason(source, i, error):
+    """An error's message without the image's name."""
+    return str(error).replace(source.name(i), "").strip()
+
+
+def _check_offsets_file(source, rec_path):
+    """One line on the `.idx` beside a `.rec`: it is not used, but other programs will read it."""
+    path = Path(rec_path).with_suffix(".idx")
+    if not path.exists():
+        return f"{path.name:<23}missing; not needed"
+    columns = path.read_bytes().split()[1::2]  # lines of 'id offset'
     try:
-        offsets, labels = scan_image_records(data)
-        if not len(offsets):
-            raise ValueError("it holds no image record; check that it is the right file")
-        is_class = (labels == np.floor(labels)) & (labels >= 0) & (labels <= _EXACT_LABELS)
-        if not is_class.all():
-            first = int(np.argmin(is_class))
-            record_id = read_record(data, int(offsets[first])).record_id
-            raise ValueError(f"record {record_id} has label {labels[first]:g}; a label must be a whole number in 0..{_EXACT_LABELS}")
-    except ValueError as error:
-        raise ValueError(f"{rec_path}: {error}") from error
-    for stale in index_path.parent.glob(f"{glob.escape(rec_path.name)}.index-*.npy"):
-        with contextlib.suppress(FileNotFoundError):  # another rank may have been first
-            if stale != index_path:
-                stale.unlink()
-    with atomic_output(index_path) as file:
-        np.save(file, np.stack([offsets, labels.astype(np.int64)]))
+        listed = np.array(columns, dtype=np.int64)
+    except ValueError:
+        listed = np.empty(0, dtype=np.int64)
+    missing = int(np.count_nonzero(~np.isin(source.offsets_in(rec_path), listed)))
+    return f"{path.name:<23}" + (f"wrong: {missing:,} images are not where it says; not used" if missing else "agrees; not used")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m pipelines.index", description="Index a face data set and say what is in it.")
+    parser.add_argument("data", metavar="DATA", help="a .rec file or a folder with train.rec; .tar shards or their folder; an image list; or a folder of "
+                                                     "one folder of images for each identity")
+    parser.add_argument("--root", metavar="DIR", help="where relative paths in an image list start (default: the list's folder)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where the index goes (default: beside the data)")
+    parser.add_argument("--verify", action="store_true", help="decode every image and record the broken ones, which training then replaces; "
+                                                              "exit status 1 if there are any")
+    parser.add_argument("--workers", type=int, metavar="W", help="processes that decode (default: one a core)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        source = open_source(options.data, options.root, options.cache_dir)
+        found = {}
+        if options.verify:
+            found = find_broken(source, options.workers)
+            source.record_broken(list(found))
+            source = open_source(options.data, options.root, options.cache_dir)
+        print("\n".join(describe(source)))
+        if isinstance(source, RecordIndex):
+            print("\n".join(_check_offsets_file(source, path) for path in source.rec_paths))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    for message in list(found.values())[:_SHOWN]:
+        print(f"broken                 {message}")
+    if len(found) > _SHOWN:
+        print(f"broken                 ... and {len(found) - _SHOWN:,} more")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

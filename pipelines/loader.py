@@ -1,21 +1,26 @@
 """Batches of normalised faces from a source and a sampler, by NVIDIA DALI or by PyTorch workers.
 
 Both backends turn the sampler's requests (indices, flips) into uint8 faces and share everything else, so they give the same
-batches: same images, same flips, same arithmetic.
+batches: same images, same flips, same augmentation, same arithmetic, the same replacements of broken images.
 """
 import abc
 import contextlib
 import functools
 import logging
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from pipelines.augmentation import PRESETS, Augmentation
+from pipelines.broken import BrokenImages
 from pipelines.images import FACE_SIZE
 
 _LOG = logging.getLogger(__name__)
+_READ_AHEAD = 1 << 14  # images of a rank that the disk is asked for together, 160 MB: 64 blocks of 256, what a block shuffle mixes
 _CENTER = 127.5
 _SCALE = {
     "insightface": 127.5,  # arcface_torch: mean 0.5, std 0.5 of values in [0, 1]
@@ -29,6 +34,7 @@ class Preprocessing:
 
     normalization: str = "insightface"  # (x - 127.5) / 127.5, or "published": (x - 127.5) / 128
     horizontal_flip: bool = True  # mirror each image with probability 1/2
+    augmentation: Augmentation = PRESETS["none"]  # changes nothing unless told to
 
     def __post_init__(self):
         if self.normalization not in _SCALE:
@@ -51,7 +57,14 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # (B, 3, 112, 112) in the loader's dtype, channels_last, on its device
     labels: torch.Tensor  # (B,) int64 on the loader's device
-    indices: torch.Tensor  # (B,) int64 on the CPU, positions in the source
+    indices: torch.Tensor  # (B,) int64 on the CPU, positions in the source: of the image that is shown, also where it replaces a broken one
+
+
+class Request(NamedTuple):
+    """What a backend is asked for."""
+
+    indices: np.ndarray  # (B,) int64, B > 0
+    flips: np.ndarray  # (B,) bool
 
 
 class Loader(abc.ABC):
@@ -60,36 +73,44 @@ class Loader(abc.ABC):
     Attributes:
         backend: 'dali' or 'torch'.
         batches_per_epoch: int, the same on every rank.
+        broken: BrokenImages, what could not be read or decoded so far; `len(loader.broken)`, `loader.broken.found`.
     """
 
     backend: str
 
-    def __init__(self, source, sampler, preprocessing, device, dtype):
+    def __init__(self, source, sampler, preprocessing, device, dtype, broken):
         self._source, self._sampler, self._preprocessing = source, sampler, preprocessing
         self._device, self._dtype = device, dtype
         self.batches_per_epoch = sampler.batches_per_epoch
+        self.broken = broken
         self._running = None
+        self._read_ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
-    def batches(self, epoch, start_batch=0):
+    def batches(self, epoch, start_batch=0, *, start_sample=0):
         """The batches of one epoch. Asking again ends an iteration left half way; a batch stays valid for as long as it is kept.
 
         Args:
             epoch: int >= 0.
-            start_batch: int in [0, batches_per_epoch], the first batch wanted: resume there.
+            start_batch: int in [0, number of batches], the first batch wanted: resume there.
+            start_sample: int, the position in the epoch's order that batch 0 starts at: what was seen of the epoch by a run with another
+                batch size.
         Returns:
             Iterator over Batch.
         Raises:
-            ValueError: start_batch is out of range; or, while iterating, an image cannot be decoded (the message names it).
+            ValueError: a start is out of range; or, while iterating, an image is broken and not to be replaced (the message names it).
         """
-        if not 0 <= start_batch <= self.batches_per_epoch:
-            raise ValueError(f"start_batch must lie in 0..{self.batches_per_epoch}, got {start_batch}")
+        batches = self._sampler.batches_from(start_sample) if start_sample else self.batches_per_epoch
+        if not 0 <= start_batch <= batches:
+            raise ValueError(f"start_batch must lie in 0..{batches}, got {start_batch}")
         self._stop()
-        self._running = self._run(epoch, start_batch)
+        position = (start_sample,) if start_sample else ()  # so that a sampler without positions will do where none is asked for
+        self._running = self._run(epoch, range(start_batch, batches), position)
         return self._running
 
     def close(self):
         """End the iteration and give threads, processes and memory back."""
         self._stop()
+        self._read_ahead.shutdown(cancel_futures=True)
 
     def __enter__(self):
         return self
@@ -101,40 +122,62 @@ class Loader(abc.ABC):
         if self._running is not None:
             self._running.close()
 
-    def _run(self, epoch, start_batch):
+    def _run(self, epoch, batches, position):
         requested = deque()
 
+        def indices_of(batch):
+            return self._sampler.indices(epoch, batch, *position)
+
         def requests():
-            for batch in range(start_batch, self.batches_per_epoch):
-                indices = self._sampler.indices(epoch, batch)
+            group = max(1, _READ_AHEAD * self._sampler.world_size // self._sampler.global_batch_size)
+            for number, batch in enumerate(batches):
+                if number % group == 0:
+                    ahead = range(batch if number == 0 else batch + group, min(batch + 2 * group, batches.stop))
+                    self._read_ahead.submit(self._will_need, [indices_of(later) for later in ahead], group)
+                indices = indices_of(batch)
                 requested.append(indices)
                 if len(indices):
                     flips = self._sampler.flips(epoch, indices)
-                    yield indices, flips & self._preprocessing.horizontal_flip
+                    yield Request(indices, flips & self._preprocessing.horizontal_flip)
+
+        def empty():  # a rank's share of a partial last batch, or what a sampler leaves out
+            while requested and not len(requested[0]):
+                yield self._batch(epoch, requested[0], requested.popleft(), torch.empty(0, FACE_SIZE, FACE_SIZE, 3, dtype=torch.uint8))
 
         with contextlib.closing(self._faces(requests())) as decoded:
-            for faces in decoded:
-                yield self._batch(requested.popleft(), faces)
-        if requested:  # a rank's share of a partial last batch can be empty
-            yield self._batch(requested.popleft(), torch.empty(0, FACE_SIZE, FACE_SIZE, 3, dtype=torch.uint8))
+            for faces, shown in decoded:
+                yield from empty()
+                yield self._batch(epoch, requested.popleft(), shown, faces)
+        yield from empty()
 
-    def _batch(self, indices, faces):
-        images = self._preprocessing.normalize(faces.to(self._device, non_blocking=True), self._dtype)
-        labels = torch.from_numpy(self._source.labels[indices])
-        return Batch(images, labels.to(self._device, non_blocking=True), torch.from_numpy(indices.copy()))
+    def _will_need(self, batches, group):
+        for start in range(0, len(batches), group):
+            self._source.will_need(np.sort(np.concatenate(batches[start:start + group])))
+
+    def _batch(self, epoch, requested, shown, faces):
+        self.broken.replaced += int(np.count_nonzero(shown != requested))
+        faces = faces.to(self._device, non_blocking=True)
+        augmentation = self._preprocessing.augmentation
+        if augmentation.does_something and len(requested):
+            faces = augmentation.apply(faces, self._sampler.uniforms(epoch, requested, augmentation.NUM_UNIFORMS))
+        images = self._preprocessing.normalize(faces, self._dtype)
+        labels = torch.from_numpy(self._source.labels[shown])
+        return Batch(images, labels.to(self._device, non_blocking=True), torch.from_numpy(shown.copy()))
 
     @abc.abstractmethod
     def _faces(self, requests):
         """Decode ahead of the consumer; stop cleanly when closed.
 
         Args:
-            requests: iterator over (indices (B,) int64, flips (B,) bool) NumPy arrays, B > 0; read ahead, in this thread.
+            requests: iterator over Request; read ahead, in this thread.
         Yields:
-            (B, 112, 112, 3) uint8 tensor for each request, in order, valid until the next one is asked for.
+            For each request, in order, a (B, 112, 112, 3) uint8 tensor, valid until the next one is asked for, and the (B,) int64
+            positions of the images that it shows.
         """
 
 
-def make_loader(source, sampler, preprocessing=None, *, device="cpu", dtype=torch.float32, backend="auto", num_workers=2, prefetch=2):
+def make_loader(source, sampler, preprocessing=None, *, device="cpu", dtype=torch.float32, backend="auto", num_workers=2, prefetch=2,
+                on_broken="raise"):
     """A loader for a source.
 
     Args:
@@ -146,6 +189,9 @@ def make_loader(source, sampler, preprocessing=None, *, device="cpu", dtype=torc
         backend: 'dali', 'torch', or 'auto': DALI where it can be imported.
         num_workers: decoding threads (DALI, at least one) or processes (PyTorch; 0 decodes in the calling process).
         prefetch: batches decoded ahead; the PyTorch backend keeps at least one for each process.
+        on_broken: what becomes of an image that cannot be read or decoded. 'raise' ends the iteration, with its name: right where every
+            image counts, as in evaluation. 'replace' puts the next good image of the source in its place, label and all, and names the
+            broken one in the log: right for training. See BrokenImages.
     Returns:
         Loader.
     Raises:
@@ -160,7 +206,10 @@ def make_loader(source, sampler, preprocessing=None, *, device="cpu", dtype=torc
         raise ValueError(f"backend must be 'auto', 'dali' or 'torch', got {backend!r}")
     if num_workers < 0 or prefetch < 1:
         raise ValueError(f"num_workers must be at least 0 and prefetch at least 1, got {num_workers} and {prefetch}")
-    return _loader_class(backend)(source, sampler, preprocessing or Preprocessing(), device, dtype, num_workers, prefetch)
+    if on_broken not in ("raise", "replace"):
+        raise ValueError(f"on_broken must be 'raise' or 'replace', got {on_broken!r}")
+    broken = BrokenImages(source, replace=on_broken == "replace")
+    return _loader_class(backend)(source, sampler, preprocessing or Preprocessing(), device, dtype, broken, num_workers, prefetch)
 
 
 def _loader_class(backend):

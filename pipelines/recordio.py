@@ -40,6 +40,15 @@ class Record(NamedTuple):
     image: np.ndarray  # (bytes,) uint8, empty in header and identity records; a view of the file unless the record was cut
 
 
+class ImageRecords(NamedTuple):
+    """Where the N image records of a file are, in file order."""
+
+    offsets: np.ndarray  # (N,) int64, bytes
+    lengths: np.ndarray  # (N,) int64, bytes that the whole record takes
+    labels: np.ndarray  # (N,) float64, the first label of each, as stored
+    num_empty: int  # records with one plain label and no image: images of zero bytes, left out
+
+
 class RecordWriter:
     """Writes a `.rec` and its `.idx` (`id<TAB>offset` lines); both appear when the writer closes without an error.
 
@@ -82,18 +91,33 @@ class RecordWriter:
         self._write(record_id, [first_id, last_id + 1], b"")
 
     def _write(self, record_id, label, image):
-        labels = np.asarray(label, dtype="<f4")
-        flag, scalar = (0, float(labels)) if labels.ndim == 0 else (labels.size, 0.0)
-        payload = _HEADER.pack(flag, scalar, record_id, 0) + (labels.tobytes() if flag else b"") + bytes(image)
-        if len(payload) > _MAX_LENGTH:
-            raise ValueError(f"record {record_id}: RecordIO holds at most {_MAX_LENGTH} bytes a record, got {len(payload)}")
         self._idx.write(f"{record_id}\t{self._rec.tell()}\n".encode())
-        parts = _cut_at_magic(payload)
-        for position, part in enumerate(parts):
-            is_last = position == len(parts) - 1
-            cflag = (_LAST if position else _WHOLE) if is_last else (_MIDDLE if position else _FIRST)
-            self._rec.write(_FRAME.pack(_MAGIC, cflag << 29 | len(part)) + part)
-        self._rec.write(bytes(-len(payload) % 4))  # cuts lie on multiples of 4, so the last part needs what the whole needs
+        self._rec.write(pack_record(record_id, label, image))
+
+
+def pack_record(record_id, label, image):
+    """One record as it stands in a file.
+
+    Args:
+        record_id: int.
+        label: a number, or a sequence of numbers (stored as a label array).
+        image: bytes-like, empty for header and identity records.
+    Returns:
+        bytes, a multiple of 4 of them.
+    Raises:
+        ValueError: it is longer than RecordIO allows.
+    """
+    labels = np.asarray(label, dtype="<f4")
+    flag, scalar = (0, float(labels)) if labels.ndim == 0 else (labels.size, 0.0)
+    payload = _HEADER.pack(flag, scalar, record_id, 0) + (labels.tobytes() if flag else b"") + bytes(image)
+    if len(payload) > _MAX_LENGTH:
+        raise ValueError(f"record {record_id}: RecordIO holds at most {_MAX_LENGTH} bytes a record, got {len(payload)}")
+    packed, parts = [], _cut_at_magic(payload)
+    for position, part in enumerate(parts):
+        is_last = position == len(parts) - 1
+        cflag = (_LAST if position else _WHOLE) if is_last else (_MIDDLE if position else _FIRST)
+        packed += [_FRAME.pack(_MAGIC, cflag << 29 | len(part)), part]
+    return b"".join([*packed, bytes(-len(payload) % 4)])  # cuts lie on multiples of 4, so the last part needs what the whole needs
 
 
 def _cut_at_magic(payload):
@@ -165,14 +189,14 @@ def _truncated(offset, needed, size):
     return ValueError(f"the file is truncated: the record at byte {offset} ends at byte {needed} and the file at {size}; {_REPLACE}")
 
 
-def scan_image_records(data):
+def scan_image_records(data, progress=None):
     """Walk every frame and pick the image records, in file order.
 
     Args:
         data: (bytes,) uint8 array, the whole `.rec`, as for read_record.
+        progress: called with the number of bytes passed since its last call; None for silence.
     Returns:
-        offsets: (N,) int64, the byte at which each image record starts.
-        labels: (N,) float64, the first label of each, as stored.
+        ImageRecords.
     Raises:
         ValueError: the file is empty, truncated or not RecordIO; the message gives the byte.
     """
@@ -180,10 +204,43 @@ def scan_image_records(data):
         raise ValueError(f"the file is empty; {_REPLACE}")
     blocks, end = [], 0
     while end < data.size:
-        starts, unusual, end = _walk(data, end)
-        blocks.append(_image_records(data, starts, unusual))
-    offsets, labels = (np.concatenate(arrays) for arrays in zip(*blocks))
-    return offsets, labels
+        start = end
+        starts, unusual, end = _walk(data, start)
+        blocks.append(_image_records(data, starts, unusual, end))
+        if progress is not None:
+            progress(end - start)
+    offsets, lengths, labels, num_empty = zip(*blocks)
+    return ImageRecords(np.concatenate(offsets), np.concatenate(lengths), np.concatenate(labels), sum(num_empty))
+
+
+def whole_records(data):
+    """How far a file that was being written can be trusted.
+
+    Args:
+        data: (bytes,) uint8 array.
+    Returns:
+        starts: (N,) int64, the byte at which each record starts, up to the first that is cut off or damaged.
+        end: int, the byte that the last of them ends at.
+    """
+    blocks, end = [], 0
+    try:
+        while end < data.size:
+            starts, unusual, following = _walk(data, end)
+            if any(_payload(data, int(starts[position]))[0].size < _HEADER.size for position in unusual):
+                raise ValueError
+            blocks.append(starts)
+            end = following
+    except ValueError:
+        starts = []
+        with contextlib.suppress(ValueError):
+            while True:
+                payload, following = _payload(data, end)
+                if payload.size < _HEADER.size or following > data.size:
+                    break
+                starts.append(end)
+                end = following
+        blocks.append(np.array(starts, dtype=np.int64))
+    return np.concatenate([np.empty(0, dtype=np.int64), *blocks]), end
 
 
 def _walk(data, end):
@@ -206,18 +263,18 @@ def _walk(data, end):
     return np.array(starts, dtype=np.int64), unusual, end
 
 
-def _image_records(data, starts, unusual):
-    """(offsets, labels) of the records at `starts` that carry an image."""
-    labels, image_sizes = np.empty(len(starts)), np.empty(len(starts), dtype=np.int64)
+def _image_records(data, starts, unusual, end):
+    """ImageRecords of the records at `starts`, the last of which ends at byte `end`."""
+    labels, image_sizes, flags = np.empty(len(starts)), np.empty(len(starts), dtype=np.int64), np.ones(len(starts), dtype=np.int64)
     usual = np.ones(len(starts), dtype=bool)
     usual[unusual] = False
 
     words = data[:data.size // 4 * 4].view("<u4")
     first = starts[usual] // 4
-    flags = words[first + 2].astype(np.int64)
-    image_sizes[usual] = words[first + 1] - np.int64(_HEADER.size) - 4 * flags
+    flags[usual] = usual_flags = words[first + 2].astype(np.int64)
+    image_sizes[usual] = words[first + 1] - np.int64(_HEADER.size) - 4 * usual_flags
     usual_labels = words[first + 3].view("<f4")
-    has_array = np.flatnonzero((flags > 0) & (image_sizes[usual] >= 0))
+    has_array = np.flatnonzero((usual_flags > 0) & (image_sizes[usual] >= 0))
     usual_labels[has_array] = words[first[has_array] + 8].view("<f4")
     labels[usual] = usual_labels
 
@@ -225,7 +282,8 @@ def _image_records(data, starts, unusual):
         record = read_record(data, int(starts[position]))  # raises where the record is damaged
         labels[position], image_sizes[position] = record.labels[0], record.image.size
     is_image = image_sizes > 0
-    return starts[is_image], labels[is_image]
+    lengths = np.diff(starts, append=end)
+    return ImageRecords(starts[is_image], lengths[is_image], labels[is_image], int(np.count_nonzero(~is_image & (flags == 0))))
 
 
 def write_property(folder, num_classes, height=112, width=112):

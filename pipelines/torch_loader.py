@@ -1,8 +1,10 @@
 """The loader for machines without DALI: Pillow in PyTorch worker processes, a whole batch per task."""
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipelines.images import decode_faces
+from pipelines.broken import BrokenImages
+from pipelines.images import FACE_SIZE, load_face
 from pipelines.loader import Loader
 
 
@@ -11,12 +13,13 @@ class TorchLoader(Loader):
 
     backend = "torch"
 
-    def __init__(self, source, sampler, preprocessing, device, dtype, num_workers, prefetch):
-        super().__init__(source, sampler, preprocessing, device, dtype)
+    def __init__(self, source, sampler, preprocessing, device, dtype, broken, num_workers, prefetch):
+        super().__init__(source, sampler, preprocessing, device, dtype, broken)
         self._requests = _Requests()
         self._decoded = DataLoader(
-            _FaceBatches(source), batch_size=None, sampler=self._requests, num_workers=num_workers, pin_memory=device.type == "cuda",
-            prefetch_factor=-(-prefetch // num_workers) if num_workers else None, persistent_workers=num_workers > 0)
+            _FaceBatches(source, broken.replaces), batch_size=None, sampler=self._requests, num_workers=num_workers,
+            pin_memory=device.type == "cuda", prefetch_factor=-(-prefetch // num_workers) if num_workers else None,
+            persistent_workers=num_workers > 0)
 
     def close(self):
         super().close()
@@ -27,7 +30,9 @@ class TorchLoader(Loader):
         for decoded in self._decoded:
             if isinstance(decoded, ValueError):
                 raise decoded
-            yield decoded
+            faces, shown, found = decoded
+            self.broken.add(found)
+            yield faces, shown.numpy()
 
 
 class _Requests:
@@ -40,16 +45,23 @@ class _Requests:
 
 
 class _FaceBatches(Dataset):
-    """Item (indices, flips): that batch of faces, or the ValueError that names its broken image.
+    """Item Request: that batch of faces, what it shows and what was found broken; or the ValueError that names a broken image.
 
     An error raised in a worker would reach the user as its traceback in text; returned, it stays one line.
     """
 
-    def __init__(self, source):
-        self._source = source
+    def __init__(self, source, replace):
+        self._source, self._replace = source, replace
+        self._broken = BrokenImages(source, replace, log=False)  # each worker finds out by itself; the loader tells
 
     def __getitem__(self, request):
+        known = len(self._broken.found)
+        faces = np.empty((len(request.indices), FACE_SIZE, FACE_SIZE, 3), dtype=np.uint8)
+        shown = np.empty(len(request.indices), dtype=np.int64)
         try:
-            return torch.from_numpy(decode_faces(self._source, *request))
+            for row, (i, flip) in enumerate(zip(request.indices.tolist(), request.flips.tolist())):
+                shown[row], face = self._broken.load(i, lambda j: load_face(self._source, j))
+                faces[row] = face[:, ::-1 if flip else 1]
         except ValueError as error:
             return error
+        return torch.from_numpy(faces), torch.from_numpy(shown), dict(list(self._broken.found.items())[known:])

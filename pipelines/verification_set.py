@@ -3,6 +3,7 @@
 A `.bin` is a pickle of (encoded images, is-same flags): images 2k and 2k + 1 are pair k. Files written by Python 2 and by
 Python 3 exist, with flags and images as built-ins or as NumPy values. A pickle can run code, so only those types are built.
 """
+import itertools
 import os
 import pickle
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipelines.files import atomic_output
-from pipelines.sources import EncodedImages
+from pipelines.sources import EncodedImages, ImageSource, SelectedImages
 
 # Everything that pickles of bytes, bool and NumPy arrays refer to, under the module names of Python 2 and 3, NumPy 1 and 2.
 _ALLOWED = {
@@ -24,7 +25,7 @@ _ALLOWED = {
 class VerificationSet(NamedTuple):
     """Pairs of face images."""
 
-    source: EncodedImages  # 2P images; 2k and 2k + 1 are pair k
+    source: ImageSource  # 2P images; 2k and 2k + 1 are pair k
     same: np.ndarray  # (P,) bool, whether both images of a pair show one person
 
 
@@ -72,6 +73,52 @@ def read_verification_set(path):
         raise ValueError(f"{path} must be a pickle of (encoded images, is-same flags): {error}; download it again") from error
     _check_counts(path, len(images), len(same))
     return VerificationSet(EncodedImages(images), same.astype(bool))
+
+
+def draw_pairs(source, num_pairs=6000, folds=10, seed=0):
+    """A verification set from labelled images, such as open_source gives for a folder of identities.
+
+    Half of the pairs of each fold show one person, half two. Folds are successive tenths of the pairs, as in a `.bin`, and no identity
+    is in more than one of them.
+
+    Args:
+        source: ImageSource with labels.
+        num_pairs: int, a multiple of 2 folds.
+        folds: int.
+        seed: int; another one, other pairs.
+    Returns:
+        VerificationSet.
+    Raises:
+        ValueError: a fold has too few identities or images to draw its pairs from.
+    """
+    if num_pairs < 1 or num_pairs % (2 * folds):
+        raise ValueError(f"the number of pairs must be a positive multiple of twice the {folds} folds, got {num_pairs}")
+    rng = np.random.default_rng(seed)
+    images = np.argsort(source.labels, kind="stable")
+    images = images[source.labels[images] >= 0]
+    first = np.flatnonzero(np.diff(source.labels[images], prepend=-1))
+    members = np.split(images, first[1:])
+    per_kind = num_pairs // (2 * folds)
+    pairs = []
+    for identities in np.array_split(rng.permutation(len(members)), folds):
+        own = [_pairs_of(members[k], per_kind, rng) for k in identities.tolist()]
+        possible = sum(map(len, own))
+        if len(identities) < 2 or possible < per_kind:
+            raise ValueError(f"a fold needs two identities and {per_kind} pairs of images of one person, but one of {folds} folds has "
+                             f"{len(identities)} identities and {possible} such pairs; ask for fewer pairs, or give more images")
+        in_turn = (pair for turn in itertools.zip_longest(*own) for pair in turn if pair is not None)  # one of each identity, then one more ...
+        impostors = [[rng.choice(members[k]) for k in rng.choice(identities, 2, replace=False)] for _ in range(per_kind)]
+        pairs += [*itertools.islice(in_turn, per_kind), *impostors]
+    same = np.tile(np.repeat([True, False], per_kind), folds)
+    return VerificationSet(SelectedImages(source, np.array(pairs, dtype=np.int64).ravel(), with_labels=False), same)
+
+
+def _pairs_of(images, count, rng):
+    """Up to `count` different pairs of images of one identity, in random order."""
+    total = len(images) * (len(images) - 1) // 2
+    number = rng.choice(total, min(count, total), replace=False) if total else np.empty(0, dtype=np.int64)
+    second = ((1 + np.sqrt(1 + 8 * number)) // 2).astype(np.int64)  # pair number b (b - 1) / 2 + a is of images a < b
+    return list(zip(images[number - second * (second - 1) // 2], images[second]))
 
 
 def _as_bytes(image):

@@ -1,67 +1,67 @@
 """Stage 1: a backbone under a margin softmax over all identities."""
+import logging
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from kernels.margin_softmax import margin_softmax_loss
+from kernels.margin_softmax import check_margin_softmax
 from pipelines.loader import Batch, Loader
-from scf_fast import checkpoints
-from scf_fast.backbones import Backbone
+from scf_fast import checkpoints, launch
+from scf_fast.backbones import Backbone, family_state
+from scf_fast.checkpoints import BACKBONE_FILE, CENTERS_FILE
+from scf_fast.class_centers import ClassCenters
 from scf_fast.config import Config
-from scf_fast.engine import full_state_dict
+from scf_fast.engine import full_state_dict, resolve_precision
 from scf_fast.inputs import image_loader
 from scf_fast.launch import Runtime
+from scf_fast.memory import forecast
 
-BACKBONE_FILE, CENTERS_FILE = "backbone.pth", "fc.pth"
-
-
-class MarginClassifier(nn.Module):
-    """Backbone and class centers in one module, so that the engine trains both."""
-
-    def __init__(self, backbone: Backbone, num_classes: int, config: Config):
-        super().__init__()
-        self.backbone = backbone
-        self.class_centers = nn.Parameter(torch.empty(num_classes, backbone.z_dim).normal_(std=0.01))
-        self._loss = {"scale": config.scale, "margins": config.margins, "margin_gradient": config.margin_gradient}
-
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean loss and (B,) bool correct."""
-        features, _ = self.backbone(images)
-        with torch.autocast(features.device.type, enabled=False):
-            return margin_softmax_loss(features, self.class_centers, labels, **self._loss)
+log = logging.getLogger(__name__)
 
 
 class BackboneStage:
-    """What :mod:`scf_fast.trainer` needs to train stage 1."""
+    """What :mod:`scf_fast.trainer` needs to train stage 1.
+
+    The engine trains the backbone alone. ``centers``, there from :meth:`build` on, are beside it: they take the engine's learning rate,
+    and whoever calls ``engine.step()`` calls ``centers.step()`` after it.
+    """
 
     optimizer_rule = "sgd"
+    centers: ClassCenters
 
     def __init__(self, config: Config, source):
         self.config, self.num_classes = config, source.num_classes
         if self.num_classes < 2:
             raise ValueError(f"--data {config.data}: stage 1 needs at least 2 identities, got {self.num_classes}")
+        check_margin_softmax(config.margins, config.margin_gradient, config.label_smoothing)
+        _, world_size = launch.environment()
+        precision = resolve_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.memory = forecast(config, self.num_classes, world_size, precision)
+        self.memory.check()
 
     def build(self, runtime: Runtime, precision: str) -> nn.Module:
         """The module for the engine. Its weights stay contiguous, as DeepSpeed needs them; channels_last images make the convolutions so."""
-        backbone = Backbone(self.config.network, self.config.z_dim, self.config.dropout)
-        return MarginClassifier(backbone, self.num_classes, self.config).to(runtime.device)
+        log.info("%s", self.memory)
+        self.centers = ClassCenters(self.num_classes, self.config.z_dim, self.config, runtime, precision)
+        return Backbone(self.config.network, self.config.z_dim, self.config.dropout).to(runtime.device)
 
     def make_loader(self, source, sampler, runtime: Runtime) -> Loader:
         """Batches of images."""
-        return image_loader(self.config, source, sampler, runtime)
+        return image_loader(self.config, source, sampler, runtime, self.config.flip)
 
     def loss(self, engine, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of one micro-batch and what to log of it, all on the device."""
-        loss, correct = engine(batch.images, batch.labels)
+        """Loss of one micro-batch, over all ranks' images, and what to log of it, all on the device."""
+        features, _ = engine(batch.images)
+        self.centers.lr = engine.basic_optimizer.param_groups[0]["lr"]
+        loss, correct = self.centers.loss(features.float(), batch.labels)
         return loss, {"loss": loss.detach(), "accuracy": correct.float().mean()}
 
     def export(self, engine, folder: Path, is_main: bool, progress: dict) -> list[Path]:
-        """Write backbone and class centers in the published formats; collective."""
-        state = full_state_dict(engine, engine.module)
-        backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+        """Write the backbone under its family's names, the class centers as the published code has them; collective."""
+        state = family_state(full_state_dict(engine, engine.module), engine.module.architecture)
         files = [folder / BACKBONE_FILE, folder / CENTERS_FILE]
         if is_main:
-            checkpoints.save_file(backbone, files[0])
-            checkpoints.save_file({"arc_face_state_dict": {"weight": state["class_centers"]}, **progress}, files[1])
+            checkpoints.save_file(state, files[0])
+        self.centers.export(files[1], {"normalization": self.config.normalization, **progress})
         return files

@@ -43,6 +43,11 @@ class Architecture:
     squeeze_excitation: bool = False
 
     @property
+    def normalization(self) -> str:
+        """Pixel convention that the family's networks were trained with."""
+        return FAMILIES[self.family].normalization
+
+    @property
     def map_size(self) -> int:
         """Side of the last feature map."""
         size = IMAGE_SIZE
@@ -60,9 +65,11 @@ _UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30
 # A CPU trains these: the stem halves the image, so that nothing runs at 112 x 112, and the last stage stays at 7 x 7.
 _SMALL = {"units": (1, 2, 2, 1), "widths": (16, 16, 32, 64, 128), "strides": (2, 2, 2, 2, 1)}
 _MEDIUM = {**_SMALL, "widths": (32, 32, 64, 128, 256)}
+_TINY = {"units": (1, 1, 1, 1), "widths": (16, 16, 16, 16, 16), "strides": (2, 2, 2, 2, 1)}  # and a confidence net of 0.4 M parameters
 BACKBONES: dict[str, Architecture] = {
     **{f"ir_{depth}": Architecture(_UNITS[depth]) for depth in (50, 100, 152)},
     **{f"ir_se_{depth}": Architecture(_UNITS[depth], squeeze_excitation=True) for depth in (50, 100, 152)},
+    "ir_tiny": Architecture(**_TINY),
     "ir_small": Architecture(**_SMALL),
     "ir_se_small": Architecture(**_SMALL, squeeze_excitation=True),
     "ir_medium": Architecture(**_MEDIUM),
@@ -175,8 +182,8 @@ def _family_modules(family: str, units: tuple[int, ...]) -> dict[str, str]:
 
 
 def _rename(key: str, modules: dict[str, str]) -> str:
-    module, _, leaf = key.rpartition(".")
-    return f"{modules.get(module, module)}.{leaf}"
+    module, dot, leaf = key.rpartition(".")
+    return f"{modules.get(module, module)}{dot}{leaf}"
 
 
 def _theirs_to_ours(keys) -> dict[str, str]:

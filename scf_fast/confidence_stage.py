@@ -1,22 +1,22 @@
 """Stage 2: log kappa from the frozen backbone's last feature map, under the SCF loss."""
+import logging
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from kernels import scf_loss
-from scf_fast import checkpoints
-from scf_fast.backbones import BACKBONES, Backbone, identify_backbone
+from scf_fast import checkpoints, published
+from scf_fast.backbones import BACKBONES, family_state
+from scf_fast.checkpoints import CONFIDENCE_FILE, MODEL_FILE
 from scf_fast.confidence import build_confidence_net
 from scf_fast.config import Config
 from scf_fast.engine import full_state_dict
-from scf_fast.features import FeatureBatch, FeatureStream
-from scf_fast.frozen import FrozenBackbone, frozen_precisions
-from scf_fast.inputs import image_loader
+from scf_fast.features import FeatureBatch, FeatureStream, open_stream
 from scf_fast.launch import Runtime
-from scf_fast.model import MODEL_FILE, save_model
+from scf_fast.model import save_model
 
-CONFIDENCE_FILE = "confidence.pth"
+log = logging.getLogger(__name__)
 
 
 class ConfidenceStage:
@@ -26,41 +26,49 @@ class ConfidenceStage:
 
     def __init__(self, config: Config, source):
         self.config = config
-        self.backbone_state = checkpoints.backbone_state(config.saved_bkb)
-        try:
-            self.name, self.z_dim = identify_backbone(self.backbone_state)
-        except ValueError as error:
-            raise ValueError(f"--saved_bkb {config.saved_bkb}: {error}") from None
+        backbone = checkpoints.read(config.saved_bkb, "--saved_bkb")
+        self.name, self.z_dim = backbone.network()
+        self.backbone_state = backbone.backbone
         for flag, given, actual in (("convf_dim", config.convf_dim, BACKBONES[self.name].convf_dim), ("z_dim", config.z_dim, self.z_dim)):
             if given not in (None, actual):
                 raise ValueError(f"--{flag} must be {actual} for the {self.name} in {config.saved_bkb}, got {given}; leave it out")
-        self.class_centers = checkpoints.class_centers(config.saved_fc)
+        fc = checkpoints.read(config.saved_fc, "--saved_fc")
+        self.class_centers = fc.usable_class_centers()
         classes, width = self.class_centers.shape
         if width != self.z_dim:
             raise ValueError(f"--saved_fc {config.saved_fc}: class centers are {width} wide but the backbone's features {self.z_dim}; "
                              "both files must come from the same stage-1 run")
-        if source.num_classes > classes:
-            raise ValueError(f"--data {config.data} has {source.num_classes} identities but --saved_fc {config.saved_fc} only {classes} class centers; "
-                             "train stage 2 on the identities of stage 1")
+        if source.num_classes > classes or (source.num_classes < classes and not config.partial_identities):
+            way_out = "" if source.num_classes > classes else ", or give --partial_identities if these are some of them under the same numbers"
+            only = "only " if source.num_classes > classes else ""
+            raise ValueError(f"--data {config.data} has {source.num_classes} identities but --saved_fc {config.saved_fc} {only}{classes} class centers; "
+                             f"train stage 2 on the identities of stage 1{way_out}")
+        self._pixels = "as --normalization says"
+        if config.normalization is None:  # the resolved value goes into the configuration, as every other default does
+            self._pixels = f"as {'noted in --saved_fc' if 'normalization' in fc.facts else f'the {BACKBONES[self.name].family} family is trained with'}"
+            config.normalization = fc.facts.get("normalization", BACKBONES[self.name].normalization)
 
     def build(self, runtime: Runtime, precision: str) -> nn.Module:
         """The module for the engine: the confidence net alone. The frozen backbone and the class centers stay outside."""
-        backbone = Backbone(self.name, self.z_dim)
-        backbone.load_state_dict(self.backbone_state)
-        self.backbone = FrozenBackbone(backbone, runtime.device, frozen_precisions(self.config.precision, runtime.device))
+        if runtime.is_main:
+            published.write_hparams(self.config, self.z_dim, BACKBONES[self.name].convf_dim)
+        log.info("backbone: %s; pixels: %s, %s", self.name, self.config.normalization, self._pixels)
         self.class_centers = self.class_centers.to(runtime.device)
-        architecture = backbone.architecture
+        self.net_dtype = torch.float32 if precision == "fp32" else None  # None: autocast takes what comes
+        architecture = BACKBONES[self.name]
         net = build_confidence_net(self.config.confidence_net, architecture.widths[-1], architecture.map_size, self.config.initial_kappa)
         return net.to(runtime.device)
 
     def make_loader(self, source, sampler, runtime: Runtime) -> FeatureStream:
         """Batches of features."""
-        return FeatureStream(image_loader(self.config, source, sampler, runtime), self.backbone)
+        return open_stream(self.config, self.backbone_state, source, sampler, runtime)
 
     def loss(self, engine, batch: FeatureBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of one micro-batch and what to log of it, all on the device. Tags are those of the published code."""
         features, convf, labels = batch
-        log_kappa = engine(convf.float())
+        return self._scf_loss(features, engine(convf.to(self.net_dtype or convf.dtype)), labels)
+
+    def _scf_loss(self, features, log_kappa, labels) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss, terms = scf_loss(features, log_kappa, self.class_centers, labels, radius=self.config.radius,
                                normalizer=self.config.normalizer, return_terms=True)
         return loss, {"total_loss": loss.detach(), "kappa": terms.kappa.mean(), "neg_kappa_times_cos_theta": terms.l1.mean(),
@@ -69,10 +77,17 @@ class ConfidenceStage:
 
     def export(self, engine, folder: Path, is_main: bool, progress: dict) -> list[Path]:
         """Write the confidence net as the published code names it, and the whole model in one file; collective."""
-        state = full_state_dict(engine, engine.module)
+        net_state, trained_backbone = self._trained_states(engine)
         files = [folder / CONFIDENCE_FILE, folder / MODEL_FILE]
         if is_main:
-            checkpoints.save_file({"uncer_net_state_dict": state, **progress}, files[0])
-            save_model(files[1], self.backbone_state, state, radius=self.config.radius, normalization=self.config.normalization,
+            checkpoints.save_file({"uncer_net_state_dict": net_state, **progress}, files[0])
+            save_model(files[1], trained_backbone or self.backbone_state, net_state, radius=self.config.radius, normalization=self.config.normalization,
                        normalizer=self.config.normalizer, **progress)
+        if self.config.published_checkpoints:
+            backbone = family_state(trained_backbone, BACKBONES[self.name]) if trained_backbone else None
+            files.append(published.write_checkpoint(engine, folder, is_main, progress, net_state, backbone))
         return files
+
+    def _trained_states(self, engine) -> tuple[dict, dict | None]:
+        """Confidence net and, where it is trained, backbone; collective."""
+        return full_state_dict(engine, engine.module), None

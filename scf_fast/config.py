@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from scf_fast.backbones import BACKBONES
+from scf_fast.backbones import ALIASES, BACKBONES
 from scf_fast.confidence import CONFIDENCE_NETS
 
 STAGES = ("backbone", "confidence")
@@ -41,16 +41,20 @@ class Config:
     """Everything that decides a run. ``None`` means "not set"; the checks name the flag, what arrived and what to do."""
 
     stage: str | None = option(None, "which stage to train; implied to be 'confidence' by --saved_bkb", choices=STAGES, group="task")
-    data: str | None = option(None, "folder with train.rec, or a .rec file", group="task", metavar="DIR")
+    data: str | None = option(None, "a .rec file or its folder, .tar shards, an image list (lines of `path label`), or a folder of folders", group="task",
+                              metavar="PATH")
+    dataset: str | None = option(None, "instead of --data, as the published code has it: trains on DATAROOT/list/NAME_list.txt", group="task", metavar="NAME")
+    dataroot: str | None = option(None, "folder that relative paths of an image list start from; default: with --dataset the current folder, else "
+                                        "the list's own", group="task", metavar="DIR")
     output_dir: str | None = option(None, "where the run's files go", group="task", metavar="DIR")
     resume: bool = option(False, "continue from the newest checkpoint in --output_dir, or start if there is none", group="task")
     overwrite: bool = option(False, "delete what an earlier run left in --output_dir", group="task")
     seed: int = option(777, "seed of weights, shuffle and flips", group="task")
 
-    network: str = option("ir_100", "backbone architecture; stage 2 reads it off the checkpoint instead", choices=tuple(BACKBONES),
-                          stage="backbone", group="model")
+    network: str = option("ir_100", "backbone architecture: ir_* of the published code, tface_*, or insightface's iresnet* (r50 for iresnet50 is "
+                                    "accepted); stage 2 reads it off the checkpoint instead", choices=tuple(BACKBONES), stage="backbone", group="model")
     z_dim: int | None = option(PerStage(512, None), "embedding width d; stage 2 reads it off the checkpoint and checks this one", group="model")
-    dropout: float = option(0.4, "dropout before the embedding layer, in [0, 1)", stage="backbone", group="model")
+    dropout: float | None = option(None, "dropout before the embedding layer, in [0, 1); default: 0.4, for iresnet* 0", stage="backbone", group="model")
     loss: str = option("arcface", "margin preset: " + ", ".join(f"{name} {m}" for name, m in MARGIN_PRESETS.items()),
                        choices=tuple(MARGIN_PRESETS), stage="backbone", group="model")
     margins: tuple[float, ...] | None = option(None, "m1,m2,m3 of cos(m1 theta + m2) - m3 (radians for m2); overrides --loss",
@@ -58,9 +62,17 @@ class Config:
     margin_gradient: str = option("exact", "gradient at the target: the derivative, or s (as arcface_torch has it)",
                                   choices=("exact", "straight_through"), stage="backbone", group="model")
     scale: float = option(64.0, "multiplier s of the logits", stage="backbone", group="model")
+    label_smoothing: float = option(0.0, "share of the target distribution spread over all identities, in [0, 1)", stage="backbone", group="model")
+    sample_rate: float = option(1.0, "share of the other identities that each step's softmax is over, drawn anew (Partial FC), in (0, 1]",
+                                stage="backbone", group="model")
 
-    saved_bkb: str | None = option(None, "backbone checkpoint of stage 1", stage="confidence", group="model", metavar="FILE")
-    saved_fc: str | None = option(None, "class-center checkpoint of stage 1", stage="confidence", group="model", metavar="FILE")
+    saved_bkb: str | None = option(None, "backbone checkpoint of stage 1: of this program, the published code, TFace or insightface", stage="confidence",
+                                   group="model", metavar="FILE")
+    saved_fc: str | None = option(None, "class-center checkpoint of stage 1, of the same; insightface's shards as a folder or as 'checkpoint_gpu_*.pt'",
+                                  stage="confidence", group="model", metavar="FILE")
+    finetune_bkb: bool = option(False, "train the backbone too, from --saved_bkb on, jointly with the confidence net", stage="confidence", group="model")
+    partial_identities: bool = option(False, "the data hold only some of the identities that --saved_fc has centers for, under the same numbers",
+                                      stage="confidence", group="model")
     confidence_net: str = option("mlp", "network on the last feature map: the published MLP, or TFace's convolutional one",
                                  choices=tuple(CONFIDENCE_NETS), stage="confidence", group="model")
     convf_dim: int | None = option(None, "length of the flattened last feature map, checked against the backbone", stage="confidence", group="model")
@@ -84,19 +96,30 @@ class Config:
     step_size: int = option(2, "epochs between decays of StepLR")
     gamma: float = option(PerStage(0.1, 0.5), "factor of StepLR and MultiStep")
     plateau_patience: int = option(20000, "steps without improvement before ReduceLROnPlateau multiplies by 0.1 (it costs a host sync a step)")
-    max_grad_norm: float = option(PerStage(5.0, 0.0), "clip the global gradient norm; 0 is off")
+    max_grad_norm: float = option(PerStage(5.0, 0.0), "clip the global gradient norm, in stage 1 the backbone's (as arcface_torch); 0 is off")
     max_grad_clip: float = option(0.0, "clip each gradient value; 0 is off")
     optimizer: str = option("auto", "implementation of SGD/Adam: the first of apex, deepspeed, torch that is there",
                             choices=("auto", "apex", "deepspeed", "torch"))
 
-    normalization: str = option("insightface", "pixels: (x - 127.5)/127.5, or the published code's (x - 127.5)/128", choices=("insightface", "published"),
-                                group="input")
+    normalization: str | None = option(None, "pixels: insightface is (x - 127.5)/127.5, published is (x - 127.5)/128. Default: stage 1 takes what the "
+                                             "--network's family was trained with (ir_*: published; others: insightface) and notes it in fc.pth; stage 2 "
+                                             "takes the note in --saved_fc, else what the family of --saved_bkb was trained with",
+                                       choices=("insightface", "published"), group="input")
     loader: str = option("auto", "decoder: dali where installed, else torch", choices=("auto", "dali", "torch"), group="input")
     num_workers: int = option(2, "decoding threads (DALI) or processes (torch) a rank", group="input")
     flip: bool = option(True, "random horizontal flip", group="input")
 
     precision: str = option("auto", "forward and backward type; auto: bf16 where the GPU has it, fp32 on CPU. Parameters, BatchNorm statistics and the "
                                     "loss stay float32", choices=("auto", "fp32", "bf16", "fp16"), group="system")
+    compile: bool | None = option(None, "fuse the frozen backbone with torch.compile; default: on a GPU, and on a CPU when enough images go through it",
+                                  stage="confidence", group="system")
+    feature_cache: str | None = option(None, "folder to keep the frozen backbone's features in: later epochs and runs then neither decode nor compute them",
+                                       stage="confidence", group="system", metavar="DIR")
+    cache_dtype: str = option("bf16", "type of the cached feature map", choices=("fp32", "fp16", "bf16", "fp8", "int8"), stage="confidence", group="system")
+    cache_budget: float = option(0.0, "most GB (10^9 bytes) that the cache may take; what does not fit is computed anew in every epoch; 0: no limit",
+                                 stage="confidence", group="system")
+    fused_center_update: bool | None = option(None, "update class centers inside the backward pass, without storing their gradient; default: unless "
+                                                    "there is accumulation or fp16", stage="backbone", group="system")
     zero_stage: int = option(PerStage(1, 2), "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3), group="system")
     deepspeed_config: str | None = option(None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE")
     log_every: int = option(20, "steps between log points; each costs one host synchronisation", group="system")
@@ -105,9 +128,20 @@ class Config:
     max_steps: int = option(0, "stop after this many optimiser steps, checkpointed; 0 is off", group="system")
     tensorboard: bool = option(True, "write TensorBoard event files to OUTPUT/runs", group="system")
 
+    published_checkpoints: bool | None = option(None, "after each epoch write OUTPUT/ckpts/ckpt_eN.pt as the published code does, optimiser state "
+                                                      "included (4.7 GB for its confidence net); default: with --dataset", stage="confidence",
+                                                group="published")
+    gpu_ids: str | None = option(None, "GPUs for plain python, which uses the first; under a launcher the launcher chooses", group="published", metavar="I,J")
+    cuda: bool = option(True, "use the GPU where there is one; --no_cuda trains on the CPU", group="published")
+    eval_batch_size: int | None = option(None, "accepted, without effect as in the published code: evaluation is a program of its own", group="published")
+
     def __post_init__(self):
         if self.stage is None and self.saved_bkb:
             self.stage = "confidence"
+        if self.dataset and not self.data:
+            self.dataroot = self.dataroot or "."
+            self.data = str(Path(self.dataroot) / "list" / f"{self.dataset}_list.txt")
+        self.network = ALIASES.get(self.network, self.network)
         if self.stage not in STAGES:
             raise ValueError(f"--stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
         for field in dataclasses.fields(self):
@@ -120,6 +154,10 @@ class Config:
                 raise ValueError(f"--{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
         if self.margins is None:
             self.margins = MARGIN_PRESETS[self.loss]
+        if self.stage == "backbone" and self.normalization is None:
+            self.normalization = BACKBONES[self.network].normalization
+        if self.published_checkpoints is None:
+            self.published_checkpoints = self.stage == "confidence" and bool(self.dataset)
         self._check()
 
     def _check(self):
@@ -127,20 +165,26 @@ class Config:
             if not condition:
                 raise ValueError(f"--{flag} must be {what}, got {getattr(self, flag)!r}")
 
-        for flag in ("data", "output_dir"):
-            require(getattr(self, flag), flag, "given")
+        require(self.data, "data", "given (or --dataset, as the published code has it)")
+        require(self.output_dir, "output_dir", "given")
         for flag in ("batch_size", "gradient_accumulation_steps", "epochs", "step_size", "log_every", "keep_checkpoints", "num_workers"):
             require(getattr(self, flag) >= 1, flag, "at least 1")
-        for flag in ("weight_decay", "momentum", "warmup_epochs", "max_grad_norm", "max_grad_clip", "checkpoint_every", "max_steps"):
+        for flag in ("weight_decay", "momentum", "warmup_epochs", "max_grad_norm", "max_grad_clip", "checkpoint_every", "max_steps", "cache_budget"):
             require(getattr(self, flag) >= 0, flag, "0 or more")
         for flag in ("lr", "scale", "radius", "gamma", "power"):
             require(getattr(self, flag) > 0, flag, "positive")
-        require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        require(self.gpu_ids is None or all(part.strip().isdigit() for part in str(self.gpu_ids).split(",")), "gpu_ids", "numbers with commas between")
         require(self.z_dim is None or self.z_dim >= 2, "z_dim", "at least 2")
         require(len(self.margins) == 3, "margins", "three numbers m1,m2,m3")
         require(self.warmup_epochs <= self.epochs, "warmup_epochs", f"at most --epochs ({self.epochs})")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
+        require(0 < self.sample_rate <= 1, "sample_rate", "in (0, 1]")
+        require(not self.fused_center_update or (self.gradient_accumulation_steps == 1 and self.precision != "fp16"), "fused_center_update",
+                "off with --gradient_accumulation_steps or fp16: the gradient is not complete, or may not count, in the backward pass")
         require(self.initial_kappa is None or self.initial_kappa > 0, "initial_kappa", "positive")
         require(not (self.resume and self.overwrite), "resume", "without --overwrite: one continues the old run, the other deletes it")
+        require(not (self.finetune_bkb and self.feature_cache), "finetune_bkb", "without --feature_cache: the features change with the backbone")
         require(self.precision != "fp16" or self.zero_stage == 0, "precision",
                 "bf16 with ZeRO: DeepSpeed's fp16 autocast never lowers the loss scale under ZeRO 1-3. Use bf16, or --zero_stage 0")
         if self.stage == "confidence":
@@ -188,6 +232,16 @@ def _suggest(name, known):
     return f"; did you mean {close[0]}?" if close else ""
 
 
+class _Switch(argparse.Action):
+    """--x for true, --no_x (as the published command line spells it) or --no-x for false."""
+
+    def __init__(self, option_strings, dest, **extra):
+        super().__init__(option_strings, dest, nargs=0, **extra)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith(("--no_", "--no-")))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -202,7 +256,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", action="append", default=[],
                         help="YAML recipe with any of the flags below as keys; flags on the command line win")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
-    titles = {"task": "what to do", "model": "model and loss", "training": "optimisation", "input": "input pipeline", "system": "system"}
+    titles = {"task": "what to do", "model": "model and loss", "training": "optimisation", "input": "input pipeline", "system": "system",
+              "published": "the published command line"}
     groups = {key: parser.add_argument_group(title) for key, title in titles.items()}
     for field in dataclasses.fields(Config):
         meta = field.metadata
@@ -215,7 +270,9 @@ def build_parser() -> argparse.ArgumentParser:
             text = f"({meta['stage']} only) {text}"
         flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
         kind, _ = _value_type(field)
-        extra = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+        if kind is bool:
+            flags |= dict.fromkeys([f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"])
+        extra = {"action": _Switch} if kind is bool else {
             "metavar": meta["metavar"] or ("{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else kind.__name__.upper())}
         groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **extra)
     return parser

@@ -80,14 +80,14 @@ def main() -> None:
         [*launcher(), "--config", str(RECIPES / "demo_confidence.yaml"), "--data", str(data / "train"), "--saved_bkb", str(backbone / "backbone.pth"),
          "--saved_fc", str(backbone / "fc.pth"), "--output_dir", str(confidence), "--resume"], **quiet))
     progress.step("evaluation", "evaluation on unseen identities", lambda: call(
-        [sys.executable, "-m", "scf_fast.evaluation", "--model", str(confidence), "--data", str(data), "--out", str(report)]))
+        [sys.executable, "-m", "scf_fast.evaluation", "report", "--model", str(confidence), "--data", str(data), "--out", str(report)]))
 
     results_file = report / "results.json"
     results = json.loads(results_file.read_text())
     results["seconds"] = {**results.get("seconds", {}), **progress.seconds, "total": sum(progress.seconds.values())}
     results_file.write_text(json.dumps(results, indent=2) + "\n")
     seconds = "  ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
-    print(f"\nseconds: {seconds}\nreport: {report / 'report.md'}")
+    print(f"\nseconds: {seconds}\nreport: {report / 'report.html'}")
 
 
 if __name__ == "__main__":

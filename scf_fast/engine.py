@@ -2,7 +2,6 @@
 import contextlib
 import difflib
 import json
-import logging
 from pathlib import Path
 
 import torch
@@ -11,8 +10,6 @@ from torch import nn
 
 from scf_fast.config import Config
 from scf_fast.launch import Runtime
-
-log = logging.getLogger(__name__)
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typing error would silently train something else.
 _KNOWN_KEYS = frozenset("""
@@ -26,12 +23,10 @@ _KNOWN_KEYS = frozenset("""
 
 
 def resolve_precision(config: Config, device: torch.device) -> str:
-    """``"fp32"``, ``"bf16"`` or ``"fp16"``; says once what auto chose."""
+    """``"fp32"``, ``"bf16"`` or ``"fp16"``."""
     if config.precision != "auto":
         return config.precision
-    precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    log.info("precision: %s (auto)", precision)
-    return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def load_deepspeed_config(path: str) -> dict:
@@ -76,12 +71,11 @@ def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict:
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.max_grad_norm,  # DeepSpeed clips at 1.0 when the key is absent
         "zero_allow_untested_optimizer": True,  # SGD is elementwise, so it is safe on ZeRO's flat partitions
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": runtime.device.type == "cuda"},
+        # The bucket is allocated whole, twice with overlap: DeepSpeed's default of 500 million values would take more than the network.
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": runtime.device.type == "cuda", "reduce_bucket_size": 50_000_000},
     }
     if precision != "fp32":
         generated["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision], "lower_precision_safe_modules": []}
-    if runtime.device.type == "cpu":
-        generated["zero_optimization"]["reduce_bucket_size"] = 50_000_000
     return _merge(generated, load_deepspeed_config(config.deepspeed_config)) if config.deepspeed_config else generated
 
 
@@ -112,3 +106,52 @@ def full_state_dict(engine, module: nn.Module) -> dict[str, torch.Tensor]:
         gathered = deepspeed.zero.GatheredParameters(list(module.parameters()))
     with gathered:
         return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in module.state_dict().items()}
+
+
+def full_optimizer_state(engine) -> list[dict[str, torch.Tensor]]:
+    """The optimiser's tensors for each trained parameter, of the parameter's shape, under any ZeRO stage; collective. Needs a step before.
+
+    On the main rank they are there, on the CPU; the others take part and get empty dicts.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state
+    optimizer, stage = engine.basic_optimizer, engine.zero_optimization_stage()
+    keys = [key for key, value in next(iter(optimizer.state.values())).items() if torch.is_tensor(value) and value.dim()]
+    states = []
+    for parameter in _trained(engine):
+        state = {}
+        for key in keys:
+            whole = optimizer.state[parameter][key] if stage == 0 else safe_get_full_optimizer_state(parameter, key)
+            if dist.get_rank() == 0:
+                state[key] = whole.detach().to("cpu", copy=True)
+        states.append(state)
+    return states
+
+
+def set_full_optimizer_state(engine, states: list[dict[str, torch.Tensor]]) -> None:
+    """Give an optimiser that has made no step what :func:`full_optimizer_state` returned, each rank its part of it."""
+    from deepspeed.utils import safe_set_local_optimizer_state
+    state, stage = engine.basic_optimizer.state, engine.zero_optimization_stage()
+    if stage == 0:
+        for parameter, whole in zip(_trained(engine), states):
+            state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in whole.items()}
+        return
+    # DeepSpeed makes these tensors in the first step, one for the flat partition of each parameter group.
+    flat = engine.optimizer.single_partition_of_fp32_groups if stage < 3 else engine.optimizer.fp32_partitioned_groups_flat
+    for partition in flat:
+        state[partition] = {key: torch.zeros_like(partition) for key in states[0]}
+    for parameter, whole in zip(_trained(engine), states):
+        for key, value in whole.items():
+            value = value.flatten().to(engine.device)
+            if stage < 3:
+                place = parameter._hp_mapping
+                if place is not None:  # None: this rank has no part of the parameter
+                    ours, theirs = place.hp_fragment_address, place.lp_fragment_address
+                    state[flat[place.param_group_index]][key][ours.start:ours.start + ours.numel] = value[theirs.start:theirs.start + theirs.numel]
+            else:
+                size = parameter.ds_tensor.numel()  # the last rank's part may be padded
+                part = value[dist.get_rank() * size:][:size]
+                safe_set_local_optimizer_state(parameter, torch.nn.functional.pad(part, (0, size - len(part))), key)
+
+
+def _trained(engine) -> list[nn.Parameter]:
+    return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]

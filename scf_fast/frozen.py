@@ -9,6 +9,7 @@ The padding of the second is zero in y, not in x, so its constant term differs a
 """
 import copy
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 MIN_COSINE = 0.9999  # of the features against the float32 model, in bf16 and fp16
 MAX_CONVF_ERROR = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative, in the Frobenius norm
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_CHECK_IMAGES = 32
+CHECK_IMAGES = 32
 
 
 def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,20 +138,23 @@ def frozen_precisions(precision: str, device: torch.device) -> tuple[str, ...]:
 
 
 class FrozenBackbone(nn.Module):
-    """A backbone for inference alone. Its first batch is compared with the float32 model's, and decides the precision.
+    """A backbone for inference alone, as fast as the device allows while it stays accurate.
 
     Args:
         backbone: any of :mod:`scf_fast.backbones`, with its weights; left as it is.
         device: where to run.
         precisions: of ``"fp32"``, ``"bf16"``, ``"fp16"``: the first that is accurate enough becomes the dtype of weights and activations.
         compile: fuse the pointwise work with torch.compile; on CUDA as one graph a batch size, whose outputs are overwritten by the next call.
+        calibration: gives the images (B, 3, 112, 112) that the precisions are judged on; by default those of the first call. Ranks that
+            must decide alike give the same images.
     """
 
-    def __init__(self, backbone: Backbone, device: torch.device | str = "cpu", precisions: tuple[str, ...] = ("fp32",), compile: bool = False):
+    def __init__(self, backbone: Backbone, device: torch.device | str = "cpu", precisions: tuple[str, ...] = ("fp32",), compile: bool = False,
+                 calibration: Callable[[], torch.Tensor] | None = None):
         super().__init__()
         self.z_dim, self.architecture = backbone.z_dim, backbone.architecture
         self._reference = copy.deepcopy(backbone).eval().requires_grad_(False).to(device)
-        self._device, self._precisions, self._compile = torch.device(device), precisions, compile
+        self._device, self._precisions, self._compile, self._calibration = torch.device(device), precisions, compile, calibration
         self._folded = self._call = self.dtype = None
 
     @torch.no_grad()
@@ -158,11 +162,10 @@ class FrozenBackbone(nn.Module):
         """(B, 3, 112, 112) normalised RGB -> features (B, z_dim), convf (B, C, 7, 7), both in ``self.dtype``, which the first call sets.
 
         Raises:
-            RuntimeError: on the first batch only: no precision is accurate enough.
+            RuntimeError: on the first call only: no precision is accurate enough.
         """
-        return self._choose(images) if self._call is None else self._compute(images)
-
-    def _compute(self, images):
+        if self._call is None:
+            self._choose((images if self._calibration is None else self._calibration().to(self._device))[:CHECK_IMAGES])
         images = images.to(self.dtype, memory_format=torch.channels_last)
         try:
             return self._call(images)
@@ -175,22 +178,21 @@ class FrozenBackbone(nn.Module):
 
     def _choose(self, images):
         """Take the first precision that agrees with the float32 model on these images, then let go of that model."""
-        expected, expected_map = self._reference(images[:_CHECK_IMAGES].float())
+        expected, expected_map = self._reference(images.float())
         for precision in self._precisions:
             self.dtype = DTYPES[precision]
             self._folded = FoldedBackbone(self._reference).to(self._device, self.dtype, memory_format=torch.channels_last)
-            self._call = self._folded
-            if self._compile:
-                mode = "reduce-overhead" if self._device.type == "cuda" else None
-                self._call = torch.compile(self._folded, mode=mode, dynamic=False)
-            features, convf = self._compute(images)
-            cosine = F.cosine_similarity(features[:_CHECK_IMAGES].float(), expected).min().item()
-            error = ((convf[:_CHECK_IMAGES].float() - expected_map).norm() / expected_map.norm()).item()
+            features, convf = self._folded(images.to(self.dtype, memory_format=torch.channels_last))
+            cosine = F.cosine_similarity(features.float(), expected).min().item()
+            error = ((convf.float() - expected_map).norm() / expected_map.norm()).item()
             accurate = cosine >= MIN_COSINE and error <= MAX_CONVF_ERROR[precision]
-            log.info("frozen backbone: %s %s%s: against float32, cosine of features >= %.6f, relative error of convf %.1e", precision,
-                     "taken" if accurate else "refused, not accurate enough", ", compiled" * (self._call is not self._folded), cosine, error)
+            log.info("frozen backbone: %s %s: against float32, cosine of features >= %.6f, relative error of convf %.1e", precision,
+                     "taken" if accurate else "refused, not accurate enough", cosine, error)
             if accurate:
                 self._reference = None
-                return features, convf
+                self._call = self._folded
+                if self._compile:
+                    self._call = torch.compile(self._folded, mode="reduce-overhead" if self._device.type == "cuda" else None, dynamic=False)
+                return
         raise RuntimeError(f"the frozen backbone differs from the float32 model in every precision of {', '.join(self._precisions)}: cosine must be >= "
                            f"{MIN_COSINE} and the relative error of convf <= {MAX_CONVF_ERROR[precision]:.0e}; the weights may be damaged")

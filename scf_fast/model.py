@@ -6,14 +6,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from scf_fast import checkpoints
-from scf_fast.backbones import Backbone, identify_backbone
+from scf_fast.backbones import Backbone
+from scf_fast.checkpoints import MODEL_FILE
 from scf_fast.confidence import build_confidence_net, identify_confidence_net
 
-MODEL_FILE = "scf_model.pt"  # what stage 2 leaves in its output folder
+__all__ = ["MODEL_FILE", "SCF", "load_model", "save_model"]
 
 
 class SCF(nn.Module):
     """Backbone and confidence net, in evaluation mode.
+
+        model = SCF.from_checkpoint("run/scf_model.pt")
+        mu, kappa = model(images)  # images: (B, 3, 112, 112) RGB, scaled as model.normalization says
 
     Attributes:
         radius: r of the sphere that the confidence net was trained for.
@@ -26,6 +30,36 @@ class SCF(nn.Module):
         self.backbone, self.confidence_net = backbone, confidence_net
         self.radius, self.normalization, self.embedding_dim = radius, normalization, backbone.z_dim
         self.eval()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, radius: float | None = None, normalization: str | None = None,
+                        device: torch.device | str = "cpu") -> "SCF":
+        """The model in weight files of any family.
+
+        Args:
+            path: a file with backbone and confidence net, such as the one stage 2 writes, or its output folder; or the files that hold
+                them, with commas between: ``"backbone.pth,ckpts/ckpt_e30.pt"`` is a model of the published code.
+            radius: of the sphere, where the file does not say it; else 64.
+            normalization: of the pixels, where the file does not say it; else what the backbone's family takes.
+        Raises:
+            ValueError: backbone or confidence net is missing or does not fit the other, or an argument contradicts the file.
+        """
+        weights = checkpoints.read(path, "model")
+        given = {key: value for key, value in (("radius", radius), ("normalization", normalization)) if value is not None}
+        for key, value in given.items():
+            if weights.facts.get(key, value) != value:
+                raise ValueError(f"model {path}: was trained with {key} {weights.facts[key]!r}, got {value!r}; leave the argument out")
+        state, net_state = weights.only("backbone").backbone, weights.only("confidence_net").confidence_net
+        name, z_dim = weights.network()
+        facts = {**checkpoints.model_facts(weights), **given}
+        backbone = Backbone(name, z_dim)
+        backbone.load_state_dict(state)
+        net = build_confidence_net(identify_confidence_net(net_state), backbone.architecture.widths[-1], backbone.architecture.map_size)
+        try:
+            net.load_state_dict(net_state)
+        except RuntimeError as error:
+            raise ValueError(f"model {path}: the confidence net does not fit the {name}: {str(error).splitlines()[-1].strip()}") from None
+        return cls(backbone, net, facts["radius"], facts["normalization"]).to(device)
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,26 +74,11 @@ class SCF(nn.Module):
 
 
 def save_model(path: Path, backbone_state: dict, confidence_state: dict, *, radius: float, normalization: str, **provenance) -> None:
-    """One file with everything that :func:`load_model` needs."""
-    checkpoints.save_file({"format": "scf_fast model", "backbone_state_dict": backbone_state, "uncer_net_state_dict": confidence_state,
-                           "radius": radius, "normalization": normalization, **provenance}, path)
+    """One file with everything that :meth:`SCF.from_checkpoint` needs."""
+    facts = {"radius": radius, "normalization": normalization, **provenance}
+    checkpoints.write(checkpoints.Weights(str(path), backbone=backbone_state, confidence_net=confidence_state, facts=facts), path)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> SCF:
-    """The model in a file that stage 2 wrote, or in the output folder of a stage-2 run.
-
-    Raises:
-        ValueError: nothing there, or no SCF model in it.
-    """
-    path = Path(path)
-    file = path / MODEL_FILE if path.is_dir() else path
-    value = checkpoints.load_file(file, "model")
-    if not isinstance(value, dict) or not {"backbone_state_dict", "uncer_net_state_dict", "radius", "normalization"} <= value.keys():
-        raise ValueError(f"model {file}: must hold backbone, confidence net, radius and normalization as stage 2 writes them to {MODEL_FILE}")
-    name, z_dim = identify_backbone(value["backbone_state_dict"])
-    backbone = Backbone(name, z_dim)
-    backbone.load_state_dict(value["backbone_state_dict"])
-    architecture = backbone.architecture
-    net = build_confidence_net(identify_confidence_net(value["uncer_net_state_dict"]), architecture.widths[-1], architecture.map_size)
-    net.load_state_dict(value["uncer_net_state_dict"])
-    return SCF(backbone, net, value["radius"], value["normalization"]).to(device)
+    """The model in a file that stage 2 wrote, or in the output folder of a stage-2 run; see :meth:`SCF.from_checkpoint` for what else."""
+    return SCF.from_checkpoint(path, device=device)

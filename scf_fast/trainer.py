@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -17,22 +18,23 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from pipelines.index import open_source
 from pipelines.sampler import EpochSampler
-from scf_fast import __version__, launch, run_state
+from scf_fast import __version__, launch, published, run_state
 from scf_fast import config as configuration
 from scf_fast.backbone_stage import BackboneStage
 from scf_fast.confidence_stage import ConfidenceStage
 from scf_fast.config import Config
 from scf_fast.engine import average_batchnorm_statistics, initialise_engine, load_deepspeed_config, resolve_precision
+from scf_fast.finetune_stage import FinetuneStage
+from scf_fast.inputs import open_data
 from scf_fast.optimizers import LearningRate, build_optimizer
 
 log = logging.getLogger(__name__)
 
-STAGE_CLASSES = {"backbone": BackboneStage, "confidence": ConfidenceStage}
 CONFIG_FILE = "config.yaml"
 # A run may be continued with other hardware settings, a longer schedule or another cadence of logs, but these make it another run.
-_IDENTITY = ("stage", "data", "batch_size", "seed", "network", "z_dim", "loss", "margins", "saved_bkb", "saved_fc", "confidence_net", "normalizer", "radius")
+_IDENTITY = ("stage", "data", "batch_size", "seed", "network", "z_dim", "loss", "margins", "saved_bkb", "saved_fc", "finetune_bkb", "confidence_net",
+             "normalizer", "radius", "label_smoothing", "sample_rate")
 
 
 def versions() -> dict:
@@ -81,9 +83,16 @@ def _check_world(config: Config, world_size: int, state: dict | None) -> None:
     if config.batch_size % parts:
         raise ValueError(f"--batch_size {config.batch_size} must be divisible by ranks x --gradient_accumulation_steps = {world_size} x "
                          f"{config.gradient_accumulation_steps}; nearest: {max(1, round(config.batch_size / parts)) * parts}")
-    if state and (state["world_size"], state["zero_stage"]) != (world_size, config.zero_stage):
+    if state and config.stage != "backbone" and run_state.is_other_layout(state, world_size, config.zero_stage):
         raise ValueError(f"--resume: the checkpoint was written by {state['world_size']} ranks with ZeRO {state['zero_stage']}, this launch has {world_size} "
                          f"with ZeRO {config.zero_stage}; launch it with the same")
+
+
+def _open(config: Config):
+    """The images to train on, and the stage that will."""
+    source = open_data(config)
+    kind = BackboneStage if config.stage == "backbone" else FinetuneStage if config.finetune_bkb else ConfidenceStage
+    return source, kind(config, source)
 
 
 class InputError(ValueError):
@@ -173,6 +182,7 @@ def train(config: Config) -> None:
         FloatingPointError: the loss is no longer finite.
     """
     rank, world_size = launch.environment()
+    launched = "RANK" in os.environ
     folder = Path(config.output_dir)
     _set_up_logging(None, rank == 0)
     state = source = stage = None
@@ -182,8 +192,7 @@ def train(config: Config) -> None:
                 load_deepspeed_config(config.deepspeed_config)
             state = _claim_output(config)
             _check_world(config, world_size, state)
-            source = open_source(config.data)
-            stage = STAGE_CLASSES[config.stage](config, source)
+            source, stage = _open(config)
             if len(source) < config.batch_size:
                 raise ValueError(f"--batch_size {config.batch_size} is more than the {len(source)} images in {config.data}")
     runtime = launch.start()
@@ -195,14 +204,19 @@ def train(config: Config) -> None:
             configuration.save(config, folder / CONFIG_FILE, versions())
         dist.barrier()
         if not runtime.is_main:
-            source = open_source(config.data)
-            stage = STAGE_CLASSES[config.stage](config, source)
+            source, stage = _open(config)
             state = run_state.peek_checkpoint(folder / "checkpoints") if config.resume else None
         _set_up_logging(folder, runtime.is_main)
+        for note in published.flag_notes(config, launched):
+            log.info(note)
         torch.manual_seed(config.seed)  # the same weights on every rank
         precision = resolve_precision(config, runtime.device)
+        log.info("precision: %s (%s)", precision, "auto" if config.precision == "auto" else "as given")
         module = stage.build(runtime, precision)
-        optimizer = build_optimizer(stage.optimizer_rule, module.parameters(), config, runtime.device)
+        if state and run_state.is_other_layout(state, runtime.world_size, config.zero_stage):
+            run_state.load_weights(module, folder / "checkpoints")
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(stage.optimizer_rule, trained, config, runtime.device)
     engine = initialise_engine(module, optimizer, config, runtime, precision)
     torch.manual_seed(config.seed + 1000 * (runtime.rank + 1))  # other dropout on every rank
     _run(config, runtime, engine, stage, source, state, folder)
@@ -220,7 +234,7 @@ class _StepLog(NamedTuple):
         return dict(zip(self.names, launch.average_over_ranks(self.values.clone()).tolist()))
 
 
-def _train_step(engine, stage, batch, micro_batches: int) -> _StepLog:
+def _train_step(engine, stage, centers, batch, micro_batches: int) -> _StepLog:
     total, names, distribution = 0.0, [], None
     for parts in zip(*(tensor.chunk(micro_batches) for tensor in batch)):
         loss, metrics = stage.loss(engine, type(batch)(*parts))
@@ -229,6 +243,8 @@ def _train_step(engine, stage, batch, micro_batches: int) -> _StepLog:
         engine.step()
         names = list(metrics)
         total = total + torch.stack([value.float() for value in metrics.values()])
+    if centers is not None:
+        centers.step(engine.was_step_applied())
     return _StepLog(names, total / micro_batches, distribution)
 
 
@@ -236,9 +252,10 @@ def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: 
     sampler = EpochSampler(len(source), config.batch_size, rank=runtime.rank, world_size=runtime.world_size, seed=config.seed)
     per_epoch = sampler.batches_per_epoch
     schedule = LearningRate(config, engine.basic_optimizer, per_epoch)
+    centers = stage.centers if isinstance(stage, BackboneStage) else None
     first_step = 0
     if state is not None:
-        state = run_state.load_checkpoint(engine, folder / "checkpoints")
+        state = run_state.load_checkpoint(engine, folder / "checkpoints", centers)
         first_step = state["step"]
         schedule.load_state_dict(state["schedule"])
         log.info("resumed at step %d (epoch %d)", first_step, first_step // per_epoch + 1)
@@ -261,7 +278,7 @@ def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: 
     with loader, contextlib.closing(reporter), contextlib.closing(batches):
         for step in range(first_step + 1, last_step + 1):  # counted from 1: the step that is being made
             rate = schedule.before_step(step - 1)
-            result = _train_step(engine, stage, next(batches), config.gradient_accumulation_steps)
+            result = _train_step(engine, stage, centers, next(batches), config.gradient_accumulation_steps)
             reporter.advance(config.batch_size)
             if schedule.plateau is not None:
                 schedule.plateau.step(result.averaged()[result.names[0]])
@@ -274,7 +291,8 @@ def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: 
             epoch_ends = step % per_epoch == 0 or step == last_step
             if epoch_ends or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 average_batchnorm_statistics(engine.module)
-                run_state.save_checkpoint(engine, folder / "checkpoints", {"step": step, "schedule": schedule.state_dict()}, config.keep_checkpoints)
+                run_state.save_checkpoint(engine, folder / "checkpoints", {"step": step, "schedule": schedule.state_dict()}, config.keep_checkpoints,
+                                          centers)
             if epoch_ends:
                 files = stage.export(engine, folder, runtime.is_main, {"epoch": (step - 1) // per_epoch, "global_step": step - 1})
     seconds = time.monotonic() - began

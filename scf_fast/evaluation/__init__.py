@@ -1,9 +1,13 @@
-"""What a trained SCF model is worth: verification, template pooling and rejection by kappa.
+"""What a trained SCF model is worth: verification, template pooling, identification and rejection by kappa.
 
-    metrics      accuracy, TAR at FAR, error versus reject, over plain arrays
-    embeddings   images -> features and kappa -> scores of pairs
+    metrics      rates and curves over plain arrays
+    alignment    loose crops and their landmarks -> aligned faces
+    datasets     files on disk -> checked data sets
+    embeddings   images -> features and kappa, kept on disk -> scores of pairs
     protocols    what each protocol measures
-    evaluate     everything above on one data folder; `python -m scf_fast.evaluation`
-    report       tables, results.json, report.md
+    evaluate     the evaluations: what each embeds and makes of it
+    report       tables, report.html, report.md, results.json
     plots        its figures
+
+The command line is `python -m scf_fast.evaluation verify|ijb|identify|risk|report`.
 """

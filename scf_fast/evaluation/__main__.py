@@ -1,59 +1,161 @@
 """Command line of the evaluation; exit status 2 on input that cannot be evaluated."""
 
 import argparse
+import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from scf_fast.evaluation import report
-from scf_fast.evaluation.evaluate import evaluate
+from scf_fast import launch
+from scf_fast.embed import Embedder, add_loading_arguments, default_device
+from scf_fast.evaluation import datasets, report
+from scf_fast.evaluation.embeddings import EmbeddingStore
+from scf_fast.evaluation.evaluate import Evaluation, Identification, Risk, Templates, Verification, everything, measure_all
 from scf_fast.model import load_model
 
-_DESCRIPTION = """\
-Evaluate an SCF model: verification accuracy and TAR at FAR by cosine and by Eqn (13), templates pooled by average and by
-kappa (Eqn (14)), kappa against known image severity, and error versus reject by kappa, feature norm and at random.
-"""
 _EPILOG = """\
-DATA holds verification/*.bin (as insightface ships lfw.bin), templates/ (IJB layout: meta/*.txt and loose_crop/), or both, as
-`python -m pipelines.synthetic DATA` writes them; the images are aligned 112 x 112 faces. OUT receives results.json, report.md and
-the figures; tables go to standard output.
+Embeddings are kept in --cache by model and data: what an interrupted run has computed is not computed again, and one command uses what another
+has left. Under `torchrun` or `deepspeed` the ranks share the work. With --out, the tables, figures and numbers go into a report folder:
+report.html (one file, needs no network), report.md and results.json; tables always go to standard output.
 """
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scf_fast.evaluation", description=_DESCRIPTION, epilog=_EPILOG)
-    parser.add_argument("--model", required=True, type=Path, metavar="RUN", help="output folder of a stage-2 run, or its model file")
-    parser.add_argument("--data", required=True, type=Path, help="folder with verification/ and templates/")
-    parser.add_argument("--out", required=True, type=Path, help="report folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace the report of another model or data set in OUT")
-    parser.add_argument("--flip", action="store_true", help="embed mirror images too, as insightface does: features added, log kappa averaged")
-    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--batch-size", "--batch_size", type=int, default=256, help="images at once (default: %(default)s)")
-    parser.add_argument("--loader", default="auto", choices=("auto", "dali", "torch"), help="decoder: dali where installed, else torch")
-    parser.add_argument("--num-workers", "--num_workers", type=int, default=2, help="decoding threads or processes (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m scf_fast.evaluation", epilog=_EPILOG,
+                                     description="Verification, templates, identification and rejection with SCF models: what kappa is for.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, summary: str, open_data) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=_EPILOG)
+        sub.add_argument("--model", required=True, nargs="+", metavar="[NAME=]M", help="output folder of a stage-2 run, or weight files as "
+                         "SCF.from_checkpoint takes them; several are shown side by side")
+        sub.add_argument("--out", type=Path, required=name == "report", help="report folder")
+        sub.add_argument("--overwrite", action="store_true", help="replace another report in OUT")
+        sub.add_argument("--cache", type=Path, help="folder of the embeddings (default: evaluation_features beside the model)")
+        add_loading_arguments(sub)
+        sub.set_defaults(open_data=open_data)
+        return sub
+
+    verify = command("verify", "10-fold accuracy, EER, AUC and TAR at FAR of verification sets, by cosine and by Eqn (13)", _open_verify)
+    verify.add_argument("--data", required=True, nargs="+", type=Path, help=".bin files as insightface ships lfw.bin, text files of lines `path path label`, "
+                        "or folders of .bin files; aligned faces")
+    ijb = command("ijb", "IJB-B and IJB-C: templates pooled every way, 1:1 and 1:N", _open_ijb)
+    ijb.add_argument("--data", required=True, nargs="+", type=Path, help="folders as released: meta/ and loose_crop/")
+    identify = command("identify", "closed- and open-set search of probes in a gallery", _open_identify)
+    for flag, what in ("--gallery", "enrolled faces; a subject's are pooled"), ("--probe", "faces to search for, each on its own"):
+        identify.add_argument(flag, required=True, type=Path, help=f"{what}: a folder with one folder a subject, or a list of lines `path label`")
+    risk = command("risk", "error versus reject by kappa, feature norm, detector score, at random and by an oracle", _open_risk)
+    risk.add_argument("--data", required=True, type=Path, help="one verification set, or one folder in IJB's layout")
+    risk.add_argument("--far", type=float, help="false accept rate on all pairs that fixes the threshold (default: the equal error rate)")
+    risk.add_argument("--score", default="cosine", choices=("cosine", "vmf"), help="vmf is Eqn (13) (default: %(default)s)")
+    for sub in ijb, risk:
+        sub.add_argument("--no-align", "--no_align", dest="align", action="store_false",
+                         help="the crops of an IJB folder are aligned 112 x 112 faces already")
+    full = command("report", "all that a folder allows, with figures", _open_report)
+    full.add_argument("--data", required=True, type=Path, help="folder with verification/*.bin, templates/ in IJB's layout, or both, as "
+                      "`python -m pipelines.synthetic` writes them; or one in IJB's layout itself")
     return parser
 
 
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without CUDA
-        raise argparse.ArgumentTypeError(f"must be a device that PyTorch can use here, such as cpu or cuda:0, got {text!r}") from error
+def _open_verify(options) -> list[Evaluation]:
+    return [Verification(datasets.open_pair_sets(options.data))]
+
+
+def _open_ijb(options) -> list[Evaluation]:
+    sets = [datasets.open_template_set(path, options.align) for path in options.data]
+    if len({templates.name for templates in sets}) < len(sets):
+        raise ValueError(f"--data must hold different protocols, got {', '.join(templates.name for templates in sets)}; leave one out")
+    return [Templates({templates.name: templates for templates in sets})]
+
+
+def _open_identify(options) -> list[Evaluation]:
+    return [Identification(datasets.open_subjects(options.gallery), datasets.open_subjects(options.probe))]
+
+
+def _open_risk(options) -> list[Evaluation]:
+    if options.far is not None and not 0 <= options.far < 1:
+        raise ValueError(f"--far must lie in [0, 1), got {options.far}")
+    if datasets.is_template_set(options.data):
+        return [Risk(datasets.open_template_set(options.data, options.align), options.far, options.score)]
+    sets = datasets.open_pair_sets([options.data])
+    if len(sets) > 1:
+        raise ValueError(f"--data {options.data} holds {len(sets)} verification sets; give one of its files")
+    return [Risk(*sets.values(), options.far, options.score)]
+
+
+def _open_report(options) -> list[Evaluation]:
+    return everything(options.data)
+
+
+def _models(specs: list[str]) -> dict[str, str]:
+    """Weight files by the name of the model, which is the last folder or file where none is given."""
+    models = {}
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        if not equals or os.path.exists(spec):
+            name, path = Path(spec.split(",")[0]).resolve().name, spec
+        if name in models:
+            raise ValueError(f"two models are named {name}; give them names, as in --model first=PATH second=PATH")
+        models[name] = path
+    return models
+
+
+def _cache(options, path: str) -> Path:
+    if options.cache is not None:
+        return options.cache
+    first = Path(path.split(",")[0])
+    return (first if first.is_dir() else first.parent) / "evaluation_features"
+
+
+def _request(options, models: dict[str, str]) -> dict:
+    """What decides the numbers, as results.json keeps it."""
+    def plain(value):
+        return [str(item) for item in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+
+    deciding = ("data", "gallery", "probe", "far", "score", "align", "flip")
+    return {"command": options.command, "model": list(models.values()), **{key: plain(getattr(options, key)) for key in deciding if hasattr(options, key)}}
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    rank, world_size = launch.environment()
     try:
-        report.check_folder(options.out, str(options.model), str(options.data), options.overwrite)
-        model = load_model(options.model, options.device)
-        results = evaluate(model, options.data, options.out, name=str(options.model), device=options.device, batch_size=options.batch_size,
-                           backend=options.loader, num_workers=options.num_workers, flip=options.flip)
+        models = _models(options.model)
+        request = _request(options, models)
+        if options.out is not None:
+            report.check_folder(options.out, request, options.overwrite)
+        evaluations = options.open_data(options)
+        if world_size > 1:
+            launch.start()
+        results, figures, notes = {}, {}, []
+        for name, path in models.items():
+            started = time.perf_counter()
+            embedder = Embedder(load_model(path), options.device or default_device(), options.precision, options.flip)
+            store = EmbeddingStore(embedder, _cache(options, path), batch_size=options.batch_size, loader=options.loader,
+                                   num_workers=options.num_workers, rank=rank, world_size=world_size)
+            for source, description in (source for evaluation in evaluations for source in evaluation.sources):
+                store.fill(source, description if len(models) == 1 else f"{name}: {description}")
+            if world_size > 1:
+                torch.distributed.barrier()
+            if rank == 0:
+                measured = measure_all(evaluations, store)
+                results[name] = {"model": path} | measured.results | {"seconds": {"evaluation": time.perf_counter() - started}}
+                figures[name] = measured.figures
+                notes = list(dict.fromkeys([*notes, *measured.notes]))
+        if rank == 0:
+            if options.out is not None:
+                report.write_report(options.out, request, results, figures, notes)
+            print(report.text(results, notes))
+            if options.out is not None:
+                print(f"\nreport: {options.out / report.HTML_FILE}")
     except (ValueError, OSError) as error:
         print(f"{_parser().prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(report.tables(results))
-    print(f"\nreport in {options.out}")
+    finally:
+        if world_size > 1:
+            launch.finish()
     return 0
 
 

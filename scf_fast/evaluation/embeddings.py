@@ -1,7 +1,12 @@
-"""Images -> features and confidences -> scores of pairs."""
+"""What a model says of images, kept on disk, and the scores of pairs."""
 
+import contextlib
+import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,10 +14,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels.vmf_similarity import vmf_similarity
-from pipelines.loader import Preprocessing, make_loader
-from pipelines.sampler import EpochSampler
-from pipelines.sources import ImageSource
+from pipelines.files import atomic_output
+from pipelines.sources import ImageFiles, ImageSource
+from scf_fast.embed import check_usable, embed_batches
+from scf_fast.evaluation.alignment import AlignedFaces
 
+_PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PAIRS_AT_ONCE = 1 << 14  # 64 MiB for each float64 copy of 512-wide rows; IJB-C has 15.7 M pairs
 
 
@@ -39,49 +46,112 @@ class Embeddings:
         return torch.linalg.vector_norm(self.features, dim=1).double().numpy()
 
 
-def embed_images(model, source: ImageSource, description: str, *, device: torch.device | str = "cpu", batch_size: int = 256,
-                 backend: str = "auto", num_workers: int = 2, flip: bool = False) -> Embeddings:
-    """Runs a model over a source, in its order, under a progress bar.
+class EmbeddingStore:
+    """Embeddings of one model, on disk by model and data: computed once, by any number of ranks, and resumed where a run was cut off.
 
     Args:
-        model: scf_fast.model.SCF on `device`.
-        source: N images.
-        description: names the images, on the progress bar and in messages.
-        batch_size, backend, num_workers: see pipelines.loader.make_loader.
-        flip: embed the mirror image too, as insightface's protocols do: the features are added, the two log kappa averaged.
-    Raises:
-        ValueError: an image cannot be decoded, a feature is zero, or a feature or kappa is not finite in float32; the message names
-            the image.
+        embedder: scf_fast.embed.Embedder.
+        folder: made if missing. A data set takes 4 (D + 1) bytes an image under a name that digests model, settings and data.
+        batch_size: images at once.
+        loader, num_workers: see pipelines.loader.make_loader.
+        rank, world_size: this process and how many share the work.
     """
-    features, log_kappa = torch.empty(len(source), model.embedding_dim), torch.empty(len(source))
-    sampler = EpochSampler(len(source), batch_size, shuffle=False, last_batch="partial")
-    preprocessing = Preprocessing(model.normalization, horizontal_flip=False)
-    with (make_loader(source, sampler, preprocessing, device=device, backend=backend, num_workers=num_workers) as loader,
-          tqdm(total=len(source), desc=description, unit=" images", mininterval=1) as progress):
-        for images, _, indices in loader.batches(epoch=0):
-            batch_features, batch_log_kappa = model.embed(images)
-            if flip:
-                mirrored_features, mirrored_log_kappa = model.embed(images.flip(3))
-                batch_features = batch_features + mirrored_features
-                batch_log_kappa = (batch_log_kappa + mirrored_log_kappa) / 2
-            features[indices], log_kappa[indices] = batch_features.cpu(), batch_log_kappa.cpu()
-            progress.update(len(indices))
-    embeddings = Embeddings(features, log_kappa)
-    usable = features.isfinite().all(dim=1).numpy() & features.any(dim=1).numpy() & embeddings.log_kappa.exp().isfinite().numpy()
-    if not usable.all():
-        bad = np.flatnonzero(~usable)
-        raise ValueError(f"features must be finite and not zero, and kappa finite; {len(bad)} of {len(source)} images are not so, "
-                         f"the first {source.name(int(bad[0]))} of {description}; look at that image, and at whether the model's training diverged")
-    return embeddings
+
+    def __init__(self, embedder, folder: Path, *, batch_size: int = 256, loader: str = "auto", num_workers: int = 2, rank: int = 0, world_size: int = 1):
+        self.embedder, self._folder = embedder, folder
+        self._batch_size, self._loading = batch_size, {"loader": loader, "num_workers": num_workers}
+        self._rank, self._world_size = rank, world_size
+
+    def fill(self, source: ImageSource, description: str) -> None:
+        """Compute this rank's share of what is missing, under a progress bar; every rank must do so before one of them may load.
+
+        Raises:
+            ValueError: an image cannot be decoded, or gives unusable numbers; the message names it.
+        """
+        folder = self._data_folder(source)
+        mine = [part for part in _parts(source) if not _path(folder, part).exists()][self._rank::self._world_size]
+        batches = [np.arange(start, min(start + self._batch_size, part.stop)) for part in mine for start in range(part.start, part.stop, self._batch_size)]
+        if not mine:
+            return
+        stream = embed_batches(self.embedder, source, batches, **self._loading)
+        with contextlib.closing(stream), tqdm(total=sum(map(len, mine)), desc=description, unit=" images", mininterval=1, disable=self._rank > 0) as progress:
+            for part in mine:
+                features, log_kappa = torch.empty(len(part), self.embedder.embedding_dim), torch.empty(len(part))
+                done = 0
+                while done < len(part):
+                    indices, batch_features, batch_log_kappa = next(stream)
+                    rows = slice(done, done + len(indices))
+                    features[rows], log_kappa[rows] = batch_features, batch_log_kappa
+                    done = rows.stop
+                    progress.update(len(indices))
+                check_usable(features, log_kappa, source, np.arange(part.start, part.stop))
+                with atomic_output(_path(folder, part)) as file:
+                    np.savez(file, features=features.numpy(), log_kappa=log_kappa.numpy())
+
+    def load(self, source: ImageSource, description: str) -> Embeddings:
+        """What the store has of a source, all of it; fills it first where this process is the only one."""
+        if self._world_size == 1:
+            self.fill(source, description)
+        folder = self._data_folder(source)
+        features, log_kappa = torch.empty(len(source), self.embedder.embedding_dim), torch.empty(len(source))
+        for part in _parts(source):
+            with np.load(_path(folder, part)) as stored:
+                rows = slice(part.start, part.stop)
+                features[rows], log_kappa[rows] = torch.from_numpy(stored["features"]), torch.from_numpy(stored["log_kappa"])
+        return Embeddings(features, log_kappa)
+
+    def _data_folder(self, source):
+        digest = _digest(source)
+        digest.update(self.embedder.key.encode())
+        return self._folder / digest.hexdigest()[:24]
 
 
-def pair_cosine(mu: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
-    """(P,) float64 cosine of rows first[k] and second[k] of mu, (N, D) floating point; 0 where a row is zero."""
-    pieces = zip(first.split(_PAIRS_AT_ONCE), second.split(_PAIRS_AT_ONCE))
-    return torch.cat([(F.normalize(mu[i].double()) * F.normalize(mu[j].double())).sum(dim=1) for i, j in pieces]).numpy()
+def _path(folder, part):
+    return folder / f"{part.start:09d}.npz"
 
 
-def pair_vmf(mu: torch.Tensor, kappa: torch.Tensor, first: torch.Tensor, second: torch.Tensor, radius: float) -> np.ndarray:
-    """(P,) float64 similarity by Eqn (13), in nats, of rows first[k] and second[k]; see kernels.vmf_similarity."""
-    pieces = zip(first.split(_PAIRS_AT_ONCE), second.split(_PAIRS_AT_ONCE))
-    return torch.cat([vmf_similarity(mu[i].double(), kappa[i].double(), mu[j].double(), kappa[j].double(), radius) for i, j in pieces]).numpy()
+def _parts(source):
+    return [range(start, min(start + _PART, len(source))) for start in range(0, len(source), _PART)]
+
+
+def _digest(source):
+    """Of what decides the pixels: name, size and time of each file, or the bytes of what is no file; and landmarks."""
+    if isinstance(source, AlignedFaces):
+        digest = _digest(source.source)
+        digest.update(np.ascontiguousarray(source.landmarks))
+        return digest
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        if isinstance(source, ImageFiles):
+            status = os.stat(source.name(i))
+            digest.update(f"{os.path.basename(source.name(i))} {status.st_size} {status.st_mtime_ns}\n".encode())
+        else:
+            digest.update(source.encoded(i))
+    return digest
+
+
+class PairScores(NamedTuple):
+    cosine: np.ndarray  # (P,) float64
+    vmf: np.ndarray | None  # (P,) float64, Eqn (13), nats
+
+
+def score_pairs(mu: torch.Tensor, kappa: torch.Tensor | None, first: torch.Tensor, second: torch.Tensor, radius: float) -> PairScores:
+    """Cosine, and where there is a kappa Eqn (13), of rows first[k] and second[k].
+
+    Args:
+        mu: (N, D) floating point, of any length; the cosine with a zero row is 0.
+        kappa: (N,) floating point, or None.
+        first, second: (P,) int64.
+        radius: of the sphere.
+    """
+    unit = F.normalize(mu.double())
+    kappa = None if kappa is None else kappa.double()
+    cosine, vmf = np.empty(len(first)), None if kappa is None else np.empty(len(first))
+    for start in range(0, len(first), _PAIRS_AT_ONCE):
+        piece = slice(start, start + _PAIRS_AT_ONCE)
+        i, j = first[piece].to(mu.device), second[piece].to(mu.device)
+        a, b = unit[i], unit[j]
+        cosine[piece] = (a * b).sum(dim=1).cpu().numpy()
+        if kappa is not None:
+            vmf[piece] = vmf_similarity(a, kappa[i], b, kappa[j], radius).cpu().numpy()
+    return PairScores(cosine, vmf)

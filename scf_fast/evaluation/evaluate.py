@@ -1,118 +1,229 @@
-"""The whole evaluation of one model on one data folder, from files to report."""
+"""The evaluations: what each embeds, and what it makes of the embeddings of one model."""
 
-import time
+import abc
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from pipelines.template_protocol import TemplateProtocol, read_template_protocol
-from pipelines.verification_set import VerificationSet, read_verification_set
-from scf_fast.evaluation import plots, protocols, report
-from scf_fast.evaluation.embeddings import embed_images
+from kernels.template_pooling import pool_templates
+from scf_fast.evaluation import datasets, plots, protocols, report
+from scf_fast.evaluation.datasets import PairSet, Subjects, TemplateSet
+from scf_fast.evaluation.embeddings import EmbeddingStore
 
 
-def evaluate(model, data: Path, out: Path, *, name: str, **loading) -> dict:
-    """Measures a model on the verification sets and the template protocol of a data folder, and writes the report.
+@dataclass
+class Measured:
+    """What one model gave: an entry of results.json, and figures."""
+
+    results: dict = field(default_factory=dict)
+    figures: dict[str, bytes] = field(default_factory=dict)  # PNG by file name; see report.FIGURES
+    notes: list[str] = field(default_factory=list)  # what was left out and why
+
+    def add(self, other: "Measured") -> None:
+        self.results |= other.results
+        self.figures |= other.figures
+        self.notes += other.notes
+
+
+class Evaluation(abc.ABC):
+    """One kind of measurement on data that is open and checked.
+
+    Attributes:
+        sources: (ImageSource, description) of everything it embeds.
+    """
+
+    sources: list
+
+    @abc.abstractmethod
+    def measure(self, store: EmbeddingStore) -> Measured:
+        """Measures the store's model."""
+
+
+def _headline(kind: str, summaries: dict[str, dict], first: str) -> dict:
+    """Several data sets' results in one: those of `first` at the top, with its name as `kind`, and the "others" by name."""
+    return {kind: first} | summaries[first] | {"others": {name: summary for name, summary in summaries.items() if name != first}}
+
+
+class Verification(Evaluation):
+    """Accuracy, TAR at FAR, equal error rate and area under the ROC of pair sets, by cosine and by Eqn (13).
+
+    The set named 'clean', else the first by name, gives the numbers at the top of "verification".
+    """
+
+    def __init__(self, sets: dict[str, PairSet]):
+        self._sets = sets
+        self._first = "clean" if "clean" in sets else next(iter(sets))
+        self.sources = [(pairs.source, name) for name, pairs in sets.items()]
+
+    def measure(self, store):
+        summaries, curves = {}, {}
+        for name, pairs in self._sets.items():
+            scores = protocols.score_verification_set(store.load(pairs.source, name), store.embedder.radius, store.embedder.device)
+            summaries[name] = protocols.summarise_verification(scores, pairs.same)
+            for label, values in zip((report.COSINE, report.VMF), scores):
+                curves[name, label] = plots.roc_points(values, pairs.same)
+        return Measured({"verification": _headline("set", summaries, self._first)},
+                        {report.ROC: plots.plot_roc("Verification", curves), report.DET: plots.plot_det("Verification", curves)})
+
+
+class Templates(Evaluation):
+    """1:1 and, where the protocol has the files, 1:N of template sets, pooled every way, by cosine and by Eqn (13)."""
+
+    def __init__(self, sets: dict[str, TemplateSet]):
+        self._sets = sets
+        self.sources = [(templates.source, name) for name, templates in sets.items()]
+
+    def measure(self, store):
+        one_to_one, one_to_many, quality, figures, notes = {}, {}, {}, {}, []
+        for number, (name, templates) in enumerate(self._sets.items()):
+            embeddings = store.load(templates.source, name)
+            protocol, same = templates.protocol, templates.protocol.pair_labels
+            tables = {"images": len(protocol.names), "templates": len(protocols.template_ids(protocol)),
+                      "genuine_pairs": int(np.count_nonzero(same)), "impostor_pairs": int(np.count_nonzero(~same))}
+            searched, curves = {}, {}
+            for pooling_name, pooling in protocols.pool_every_way(embeddings, protocol, store.embedder.device):
+                for suffix, score, values in zip(("", "_vmf"), (report.COSINE, report.VMF),
+                                                 protocols.score_templates(pooling, protocol, store.embedder.radius)):
+                    if values is None:
+                        continue
+                    tables[pooling_name + suffix] = protocols.tar_table(values, same)
+                    curves[f"{report.POOLINGS[pooling_name]} pooling", score] = plots.roc_points(values, same)
+                    if templates.galleries:
+                        searched[pooling_name + suffix] = _identify(pooling, templates, store.embedder.radius, "vmf" if suffix else "cosine")
+            one_to_one[name] = tables
+            figures[report.numbered(report.TEMPLATES, number)] = plots.plot_roc(f"Template verification, {name}", curves)
+            if searched:
+                one_to_many[name] = _gallery_counts(templates) | searched
+            else:
+                notes.append(f"{name} has no 1:N files (meta/*_1N_gallery_*.csv, meta/*_1N_probe_mixed.csv), so identification is left out.")
+            if "detector" not in protocols.pooling_weights(embeddings, protocol):
+                notes.append(f"All detector scores of {name} are equal, so pooling by them is left out.")
+            quality[name] = protocols.summarise_quality(embeddings, templates.severity)
+        first = next(iter(self._sets))
+        results = {"templates": _headline("protocol", one_to_one, first), "template_quality": _headline("protocol", quality, first)}
+        if one_to_many:
+            results["identification"] = _headline("protocol", one_to_many, next(iter(one_to_many)))
+        return Measured(results, figures, notes)
+
+
+def _gallery_counts(templates: TemplateSet) -> dict:
+    galleries = templates.galleries
+    return {"galleries": [gallery.name for gallery in galleries], "enrolled": sum(len(gallery.gallery_ids) for gallery in galleries),
+            "searches": len(galleries[0].probe_ids)}
+
+
+def _identify(pooling, templates, radius, score) -> dict:
+    """Rank rates in all galleries together, as insightface's protocol has them; TPIR at FPIR as the mean over the galleries, for each of
+    which the probes of the others have no mate."""
+    galleries = templates.galleries
+    enrolled = (np.concatenate([getattr(gallery, column) for gallery in galleries]) for column in ("gallery_ids", "gallery_subjects"))
+    together = protocols.Gallery("all", *enrolled, galleries[0].probe_ids, galleries[0].probe_subjects)
+    summary = protocols.summarise_searches(protocols.search_templates(pooling, templates.protocol, together, radius, score))
+    if len(galleries) > 1:
+        each = [protocols.summarise_searches(protocols.search_templates(pooling, templates.protocol, gallery, radius, score))["tpir_at_fpir"]
+                for gallery in galleries]
+        common = [fpir for fpir in each[0] if all(fpir in table for table in each)]
+        summary["tpir_at_fpir"] = {fpir: float(np.mean([table[fpir] for table in each])) for fpir in common}
+    return summary
+
+
+class Identification(Evaluation):
+    """Closed- and open-set search of probe images in a gallery of subjects, each pooled from all of its images."""
+
+    def __init__(self, gallery: Subjects, probe: Subjects):
+        self._gallery, self._probe = gallery, probe
+        self.sources = [(gallery.source, "gallery"), (probe.source, "probes")]
+        if not np.isin(probe.names, gallery.names).any():
+            raise ValueError(f"none of the {len(np.unique(probe.names))} subjects of the probes is in the gallery, such as {probe.names[0]!r}; "
+                             "take both from one set of names")
+
+    def measure(self, store):
+        gallery, probes = (store.load(*source) for source in self.sources)
+        subjects, row = np.unique(self._gallery.names, return_inverse=True)
+        numbers = np.unique(np.concatenate([subjects, self._probe.names]), return_inverse=True)[1]  # of all subjects, enrolled or not
+        numbers, probe_subjects = np.split(numbers, [len(subjects)])
+        device, radius = store.embedder.device, store.embedder.radius
+        probe_mu, probe_kappa = probes.mu.to(device), torch.from_numpy(probes.kappa).to(device)
+        results = {"galleries": ["gallery"], "enrolled": len(subjects), "searches": len(probes.mu)}
+        for name, weights in ("average", None), ("kappa", torch.from_numpy(gallery.kappa).float()):
+            directions, kappas = pool_templates(gallery.mu, weights, torch.from_numpy(row), len(subjects))
+            directions, kappas = directions.to(device), kappas.to(device)
+            results[name] = protocols.summarise_searches(protocols.search(directions, None, numbers, probe_mu, None, probe_subjects))
+            if weights is not None:
+                results[f"{name}_vmf"] = protocols.summarise_searches(
+                    protocols.search(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects, radius))
+        return Measured({"identification": _headline("protocol", {"gallery": results}, "gallery")})
+
+
+class Risk(Evaluation):
+    """Error versus reject on one set, score and threshold fixed on all its pairs; and what kappa says of its images.
 
     Args:
-        model: scf_fast.model.SCF on the device in `loading`.
-        data: folder with `verification/*.bin` and `templates/`, or one of them, of aligned 112 x 112 faces; known severities in
-            `verification/<set>.csv` and `templates/severity.csv`, where there are some. The set named 'clean', else the first by name,
-            gives the numbers at the top of "verification"; quality and rejection are measured on the set named 'mixed', else on that.
-        out: report folder, made if missing; a report in it is replaced.
-        name: what the report calls the model.
-        loading: device, batch_size, backend, num_workers, flip of embed_images.
-    Returns:
-        What results.json holds: "verification", "kappa", "feature_norm", "reject", "reject_area" from the pairs, "templates" and
-        "template_quality" from the templates, "seconds", and under "notes" what had to be left out.
-    Raises:
-        ValueError: data that is missing or malformed; all but the pictures are checked before the first is embedded, and nothing is
-            written to `out` until everything is measured.
+        data: pairs of images, or of templates: these have the kappa of Eqn (14), the mean feature norm and the mean detector score.
+        far: false accept rate of the threshold; None puts it at equal error rates.
+        score: "cosine" or "vmf".
     """
-    started = time.perf_counter()
-    sets = {path.stem: read_verification_set(path) for path in sorted((data / "verification").glob("*.bin"))}
-    protocol = read_template_protocol(data / "templates") if (data / "templates").is_dir() else None
-    if not sets and protocol is None:
+
+    def __init__(self, data: PairSet | TemplateSet, far: float | None = None, score: str = "cosine"):
+        self._data, self._far, self._score = data, far, score
+        self.sources = [(data.source, data.name)]
+
+    def measure(self, store):
+        data = self._data
+        embeddings = store.load(*self.sources[0])
+        radius, device = store.embedder.radius, store.embedder.device
+        if isinstance(data, PairSet):
+            same = data.same
+            scores = protocols.score_verification_set(embeddings, radius, device)
+            quality = {name: protocols.lower_of_pair(values) for name, values in protocols.image_quality(embeddings).items()}
+        else:
+            same, protocol = data.protocol.pair_labels, data.protocol
+            pooled = protocols.Pooling(*protocols.pool_protocol(embeddings, protocol, embeddings.kappa, device))
+            scores = protocols.score_templates(pooled, protocol, radius)
+            rows = protocols.template_rows(protocol, protocol.pair_template_ids).numpy()
+            quality = {name: values[rows].min(axis=1) for name, values in protocols.template_quality(embeddings, protocol).items()}
+        values, label = (scores.cosine, report.COSINE) if self._score == "cosine" else (scores.vmf, report.VMF)
+        rejection = protocols.reject_by_quality(values, same, quality, self._far)
+        summary = protocols.summarise_quality(embeddings, data.severity)
+        figures = {report.REJECT: plots.plot_rejection(rejection, label), report.HISTOGRAM: plots.plot_kappa_histogram(quality["kappa"], same),
+                   report.FACES: plots.plot_faces(data.source, embeddings.kappa, data.severity)}
+        if isinstance(data, PairSet):
+            figures[report.PAIRS] = plots.plot_pairs(data.source, values, same, embeddings.kappa, label)
+        if data.severity is not None:
+            figures[report.SEVERITY] = plots.plot_severity(embeddings.kappa, data.severity, summary["kappa"]["severity_spearman"])
+        errors = {order: [curve.error_at(fraction) for fraction in report.REJECTED] for order, curve in rejection.curves.items()}
+        return Measured(summary | {
+            "reject_area": {order: curve.area for order, curve in rejection.curves.items()},
+            "reject": {"set": data.name, "score": label, "threshold": rejection.threshold, "far": rejection.far, "rejected": report.REJECTED,
+                       "error": errors}}, figures)
+
+
+def everything(data: Path) -> list[Evaluation]:
+    """What a data folder allows: verification of its `verification/*.bin` and templates of its `templates/` or of the folder itself; risk on
+    the set named 'mixed', else on the first, else on the templates.
+
+    Raises:
+        ValueError: there is neither, or something in it is malformed.
+    """
+    has_pairs = any((data / "verification").glob("*.bin")) or any(data.glob("*.bin"))
+    sets = datasets.open_pair_sets([data]) if has_pairs else {}
+    folder = data / "templates" if datasets.is_template_set(data / "templates") else data
+    templates = datasets.open_template_set(folder) if datasets.is_template_set(folder) else None
+    if not sets and templates is None:
         raise ValueError(f"{data} must hold verification/*.bin or templates/meta; give --data the folder that has them")
-    for key, pairs in sets.items():
-        _check_pairs(data / "verification" / f"{key}.bin", pairs.same)
-    if protocol is not None:
-        _check_pairs(data / "templates", protocol.pair_labels)
-    headline = "clean" if "clean" in sets else next(iter(sets), None)
-    mixed = "mixed" if "mixed" in sets else headline
-    notes: list[str] = []
-    if sets:
-        names = [str(image) for image in range(len(sets[mixed].source))]
-        severity = _severity(data / "verification" / f"{mixed}.csv", "image", names, notes)
-    if protocol is not None:
-        template_severity = _severity(data / "templates" / "severity.csv", "name", protocol.names, notes)
-
-    embedded = {key: embed_images(model, pairs.source, key, **loading) for key, pairs in sets.items()}
-    if protocol is not None:
-        template_embeddings = embed_images(model, protocol.source, "templates", **loading)
-
-    results = {"model": name, "data": str(data)}
-    if sets:
-        scores = {key: protocols.score_verification_set(embeddings, model.radius) for key, embeddings in embedded.items()}
-        rejection = protocols.reject_by_quality(scores[mixed].cosine, sets[mixed].same, embedded[mixed])
-        results["verification"] = _verification(sets, scores, headline)
-        results |= protocols.summarise_quality(embedded[mixed], severity) | _rejection(mixed, rejection)
-    if protocol is not None:
-        template_scores = protocols.score_templates(template_embeddings, protocol, model.radius)
-        results["templates"] = _templates(protocol, template_scores)
-        results["template_quality"] = protocols.summarise_quality(template_embeddings, template_severity)
-
-    report.prepare_folder(out)
-    if sets:
-        plots.plot_roc(out / report.ROC, "Verification", {
-            (key, label): (values, sets[key].same) for key in sets for label, values in zip((report.COSINE, report.VMF), scores[key])})
-        plots.plot_rejection(out / report.REJECT, rejection)
-        kappa = embedded[mixed].kappa
-        plots.plot_kappa_histogram(out / report.HISTOGRAM, protocols.lower_of_pair(kappa), sets[mixed].same)
-        plots.plot_faces(out / report.FACES, sets[mixed].source, kappa, severity)
-        if severity is not None:
-            plots.plot_severity(out / report.SEVERITY, kappa, severity, results["kappa"]["severity_spearman"])
-    if protocol is not None:
-        plots.plot_roc(out / report.TEMPLATES, "Template verification", {
-            (f"{pooling} pooling", score): (template_scores[key], protocol.pair_labels) for key, (pooling, score) in report.POOLINGS.items()})
-    results |= {"notes": notes, "seconds": {"evaluation": time.perf_counter() - started}}
-    report.write_report(out, results)
-    return results
+    evaluations: list[Evaluation] = [Verification(sets)] if sets else []
+    if templates is not None:
+        evaluations.append(Templates({templates.name: templates}))
+    return [*evaluations, Risk(sets.get("mixed", next(iter(sets.values()))) if sets else templates)]
 
 
-def _check_pairs(what: Path, same: np.ndarray) -> None:
-    genuine = np.count_nonzero(same)
-    if len(same) < 10 or genuine in (0, len(same)):
-        raise ValueError(f"{what} must have at least 10 pairs, genuine and impostor ones among them, got {len(same)} with {genuine} genuine; "
-                         "leave it out")
+def measure_all(evaluations: list[Evaluation], store: EmbeddingStore) -> Measured:
+    """Measures a store's model by each evaluation in turn."""
+    measured = Measured()
+    for evaluation in evaluations:
+        measured.add(evaluation.measure(store))
+    return measured
 
 
-def _severity(path: Path, column: str, names: list[str], notes: list[str]) -> np.ndarray | None:
-    if path.exists():
-        return protocols.read_severity(path, column, names)
-    notes.append(f"{path} does not exist, so no correlation with known severity is given for those images.")
-    return None
-
-
-def _verification(sets: dict[str, VerificationSet], scores: dict[str, protocols.PairScores], headline: str) -> dict:
-    summaries = {key: protocols.summarise_verification(scores[key], pairs.same) for key, pairs in sets.items()}
-    top = {"set": headline} | summaries.pop(headline)
-    clash = top.keys() & summaries.keys()
-    if clash:
-        raise ValueError(f"verification sets must not be named like a result, got {', '.join(sorted(clash))}; rename those .bin files")
-    return top | summaries
-
-
-def _rejection(key: str, rejection: protocols.Rejection) -> dict:
-    errors = {order: [curve.error_at(fraction) for fraction in report.REJECTED] for order, curve in rejection.curves.items()}
-    return {
-        "reject_area": {order: curve.area for order, curve in rejection.curves.items()},
-        "reject": {"set": key, "threshold": rejection.threshold, "rejected": report.REJECTED, "error": errors},
-    }
-
-
-def _templates(protocol: TemplateProtocol, scores: dict[str, np.ndarray]) -> dict:
-    same = protocol.pair_labels
-    return {key: protocols.tar_table(values, same) for key, values in scores.items()} | {
-        "images": len(protocol.names), "templates": len(np.unique(protocol.template_ids)),
-        "genuine_pairs": int(np.count_nonzero(same)), "impostor_pairs": int(np.count_nonzero(~same))}

@@ -1,4 +1,4 @@
-"""Verification and error-versus-reject metrics, in NumPy, each exact over the scores it is given.
+"""Verification, identification and error-versus-reject metrics, in NumPy, each exact over the scores it is given.
 
 A pair is accepted where score > threshold. `scores` (P,) float, larger is more alike; `same` (P,) bool, True for genuine pairs.
 """
@@ -59,15 +59,24 @@ def tar_at_far(scores: np.ndarray, same: np.ndarray, fars: list[float]) -> dict[
     Raises:
         ValueError: as in roc.
     """
-    genuine, impostor = _split(scores, same)
-    # The threshold is the highest impostor score that must be refused, whatever ties it has.
-    refused = np.sort(impostor)[::-1]
-    result = {}
-    for far in fars:
-        allowed = math.floor(far * len(impostor) + 1e-9)  # 1e-9: a product such as 0.29 * 100 rounds to 28.999...
-        threshold = refused[allowed] if allowed < len(impostor) else -np.inf
-        result[far] = float(np.mean(genuine > threshold))
-    return result
+    genuine, impostor = (np.sort(part)[::-1] for part in _split(scores, same))
+    # searchsorted wants rising scores: accepted are those above the threshold.
+    return {far: float(np.searchsorted(-genuine, -_threshold(impostor, far)) / len(genuine)) for far in fars}
+
+
+def threshold_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
+    """The lowest threshold whose false accept rate does not pass `far`, in [0, 1).
+
+    Raises:
+        ValueError: as in roc.
+    """
+    return _threshold(np.sort(_split(scores, same)[1])[::-1], far)
+
+
+def _threshold(falling: np.ndarray, rate: float) -> float:
+    """The highest of the falling scores that must be refused, whatever ties it has, for a share of at most `rate` to pass."""
+    allowed = math.floor(rate * len(falling) + 1e-9)  # 1e-9: a product such as 0.29 * 100 rounds to 28.999...
+    return float(falling[allowed]) if allowed < len(falling) else -math.inf
 
 
 def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
@@ -139,15 +148,70 @@ def error_versus_reject(wrong: np.ndarray, quality: np.ndarray) -> RejectCurve:
     return RejectCurve(1 - kept[::-1] / len(wrong), error, float(error.mean()))
 
 
-def random_reject(wrong: np.ndarray, seeds: int = 100) -> RejectCurve:
-    """The mean curve of `seeds` random rejection orders, the same ones on every call; its expectation is flat at the error rate.
+def area_under_roc(scores: np.ndarray, same: np.ndarray) -> float:
+    """The probability that a genuine pair scores above an impostor pair; a tie counts half.
 
     Raises:
-        ValueError: as in error_versus_reject.
+        ValueError: as in roc.
     """
-    curves = [error_versus_reject(wrong, np.random.default_rng(seed).random(len(wrong))) for seed in range(seeds)]
-    error = np.mean([curve.error for curve in curves], axis=0)
-    return RejectCurve(curves[0].rejected, error, float(error.mean()))
+    genuine, impostor = _split(scores, same)
+    impostor = np.sort(impostor)
+    below, not_above = (np.searchsorted(impostor, genuine, side=side).mean() for side in ("left", "right"))
+    return float((below + not_above) / (2 * len(impostor)))
+
+
+def equal_error_rate(scores: np.ndarray, same: np.ndarray) -> float:
+    """Mean of the false accept and the false reject rate at the operating point where they are closest.
+
+    Raises:
+        ValueError: as in roc.
+    """
+    curve = roc(scores, same)
+    false_reject_rate = 1 - curve.true_accept_rate
+    point = np.argmin(np.abs(curve.false_accept_rate - false_reject_rate))
+    return float((curve.false_accept_rate[point] + false_reject_rate[point]) / 2)
+
+
+@dataclass(frozen=True)
+class Searches:
+    """Q searches of a gallery that holds one entry a subject."""
+
+    mate_score: np.ndarray  # (Q,) float, with the entry of the probe's subject; NaN where the gallery has none
+    mate_rank: np.ndarray  # (Q,) int64, 1 + the number of entries that score higher; 0 where there is no mate
+    best_other: np.ndarray  # (Q,) float, the highest score with another subject's entry; -inf where there is no other
+
+    @property
+    def mated(self) -> np.ndarray:
+        """(Q,) bool."""
+        return self.mate_rank > 0
+
+
+def rank_rates(searches: Searches, ranks: tuple[int, ...]) -> dict[int, float]:
+    """Closed set: share of mated searches that have the mate among the best `rank`, for each of `ranks`.
+
+    Raises:
+        ValueError: no search is mated.
+    """
+    if not searches.mated.any():
+        raise ValueError("closed-set identification needs probes whose subject is in the gallery, got none")
+    found = searches.mate_rank[searches.mated]
+    return {rank: float(np.mean(found <= rank)) for rank in ranks}
+
+
+def tpir_at_fpir(searches: Searches, fpirs: list[float]) -> dict[float, float]:
+    """Open set: share of mated searches that return the mate first and above the threshold, at the lowest threshold at which at most a
+    share `fpir` of the searches without mate returns anything.
+
+    Raises:
+        ValueError: all searches are mated, or none.
+    """
+    mated = searches.mated
+    if mated.all() or not mated.any():
+        raise ValueError("open-set identification needs probes with and without their subject in the gallery, "
+                         f"got {np.count_nonzero(mated)} with it of {len(mated)}")
+    falling = np.sort(searches.best_other[~mated])[::-1]
+    first = searches.mate_rank[mated] == 1
+    return {fpir: float(np.mean(first & (searches.mate_score[mated] > _threshold(falling, fpir)))) for fpir in fpirs}
 
 
 def _split(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

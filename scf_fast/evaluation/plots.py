@@ -1,24 +1,26 @@
-"""Figures of the evaluation report, as PNG."""
+"""Figures of the evaluation report, as PNG in memory."""
 
 import io
 import itertools
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipelines.images import decode_face
 from pipelines.sources import ImageSource
 from scf_fast.evaluation.metrics import tar_at_far
 from scf_fast.evaluation.protocols import Rejection
 
-_BLUE, _ORANGE, _GREY, _GREEN = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63"
+_BLUE, _ORANGE, _GREY, _GREEN, _PURPLE = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63", "#7c5cbf"
 _REJECTION_STYLES = {  # by rejection order: label and line
     "kappa": ("κ", {"color": _ORANGE, "lw": 2.2}),
     "feature_norm": ("feature norm", {"color": _BLUE, "lw": 1.6}),
+    "detector": ("detector score", {"color": _PURPLE, "lw": 1.6}),
     "random": ("random", {"color": _GREY, "lw": 1.6}),
     "oracle": ("oracle", {"color": _GREEN, "lw": 1.2, "ls": ":"}),
 }
+Curves = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]  # by (what is compared, by which score): FAR, TAR
 
 
 def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: float = 4.4):
@@ -32,41 +34,60 @@ def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: fl
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    return file.getvalue()
 
 
-def plot_roc(path: Path, title: str, curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]) -> None:
-    """TAR over FAR on a logarithmic axis, from where ten impostor pairs pass.
+def roc_points(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """400 points (FAR, TAR), evenly spaced on a logarithmic axis from where ten impostor pairs pass: all that a curve shows."""
+    fars = np.geomspace(min(1, 10 / np.count_nonzero(~same)), 1, 400)
+    return fars, np.array(list(tar_at_far(scores, same, fars.tolist()).values()))
 
-    Args:
-        curves: by (what is compared, by which score), scores (P,) and same (P,) bool; a colour for the first, a line style for the second.
-    """
-    figure, axes = _figure(title, "false accept rate", "true accept rate")
-    colors = dict(zip(dict.fromkeys(what for what, _ in curves), itertools.cycle((_BLUE, _ORANGE, _GREEN, _GREY))))
+
+def _styles(curves: Curves):
+    """A colour for what is compared, a line style for the score."""
+    colors = dict(zip(dict.fromkeys(what for what, _ in curves), itertools.cycle((_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY))))
     lines = dict(zip(dict.fromkeys(score for _, score in curves), itertools.cycle(("-", "--"))))
-    for (what, score), (scores, same) in curves.items():
-        fars = np.geomspace(min(1, 10 / np.count_nonzero(~same)), 1, 400)
-        tars = list(tar_at_far(scores, same, fars.tolist()).values())
-        axes.plot(fars, tars, label=f"{what}, {score}", color=colors[what], ls=lines[score], lw=1.8)
+    return {(what, score): {"label": f"{what}, {score}", "color": colors[what], "ls": lines[score], "lw": 1.8} for what, score in curves}
+
+
+def plot_roc(title: str, curves: Curves) -> bytes:
+    """TAR over FAR."""
+    figure, axes = _figure(title, "false accept rate", "true accept rate")
+    for key, style in _styles(curves).items():
+        axes.plot(*curves[key], **style)
     axes.set(xscale="log", ylim=(None, 1.01))
     axes.legend(loc="lower right", frameon=False)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_rejection(path: Path, rejection: Rejection) -> None:
-    """Error rate of the pairs kept over the fraction rejected, for every order, down to twenty pairs; the areas are of whole curves."""
+def plot_det(title: str, curves: Curves) -> bytes:
+    """False reject rate over false accept rate, both logarithmic: the detection error trade-off."""
+    figure, axes = _figure(title, "false accept rate", "false reject rate")
+    for key, style in _styles(curves).items():
+        fars, tars = curves[key]
+        some = tars < 1  # a logarithmic axis has no place for 0
+        axes.plot(fars[some], 1 - tars[some], **style)
+    axes.set(xscale="log", yscale="log", ylim=(None, 1))
+    axes.legend(loc="upper right", frameon=False)
+    return _png(figure)
+
+
+def plot_rejection(rejection: Rejection, score: str) -> bytes:
+    """Error rate of the pairs kept over the fraction rejected, for every order, down to fifty pairs; the areas are of whole curves."""
     figure, axes = _figure("Error versus reject", "pairs rejected [%]", "error rate of the pairs kept [%]")
     for order, curve in rejection.curves.items():
         label, style = _REJECTION_STYLES[order]
-        shown = slice(max(1, len(curve.error) - 19))
+        shown = np.unique(np.linspace(0, max(0, len(curve.error) - 50), 2000).astype(int))
         axes.plot(100 * curve.rejected[shown], 100 * curve.error[shown], label=f"{label} (area {curve.area:.4f})", **style)
     axes.set(xlim=(0, 100), ylim=(0, 100 * 1.3 * rejection.curves["oracle"].error_at(0) + 0.1))
-    axes.legend(frameon=False, title=f"accepted above cosine {rejection.threshold:.3f}", title_fontsize=9, alignment="left")
-    _save(figure, path)
+    axes.legend(frameon=False, title=f"accepted above {score} {rejection.threshold:.3f}", title_fontsize=9, alignment="left")
+    return _png(figure)
 
 
-def plot_severity(path: Path, kappa: np.ndarray, severity: np.ndarray, correlation: float | None) -> None:
+def plot_severity(kappa: np.ndarray, severity: np.ndarray, correlation: float | None) -> bytes:
     """Kappa of each image over its known degradation severity, with the median and the middle 80 % of twenty equal groups."""
     figure, axes = _figure("κ against degradation" if correlation is None else f"κ against degradation (Spearman {correlation:.3f})",
                            "known severity", "κ")
@@ -78,33 +99,57 @@ def plot_severity(path: Path, kappa: np.ndarray, severity: np.ndarray, correlati
     axes.plot(centre, middle, color=_ORANGE, lw=2.2, label="median")
     axes.set_yscale("log")
     axes.legend(frameon=False)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_kappa_histogram(path: Path, kappa: np.ndarray, same: np.ndarray) -> None:
-    """Distribution of each pair's lower kappa, (P,), among genuine and impostor pairs."""
-    figure, axes = _figure("Lower κ of a pair", "κ", "pairs")
+def plot_kappa_histogram(kappa: np.ndarray, same: np.ndarray) -> bytes:
+    """Distribution of each pair's lower kappa, (P,), among genuine and impostor pairs: the share of either kind in each bin."""
+    figure, axes = _figure("Lower κ of a pair", "κ", "share of pairs")
     positive = kappa[kappa > 0]  # a logarithmic axis has no place for 0
     bins = np.geomspace(positive.min(), positive.max() * (1 + 1e-9), 41) if len(positive) else 1
     for label, part, color in ("genuine", same, _BLUE), ("impostor", ~same, _ORANGE):
-        axes.hist(kappa[part], bins=bins, histtype="stepfilled", alpha=0.35, color=color, label=label)
-        axes.hist(kappa[part], bins=bins, histtype="step", color=color, lw=1.4)
+        weights = np.full(np.count_nonzero(part), 1 / np.count_nonzero(part))
+        axes.hist(kappa[part], bins=bins, weights=weights, histtype="stepfilled", alpha=0.35, color=color, label=label)
+        axes.hist(kappa[part], bins=bins, weights=weights, histtype="step", color=color, lw=1.4)
     axes.set_xscale("log")
     axes.legend(frameon=False)
-    _save(figure, path)
+    return _png(figure)
 
 
-def plot_faces(path: Path, source: ImageSource, kappa: np.ndarray, severity: np.ndarray | None, columns: int = 10, rows: int = 2) -> None:
+def _show(axes, source: ImageSource, i: int, caption: str) -> None:
+    axes.imshow(Image.fromarray(decode_face(source.encoded(int(i)).tobytes())))
+    axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", fontsize=8)
+
+
+def _empty_grid(title: str, rows: int, columns: int, row_height: float):
+    figure = Figure(figsize=(1.15 * columns, row_height * rows + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    return figure, grid
+
+
+def plot_faces(source: ImageSource, kappa: np.ndarray, severity: np.ndarray | None, columns: int = 10, rows: int = 2) -> bytes:
     """Faces at evenly spaced ranks of kappa, from the lowest to the highest, with kappa (and the known severity) under each."""
     order = np.argsort(kappa, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, columns * rows).round().astype(int))]
-    figure = Figure(figsize=(1.15 * columns, 1.6 * rows + 0.4), layout="constrained")
-    figure.suptitle("Faces by κ, lowest to highest", fontsize=12, fontweight="bold", x=0.01, ha="left")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.axis("off")
-    for axes, i in zip(grid, chosen):
-        axes.imshow(Image.open(io.BytesIO(source.encoded(int(i)).tobytes())).convert("RGB"))
+    figure, grid = _empty_grid("Faces by κ, lowest to highest", rows, columns, 1.6)
+    for axes, i in zip(grid.flat, chosen):
         known = "" if severity is None else f"\nseverity {severity[i]:.2f}"
-        axes.text(0.5, -0.04, f"κ {kappa[i]:.3g}{known}", transform=axes.transAxes, ha="center", va="top", fontsize=8)
-    _save(figure, path)
+        _show(axes, source, i, f"κ {kappa[i]:.3g}{known}")
+    return _png(figure)
+
+
+def plot_pairs(source: ImageSource, scores: np.ndarray, same: np.ndarray, kappa: np.ndarray, score: str, columns: int = 5) -> bytes:
+    """The best and worst pairs of either kind: a pair is two faces side by side, kappa under each and the score above both."""
+    order = np.argsort(scores, kind="stable")
+    genuine, impostor = order[same[order]], order[~same[order]]
+    kinds = {"worst genuine": genuine, "worst impostor": impostor[::-1], "best genuine": genuine[::-1], "best impostor": impostor}
+    figure, grid = _empty_grid(f"Best and worst pairs by {score}", len(kinds), 2 * columns, 1.55)
+    for row, (kind, pairs) in zip(grid, kinds.items()):
+        for column, pair in enumerate(pairs[:columns]):
+            for axes, i in zip(row[2 * column:], (2 * pair, 2 * pair + 1)):
+                _show(axes, source, i, f"κ {kappa[i]:.3g}")
+            row[2 * column].set_title(f"{kind}: {scores[pair]:.3f}" if column == 0 else f"{scores[pair]:.3f}", fontsize=8, loc="left")
+    return _png(figure)

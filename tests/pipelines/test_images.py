@@ -1,10 +1,13 @@
 import io
+import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.images import decode_face, decode_faces
+from pipelines.images import MAX_PIXELS, decode_face, load_encoded, load_face, read_header
 from pipelines.sources import EncodedImages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
@@ -36,9 +39,74 @@ def test_other_sizes_are_averaged_down_whole():
     np.testing.assert_allclose(face[1:-1], np.broadcast_to((0.75 * along + 0.25 * (160 - along))[1:-1, None, None], (110, 112, 3)), atol=1)
 
 
-def test_batch_flips_and_names_the_broken_image():
-    source = EncodedImages([png(PIXELS), png(PIXELS[::-1]), png(PIXELS)[:500]])
-    faces = decode_faces(source, np.array([1, 0, 0]), np.array([False, True, False]))
-    np.testing.assert_array_equal(faces, np.stack([PIXELS[::-1], PIXELS[:, ::-1], PIXELS]))
-    with pytest.raises(ValueError, match=r"image 2 cannot be decoded: .*; replace the image or leave it out"):
-        decode_faces(source, np.array([0, 2]), np.array([False, False]))
+def encode(fmt, image=None, **options):
+    file = io.BytesIO()
+    (Image.fromarray(PIXELS) if image is None else image).save(file, fmt, **options)
+    return np.frombuffer(file.getvalue(), dtype=np.uint8)
+
+
+COMMON = {
+    "jpeg": encode("JPEG"), "progressive": encode("JPEG", progressive=True), "grey jpeg": encode("JPEG", Image.fromarray(PIXELS).convert("L")),
+    "cmyk": encode("JPEG", Image.fromarray(PIXELS).convert("CMYK")), "png": encode("PNG"), "palette": encode("PNG", Image.fromarray(PIXELS).convert("P")),
+    "webp": encode("WEBP"), "padded jpeg": np.append(encode("JPEG"), np.zeros(9, np.uint8)),
+}
+OTHERS = {"pgm": encode("PPM", Image.fromarray(PIXELS[..., 0])), "bmp": encode("BMP"), "gif": encode("GIF"), "tiff": encode("TIFF"),
+          "16 bits": encode("PNG", Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)),
+          "animated": encode("WEBP", save_all=True, append_images=[Image.fromarray(PIXELS[::-1])])}
+
+
+@pytest.mark.parametrize("kind", [*COMMON, *OTHERS])
+def test_header_says_what_pillow_says(kind):
+    encoded = {**COMMON, **OTHERS}[kind]
+    image = Image.open(io.BytesIO(encoded))
+    assert read_header(encoded) == (image.format, 112, 112, kind in COMMON)
+    source = EncodedImages([encoded])
+    given = load_encoded(source, 0)
+    if kind in COMMON:
+        np.testing.assert_array_equal(given, encoded)
+    for ppm in (load_encoded(source, 0, convert=True), *([given] if kind in OTHERS else [])):
+        assert ppm[:2].tobytes() == b"P6"
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(ppm))), decode_face(encoded))
+
+
+@pytest.mark.parametrize("kind", COMMON)
+def test_every_truncation_is_noticed(kind):
+    encoded = COMMON[kind]
+    for cut in [*range(40), *range(40, len(encoded) - 12, 97)]:
+        try:
+            assert not read_header(encoded[:cut]).is_common
+        except ValueError as error:
+            assert str(error)
+
+
+@given(st.sampled_from(list(COMMON)), st.data())
+def test_corruption_is_an_image_or_a_value_error(kind, data):
+    """Whatever bytes change, one of two things happens, in little memory and time."""
+    damaged = COMMON[kind].copy()
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=4)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    for function in (read_header, decode_face):
+        try:
+            function(damaged)
+        except ValueError as error:
+            assert str(error)
+
+
+@pytest.mark.parametrize(("kind", "place", "size"), [("png", 16, (5000).to_bytes(4, "big") * 2), ("jpeg", None, b"\xff" * 4)])
+def test_header_of_a_huge_image_is_refused(kind, place, size):
+    encoded = bytearray(COMMON[kind])
+    place = place or encoded.index(b"\xff\xc0") + 5
+    encoded[place:place + len(size)] = size
+    if kind == "png":
+        encoded[29:33] = zlib.crc32(encoded[12:29]).to_bytes(4, "big")
+    for function in (read_header, decode_face):
+        with pytest.raises(ValueError, match=f"it must have 1 to {MAX_PIXELS} pixels and says|exceeds limit"):
+            function(np.frombuffer(encoded, np.uint8))
+
+
+def test_errors_name_the_image():
+    source = EncodedImages([b"", b"garbage", COMMON["png"][:500]])
+    for i, reason in enumerate(("it has no bytes", "unknown format", ".*truncated.*")):
+        for load in (load_face, load_encoded):
+            with pytest.raises(ValueError, match=rf"^image {i} cannot be decoded: {reason}; replace the image or leave it out$"):
+                load(source, i)

@@ -1,11 +1,13 @@
+import io
 import multiprocessing
 import os
 import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from pipelines.index import RecordIndex, open_source
+from pipelines.index import RecordIndex, main, open_source
 from pipelines.recordio import RecordWriter, write_property
 
 IMAGES = [bytes([i]) * (i + 1) for i in range(6)]
@@ -29,13 +31,13 @@ def images_of(source):
 
 
 def index_files(folder):
-    return sorted(path.name for path in folder.rglob("*.npy"))
+    return sorted(folder.rglob("*.index"))
 
 
 def forbid_scanning(monkeypatch):
-    def scan(data):
+    def scan(data, progress):
         raise AssertionError("the file was scanned although its index is up to date")
-    monkeypatch.setattr("pipelines.index.scan_image_records", scan)
+    monkeypatch.setattr("pipelines.record_index.scan_image_records", scan)
 
 
 @pytest.mark.parametrize("opener", [RecordIndex.open, open_source])
@@ -50,13 +52,14 @@ def test_images_and_labels(tmp_path, opener, name):
 
 def test_index_is_reused_until_the_file_changes(tmp_path, monkeypatch):
     RecordIndex.open(write(tmp_path))
-    before = index_files(tmp_path)
+    before = [path.read_bytes() for path in index_files(tmp_path)]
     with monkeypatch.context() as patch:
         forbid_scanning(patch)
         assert images_of(RecordIndex.open(tmp_path)) == IMAGES
     write(tmp_path, IMAGES[:3], LABELS[:3])
     assert images_of(RecordIndex.open(tmp_path)) == IMAGES[:3]
-    assert len(index_files(tmp_path)) == 1 and index_files(tmp_path) != before
+    after = [path.read_bytes() for path in index_files(tmp_path)]
+    assert len(before) == len(after) == 1 and before != after
 
     stat = os.stat(tmp_path / "train.rec")
     os.utime(tmp_path / "train.rec", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
@@ -121,7 +124,7 @@ def test_file_that_changes_while_open(tmp_path):
     source = RecordIndex.open(write(tmp_path))
     with open(tmp_path / "train.rec", "r+b") as file:
         file.write(bytes(200))
-    with pytest.raises(ValueError, match=r"train\.rec changed while in use: byte \d+ must start a record"):
+    with pytest.raises(ValueError, match=r"train\.rec changed while in use, at byte \d+: byte 0 must start a record"):
         source.encoded(0)
 
 
@@ -129,7 +132,7 @@ def test_empty_and_imageless_files(tmp_path):
     (tmp_path / "train.rec").touch()
     with pytest.raises(ValueError, match=r"train\.rec: the file is empty"):
         RecordIndex.open(tmp_path)
-    with pytest.raises(ValueError, match=r"train\.rec: it holds no image record"):
+    with pytest.raises(ValueError, match=r"it holds no image; check that it is the right one"):
         RecordIndex.open(write(tmp_path, [], []))
 
 
@@ -138,5 +141,103 @@ def test_missing_and_unknown_paths(tmp_path):
         RecordIndex.open(tmp_path)
     with pytest.raises(ValueError, match=r"there is no data set at .*nowhere; check the path"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"must be a \.rec file or a folder that holds train\.rec"):
+    with pytest.raises(ValueError, match=r"must hold train\.rec, \.tar shards, or a folder of images for each identity"):
+        open_source(tmp_path)
+
+
+def test_parts_of_one_set(tmp_path):
+    """Several .rec in a folder share their identities; the index lies in the folder."""
+    for name, images, labels in (("b", IMAGES[3:], LABELS[3:]), ("a", IMAGES[:3], LABELS[:3])):
+        with RecordWriter(tmp_path / f"{name}.rec", tmp_path / f"{name}.idx") as writer:
+            for record_id, (image, label) in enumerate(zip(images, labels), start=1):
+                writer.write_image(record_id, label, image)
+    source = open_source(tmp_path)
+    assert images_of(source) == IMAGES and source.labels.tolist() == LABELS and source.num_classes == 3
+    assert source.name(4) == f"{tmp_path / 'b.rec'} record 2" and source.rec_paths == [tmp_path / "a.rec", tmp_path / "b.rec"]
+    assert index_files(tmp_path) == [tmp_path / "recordio.index"]
+    source.will_need(np.array([0, 5]))
+    (tmp_path / "a.rec").unlink()
+    assert images_of(open_source(tmp_path)) == IMAGES[3:]
+
+
+def test_several_sets_side_by_side(tmp_path):
+    write(tmp_path / "a", num_classes=5)
+    write(tmp_path / "b")
+    (tmp_path / "c" / "someone").mkdir(parents=True)
+    (tmp_path / "c" / "someone" / "1.jpg").write_bytes(b"face")
+    source = open_source([tmp_path / "a", tmp_path / "b" / "train.rec", str(tmp_path / "c")])
+    assert images_of(source) == [*IMAGES, *IMAGES, b"face"] and source.sizes == (6, 6, 1)
+    assert source.labels.tolist() == [*LABELS, *(label + 5 for label in LABELS), 8] and source.num_classes == 9
+    assert type(open_source([tmp_path / "a"])) is RecordIndex
+    with pytest.raises(ValueError, match="at least one data set"):
+        open_source([])
+
+
+def test_images_of_no_bytes_are_skipped_and_counted(tmp_path, caplog):
+    with RecordWriter(tmp_path / "train.rec", tmp_path / "train.idx") as writer:
+        writer._write(1, 0, b"")
+        writer.write_image(2, 1, b"face")
+    with caplog.at_level("INFO"):
+        source = open_source(tmp_path)
+    assert images_of(source) == [b"face"] and source.skipped == {"empty images": 1}
+    assert "1 images in RecordIO, indexed in" in caplog.text and "; skipped 1 empty images" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [lambda index: index.write_bytes(index.read_bytes()[:-1]), lambda index: index.write_bytes(b"nothing"),
+                                    lambda index: index.write_bytes(index.read_bytes()[:-70] + bytes([9]) * 70)])
+def test_damaged_index_is_made_anew(tmp_path, damage, caplog):
+    open_source(write(tmp_path))
+    (index,) = index_files(tmp_path)
+    damage(index)
+    assert images_of(open_source(tmp_path)) == IMAGES
+    assert "making the index anew" in caplog.text
+
+
+def jpeg(seed):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (112, 112, 3), dtype=np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_verify_records_broken_images_until_the_file_changes(tmp_path, capsys):
+    images = [jpeg(i) for i in range(5)]
+    images[2], images[4] = images[2][:900], b"no image"
+    write(tmp_path, images, LABELS[:5])
+    assert main([str(tmp_path)]) == 0
+    report = capsys.readouterr().out
+    for line in ("format                 RecordIO", "images                 5", "identities             3 with images, 0 numbers without",
+                 "images per identity    1 to 2, median 2, mean 1.7", "kind                   4 JPEG 112 x 112", "broken                 not known",
+                 "unreadable             1 unknown format", "train.idx              agrees; not used"):
+        assert line in report
+    assert main([str(tmp_path), "--verify", "--workers", "1"]) == 1
+    report = capsys.readouterr().out
+    assert "broken                 2 of 5" in report
+    assert f"broken                 {tmp_path / 'train.rec'} record 3 cannot be decoded: image file is truncated" in report
+    source = open_source(tmp_path)
+    assert source.broken.tolist() == [2, 4] and source.verified and pickle.loads(pickle.dumps(source)).broken.tolist() == [2, 4]
+    assert open_source([tmp_path, tmp_path]).broken.tolist() == [2, 4, 7, 9]
+    os.utime(tmp_path / "train.rec")
+    assert not len(open_source(tmp_path).broken)
+
+
+def test_report_on_a_wrong_idx(tmp_path, capsys):
+    write(tmp_path)
+    (tmp_path / "train.idx").write_text("1\t0\n2\t40\n")
+    assert main([str(tmp_path)]) == 0 and "train.idx              wrong: 5 images are not where it says; not used" in capsys.readouterr().out
+    (tmp_path / "train.idx").write_text("not an index")
+    assert main([str(tmp_path)]) == 0 and "train.idx              wrong: 6 images" in capsys.readouterr().out
+    (tmp_path / "train.idx").unlink()
+    assert main([str(tmp_path)]) == 0 and "train.idx              missing; not needed" in capsys.readouterr().out
+
+
+def test_command_line_errors_are_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"error: there is no data set at {tmp_path / 'none'}; check the path\n"
+
+
+def test_unreadable_directory(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"cannot list .*: Permission denied; check its permissions"):
         open_source(tmp_path)

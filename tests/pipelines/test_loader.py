@@ -10,8 +10,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from pipelines.augmentation import Augmentation
+from pipelines.images import decode_face
 from pipelines.loader import Preprocessing, make_loader
 from pipelines.sampler import EpochSampler
 from pipelines.sources import EncodedImages
@@ -51,11 +53,17 @@ def source():
     file = io.BytesIO()
     Image.fromarray(picture(rng)).convert("CMYK").save(file, "JPEG")
     images[11] = file.getvalue()
+    images[13] = encode(picture(rng), "WEBP", quality=90)
+    images[15] = encode(picture(rng, channels=1), "PPM")
+    images[17] = encode(picture(rng, 90, 112), "GIF")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images[19] = encode(picture(rng, 150, 130), "JPEG", exif=turned)
     return EncodedImages(images, labels=np.arange(NUM_IMAGES) % 5)
 
 
 def pillow_face(encoded):
-    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
     return np.asarray(image if image.size == (112, 112) else image.resize((112, 112), Image.Resampling.BILINEAR)).astype(np.float64)
 
 
@@ -155,6 +163,119 @@ def test_broken_image_is_named_and_the_loader_goes_on(source, backend, broken):
         assert len(list(itertools.islice(loader.batches(0), 3))) == 3  # ... which must not reach the next iteration
 
 
+def broken_images(source):
+    """24 images, and {position: reason} of those that are broken: on the outside, deep inside, and last."""
+    images = [source.encoded(i % 3).tobytes() for i in range(24)]
+    png = encode(picture(np.random.default_rng(3)), "PNG")
+    data = png.index(b"IDAT") + 300
+    bad_table = images[0].replace(b"\xff\xdb", b"\xff\xfe")  # no quantisation table: libjpeg gives up in the middle of a whole file
+    bad = {3: b"", 4: b"no image", 9: images[9][:-300], 12: png[:data] + bytes([png[data] ^ 255]) + png[data + 1:], 17: bad_table, 23: png[:90]}
+    for i, image in bad.items():
+        images[i] = image
+    end = len(png) - 13  # a wrong checksum: Pillow does not mind, DALI does
+    images[14] = png[:end] + bytes([png[end] ^ 255]) + png[end + 1:]
+    replaced = {3: 5, 4: 5, 9: 10, 12: 13, 17: 18, 23: 0}
+    return EncodedImages(images, labels=np.arange(24)), replaced
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_broken_images_are_replaced_counted_and_named(source, backend, prefetch, caplog):
+    images, replaced = broken_images(source)
+    sampler = EpochSampler(24, 4, seed=1)
+    with make_loader(images, sampler, backend=backend, num_workers=2, prefetch=prefetch, on_broken="replace") as loader:
+        epochs = [list(loader.batches(epoch)) for epoch in range(3)]
+        assert sorted(loader.broken.found) == sorted(replaced) and len(loader.broken) == 6 and loader.broken.replaced == 18
+        assert backend == "torch" or loader._converted == {14}
+        assert all(message.startswith(f"image {i} cannot be decoded") for i, message in loader.broken.found.items())
+    named = sorted(int(record.args[0].split()[1]) for record in caplog.records)
+    assert named == sorted(replaced)  # once each
+    for epoch, batches in enumerate(epochs):
+        asked = np.concatenate([sampler.indices(epoch, batch) for batch in range(6)])
+        shown = [replaced.get(i, i) for i in asked.tolist()]
+        assert torch.cat([batch.indices for batch in batches]).tolist() == shown == torch.cat([batch.labels for batch in batches]).tolist()
+        flips = sampler.flips(epoch, asked)
+        pixels = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).double().numpy() * 127.5 + 127.5
+        for face, i, flip in zip(pixels, shown, flips):
+            assert np.abs(face - decode_face(images.encoded(i))[:, ::-1 if flip else 1]).max() < 3.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_known_to_be_broken_is_not_tried(source, backend, caplog):
+    images, replaced = broken_images(source)
+    images.broken = np.array(sorted(replaced))
+    with make_loader(images, EpochSampler(24, 8, shuffle=False), backend=backend, on_broken="replace") as loader:
+        batches = list(loader.batches(0))
+        assert len(loader.broken) == 6 and not loader.broken.found
+    assert torch.cat([batch.indices for batch in batches]).tolist() == [replaced.get(i, i) for i in range(24)] and not caplog.records
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_data_that_disappears_is_one_error(source, backend):
+    class Gone(EncodedImages):
+        def encoded(self, i):
+            raise ValueError(f"cannot read image {i}: the mount is gone")
+    images = Gone([b"x"] * 8, labels=np.zeros(8))
+    with make_loader(images, EpochSampler(8, 4), backend=backend, on_broken="replace") as loader:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="and the 7 images after it cannot be read or decoded"):
+                next(loader.batches(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_epoch_goes_on_with_another_batch_size(source, backend):
+    """6 images of an epoch by batches of 3, the rest by batches of 4 on two ranks."""
+    first = EpochSampler(NUM_IMAGES, 3, seed=2)
+    rest = [EpochSampler(NUM_IMAGES, 4, rank=rank, world_size=2, seed=2) for rank in range(2)]
+    with make_loader(source, first, backend=backend, num_workers=1) as loader:
+        batches = loader.batches(1)
+        seen = [next(batches), next(batches)]
+    for start_batch in (0, 1):
+        shares = []
+        for sampler in rest:
+            with make_loader(source, sampler, backend=backend, num_workers=1) as loader:
+                shares.append(list(loader.batches(1, start_batch, start_sample=6)))
+        tail = [torch.cat([a.indices, b.indices]) for a, b in zip(*shares)]
+        order = torch.cat([*(batch.indices for batch in seen), *tail])
+        whole = EpochSampler(NUM_IMAGES, NUM_IMAGES, seed=2).indices(1, 0).tolist()
+        assert order.tolist() == whole[:6] + whole[6 + 4 * start_batch:]
+    with pytest.raises(ValueError, match=r"start_batch must lie in 0\.\.4, got 5"):
+        loader.batches(1, 5, start_sample=6)
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
+def test_backends_augment_alike(source):
+    preprocessing = Preprocessing(augmentation=Augmentation(crop=0.5, resample=0.5, blur=0.5, hue_saturation=0.5, grey=0.3, occlusion=0.5))
+    sampler = EpochSampler(NUM_IMAGES, 6, seed=1)
+    epochs = []
+    for backend, chosen in (("dali", preprocessing), ("torch", preprocessing), ("torch", Preprocessing())):
+        with make_loader(source, sampler, chosen, backend=backend) as loader:
+            epochs.append(torch.cat([batch.images for batch in loader.batches(1)]) * 127.5)
+    assert (epochs[0] - epochs[1]).abs().mean() < 0.6 and (epochs[1] - epochs[2]).abs().mean() > 5
+
+
+def test_disk_is_asked_in_order_and_ahead(source):
+    class Asked(EncodedImages):
+        asked, read = [], []
+
+        def will_need(self, indices):
+            self.asked.append(indices.tolist())
+
+        def encoded(self, i):
+            self.read.append(i)
+            return super().encoded(i)
+
+    images = Asked([source.encoded(0).tobytes()] * 40)
+    sampler = EpochSampler(40, 4, seed=2)
+    loader = make_loader(images, sampler, backend="torch", num_workers=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.loader._READ_AHEAD", 12)
+        with loader:
+            list(loader.batches(0, 1))
+    groups = [np.sort(np.concatenate([sampler.indices(0, batch) for batch in batches])).tolist() for batches in ((1, 2, 3), (4, 5, 6), (7, 8, 9))]
+    assert images.asked == groups and images.read == np.concatenate([sampler.indices(0, batch) for batch in range(1, 10)]).tolist()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unreadable_image_is_named(backend, source):
     class Unreadable(EncodedImages):
@@ -228,6 +349,7 @@ def test_bad_arguments(source):
         ({"dtype": torch.uint8}, "floating-point type, got torch.uint8"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"prefetch": 0}, "prefetch at least 1"),
+        ({"on_broken": "skip"}, "on_broken must be 'raise' or 'replace', got 'skip'"),
     ):
         with pytest.raises(ValueError, match=message):
             make_loader(source, sampler, **arguments)

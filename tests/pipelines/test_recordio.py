@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.recordio import RecordWriter, read_num_classes, read_record, scan_image_records, write_property
+from pipelines.recordio import RecordWriter, read_num_classes, read_record, scan_image_records, whole_records, write_property
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 # Byte strings rich in the magic, at aligned and unaligned places.
@@ -59,8 +59,10 @@ def test_scan_picks_image_records_of_a_distributed_file():
     ]
     data = as_array(b"".join(frames))
     starts = np.cumsum([0, *map(len, frames)])
-    offsets, labels = scan_image_records(data)
+    offsets, lengths, labels, num_empty = scan_image_records(data)
     np.testing.assert_array_equal(offsets, starts[1:5])
+    np.testing.assert_array_equal(lengths, np.diff(starts)[1:5])
+    assert num_empty == 0
     np.testing.assert_array_equal(labels, [1, 7, 3, 2])
     records = [read_record(data, int(offset)) for offset in offsets]
     assert [record.image.tobytes() for record in records] == [b"jpeg one", b"odd", b"z", b"abcd" + MAGIC + b"ef"]
@@ -72,8 +74,10 @@ def test_scan_picks_image_records_of_a_distributed_file():
 def test_scan_across_blocks(monkeypatch):
     monkeypatch.setattr("pipelines.recordio._SCAN_BLOCK", 4)
     frames = [frame(0, payload(float(i), bytes(i + 1), i)) for i in range(13)]
-    offsets, labels = scan_image_records(as_array(b"".join(frames)))
+    progress = []
+    offsets, lengths, labels, _ = scan_image_records(as_array(b"".join(frames)), progress.append)
     np.testing.assert_array_equal(offsets, np.cumsum([0, *map(len, frames)])[:-1])
+    assert lengths.tolist() == list(map(len, frames)) and sum(progress) == sum(map(len, frames)) and len(progress) == 4
     np.testing.assert_array_equal(labels, np.arange(13))
 
 
@@ -94,9 +98,28 @@ def test_writer_against_the_definition(tmp_path_factory, images, labels, as_list
         payload([1, 2], b"", n + 1)]
     assert (folder / "train.idx").read_text() == "".join(f"{i}\t{offset}\n" for i, offset in enumerate(offsets))
 
-    found, found_labels = scan_image_records(as_array(file))
+    found, _, found_labels, _ = scan_image_records(as_array(file))
     assert tuple(found) == offsets[1:-1] and list(found_labels) == labels[:n]
     assert [read_record(as_array(file), int(offset)).image.tobytes() for offset in found] == images
+
+
+def test_images_of_no_bytes_are_counted():
+    """A plain label and no image; header and identity records have label arrays."""
+    frames = [frame(0, payload([3.0, 4.0], b"")), frame(0, payload(1.0, b"jpeg")), frame(0, payload(1.0, b"")), frame(0, payload([1.0, 3.0], b""))]
+    records = scan_image_records(as_array(b"".join(frames)))
+    assert len(records.offsets) == 1 and records.num_empty == 1
+
+
+def test_whole_records_end_where_damage_starts():
+    frames = [frame(0, payload(1.0, b"four", 1)), frame(1, payload(2.0, b"", 2)) + frame(3, b"tail."), frame(0, payload([3.0], b"x", 3))]
+    file = b"".join(frames)
+    ends = np.cumsum([0, *map(len, frames)])
+    for cut in range(len(file) + 1):
+        damages = [b""] if cut not in ends else [b"", bytes(64), frame(3, b"lost"), frame(0, b"short"), b"\1"]
+        for damage in damages:
+            starts, end = whole_records(as_array(file[:cut] + damage))
+            assert end == max(e for e in ends if e <= cut)
+            assert starts.tolist() == [e for e in ends[:-1] if e < end]
 
 
 def test_truncated_file_is_refused_unless_it_ends_with_a_record():

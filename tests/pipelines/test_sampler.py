@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.sampler import EpochSampler, _hash
+from pipelines.sampler import EpochSampler
 
 SIZES = {"num_samples": st.integers(36, 300), "per_rank": st.integers(1, 6), "seed": st.integers(-5, 2**70), "epoch": st.integers(0, 9)}
 
@@ -47,18 +47,6 @@ def test_flips_belong_to_the_image_and_the_epoch(num_samples, per_rank, seed, ep
     np.testing.assert_array_equal(one.flips(epoch, indices), other.flips(epoch, indices[::-1])[::-1])
 
 
-def test_hash_is_splitmix64():
-    """Steele, Lea and Flood's generator, one step at a time in Python integers."""
-    state, mask = 1234567, 2**64 - 1
-    for step in range(1, 6):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = state
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
-        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
-        assert int(_hash(1234567, np.array([step]))[0]) == z ^ z >> 31
-    assert int(_hash(1234567, np.array([1]))[0]) == 6457827717110365317  # the first output of the published test vector for this seed
-
-
 def test_every_order_is_equally_likely():
     sampler, trials = EpochSampler(4, 4, seed=7), 4800
     counts = Counter(tuple(sampler.indices(epoch, 0)) for epoch in range(trials))
@@ -94,7 +82,7 @@ def test_order_is_computed_once_an_epoch(monkeypatch):
     ({"global_batch_size": 10, "world_size": 3}, "positive multiple of the 3 ranks, got 10; use 9"),
     ({"global_batch_size": 0}, "positive multiple"),
     ({"global_batch_size": 4, "rank": 2, "world_size": 2}, "rank must lie in 0..1, got 2"),
-    ({"global_batch_size": 4, "last_batch": "keep"}, "'drop' or 'partial', got 'keep'"),
+    ({"global_batch_size": 4, "last_batch": "keep"}, "'drop', 'partial' or 'pad', got 'keep'"),
     ({"global_batch_size": 21}, "20 images fill no batch of 21"),
 ])
 def test_bad_sizes_are_refused(arguments, message):
@@ -105,3 +93,57 @@ def test_bad_sizes_are_refused(arguments, message):
 def test_batch_out_of_range():
     with pytest.raises(ValueError, match=r"batch must lie in 0\.\.4, got 5"):
         EpochSampler(20, 4).indices(0, 5)
+
+
+@given(**SIZES, stop=st.integers(0, 3), last_batch=st.sampled_from(["drop", "partial", "pad"]), block_size=st.sampled_from([0, 1, 7, 500]))
+def test_an_epoch_goes_on_with_other_ranks_and_batches(num_samples, per_rank, seed, epoch, stop, last_batch, block_size):
+    """Stop after some batches of one run, go on with another number of ranks and another batch size: each image exactly once."""
+    options = {"seed": seed, "last_batch": last_batch, "block_size": block_size}
+    before = ranks(2, num_samples, 8, **options)
+    position = 8 * min(stop, num_samples // 8)
+    after = ranks(3, num_samples, 3 * per_rank, **options)
+    batches = after[0].batches_from(position)
+    seen = [global_batch(before, epoch, batch) for batch in range(position // 8)]
+    seen += [np.concatenate([sampler.indices(epoch, batch, position) for sampler in after]) for batch in range(batches)]
+    seen = np.concatenate([np.empty(0, dtype=np.int64), *seen])
+    whole = EpochSampler(num_samples, 1, **options)
+    order = np.concatenate([whole.indices(epoch, i) for i in range(num_samples)])
+    np.testing.assert_array_equal(seen[:num_samples], order[:len(seen)])
+    if last_batch == "drop":
+        assert num_samples - len(seen) < 3 * per_rank
+    elif last_batch == "partial":
+        assert len(seen) == num_samples
+    else:
+        assert 0 <= len(seen) - num_samples < 3 * per_rank
+        np.testing.assert_array_equal(seen[num_samples:], order[:len(seen) - num_samples])
+
+
+def test_blocks_are_whole_and_mixed():
+    sampler = EpochSampler(64 * 10 * 3, 1, block_size=10, seed=3)
+    order = np.concatenate([sampler.indices(2, i) for i in range(sampler.batches_per_epoch)])
+    np.testing.assert_array_equal(np.sort(order), np.arange(1920))
+    windows = [set((order[start:start + 640] // 10).tolist()) for start in (0, 640, 1280)]
+    assert [len(blocks) for blocks in windows] == [64] * 3 and not windows[0] & windows[1]
+    assert np.mean(np.diff(order[:640]) == 1) < 0.05  # neighbours are apart
+    other = np.concatenate([sampler.indices(3, i) for i in range(100)])
+    assert not np.array_equal(other, order[:100])
+
+
+def test_uniforms():
+    sampler, other = EpochSampler(50_000, 100, seed=4), EpochSampler(50_000, 10, rank=1, world_size=2, seed=4)
+    values = sampler.uniforms(1, np.arange(50_000), 3)
+    np.testing.assert_array_equal(other.uniforms(1, np.array([7, 3]), 3), values[[7, 3]])
+    assert values.shape == (50_000, 3) and values.min() >= 0 and values.max() < 1
+    assert abs(np.corrcoef(values.T) - np.eye(3)).max() < 0.02 and abs(values.mean(0) - 0.5).max() < 0.01
+    assert not np.array_equal(values[:9], sampler.uniforms(2, np.arange(9), 3))
+
+
+def test_positions_out_of_range():
+    sampler = EpochSampler(20, 4)
+    assert sampler.batches_from(20) == 0 and sampler.batches_from(17) == 0 and EpochSampler(20, 4, last_batch="pad").batches_from(17) == 1
+    with pytest.raises(ValueError, match=r"start_sample must lie in 0\.\.20, got 21"):
+        sampler.batches_from(21)
+    with pytest.raises(ValueError, match=r"batch must lie in 0\.\.1, got 2"):
+        sampler.indices(0, 2, start_sample=11)
+    with pytest.raises(ValueError, match="block_size must be at least 0, got -1"):
+        EpochSampler(20, 4, block_size=-1)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipelines.sources import EncodedImages, ImageFiles
+from pipelines.sources import ConcatenatedSources, EncodedImages, ImageFiles, SelectedImages
 
 
 def test_encoded_images():
@@ -26,3 +26,34 @@ def test_image_files(tmp_path):
 def test_labels_must_match():
     with pytest.raises(ValueError, match=r"labels must be \(2,\), one for each image, got \(3,\)"):
         EncodedImages([b"one", b"two"], labels=[0, 1, 2])
+
+
+def test_concatenated_sources_have_identities_of_their_own():
+    first, second, third = EncodedImages([b"a", b"b"], labels=[1, 0]), EncodedImages([b"c"], labels=[0]), EncodedImages([b"d", b"e"], labels=[2, 2])
+    third.broken = np.array([1])
+    source = ConcatenatedSources([first, second, third])
+    assert [source.encoded(i).tobytes() for i in range(5)] == [b"a", b"b", b"c", b"d", b"e"]
+    assert source.labels.tolist() == [1, 0, 2, 5, 5] and source.num_classes == 6 and source.sizes == (2, 1, 2)
+    assert source.name(3) == "image 0" and source.broken.tolist() == [4]
+    assert ConcatenatedSources([EncodedImages([b"a"]), first]).labels.tolist() == [-1, 1, 0]
+
+
+def test_will_need_reaches_the_right_source():
+    class Asked(EncodedImages):
+        def will_need(self, indices):
+            self.asked = indices.tolist()
+
+    sources = [Asked([b"a", b"b"], [0, 0]), Asked([b"c", b"d"], [0, 0])]
+    ConcatenatedSources(sources).will_need(np.array([0, 2, 3]))
+    assert [source.asked for source in sources] == [[0], [0, 1]]
+    SelectedImages(sources[0], [1, 0]).will_need(np.array([0]))
+    assert sources[0].asked == [1]
+
+
+def test_selected_images():
+    source = EncodedImages([b"a", b"b", b"c"], labels=[4, 1, 2])
+    source.broken = np.array([2])
+    some = SelectedImages(source, [2, 0])
+    assert [some.encoded(i).tobytes() for i in range(2)] == [b"c", b"a"] and some.name(0) == "image 2"
+    assert some.labels.tolist() == [2, 4] and some.num_classes == 5 and some.broken.tolist() == [0]
+    assert SelectedImages(source, [1], with_labels=False).labels.tolist() == [-1]

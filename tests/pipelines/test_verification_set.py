@@ -4,7 +4,8 @@ import pickle
 import numpy as np
 import pytest
 
-from pipelines.verification_set import read_verification_set, write_verification_set
+from pipelines.sources import EncodedImages
+from pipelines.verification_set import draw_pairs, read_verification_set, write_verification_set
 
 IMAGES = [b"\xff\xd8 one", b"", b"\x00two\x80", b"three"]
 SAME = [True, False]
@@ -75,3 +76,42 @@ def test_counts(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the verification set .*a\.bin: No such file"):
         read_verification_set(tmp_path / "a.bin")
+
+
+def labelled(*sizes):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.random.default_rng(0).permutation(len(labels))
+    return EncodedImages([b"%d" % i for i in range(len(labels))], labels[order])
+
+
+def test_pairs_from_labelled_images():
+    source = labelled(*[3] * 40, *[1] * 20, 30)
+    pairs = draw_pairs(source, 80, folds=4, seed=1)
+    images = np.array([int(pairs.source.encoded(i).tobytes()) for i in range(160)]).reshape(80, 2)
+    labels = source.labels[images]
+    np.testing.assert_array_equal(labels[:, 0] == labels[:, 1], pairs.same)
+    assert pairs.same.tolist() == ([True] * 10 + [False] * 10) * 4 and (images[:, 0] != images[:, 1]).all()
+    assert (pairs.source.labels == -1).all()
+    genuine = [frozenset(pair) for pair in images[pairs.same].tolist()]
+    assert len(set(genuine)) == 40
+    folds = [set(labels[start:start + 20].ravel().tolist()) for start in range(0, 80, 20)]
+    assert all(not a & b for i, a in enumerate(folds) for b in folds[:i])
+    assert max(np.bincount(labels[pairs.same][:, 0])) <= 2  # every identity has its turn before one has a second
+    again, other = draw_pairs(source, 80, folds=4, seed=1), draw_pairs(source, 80, folds=4, seed=2)
+    np.testing.assert_array_equal(again.source._indices, pairs.source._indices)
+    assert not np.array_equal(other.source._indices, pairs.source._indices)
+
+
+def test_all_pairs_can_be_drawn():
+    pairs = draw_pairs(labelled(4, 3), 18, folds=1)
+    images = pairs.source._indices.reshape(-1, 2)[pairs.same]
+    assert len({frozenset(pair) for pair in images.tolist()}) == 9
+
+
+def test_too_few_images_for_the_pairs():
+    with pytest.raises(ValueError, match="a fold needs two identities and 10 pairs of images of one person, but one of 1 folds has 2 identities and 9"):
+        draw_pairs(labelled(4, 3), 20, folds=1)
+    with pytest.raises(ValueError, match="a fold needs two identities"):
+        draw_pairs(labelled(9), 4, folds=1)
+    with pytest.raises(ValueError, match="multiple of twice the 10 folds, got 30"):
+        draw_pairs(labelled(4, 3), 30)

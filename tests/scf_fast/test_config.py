@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
@@ -38,7 +39,36 @@ def test_margin_presets():
     assert parse([*STAGE1, "--margins", "1,0.1,0.2"]).margins == (1.0, 0.1, 0.2)
 
 
+README = """--dataset ms1m --seed 777 --gpu_ids 0,1 --batch_size 1024 --output_dir OUT --saved_bkb B.pth --saved_fc F.pth --num_workers 8 --epochs 30
+    --lr 3e-5 --lr_scheduler StepLR --step_size 2 --gamma 0.5 --convf_dim 25088 --z_dim 512 --radius 64 --max_grad_clip 0 --max_grad_norm 0
+    --tensorboard""".split()
+
+
+def test_the_published_command_word_for_word():
+    c = parse(README)
+    assert (c.stage, c.data, c.dataroot, c.gpu_ids, c.cuda) == ("confidence", "list/ms1m_list.txt", ".", "0,1", True)
+    assert (c.batch_size, c.epochs, c.lr, c.lr_scheduler, c.step_size, c.gamma, c.weight_decay) == (1024, 30, 3e-5, "StepLR", 2, 0.5, 5e-4)
+    assert (c.convf_dim, c.z_dim, c.radius, c.max_grad_clip, c.max_grad_norm, c.tensorboard) == (25088, 512, 64.0, 0.0, 0.0, True)
+    assert c.published_checkpoints and c.normalizer == "exact" and not c.finetune_bkb
+    c = parse([*README, "--dataroot", "R", "--no_cuda", "--finetune_bkb", "--eval_batch_size", "1", "--no_tensorboard", "--no-published-checkpoints"])
+    assert (c.data, c.dataroot, c.cuda, c.finetune_bkb, c.eval_batch_size) == ("R/list/ms1m_list.txt", "R", False, True, 1)
+    assert not c.tensorboard and not c.published_checkpoints
+    assert parse([*README, "--data", "own.rec"]).data == "own.rec"
+    assert not parse(STAGE2).published_checkpoints and parse([*STAGE2, "--published_checkpoints"]).published_checkpoints
+
+
+def test_network_names_of_insightface_and_pixels_of_each_family():
+    assert parse([*STAGE1, "--network", "r50"]).network == "iresnet50"
+    for network, pixels in (("ir_100", "published"), ("iresnet100", "insightface"), ("tface_ir_101", "insightface")):
+        assert parse([*STAGE1, "--network", network]).normalization == pixels
+        assert parse([*STAGE1, "--network", network, "--normalization", "published"]).normalization == "published"
+    assert parse(STAGE2).normalization is None  # known when --saved_bkb and --saved_fc have been read
+
+
 @pytest.mark.parametrize("arguments, expected", [
+    ([*STAGE2, "--gpu_ids", "all"], "--gpu_ids must be numbers with commas between, got 'all'"),
+    ([*STAGE2, "--finetune_bkb", "--feature_cache", "c"], "--finetune_bkb must be without --feature_cache"),
+    ([*STAGE1, "--finetune_bkb"], "--finetune_bkb belongs to stage confidence"),
     ([*STAGE1, "--epoch", "3"], "unknown argument --epoch; did you mean --epochs?"),
     ([*STAGE1, "--lr", "fast"], "lr must be float, got 'fast'"),
     ([*STAGE1, "--batch_size", "1.5"], "batch_size must be int, got '1.5'"),
@@ -49,7 +79,7 @@ def test_margin_presets():
     ([*STAGE1, "--resume", "--overwrite"], "one continues the old run, the other deletes it"),
     ([*STAGE1, "--precision", "fp16"], "Use bf16, or --zero_stage 0"),
     (["--data", "d", "--output_dir", "o"], "--stage must be one of backbone, confidence, got None"),
-    (["--stage", "backbone", "--output_dir", "o"], "--data must be given"),
+    (["--stage", "backbone", "--output_dir", "o"], "--data must be given (or --dataset"),
     (["--stage", "confidence", "--data", "d", "--output_dir", "o"], "--saved_bkb must be given"),
     ([*STAGE2, "--momentum", "0.5"], "--momentum belongs to stage backbone"),
     ([*STAGE1, "--config", "missing.yaml"], "missing.yaml: cannot be read"),
@@ -88,8 +118,22 @@ def test_saved_configuration_reads_back(tmp_path):
     assert Config(**{**c.as_dict(), "margins": tuple(c.margins), "milestones": ()}) == c
 
 
-@pytest.mark.parametrize("name", ["demo_backbone", "demo_confidence"])
+RECIPES = sorted(path.stem for path in Path(config.__file__).with_name("recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_are_valid(name):
     values = config.load_recipe(f"scf_fast/recipes/{name}.yaml")
     extra = {"saved_bkb": "b", "saved_fc": "f"} if values["stage"] == "confidence" else {}
     assert Config(data="d", output_dir="o", **values, **extra).stage == values["stage"]
+
+
+@pytest.mark.parametrize("name, network, margins, batch_size, lr, weight_decay, warmup_epochs", [
+    ("ms1mv3_r50", "iresnet50", (1.0, 0.5, 0.0), 1024, 0.1, 5e-4, 0), ("ms1mv3_r100", "iresnet100", (1.0, 0.5, 0.0), 1024, 0.1, 5e-4, 0),
+    ("glint360k_r100", "iresnet100", (1.0, 0.0, 0.4), 1024, 0.1, 1e-4, 0), ("wf42m_r100", "iresnet100", (1.0, 0.0, 0.4), 4096, 0.4, 5e-4, 2)])
+def test_recipes_have_the_settings_of_insightface(name, network, margins, batch_size, lr, weight_decay, warmup_epochs):
+    c = Config(data="d", output_dir="o", **config.load_recipe(f"scf_fast/recipes/{name}.yaml"))
+    assert (c.network, c.margins, c.batch_size, c.lr, c.weight_decay, c.warmup_epochs) == (network, margins, batch_size, lr, weight_decay, warmup_epochs)
+    assert (c.margin_gradient, c.scale, c.epochs, c.lr_scheduler, c.power, c.momentum) == ("straight_through", 64.0, 20, "Polynomial", 1.0, 0.9)
+    assert (c.normalization, c.dropout, c.max_grad_norm, c.z_dim) == ("insightface", 0.0, 5.0, 512)
+    assert c.sample_rate == (0.2 if name == "wf42m_r100" else 1.0)

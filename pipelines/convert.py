@@ -1,0 +1,204 @@
+"""Write a data set in another format: `python -m pipelines.convert SRC DST --to recordio|tar|folder`.
+
+    recordio    DST/train.rec, train.idx, property      as MS1M and Glint360K are shipped
+    tar         DST/shard-NNNNNN.tar, property          WebDataset: NNNNNNNNN.jpg and .cls an image
+    folder      DST/LABEL/NNNNNNNNN.jpg, property       one folder an identity, named by its number
+
+Image files are copied byte for byte, identities keep their numbers, images are sorted by identity. Images that
+`python -m pipelines.index SRC --verify` recorded as broken are left out. An interrupted conversion goes on where it stopped; at the end
+everything is read again and compared with the source.
+"""
+import argparse
+import hashlib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pipelines.files import atomic_output
+from pipelines.image_folder import image_path
+from pipelines.images import read_header
+from pipelines.index import open_source
+from pipelines.recordio import pack_record, whole_records, write_property
+from pipelines.sources import SelectedImages
+from pipelines.tar_shards import shard_name, write_shard
+
+FORMATS = ("recordio", "tar", "folder")
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tiff", "GIF": ".gif"}
+_STATE = ".conversion.json"
+_EXACT_IN_FLOAT = 1 << 24  # RecordIO stores labels as float32
+
+
+def convert(source, dst, to, shard_images=10_000):
+    """Write the images of a source, or go on with it.
+
+    Args:
+        source: ImageSource with labels.
+        dst: folder; empty, missing, or with an unfinished conversion of the same source.
+        to: one of FORMATS.
+        shard_images: images a tar shard.
+    Returns:
+        int, images written in all.
+    Raises:
+        ValueError: the folder holds something else, an image has no label or cannot be read, or what was written differs from the source.
+    """
+    dst = Path(dst)
+    if to not in FORMATS:
+        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {to!r}")
+    if source.labels.min(initial=0) < 0:
+        raise ValueError("every image must have a label to be converted; this source has images without")
+    if to == "recordio" and source.num_classes > _EXACT_IN_FLOAT:
+        raise ValueError(f"RecordIO holds labels up to {_EXACT_IN_FLOAT} exactly, the source has {source.num_classes} classes; use tar or folder")
+    order = np.argsort(source.labels, kind="stable")
+    images = SelectedImages(source, order[~np.isin(order, source.broken)])
+    state = {"to": to, "images": len(images), "classes": source.num_classes, "shard_images": shard_images, "source": _digest(images)}
+    if not _claim(dst, state):
+        return len(images)
+    write_property(dst, source.num_classes)
+    with tqdm(total=len(images), desc=f"writing {to}", unit="img", unit_scale=True, disable=None) as bar:
+        {"recordio": _write_records, "tar": _write_shards, "folder": _write_files}[to](images, dst, shard_images, bar.update)
+    _compare(images, dst)
+    _save_state(dst, {**state, "complete": True})
+    return len(images)
+
+
+def _claim(dst, state):
+    """Whether there is work to do in `dst`; ValueError where it holds something else."""
+    dst.mkdir(parents=True, exist_ok=True)
+    found = None
+    if (dst / _STATE).exists():
+        try:
+            found = json.loads((dst / _STATE).read_text())
+        except ValueError:
+            found = {}
+    elif any(dst.iterdir()):
+        raise ValueError(f"{dst} must be empty or hold an unfinished conversion, it holds other files; give another folder")
+    if found is None:
+        _save_state(dst, state)
+        return True
+    if {**found, "complete": None} != {**state, "complete": None}:
+        raise ValueError(f"{dst} holds the conversion of another source or to another format; give another folder, or delete it")
+    return not found.get("complete")
+
+
+def _save_state(dst, state):
+    with atomic_output(dst / _STATE) as file:
+        file.write(json.dumps(state, indent=2).encode())
+
+
+def _digest(images):
+    digest = hashlib.sha256(images.labels)
+    for i in np.linspace(0, len(images) - 1, num=min(16, len(images)), dtype=np.int64).tolist():
+        digest.update(images.encoded(i))
+    return digest.hexdigest()
+
+
+def _write_records(images, dst, _, progress):
+    """Append what is missing to the unfinished file; record k has the id k."""
+    count = len(images)
+    if (dst / "train.rec").exists():  # it takes its name when it is complete
+        progress(count)
+        return
+    ends = np.searchsorted(images.labels, np.arange(images.num_classes), side="right") + 1
+    partial = dst / "train.rec.partial"
+    with open(partial, "ab") as file:
+        done, end = whole_records(_map(partial))
+        file.truncate(end)
+        progress(min(max(len(done) - 1, 0), count))
+        for record in range(len(done), 1 + count + images.num_classes):
+            if record == 0:
+                packed = pack_record(0, [count + 1, count + 1 + images.num_classes], b"")
+            elif record <= count:
+                packed = pack_record(record, int(images.labels[record - 1]), images.encoded(record - 1))
+                progress(1)
+            else:
+                label = record - count - 1
+                packed = pack_record(record, [ends[label - 1] if label else 1, ends[label]], b"")
+            file.write(packed)
+        file.flush()
+        os.fsync(file.fileno())
+    starts, _ = whole_records(_map(partial))
+    with atomic_output(dst / "train.idx") as file:
+        file.writelines(f"{record}\t{start}\n".encode() for record, start in enumerate(starts.tolist()))
+    os.replace(partial, dst / "train.rec")
+
+
+def _map(path):
+    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if os.path.getsize(path) else np.empty(0, dtype=np.uint8)
+
+
+def _write_shards(images, dst, shard_images, progress):
+    def members(first, last):
+        for i in range(first, last):
+            encoded = images.encoded(i)
+            yield f"{i:09d}", _suffix(images, i, encoded), encoded, int(images.labels[i])
+            progress(1)
+
+    for number, first in enumerate(range(0, len(images), shard_images)):
+        last = min(first + shard_images, len(images))
+        if shard_name(dst, number).exists():
+            progress(last - first)
+        else:
+            write_shard(shard_name(dst, number), members(first, last))
+
+
+def _write_files(images, dst, _, progress):
+    there = {int(path.stem) for path in dst.glob("*/*") if path.stem.isdigit()}
+    for i in range(len(images)):
+        if i not in there:
+            encoded = images.encoded(i)
+            with atomic_output(image_path(dst, int(images.labels[i]), i, _suffix(images, i, encoded)), sync=False) as file:
+                file.write(encoded)
+        progress(1)
+
+
+def _suffix(images, i, encoded):
+    try:
+        return _SUFFIXES[read_header(encoded).format]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{images.name(i)} is no image of a known kind ({error}); run `python -m pipelines.index SRC --verify`, which records "
+                         "broken images so that they are left out, and start again") from None
+
+
+def _compare(images, dst):
+    written = open_source(dst)
+    same = len(written) == len(images) and written.num_classes == images.num_classes and np.array_equal(written.labels, images.labels)
+    if not same:
+        raise ValueError(f"{dst} differs from the source in its labels; delete it and start again")
+    for i in tqdm(range(len(images)), desc="comparing", unit="img", unit_scale=True, disable=None):
+        if not np.array_equal(written.encoded(i), images.encoded(i)):
+            raise ValueError(f"{written.name(i)} differs from {images.name(i)}, which it was copied from: the disk is failing, or the source "
+                             f"changed; delete {dst} and start again")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m pipelines.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("src", metavar="SRC", nargs="+", help="data set in any format; several become one, each with its own identities")
+    parser.add_argument("dst", metavar="DST", help="folder to write")
+    parser.add_argument("--to", choices=FORMATS, required=True)
+    parser.add_argument("--root", metavar="DIR", help="where relative paths in an image list start (default: the list's folder)")
+    parser.add_argument("--shard-images", type=int, default=10_000, metavar="N", help="images a tar shard (default %(default)s)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if options.shard_images < 1:
+            raise ValueError(f"--shard-images must be at least 1, got {options.shard_images}")
+        source = open_source(options.src, options.root)
+        count = convert(source, options.dst, options.to, options.shard_images)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with what lies in {options.dst}", file=sys.stderr)
+        return 130
+    left_out = f", {len(source.broken):,} broken ones left out" if len(source.broken) else ""
+    print(f"{options.dst}: {count:,} images of {source.num_classes:,} identities, equal to the source{left_out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

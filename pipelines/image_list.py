@@ -1,0 +1,84 @@
+"""Image list files, the layout of the published SCF code: one line `path label` an image."""
+import os
+
+import numpy as np
+
+from pipelines.indexed import LARGEST_LABEL, IndexedImages, fingerprint_of
+from pipelines.sources import read_image_file
+
+_CHECKED = 64  # images looked for when the index is made; a stat of millions would take hours on a network mount
+_LONGEST_LINE = 1 << 16  # bytes
+_BLOCK = 1 << 14  # lines
+
+
+class ListIndex(IndexedImages):
+    """The images that a list names; made by `ListIndex.open(list_file, root=folder)`.
+
+    A line is a path, white space, and a label, a whole number from 0 on. The path may hold spaces; empty lines are skipped. Relative
+    paths start from `root`, by default the folder of the list. num_classes is the largest label + 1. The index says where in the list
+    each path lies, 20 bytes an image, so that millions of paths cost no memory.
+    """
+
+    FORMAT = "image list"
+
+    def __init__(self, path, index_path, root=None):
+        super().__init__(path, index_path, root)
+        self._base = os.fsencode(self._path.parent if root is None else root)
+        self._text = np.memmap(path, dtype=np.uint8, mode="r")
+
+    @classmethod
+    def open(cls, path, cache_dir=None, root=None):
+        source = super().open(path, cache_dir, root)
+        tried = [source.name(int(i)) for i in np.linspace(0, len(source) - 1, num=min(_CHECKED, len(source)))]
+        if not any(map(os.path.exists, tried)):
+            raise ValueError(f"{path} names {tried[0]} first, and there is no such file, nor {len(tried) - 1} others that it names; "
+                             "give the folder that its paths start from")
+        return source
+
+    def encoded(self, i):
+        return read_image_file(self._file(i))
+
+    def name(self, i):
+        return os.fsdecode(self._file(i))
+
+    def _file(self, i):
+        start = int(self._arrays["offsets"][i])
+        return os.path.join(self._base, self._text[start:start + int(self._arrays["lengths"][i])].tobytes())
+
+    @classmethod
+    def _fingerprint(cls, path, arrays):
+        return fingerprint_of([path])
+
+    @classmethod
+    def _scan_size(cls, path):
+        return os.path.getsize(path)
+
+    @classmethod
+    def _scan(cls, path, progress):
+        offsets, lengths, labels, end, reported = [], [], [], 0, 0
+        with open(path, "rb") as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b""), 1):
+                start, end = end, end + len(line)
+                if number % _BLOCK == 0:
+                    progress(end - reported)
+                    reported = end
+                parts = line.rsplit(maxsplit=1)
+                if not parts:
+                    continue
+                try:
+                    label = int(parts[1])
+                except (IndexError, ValueError):
+                    raise ValueError(f"{path} line {number} must be `path label` with a whole number as label, got {_shown(line)}") from None
+                if not 0 <= label <= LARGEST_LABEL:
+                    raise ValueError(f"{path} line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
+                name = parts[0].strip()
+                offsets.append(start + line.index(name))
+                lengths.append(len(name))
+                labels.append(label)
+        labels = np.array(labels, dtype=np.int64)
+        return {"offsets": np.array(offsets, dtype=np.int64), "lengths": np.array(lengths, dtype=np.uint32), "labels": labels}, {}
+
+
+def _shown(line):
+    text = line.decode(errors="replace").strip()
+    return repr(text if len(text) <= 80 else text[:77] + "...")

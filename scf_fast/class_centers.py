@@ -1,0 +1,293 @@
+"""Class centers of stage 1, their rows spread over the ranks: margin softmax, SGD, checkpoints and export without all rows on any one rank.
+
+Every rank holds a contiguous block of rows and its momentum, and computes the loss of the whole batch against its rows:
+
+    embeddings, labels  --all-gather-->  statistics of the own rows  --two all-reduces of (B,)-->  loss  --backward, reduce-scatter-->  features
+
+The class centers live outside the DeepSpeed engine, which would give every rank the rows of rank 0. It averages the backbone's gradients
+over ranks, while this loss is already the mean over all ranks' images: the gradient of the features is multiplied by the world size. The
+gradient of the class centers needs neither: it does not see the engine's loss scale and is divided by the accumulation steps here.
+
+Clipping: --max_grad_norm bounds the norm of the backbone's gradient alone, as arcface_torch does. --max_grad_clip bounds each value here too.
+"""
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kernels.margin_softmax import MarginSoftmaxStatistics, margin_softmax_gradients, margin_softmax_rows, margin_softmax_statistics, mean_over_labelled
+from scf_fast.checkpoints import save_file
+from scf_fast.config import Config
+from scf_fast.launch import Runtime
+
+_INITIAL_STD = 0.01
+_INITIAL_ROWS = 4096  # rows that one seed makes: the same rows come out at any world size
+_UPDATE_ROWS = 8192  # rows of one step of the unfused update: its temporaries stay small
+_EXPORT_BYTES = 64 * 2**20  # of one message to rank 0
+
+
+def rows_of(rank: int, world_size: int, num_classes: int) -> tuple[int, int]:
+    """[start, stop) of a rank's rows: contiguous, lengths differ by one at most, none where there are more ranks than classes."""
+    size, longer = divmod(num_classes, world_size)
+    start = rank * size + min(rank, longer)
+    return start, start + size + (rank < longer)
+
+
+def _mix(values: torch.Tensor) -> torch.Tensor:
+    """A hash of int64 values onto [0, 2^31), the same on every device: two rounds of xor-shift and multiply."""
+    for factor in (0x45D9F3B, 0x119DE1F3):
+        values = ((values ^ (values >> 16)) * factor) & 0x7FFFFFFF
+    return values ^ (values >> 15)
+
+
+def sampled_classes(start: int, stop: int, rate: float, seed: int, draw: int, device: torch.device) -> torch.Tensor:
+    """(stop - start,) bool: which classes this draw takes, each with probability ``rate``, by a hash of seed, draw and class alone."""
+    key = _mix(_mix(torch.tensor(seed & 0x7FFFFFFF)) ^ (draw & 0x7FFFFFFF)).item()
+    return _mix(_mix(torch.arange(start, stop, device=device)) ^ key) < int(rate * 2**31)
+
+
+class ClassCenters:
+    """This rank's share of the class centers.
+
+    Attributes:
+        weight, momentum: (C_local, D) float32.
+        start, stop: the rows' place among all ``num_classes``.
+        lr: learning rate of the next update; whoever trains sets it.
+        fused: whether the update happens in the backward pass, block by block, so that no (C_local, D) gradient is stored.
+    Args:
+        config: reads seed, scale, margins, margin_gradient, label_smoothing, sample_rate, momentum, weight_decay, max_grad_clip,
+            gradient_accumulation_steps and fused_center_update.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` for the matrix products; class centers, momentum, cosines and the loss are float32.
+    """
+
+    def __init__(self, num_classes: int, width: int, config: Config, runtime: Runtime, precision: str = "fp32"):
+        self.num_classes, self.width, self.config, self.runtime = num_classes, width, config, runtime
+        self.start, self.stop = rows_of(runtime.rank, runtime.world_size, num_classes)
+        self.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.fused = fuses(config, precision)
+        self.lr = config.lr
+        self._draw = 0
+        self.weight = torch.empty(self.stop - self.start, width, device=runtime.device)
+        self._initialise()
+        self.momentum = torch.zeros_like(self.weight)
+        self._gradient = None if self.fused else torch.zeros_like(self.weight)
+        self._touched = torch.zeros(len(self.weight), dtype=torch.bool, device=runtime.device) if self._samples and not self.fused else None
+
+    @property
+    def _samples(self) -> bool:
+        return self.config.sample_rate < 1
+
+    def _initialise(self) -> None:
+        for first in range(self.start - self.start % _INITIAL_ROWS, self.stop, _INITIAL_ROWS):
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + first)
+            block = torch.empty(_INITIAL_ROWS, self.width).normal_(std=_INITIAL_STD, generator=generator)
+            low, high = max(first, self.start), min(first + _INITIAL_ROWS, self.stop)
+            self.weight[low - self.start:high - self.start] = block[low - first:high - first].to(self.weight.device)
+
+    def loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean margin-softmax loss over the images of all ranks; collective, and so is its backward pass.
+
+        Args:
+            features: (B, D) float32 of this rank's images, as many on every rank.
+            labels: (B,) int64; -1 leaves an image out, any other label outside [0, num_classes) makes the loss NaN.
+        Returns:
+            (loss, correct): the scalar loss, equal on all ranks and differentiable in features; (B,) bool whether the own class center is the
+            nearest of all (of those sampled). The backward pass also updates the class centers where ``fused``, else adds to their gradient.
+        """
+        return _ShardedLoss.apply(features, labels, self)
+
+    def step(self, applied: bool = True) -> None:
+        """End of an optimiser step: update from the gradients since the last one, or drop them where the engine has skipped its step."""
+        if self.fused:
+            return
+        for rows in self._changed_rows() if applied else ():
+            self._update(rows, self._gradient[rows])
+        self._gradient.zero_()
+        if self._touched is not None:
+            self._touched.zero_()
+
+    def _changed_rows(self) -> Iterator[slice | torch.Tensor]:
+        if self._touched is None:
+            return (slice(at, at + _UPDATE_ROWS) for at in range(0, len(self.weight), _UPDATE_ROWS))
+        return iter(self._touched.nonzero().squeeze(1).split(_UPDATE_ROWS))
+
+    def _update(self, rows: slice | torch.Tensor, gradient: torch.Tensor) -> None:
+        """SGD with momentum and the L2 term in the gradient, as torch.optim.SGD; ``gradient`` is overwritten. Rows not sampled keep their momentum."""
+        weight, momentum = self.weight[rows], self.momentum[rows]
+        if self.config.max_grad_clip > 0:
+            gradient.clamp_(-self.config.max_grad_clip, self.config.max_grad_clip)
+        gradient.add_(weight, alpha=self.config.weight_decay)
+        momentum.mul_(self.config.momentum).add_(gradient)
+        weight.add_(momentum, alpha=-self.lr)
+        if not isinstance(rows, slice):  # copies, then
+            self.weight[rows], self.momentum[rows] = weight, momentum
+
+    def _active(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(rows that take part in this draw or None for all, position of each label among them or -1)."""
+        here = (labels >= self.start) & (labels < self.stop)
+        local = torch.where(here, labels - self.start, -1)
+        if not self._samples:
+            return None, local
+        active = sampled_classes(self.start, self.stop, self.config.sample_rate, self.config.seed, self._draw, self.weight.device)
+        active[local[here]] = True
+        self._draw += 1
+        position = torch.cumsum(active, dim=0) - 1
+        return active.nonzero().squeeze(1), torch.where(here, position[local], -1) if len(position) else local
+
+    # ---- checkpoints
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's rows and momentum into a checkpoint's folder."""
+        save_file({"num_classes": self.num_classes, "draw": self._draw, "weight": self.weight, "momentum": self.momentum},
+                  folder / _shard_name(self.runtime.rank))
+
+    def load(self, folder: Path, written_by: int) -> None:
+        """Read this rank's rows from a checkpoint that ``written_by`` ranks, any number, have written.
+
+        The files are memory-mapped: what other ranks hold is not read.
+
+        Raises:
+            ValueError: a rank's file is missing or damaged, or holds other class centers.
+        """
+        for rank in range(written_by):
+            path = folder / _shard_name(rank)
+            try:
+                shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except Exception as error:  # on a damaged file the unpickler fails in any way there is
+                raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); write the name of an intact step folder "
+                                 f"into {folder.parent / 'latest'}, or use --overwrite") from None
+            if (shard["num_classes"], shard["weight"].shape[1]) != (self.num_classes, self.width):
+                raise ValueError(f"{path}: holds class centers of {shard['num_classes']} identities, width {shard['weight'].shape[1]}, but this run has "
+                                 f"{self.num_classes}, width {self.width}; resume with the data and --z_dim of the checkpoint")
+            first, last = rows_of(rank, written_by, self.num_classes)
+            low, high = max(first, self.start), min(last, self.stop)
+            if low < high:
+                for name in ("weight", "momentum"):
+                    getattr(self, name)[low - self.start:high - self.start] = shard[name][low - first:high - first].to(self.weight.device)
+            self._draw = shard["draw"]
+
+    def export(self, path: Path, facts: dict) -> None:
+        """Write all rows as the published code has them, ``['arc_face_state_dict']['weight']``, beside ``facts``; collective.
+
+        Rank 0 receives them in blocks and holds them in a memory-mapped file, so that they need disk, not memory.
+        """
+        for_all = None
+        if self.runtime.is_main:
+            rows_file = path.with_name(path.name + ".rows")
+            for_all = torch.from_file(str(rows_file), shared=True, size=self.num_classes * self.width).view(self.num_classes, self.width)
+        block = max(1, _EXPORT_BYTES // (4 * self.width))
+        for rank in range(self.runtime.world_size):
+            start, stop = rows_of(rank, self.runtime.world_size, self.num_classes)
+            for low in range(start, stop, block):
+                high = min(low + block, stop)
+                if rank == self.runtime.rank:
+                    rows = self.weight[low - start:high - start]
+                    if rank:
+                        dist.send(rows.contiguous(), 0)
+                elif self.runtime.is_main:
+                    rows = torch.empty(high - low, self.width, device=self.weight.device)
+                    dist.recv(rows, rank)
+                if for_all is not None:
+                    for_all[low:high] = rows.cpu()
+        if for_all is not None:
+            save_file({"arc_face_state_dict": {"weight": for_all}, **facts}, path)
+            rows_file.unlink()
+
+
+def fuses(config: Config, precision: str) -> bool:
+    """Whether the update of the class centers happens in the backward pass: by default wherever it can.
+
+    With accumulation the gradients of several backward passes make one update, and with fp16 the engine says only after the backward
+    pass whether its step counts.
+    """
+    possible = config.gradient_accumulation_steps == 1 and precision != "fp16"
+    return possible if config.fused_center_update is None else config.fused_center_update
+
+
+def _shard_name(rank: int | str) -> str:
+    return f"class_centers_rank{rank}.pt"
+
+
+class _ShardedLoss(torch.autograd.Function):
+    """From this rank's features to the loss over all ranks, and back."""
+
+    @staticmethod
+    def forward(ctx, features, labels, centers):
+        config, world_size = centers.config, centers.runtime.world_size
+        embeddings, labels = _gather(features.float(), world_size), _gather(labels, world_size)
+        rows, local = centers._active(labels)
+        smoothing = config.label_smoothing > 0
+        own = margin_softmax_statistics(embeddings, centers.weight, local, config.scale, class_rows=rows, compute_dtype=centers.compute_dtype,
+                                        with_cosine_sum=smoothing)
+        count = len(centers.weight) if rows is None else len(rows)
+        whole, classes = _combine(own, count, world_size)
+        leaves = [value.detach().requires_grad_() for value in (whole.log_sum_exp, whole.target_cosine, whole.cosine_sum)]
+        outside = (labels < -1) | (labels >= centers.num_classes)
+        with torch.enable_grad():
+            statistics = MarginSoftmaxStatistics(leaves[0], leaves[1], whole.nearest_other, leaves[2])
+            per_row = margin_softmax_rows(statistics, classes, config.scale, config.margins, config.margin_gradient, config.label_smoothing)
+            loss = mean_over_labelled(per_row, labels, outside)
+            grads = torch.autograd.grad(loss, leaves if smoothing else leaves[:2])
+        ctx.centers, ctx.rows, ctx.grads = centers, rows, grads
+        ctx.save_for_backward(embeddings, local, leaves[0].detach())
+        correct = (labels >= 0) & (whole.target_cosine > whole.nearest_other)
+        mine = slice(centers.runtime.rank * len(features), (centers.runtime.rank + 1) * len(features))
+        correct = correct[mine].clone()
+        ctx.mark_non_differentiable(correct)
+        return loss.detach(), correct
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        centers, rows = ctx.centers, ctx.rows
+        embeddings, local, log_sum_exp = ctx.saved_tensors
+        accumulation = centers.config.gradient_accumulation_steps
+
+        def consume(start, stop, gradient):
+            block = slice(start, stop) if rows is None else rows[start:stop]
+            if centers.fused:
+                centers._update(block, gradient)
+            else:
+                centers._gradient[block] += gradient.div_(accumulation)
+                if rows is not None:
+                    centers._touched[block] = True
+
+        grad = margin_softmax_gradients(embeddings, centers.weight, local, log_sum_exp, *ctx.grads, scale=centers.config.scale, consume=consume,
+                                        class_rows=rows, compute_dtype=centers.compute_dtype)
+        world_size = centers.runtime.world_size
+        return _reduce_scatter(grad, world_size) * (grad_loss * world_size), None, None
+
+
+def _combine(own: MarginSoftmaxStatistics, count: int, world_size: int) -> tuple[MarginSoftmaxStatistics, int | torch.Tensor]:
+    """Statistics over the classes of all ranks, and how many these are."""
+    if world_size == 1:
+        return own, count
+    highest = torch.stack([own.log_sum_exp, own.nearest_other])
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    shift = highest[0].clamp_min(torch.finfo(highest.dtype).min)  # where no rank has another class
+    sums = torch.stack([torch.exp(own.log_sum_exp - shift), own.target_cosine, own.cosine_sum, torch.full_like(shift, count)])
+    dist.all_reduce(sums)
+    return MarginSoftmaxStatistics(highest[0] + torch.log(sums[0]), sums[1], highest[1], sums[2]), sums[3]
+
+
+# PyTorch 2.13 has new names for these and warns of the old ones in every call.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gather(local: torch.Tensor, world_size: int) -> torch.Tensor:
+    """The ranks' tensors, one after another along the first dimension."""
+    if world_size == 1:
+        return local
+    gathered = local.new_empty(world_size * len(local), *local.shape[1:])
+    _all_gather(gathered, local.contiguous())
+    return gathered
+
+
+def _reduce_scatter(whole: torch.Tensor, world_size: int) -> torch.Tensor:
+    """This rank's part of the sum over ranks."""
+    if world_size == 1:
+        return whole
+    part = whole.new_empty(len(whole) // world_size, *whole.shape[1:])
+    _scatter_sums(part, whole)
+    return part

@@ -1,0 +1,219 @@
+"""Images -> direction mu and concentration kappa, as fast as the machine allows: `python -m scf_fast.embed IMAGES... --model M --out FILE`.
+
+The images are aligned faces; those of another size than 112 x 112 are resized whole. OUT.npz holds mu (N, d) float32, kappa (N,) float32
+and path (N,); OUT.parquet the same columns, for which pyarrow must be installed.
+"""
+import argparse
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from pipelines.files import atomic_output
+from pipelines.images import IMAGE_SUFFIXES
+from pipelines.loader import Preprocessing, make_loader
+from pipelines.sources import ImageFiles, ImageSource
+from scf_fast.frozen import DTYPES, FrozenBackbone, frozen_precisions
+from scf_fast.model import SCF, load_model
+
+
+class Embedder:
+    """A model set up for inference alone: images -> features and log kappa, float32.
+
+    Args:
+        model: left as it is.
+        device: where to run.
+        precision: of the backbone: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: half precision on a GPU, where the first batch shows it
+            to be accurate, and float32 on a CPU. The confidence net runs in float32.
+        flip: embed the mirror image too, as insightface's protocols do: the features are added, the two log kappa averaged.
+    Attributes:
+        radius, normalization, embedding_dim: the model's.
+        key: digest of everything here that decides the numbers.
+    Raises:
+        ValueError: weights that are not finite.
+    """
+
+    def __init__(self, model: SCF, device: torch.device | str = "cpu", precision: str = "auto", flip: bool = False):
+        self.device, self.flip = torch.device(device), flip
+        self.radius, self.normalization, self.embedding_dim = model.radius, model.normalization, model.embedding_dim
+        weights = hashlib.sha256(f"{model.normalization} {precision} {self.device.type} {flip}".encode())
+        for name, value in sorted(model.state_dict().items()):
+            if not value.isfinite().all():
+                raise ValueError(f"the model's weights must be finite, and those of {name} are not; its training diverged, take an earlier checkpoint")
+            weights.update(name.encode())
+            weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self.key = weights.hexdigest()
+        precisions = ("fp32",) if precision == "auto" and self.device.type == "cpu" else frozen_precisions(precision, self.device)
+        self._backbone = FrozenBackbone(model.backbone, self.device, precisions, compile=self.device.type == "cuda")
+        self._confidence_net = model.confidence_net.to(self.device)
+        self._batch_size = 0
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, 112, 112) normalised RGB on the device -> features (B, d) unnormalised, log kappa (B,)."""
+        features, log_kappa = self._embed(images)
+        if self.flip:
+            mirrored_features, mirrored_log_kappa = self._embed(images.flip(3))
+            features, log_kappa = features + mirrored_features, (log_kappa + mirrored_log_kappa) / 2
+        return features, log_kappa
+
+    def _embed(self, images):
+        count, self._batch_size = len(images), max(self._batch_size, len(images))
+        if self.device.type == "cuda":  # one size is compiled; a shorter last batch is filled up
+            images = F.pad(images, (0, 0) * 3 + (0, self._batch_size - count))
+        features, convf = self._backbone(images)
+        # A copy: the next call may write over the compiled backbone's output.
+        return features[:count].to(torch.float32, copy=True), self._confidence_net(convf[:count].float())
+
+
+class ChosenBatches:
+    """The sampler of :func:`pipelines.loader.make_loader` for batches chosen beforehand, none mirrored."""
+
+    world_size = 1
+
+    def __init__(self, num_samples: int, batches: list[np.ndarray]):
+        self.num_samples, self.batches_per_epoch, self._batches = num_samples, len(batches), batches
+        self.global_batch_size = max(map(len, batches), default=1)
+
+    def indices(self, epoch: int, batch: int) -> np.ndarray:
+        return self._batches[batch]
+
+    def flips(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        return np.zeros(len(indices), dtype=bool)
+
+
+def embed_batches(embedder: Embedder, source: ImageSource, batches: list[np.ndarray], *, loader: str = "auto", num_workers: int = 2,
+                  ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+    """Yields (indices, features, log kappa), on the CPU, of batches of a source's images, in order.
+
+    Args:
+        batches: (B,) int64 each.
+        loader, num_workers: see pipelines.loader.make_loader.
+    Raises:
+        ValueError: an image cannot be decoded; the message names it.
+    """
+    sampler, preprocessing = ChosenBatches(len(source), batches), Preprocessing(embedder.normalization, horizontal_flip=False)
+    with make_loader(source, sampler, preprocessing, device=embedder.device, backend=loader, num_workers=num_workers) as batches_of_images:
+        for images, _, indices in batches_of_images.batches(epoch=0):
+            features, log_kappa = embedder(images)
+            yield indices.numpy(), features.cpu(), log_kappa.cpu()
+
+
+def check_usable(features: torch.Tensor, log_kappa: torch.Tensor, source: ImageSource, indices: np.ndarray) -> None:
+    """Refuses what no distribution can be made of.
+
+    Raises:
+        ValueError: a feature is not finite or all zero, or kappa is not finite and positive in float32; the message names the first image.
+    """
+    kappa = log_kappa.exp()
+    usable = features.isfinite().all(dim=1) & features.any(dim=1) & kappa.isfinite() & (kappa > 0)
+    if not usable.all():
+        bad = indices[~usable.numpy()]
+        raise ValueError(f"features must be finite and not zero, and kappa finite and positive; {len(bad)} of {len(indices)} images are not so, the "
+                         f"first {source.name(int(bad[0]))}; look at that image, and at whether the model's training diverged")
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that embeds images."""
+    parser.add_argument("--flip", action="store_true", help="embed mirror images too, as insightface does: features added, log kappa averaged")
+    parser.add_argument("--device", type=_device, help="default: this rank's GPU where there is one, else cpu")
+    parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES), help="of the backbone; auto: half precision on a GPU where accurate")
+    parser.add_argument("--batch-size", "--batch_size", type=_positive, default=256, metavar="N", help="images at once (default: %(default)s)")
+    parser.add_argument("--loader", default="auto", choices=("auto", "dali", "torch"), help="decoder: dali where installed, else torch")
+    parser.add_argument("--num-workers", "--num_workers", type=int, default=2, metavar="N",
+                        help="decoding threads or processes (default: %(default)s)")
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without CUDA
+        raise argparse.ArgumentTypeError(f"must be a device that PyTorch can use here, such as cpu or cuda:0, got {text!r}") from error
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """The files, and every image file under the folders, sorted within each.
+
+    Raises:
+        ValueError: a path does not exist, or there are no images.
+    """
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"there is no {path}; check the path")
+        found += [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    if not found:
+        raise ValueError(f"no images under {', '.join(map(str, paths))}; files must end in {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _write(path: Path, mu: np.ndarray, kappa: np.ndarray, paths: list[str]) -> None:
+    with atomic_output(path) as file:
+        if path.suffix == ".npz":
+            np.savez(file, mu=mu, kappa=kappa, path=np.array(paths))
+            return
+        import pyarrow
+        import pyarrow.parquet
+        directions = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(mu.ravel()), mu.shape[1])
+        pyarrow.parquet.write_table(pyarrow.table({"path": paths, "kappa": kappa, "mu": directions}), file)
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix not in (".npz", ".parquet"):
+        raise ValueError(f"--out must end in .npz or .parquet, got {path}")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"--out {path}: parquet needs pyarrow, which cannot be imported ({error}); install pyarrow, or write .npz") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scf_fast.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="image files, or folders of them, searched all the way down")
+    parser.add_argument("--model", required=True, metavar="M", help="output folder of a stage-2 run, or weight files as SCF.from_checkpoint takes them")
+    parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), metavar="FILE", help=".npz or .parquet (default: %(default)s)")
+    add_loading_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        _check_output(options.out)
+        paths = find_images(options.images)
+        embedder = Embedder(load_model(options.model), options.device or default_device(), options.precision, options.flip)
+        source = ImageFiles(paths)
+        features, log_kappa = torch.empty(len(source), embedder.embedding_dim), torch.empty(len(source))
+        batches = np.split(np.arange(len(source)), range(options.batch_size, len(source), options.batch_size))
+        began = time.perf_counter()
+        with tqdm(total=len(source), desc="embedding", unit=" images", mininterval=1) as progress:
+            for indices, some_features, some_log_kappa in embed_batches(embedder, source, batches, loader=options.loader, num_workers=options.num_workers):
+                features[indices], log_kappa[indices] = some_features, some_log_kappa
+                progress.update(len(indices))
+        seconds = time.perf_counter() - began
+        check_usable(features, log_kappa, source, np.arange(len(source)))
+        _write(options.out, F.normalize(features).numpy(), log_kappa.exp().numpy(), list(map(str, paths)))
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {len(source)} images, {len(source) / seconds:.0f} images/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Five-point alignment on the fly: a loose crop and its landmarks -> the 112 x 112 face that the models were trained on.
+
+    z -> a z + b in complex numbers,  a = sum conj(z_k - zc) (w_k - wc) / sum |z_k - zc|^2,  b = wc - a zc
+
+is the similarity transform that brings landmarks z_k closest to the template's w_k in the least squares (zc, wc: their means).
+"""
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipelines.images import FACE_SIZE
+from pipelines.sources import ImageSource
+
+# Eyes, nose and mouth corners (x, y) in pixels, of insightface's alignment: pixel centers have whole coordinates.
+TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
+_STILL = 0.05  # pixels: a transform that moves no corner further is left out, since resampling would only blur
+_CORNERS = np.array([0, FACE_SIZE - 1, 1j * (FACE_SIZE - 1), (1 + 1j) * (FACE_SIZE - 1)])
+
+
+def similarity_transform(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b), each (N,) complex128, of landmarks (N, 5, 2); where all five are one point, a is not finite."""
+    points, target = landmarks.astype(np.float64) @ [1, 1j], TEMPLATE @ [1, 1j]
+    center, target_center = points.mean(axis=1), target.mean()
+    offsets = points - center[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        a = (offsets.conj() * (target - target_center)).sum(axis=1) / (np.abs(offsets) ** 2).sum(axis=1)
+        return a, target_center - a * center
+
+
+class AlignedFaces(ImageSource):
+    """The images of a source, each brought to the template by its landmarks when it is asked for; bilinear, black outside the picture.
+
+    An image of 112 x 112 whose landmarks lie on the template already is handed on as it is; others are handed on uncompressed (PPM), so
+    that any loader can be fed from it.
+
+    Args:
+        source: N images.
+        landmarks: (N, 5, 2) x and y in pixels of the upright image: left eye, right eye, nose, left and right mouth corner.
+    Raises:
+        ValueError: the landmarks of an image are not finite, or all in one point.
+    """
+
+    def __init__(self, source: ImageSource, landmarks: np.ndarray):
+        self.source, self.landmarks = source, landmarks
+        self.labels, self.num_classes = source.labels, source.num_classes
+        self._a, self._b = similarity_transform(landmarks)
+        bad = np.flatnonzero(~(np.isfinite(self._a) & (self._a != 0)))
+        if len(bad):
+            raise ValueError(f"landmarks must be finite and not all in one point; those of {len(bad)} of {len(source)} images are not so, the first "
+                             f"{source.name(int(bad[0]))}: {landmarks[bad[0]].tolist()}; detect them anew")
+        moved = np.abs(self._a[:, None] * _CORNERS + self._b[:, None] - _CORNERS).max(axis=1)
+        self._in_place = moved < _STILL
+
+    def name(self, i):
+        return self.source.name(i)
+
+    def will_need(self, indices):
+        self.source.will_need(indices)
+
+    def encoded(self, i):
+        encoded = self.source.encoded(i)
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                if self._in_place[i] and image.size == (FACE_SIZE, FACE_SIZE):
+                    return encoded
+                if "exif" in image.info:
+                    image = ImageOps.exif_transpose(image)
+                face = self._warp(image.convert("RGB"), i)
+        except Exception as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
+            reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error  # that error's text is an address
+            raise ValueError(f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out") from error
+        return np.frombuffer(b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE) + face.tobytes(), dtype=np.uint8)
+
+    def _warp(self, image, i):
+        # Pillow asks for the way back, and has pixel centers at 1/2.
+        a = 1 / self._a[i]
+        b = -self._b[i] * a + (0.5 + 0.5j) * (1 - a)
+        return image.transform((FACE_SIZE, FACE_SIZE), Image.Transform.AFFINE, (a.real, -a.imag, b.real, a.imag, a.real, b.imag), Image.Resampling.BILINEAR)

@@ -1,0 +1,161 @@
+"""What an evaluation runs on, opened and checked before the first image is embedded."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipelines.index import open_source
+from pipelines.sources import ImageFiles, ImageSource
+from pipelines.template_protocol import TemplateProtocol, read_template_protocol
+from pipelines.verification_set import read_verification_set
+from scf_fast.embed import find_images
+from scf_fast.evaluation.alignment import AlignedFaces
+from scf_fast.evaluation.protocols import Gallery, read_galleries, read_severity
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Verification pairs of aligned faces."""
+
+    name: str
+    source: ImageSource  # images 2k and 2k + 1 are pair k
+    same: np.ndarray  # (P,) bool
+    severity: np.ndarray | None  # (2P,) known degradation in [0, 1]
+
+
+@dataclass(frozen=True)
+class TemplateSet:
+    """A template protocol in IJB's layout, its faces aligned when they are read."""
+
+    name: str
+    protocol: TemplateProtocol
+    source: ImageSource
+    galleries: list[Gallery]
+    severity: np.ndarray | None  # (N,) known degradation of the images in [0, 1]
+
+
+class Subjects(NamedTuple):
+    """Aligned faces of named subjects."""
+
+    source: ImageSource
+    names: np.ndarray  # (N,) str
+
+
+def open_pair_sets(paths: list[Path]) -> dict[str, PairSet]:
+    """Verification sets by name: `.bin` files, text files of pairs, and folders of `.bin` files (or that hold such a folder, `verification`).
+
+    Known severities are in a CSV beside a `.bin`, under its name (columns image and severity).
+
+    Raises:
+        ValueError: nothing is there, a file is malformed or measures nothing, or two sets have one name.
+    """
+    files = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted([*path.glob("*.bin"), *(path / "verification").glob("*.bin")])
+            if not found:
+                raise ValueError(f"{path} must hold verification sets, *.bin or verification/*.bin; give the folder or the file that has them")
+            files += found
+        else:
+            files.append(path)
+    sets = {}
+    for path in files:
+        if path.stem in sets:
+            raise ValueError(f"two verification sets are named {path.stem}; rename {path}")
+        sets[path.stem] = _open_pair_set(path)
+    return sets
+
+
+def _open_pair_set(path):
+    source, same = read_verification_set(path) if path.suffix == ".bin" else read_pair_list(path)
+    check_pairs(path, same)
+    severity = path.with_suffix(".csv")
+    known = read_severity(severity, "image", list(map(str, range(len(source))))) if path.suffix == ".bin" and severity.exists() else None
+    return PairSet(path.stem, source, same, known)
+
+
+def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
+    """Pairs named in a text file, one a line: `path path label`, label 1 for one person and 0 for two; relative paths start from the file's
+    folder. Consecutive tenths of the lines are the folds.
+
+    Returns:
+        Images, 2k and 2k + 1 of line k, and (P,) bool.
+    Raises:
+        ValueError: the file cannot be read or is empty, a line is malformed, or an image is not there.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read the pairs {path}: {os.strerror(error.errno)}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a .bin or a text file with lines `path path label`: {error}") from error
+    images, same = [], []
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 3 or words[2] not in ("0", "1"):
+            raise ValueError(f"{path} line {number} must be `path path label` with label 0 or 1, got {line[:80]!r}; repair the line")
+        for word in words[:2]:
+            image = path.parent / word
+            if not image.exists():
+                raise ValueError(f"{path} line {number} names {image}, and there is no such file; check the folder that the paths start from")
+            images.append(image)
+        same.append(words[2] == "1")
+    return ImageFiles(images), np.array(same, dtype=bool)
+
+
+def check_pairs(what: Path, same: np.ndarray) -> None:
+    """Raises:
+        ValueError: too few pairs to measure anything, or only one kind of them.
+    """
+    genuine = np.count_nonzero(same)
+    if len(same) < 10 or genuine in (0, len(same)):
+        raise ValueError(f"{what} must have at least 10 pairs, genuine and impostor ones among them, got {len(same)} with {genuine} genuine; "
+                         "leave it out")
+
+
+def is_template_set(path: Path) -> bool:
+    return (path / "meta").is_dir()
+
+
+def open_template_set(path: Path, align: bool = True) -> TemplateSet:
+    """A protocol folder (meta, loose_crop), with its 1:N files and severity.csv (columns name and severity) where there are such.
+
+    Args:
+        align: False takes the crops for aligned faces and their landmarks for those of other pictures.
+    Raises:
+        ValueError: as in read_template_protocol, read_galleries and AlignedFaces, or the pairs measure nothing.
+    """
+    protocol = read_template_protocol(path)
+    check_pairs(path, protocol.pair_labels)
+    severity = path / "severity.csv"
+    return TemplateSet(
+        _protocol_name(path), protocol, AlignedFaces(protocol.source, protocol.landmarks) if align else protocol.source, read_galleries(path, protocol),
+        read_severity(severity, "name", protocol.names) if severity.exists() else None)
+
+
+def _protocol_name(path):
+    """What the meta files are called, in the spelling of the two that everybody knows."""
+    prefix = next((path / "meta").glob("*_face_tid_mid.txt")).name.removesuffix("_face_tid_mid.txt")
+    return {"ijbb": "IJB-B", "ijbc": "IJB-C"}.get(prefix.lower(), prefix)
+
+
+def open_subjects(path: Path) -> Subjects:
+    """Faces by subject: a folder with one folder a subject; or any other data set of pipelines.index.open_source, such as a list of lines
+    `path label`, whose subjects are its labels.
+
+    Raises:
+        ValueError: nothing is there, it is damaged, or it holds no image.
+    """
+    if not path.is_dir():
+        source = open_source(path)
+        return Subjects(source, source.labels.astype(str))
+    images = find_images([path])
+    loose = next((image for image in images if image.parent == path), None)
+    if loose is not None:
+        raise ValueError(f"{path} must hold one folder a subject, and holds the image {loose.name}; put it in its subject's folder")
+    return Subjects(ImageFiles(images), np.array([image.relative_to(path).parts[0] for image in images]))

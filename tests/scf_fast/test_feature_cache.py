@@ -1,0 +1,143 @@
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from scf_fast.feature_cache import CacheLayout, FeatureCache, cache_key, decode, encode, layout_of, read_meta
+
+KEY = {"backbone": "b", "data": "d", "normalization": "insightface", "precision": "fp32"}
+BOUND = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4, "int8": 0.5 / 127}  # fp8: of the value; int8: of the largest value
+
+
+def views(layout, rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(rows, layout.z_dim, generator=generator), torch.randn(rows, *layout.convf_shape, generator=generator) * 3) for _ in range(2)]
+
+
+@pytest.fixture
+def small(tmp_path):
+    layout = CacheLayout(50, 8, (4, 3, 3), "fp32")
+    FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
+    return tmp_path / "c", layout
+
+
+@pytest.mark.parametrize("dtype", list(BOUND))
+def test_encoding_error_is_bounded(dtype):
+    layout = CacheLayout(1, 8, (4, 3, 3), dtype)
+    (features, convf), _ = views(layout, 16)
+    got_features, got = decode(layout, encode(layout, features, convf))
+    assert torch.equal(got_features, features)
+    error, size = (got.float() - convf).abs(), convf.abs()
+    if dtype == "int8":
+        size = size.amax((1, 2, 3), keepdim=True).expand_as(size)
+    smallest = convf.abs().amax((1, 2, 3), keepdim=True) * 2.0**-9 if dtype == "fp8" else 0.0  # below fp8's normal range the step is fixed
+    assert (error <= torch.maximum(BOUND[dtype] * size * 1.001, torch.as_tensor(smallest))).all()
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_zero_map_survives_quantisation():
+    layout = CacheLayout(1, 2, (2, 2, 2), "int8")
+    _, convf = decode(layout, encode(layout, torch.ones(1, 2), torch.zeros(1, 2, 2, 2)))
+    assert torch.equal(convf, torch.zeros(1, 2, 2, 2))
+
+
+def test_write_then_read_both_orientations_in_any_order(small, monkeypatch):
+    monkeypatch.setattr("scf_fast.feature_cache._SHARD_BYTES", 2000)  # several shards
+    folder, _ = small
+    layout = CacheLayout(50, 8, (4, 3, 3), "fp32")
+    folder = folder.with_name("sharded")
+    FeatureCache.create_or_check(folder, KEY, layout)
+    assert len(list(folder.glob("rows-*.bin"))) > 3
+    cache = FeatureCache.open(folder, layout, 0)
+    indices = np.array([49, 3, 17, 0, 31])
+    plain, turned = views(layout, 5)
+    cache.write(indices, [plain, turned])
+    cache.close()
+    again = FeatureCache.open(folder, layout, 0)
+    assert again.present.nonzero()[0].tolist() == sorted(indices)
+    order = np.array([2, 0, 4])
+    flips = np.array([False, True, True])
+    features, convf = again.read(indices[order], flips, torch.device("cpu"))
+    for row, (place, flip) in enumerate(zip(order, flips)):
+        expected = (turned if flip else plain)
+        assert torch.equal(features[row], expected[0][place]) and torch.equal(convf[row], expected[1][place])
+    again.close()
+
+
+def test_damaged_record_becomes_missing_and_only_that(small):
+    folder, layout = small
+    cache = FeatureCache.open(folder, layout, 0)
+    cache.write(np.arange(10), views(layout, 10))
+    cache.close()
+    with open(folder / "rows-00000.bin", "r+b") as file:
+        file.seek(4 * layout.record_bytes + 20)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    cache = FeatureCache(folder, layout, 0)
+    assert cache.verify(progress=False) == 1
+    assert (~cache.present[:10]).nonzero()[0].tolist() == [4]
+    stored = np.fromfile(folder / "rows-00000.bin", np.uint8).reshape(-1, layout.record_bytes)
+    assert np.fromfile(folder / "checksums.bin", np.uint32)[3] == zlib.crc32(stored[3].tobytes())
+
+
+def test_a_cache_left_open_is_checked_before_it_is_used(small):
+    folder, layout = small
+    cache = FeatureCache.open(folder, layout, 1)
+    cache.write(np.arange(3), views(layout, 3))
+    cache._checksums[2] += 1  # a record half written when the machine died
+    cache._checksums.flush()
+    assert (folder / "writing-1").exists()
+    FeatureCache.create_or_check(folder, KEY, layout)
+    assert not list(folder.glob("writing-*"))
+    assert FeatureCache(folder, layout, 0).present.nonzero()[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("change", ["backbone", "data", "normalization", "precision", "dtype", "num_images"])
+def test_a_cache_of_something_else_is_refused(small, change):
+    folder, layout = small
+    key = {**KEY, **({change: "other"} if change in KEY else {})}
+    if change not in KEY:
+        layout = CacheLayout(**{**layout.__dict__, change: "bf16" if change == "dtype" else 49})
+    with pytest.raises(ValueError, match=f"was made for something else \\({change}: cached .*, needed"):
+        FeatureCache.create_or_check(folder, key, layout)
+
+
+def test_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = __import__("shutil").disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=120_000_000))
+    with pytest.raises(ValueError, match=r"needs 0\.4 GB for 1000000 images, but 0\.1 GB are free; use --cache_dtype int8, or --cache_budget 0\.1"):
+        FeatureCache.create_or_check(tmp_path / "c", KEY, CacheLayout(1_000_000, 8, (4, 3, 3), "fp32"))
+
+
+def test_meta_reads_back_and_damage_is_named(small):
+    folder, layout = small
+    assert layout_of(read_meta(folder)) == layout
+    (folder / "meta.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        read_meta(folder)
+    with pytest.raises(ValueError, match="holds no feature cache"):
+        read_meta(folder.parent)
+
+
+def test_key_follows_weights_and_data():
+    class Source:
+        labels = np.arange(5)
+
+        def __len__(self):
+            return 5
+
+        def encoded(self, i):
+            return np.full(3, i + self.shift, np.uint8)
+
+        shift = 0
+
+    state = {"w": torch.ones(3)}
+    key = cache_key(state, Source(), "published", "bf16")
+    assert cache_key({"w": torch.ones(3)}, Source(), "published", "bf16") == key
+    assert cache_key({"w": torch.tensor([1.0, 1.0, 2.0])}, Source(), "published", "bf16")["backbone"] != key["backbone"]
+    changed = Source()
+    changed.shift = 1
+    assert cache_key(state, changed, "published", "bf16")["data"] != key["data"]
