@@ -110,11 +110,12 @@ def _input_errors():
 class Reporter:
     """Log lines, progress bar, metrics.jsonl and TensorBoard of the main rank; silent on the others."""
 
-    def __init__(self, folder: Path, runtime: launch.Runtime, total_images: int, done_images: int, tensorboard: bool):
+    def __init__(self, folder: Path, runtime: launch.Runtime, total_images: int, done_images: int, first_step: int, tensorboard: bool):
         self.is_main = runtime.is_main
         if not self.is_main:
             return
-        self._metrics = open(folder / "metrics.jsonl", "a")
+        self._metrics = open(folder / "metrics.jsonl", "a+")
+        self._forget_after(first_step)
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -123,6 +124,13 @@ class Reporter:
         self._bar = tqdm(total=total_images, initial=done_images, unit="img", unit_scale=True, smoothing=0.1, dynamic_ncols=True, disable=not self._interactive)
         self._started, self._start_images, self._done, self._total = time.monotonic(), done_images, done_images, total_images
         self._last_line = 0.0
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the records of steps that a run which died had made after its last checkpoint: they are made again."""
+        self._metrics.seek(0)
+        kept = [line for line in self._metrics if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        self._metrics.truncate(0)
+        self._metrics.writelines(kept)
 
     def advance(self, images: int) -> None:
         if self.is_main:
@@ -272,7 +280,7 @@ def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: 
     loader = stage.make_loader(source, sampler, runtime)
     batches = (batch for epoch in itertools.count(first_step // per_epoch)
                for batch in loader.batches(epoch, start_batch=max(0, first_step - epoch * per_epoch)))
-    reporter = Reporter(folder, runtime, last_step * config.batch_size, first_step * config.batch_size, config.tensorboard)
+    reporter = Reporter(folder, runtime, last_step * config.batch_size, first_step * config.batch_size, first_step, config.tensorboard)
     engine.train()
     began = time.monotonic()
     with loader, contextlib.closing(reporter), contextlib.closing(batches):

@@ -40,16 +40,24 @@ def faces(tmp_path_factory):
     return root
 
 
-STAGE1 = ["--stage", "backbone", "--network", "ir_small", "--z_dim", "32", "--batch_size", "32", "--epochs", "2", "--lr", "0.05", "--log_every", "1",
-          "--num_workers", "1", "--zero_stage", "2"]
-STAGE2 = ["--stage", "confidence", "--batch_size", "32", "--epochs", "2", "--lr", "1e-3", "--log_every", "1", "--num_workers", "1", "--confidence_net", "conv"]
+_COMMON = ["--batch_size", "32", "--epochs", "2", "--log_every", "1", "--num_workers", "1"]
+_FLAGS = {
+    "stage1": ["--stage", "backbone", "--network", "ir_small", "--z_dim", "32", "--lr", "0.05", *_COMMON],
+    "stage2": ["--stage", "confidence", "--confidence_net", "conv", "--precision", "fp32", "--lr", "1e-3", *_COMMON],
+}
+
+
+@pytest.fixture(scope="session")
+def flags():
+    """What the launches of both stages have in common."""
+    return _FLAGS
 
 
 @pytest.fixture(scope="session")
 def stage1(faces, tmp_path_factory):
     """Output folder of a whole stage 1 on two ranks under the deepspeed launcher, and its log."""
     out = tmp_path_factory.mktemp("stage1") / "run"
-    status, output = run([*launcher(2), *STAGE1, "--data", faces / "train", "--output_dir", out])
+    status, output = run([*launcher(2), *_FLAGS["stage1"], "--zero_stage", 2, "--data", faces / "train", "--output_dir", out])
     assert status == 0, output
     return out, output
 
@@ -59,6 +67,6 @@ def stage2(faces, stage1, tmp_path_factory):
     """The same for stage 2, on the backbone of stage 1."""
     out = tmp_path_factory.mktemp("stage2") / "run"
     weights = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"]
-    status, output = run([*launcher(2), *STAGE2, *weights, "--data", faces / "train", "--output_dir", out])
+    status, output = run([*launcher(2), *_FLAGS["stage2"], *weights, "--data", faces / "train", "--output_dir", out])
     assert status == 0, output
     return out, output

@@ -14,9 +14,6 @@ from scf_fast.checkpoints import backbone_state, class_centers
 from scf_fast.demo import launcher
 from scf_fast.model import load_model
 
-COMMON = ["--network", "ir_small", "--z_dim", "32", "--batch_size", "32", "--epochs", "2", "--lr", "0.05", "--log_every", "1", "--num_workers", "1"]
-STAGE1 = ["--stage", "backbone", *COMMON, "--zero_stage", "2"]
-STAGE2 = ["--stage", "confidence", "--batch_size", "32", "--epochs", "2", "--lr", "1e-3", "--log_every", "1", "--num_workers", "1", "--confidence_net", "conv"]
 STEPS = 8 * 16 // 32 * 2
 
 
@@ -40,7 +37,8 @@ def test_stage_1_on_two_ranks(stage1):
     assert (folder / "checkpoints" / "latest").read_text() == "step00000008"
     assert list((folder / "runs").glob("events.*"))
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (saved["config"]["network"] == "ir_small" and saved["versions"]["torch"] == torch.__version__.split("+")[0]) or saved["versions"]["torch"]
+    assert saved["config"]["network"] == "ir_small"
+    assert saved["versions"]["torch"] == torch.__version__
     assert "2 ranks on" in output and "img/s" in output and "optimizer: fused SGD" in output
     assert "Traceback" not in output
 
@@ -61,28 +59,40 @@ def test_stage_2_on_two_ranks(stage1, stage2):
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_resume_continues_the_same_run(name, faces, stage1, request, tmp_path, run_command):
+def test_resume_continues_the_same_run(name, faces, stage1, flags, request, tmp_path, run_command):
     """Stopped in the middle of an epoch and resumed: losses equal to the uninterrupted run's, bit for bit."""
     whole, _ = request.getfixturevalue(name)
-    flags = STAGE1 if name == "stage1" else [*STAGE2, "--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"]
-    command = [*flags, "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    own = {"stage1": ["--zero_stage", 2], "stage2": ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"]}[name]
+    command = [*flags[name], *own, "--data", faces / "train", "--output_dir", tmp_path / "run"]
     status, output = run_command([*launcher(2), *command, "--max_steps", 3])
     assert status == 0, output
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0.0, "total_loss": 0.0}\n{"step": 5, "lo')  # as of a run that died after its last checkpoint
     status, output = run_command([*launcher(2), *command, "--resume"])
     assert status == 0 and "resumed at step 3" in output, output
     key = "loss" if name == "stage1" else "total_loss"
     assert losses(tmp_path / "run", key) == losses(whole, key)
 
 
+def test_cached_stage_2_trains_the_same_and_computes_nothing_twice(faces, stage1, stage2, flags, tmp_path, run_command):
+    weights = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth", "--data", faces / "train"]
+    command = [*launcher(2), *flags["stage2"], *weights, "--feature_cache", tmp_path / "cache", "--cache_dtype", "fp32"]
+    status, output = run_command([*command, "--output_dir", tmp_path / "run"])
+    assert status == 0 and "frozen backbone: fp32 taken" in output, output
+    assert losses(tmp_path / "run", "total_loss") == pytest.approx(losses(stage2[0], "total_loss"), rel=1e-4)
+    status, output = run_command([*command, "--output_dir", tmp_path / "again", "--zero_stage", 0])
+    assert status == 0 and "frozen backbone" not in output, output  # all features came from the cache
+    assert losses(tmp_path / "again", "total_loss") == pytest.approx(losses(stage2[0], "total_loss"), rel=1e-4)
+
+
 @pytest.mark.parametrize("zero_stage, how", [(0, "python"), (1, "torchrun"), (3, "deepspeed")])
-def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, stage1, tmp_path, run_command):
-    """One rank or two, ZeRO 0 to 3: BatchNorm sees other batches on one rank, so only the two-rank losses must agree."""
+def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, stage1, flags, tmp_path, run_command):
+    """One rank or two, ZeRO 0 to 3: BatchNorm sees other batches on one rank, so only the two-rank losses must agree closely."""
     port = launcher(2)[-2]
     start = {"python": [sys.executable, "train.py"], "deepspeed": launcher(2),
              "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "train.py"]}[how]
     before = set(os.listdir("/dev/shm"))
-    flags = ["--stage", "backbone", *COMMON, "--zero_stage", zero_stage, "--data", faces / "train", "--output_dir", tmp_path / "run"]
-    status, output = run_command([*start, *flags])
+    status, output = run_command([*start, *flags["stage1"], "--zero_stage", zero_stage, "--data", faces / "train", "--output_dir", tmp_path / "run"])
     assert status == 0, output
     assert set(os.listdir("/dev/shm")) <= before
     ours, theirs = losses(tmp_path / "run", "loss"), losses(stage1[0], "loss")
@@ -115,7 +125,6 @@ BAD = {
     "folder of something else": (lambda f, s, t: ["--data", f, "--output_dir", t], "holds files that are no run of this program"),
     "a different run": (lambda f, s, t: ["--data", f, "--output_dir", s, "--seed", "5", "--resume"], "holds a different run (seed 777 -> 5)"),
     "a run without resume": (lambda f, s, t: ["--data", f, "--output_dir", s], "give --resume to continue it"),
-    "other number of ranks": (lambda f, s, t: ["--data", f, "--output_dir", s, "--resume"], "written by 2 ranks with ZeRO 2, this launch has 1"),
 }
 
 
@@ -124,7 +133,7 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("case", list(BAD))
-def test_bad_input_is_one_line_and_status_2(case, faces, stage1, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_status_2(case, faces, stage1, flags, tmp_path, monkeypatch, capsys):
     """In this process, so that ten starts of the interpreter are saved; the launched form is tested below."""
     import train
     (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
@@ -133,7 +142,7 @@ def test_bad_input_is_one_line_and_status_2(case, faces, stage1, tmp_path, monke
     if "--output_dir" not in arguments:
         arguments += ["--output_dir", tmp_path / "out"]
     before = snapshot(stage1[0])
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*STAGE1, *arguments])])
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage1"], "--zero_stage", 2, *arguments])])
     assert train.main() == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("train.py: error: ") and expected in lines[0], lines
@@ -142,7 +151,7 @@ def test_bad_input_is_one_line_and_status_2(case, faces, stage1, tmp_path, monke
 
 
 @pytest.mark.parametrize("swap, expected", [("both", "no backbone"), ("width", "from the same stage-1 run"), ("classes", "only 3 class centers")])
-def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, tmp_path, monkeypatch, capsys):
+def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, flags, tmp_path, monkeypatch, capsys):
     import train
     backbone, centers = stage1[0] / "backbone.pth", stage1[0] / "fc.pth"
     if swap == "both":
@@ -151,15 +160,25 @@ def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, 
         shape = (8, 16) if swap == "width" else (3, 32)
         torch.save(torch.randn(shape), tmp_path / "fc.pth")
         centers = tmp_path / "fc.pth"
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*STAGE2, "--saved_bkb", backbone, "--saved_fc", centers, "--data", faces / "train",
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage2"], "--saved_bkb", backbone, "--saved_fc", centers, "--data", faces / "train",
                                                             "--output_dir", tmp_path / "out"])])
     assert train.main() == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and ("must hold" in error if swap == "both" else expected in error)
 
 
-def test_bad_input_under_the_launcher(faces, tmp_path, run_command):
-    status, output = run_command([*launcher(2), *STAGE1, "--batch_size", "33", "--data", faces / "train", "--output_dir", tmp_path / "out"])
+def test_stage_2_resumes_on_the_same_ranks_only(faces, stage1, stage2, flags, monkeypatch, capsys):
+    import train
+    before = snapshot(stage2[0])
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage2"], "--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth",
+                                                            "--data", faces / "train", "--output_dir", stage2[0], "--resume"])])
+    assert train.main() == 2
+    assert "written by 2 ranks with ZeRO 2, this launch has 1" in capsys.readouterr().err
+    assert snapshot(stage2[0]) == before
+
+
+def test_bad_input_under_the_launcher(faces, flags, tmp_path, run_command):
+    status, output = run_command([*launcher(2), *flags["stage1"], "--batch_size", "33", "--data", faces / "train", "--output_dir", tmp_path / "out"])
     assert status == 2
     assert output.count("--batch_size 33 must be divisible by ranks") == 1
     assert "Traceback" not in output and not Path(tmp_path / "out").exists()
