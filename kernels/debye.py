@@ -189,6 +189,8 @@ def debye_plan(order: float, dtype: torch.dtype, constant: float = 0.0, compensa
     def descending(series: list[list[Fraction]]) -> tuple[float, ...]:
         return tuple(float(c) for polynomial in series[:terms] for c in reversed(polynomial))
 
+    # |w| <= (2^(1/4) - 1) / (2^(1/4) + 1) < 0.0865, and the last term is wanted below a thousandth of a rounding of 1.
+    atanh_terms = next(n for n in range(2, 40) if 0.0865 ** (2 * n + 3) < 2.0 ** -(bits + 10))
     sqrt_half = Fraction(_round(Fraction(math.sqrt(0.5)), bits))
     return DebyePlan(
         compensated=compensated,
@@ -209,8 +211,7 @@ def debye_plan(order: float, dtype: torch.dtype, constant: float = 0.0, compensa
         third=descending(_SERIES.third),
         half_ln2=_grid_pair(_log(Fraction(2)) / 2, bits),
         sqrt_half_error=float(_log(sqrt_half) + _log(Fraction(2)) / 2),
-        # |w| <= (2^(1/4) - 1) / (2^(1/4) + 1) < 0.0865, and the last term is wanted below a thousandth of a rounding of 1.
-        atanh=tuple(2.0 / (2 * j + 3) for j in reversed(range(next(n for n in range(2, 40) if 0.0865 ** (2 * n + 3) < 2.0 ** -(bits + 10))))),
+        atanh=tuple(2.0 / (2 * j + 3) for j in reversed(range(atanh_terms))),
     )
 
 
@@ -220,8 +221,8 @@ def debye_plan(order: float, dtype: torch.dtype, constant: float = 0.0, compensa
 class Debye(NamedTuple):
     """One evaluation; all float64, of kappa's shape. What was not asked for is None."""
 
-    psi: torch.Tensor  # psi + constant
-    psi_tail: torch.Tensor | float  # what rounding took from it
+    psi: torch.Tensor | None  # psi + constant
+    psi_tail: torch.Tensor | None  # what rounding took from it
     ratio: torch.Tensor  # A
     complement: torch.Tensor  # 1 - A
     second: torch.Tensor | None  # A'
@@ -293,19 +294,23 @@ def _subtract_product(head, tail, factor, x, x_tail):
     return head, tail + (rest - product_tail - factor[0] * x_tail - factor[1] * x)
 
 
-def _phase_pair(kappa, plan, with_power):
-    """s, m + s, and s - (v + 1/2) log(m + s) [+ v log kappa] + constant in two floats."""
+def _square_root_pair(kappa, plan):
+    """s = sqrt(m^2 + kappa^2) in two floats."""
     square, square_tail = _two_product(kappa, kappa)
     total, total_tail = _two_sum(square, torch.full_like(square, plan.shifted_squared[0]))
     s = total.sqrt()
-    s_tail = (_residual(s, s, total) + total_tail + square_tail + plan.shifted_squared[1]) / (2 * s)
+    return s, (_residual(s, s, total) + total_tail + square_tail + plan.shifted_squared[1]) / (2 * s)
+
+
+def _phase_pair(kappa, s, s_tail, plan, with_power):
+    """s - (v + 1/2) log(m + s) [+ v log kappa] + constant in two floats."""
     x, x_tail = _fast_two_sum(s, torch.full_like(s, plan.shifted[0]))
     x_tail = x_tail + s_tail + plan.shifted[1]
     head, tail = _subtract_product(s, s_tail, plan.order_and_half, *_log_pair(x, x_tail, plan.offset, plan))
     if with_power:
         power, power_tail = _log_pair(kappa, torch.zeros_like(kappa), (0.0, 0.0), plan)
         head, tail = _subtract_product(head, tail, plan.order, -power, -power_tail)
-    return s, x, head, tail
+    return head, tail
 
 
 def _series_sum(coefficients, length, p, x):
@@ -324,62 +329,68 @@ def _series_sum(coefficients, length, p, x):
     return total
 
 
-def debye_reference(kappa: torch.Tensor, plan: DebyePlan, derivatives: int = 1, with_power: bool = False) -> Debye:
+def debye_reference(kappa: torch.Tensor, plan: DebyePlan, lowest: int = 0, highest: int = 1, with_power: bool = False) -> Debye:
     """psi and up to three derivatives of it, in plain PyTorch.
 
     Args:
         kappa: float64, any shape, >= 0; NaN goes through, +inf gives the limits.
         plan: of the order, from `debye_plan`.
-        derivatives: 1 for A, 2 for A' too, 3 for A'' too.
+        lowest, highest: derivatives of psi to evaluate; A comes always.
         with_power: return log I_v = psi + v log kappa in the place of psi (kappa > 0 when compensated).
     """
-    overflow = kappa > plan.kappa_max if derivatives > 1 else None
-    kappa, beyond = kappa.clamp(max=plan.kappa_max), kappa
+    beyond, kappa = kappa, kappa.clamp(max=plan.kappa_max)
     m = plan.shifted[0]
     if plan.compensated:
-        s, x, psi, psi_tail = _phase_pair(kappa, plan, with_power)
+        s, s_tail = _square_root_pair(kappa, plan)
     else:
         s = (kappa * kappa + m * m).sqrt()
-        x = s + m
-        psi, psi_tail = s - plan.order_and_half[0] * (x.log() + (plan.offset[0] + plan.offset[1])), 0.0
-        if with_power:
-            psi = psi + torch.xlogy(plan.order[0], kappa)
+    x = s + m
     p = 1 / s
     p2 = p * p
     x_inverse = 1 / x
     t2 = p2 * (m * m)
     first = p2 * (0.5 + _series_sum(plan.first, 2, p, t2))
     ratio = kappa * (x_inverse - first)
+    psi = psi_tail = second = third = None
     if plan.compensated:
         complement = (m + m * m / (s + kappa)) * x_inverse + kappa * first
-    second = third = None
-    if derivatives >= 2:
+    if highest >= 2:
         second = m * p * x_inverse + p2 * (0.5 - t2 + _series_sum(plan.second, 3, p, t2))
-    if derivatives >= 3:
+    if highest >= 3:
         third = -kappa * p2 * (m * x_inverse * (p + x_inverse) + p2 * (1 - 4 * t2 + _series_sum(plan.third, 3, p, t2)))
     product = 1 + m * p
     for lowered, magnified in zip(plan.lowered, plan.magnified):
         excess = kappa * ratio
         inverse = 1 / (lowered + excess)
-        if derivatives >= 2:
+        if highest >= 2:
             numerator = lowered - kappa * kappa * second
-        if derivatives >= 3:
+        if highest >= 3:
             slope = ratio + kappa * second
             third = -inverse * inverse * (kappa * (2 * second + kappa * third) + 2 * numerator * slope * inverse)
-        if derivatives >= 2:
+        if highest >= 2:
             second = numerator * inverse * inverse
         if plan.compensated:
             complement = (lowered - kappa * complement) * inverse
         ratio = kappa * inverse
-        product = product * ((2 * m + excess * magnified) * x_inverse) ** 2
-    psi_tail = psi_tail + (0.5 * product.log() + _series_sum(plan.zeroth, 2, p, t2))
+        if lowest == 0:
+            product = product * ((2 * m + excess * magnified) * x_inverse) ** 2
+    if lowest == 0:
+        if plan.compensated:
+            psi, psi_tail = _phase_pair(kappa, s, s_tail, plan, with_power)
+            psi = psi + (beyond - kappa)
+        else:
+            psi, psi_tail = s - plan.order_and_half[0] * (x.log() + (plan.offset[0] + plan.offset[1])), 0.0
+            if with_power:
+                psi = psi + torch.xlogy(plan.order[0], kappa)
+        psi_tail = psi_tail + (0.5 * product.log() + _series_sum(plan.zeroth, 2, p, t2))
     if plan.compensated:
-        psi = psi + (beyond - kappa)
         fine = complement < _SMALL_COMPLEMENT
         ratio, complement = torch.where(fine, 1 - complement, ratio), torch.where(fine, complement, 1 - ratio)
     else:
         complement = 1 - ratio
-    second, third = (None if f is None else f.masked_fill(overflow, 0.0) for f in (second, third))
+    if highest >= 2:
+        overflow = beyond > plan.kappa_max
+        second, third = (None if f is None else f.masked_fill(overflow, 0.0) for f in (second, third))
     return Debye(psi, psi_tail, ratio, complement, second, third)
 
 
@@ -520,19 +531,22 @@ def _subtract_product_kernel(head, tail, FACTOR: tl.constexpr, x, x_tail):
 
 
 @triton.jit
-def _phase_kernel(kappa, PLAN: tl.constexpr, WITH_POWER: tl.constexpr):
-    """1 / s, s, m + s and its tail, and s - (v + 1/2) log(m + s) [+ v log kappa] + constant in two floats."""
-    ORDER: tl.constexpr = PLAN.order  # a tuple has to be bound to a name before a function takes it as a constant
-    ORDER_AND_HALF: tl.constexpr = PLAN.order_and_half
-    OFFSET: tl.constexpr = PLAN.offset
-    ZERO: tl.constexpr = (0.0, 0.0)
+def _square_root_kernel(kappa, PLAN: tl.constexpr):
+    """1 / s, and s = sqrt(m^2 + kappa^2) in two floats."""
     square, square_tail = _two_product_kernel(kappa, kappa)
     total, total_tail = two_sum_kernel(square, _constant(PLAN.shifted_squared[0], kappa))
     p = tl.rsqrt(total)
     s = total * p
-    s_tail = (_residual_kernel(s, s, total) + (total_tail + square_tail + PLAN.shifted_squared[1])) * (0.5 * p)
-    x, x_tail = _fast_two_sum_kernel(s, _constant(PLAN.shifted[0], s))
-    x_tail += s_tail + PLAN.shifted[1]
+    return p, s, (_residual_kernel(s, s, total) + (total_tail + square_tail + PLAN.shifted_squared[1])) * (0.5 * p)
+
+
+@triton.jit
+def _phase_kernel(kappa, s, s_tail, x, x_tail, PLAN: tl.constexpr, WITH_POWER: tl.constexpr):
+    """s - (v + 1/2) log x [+ v log kappa] + constant in two floats."""
+    ORDER: tl.constexpr = PLAN.order  # a tuple has to be bound to a name before a function takes it as a constant
+    ORDER_AND_HALF: tl.constexpr = PLAN.order_and_half
+    OFFSET: tl.constexpr = PLAN.offset
+    ZERO: tl.constexpr = (0.0, 0.0)
     logarithm, logarithm_tail = _log_pair_kernel(x, x_tail, OFFSET, PLAN)
     head, tail = _subtract_product_kernel(s, s_tail, ORDER_AND_HALF, logarithm, logarithm_tail)
     if WITH_POWER:
@@ -540,7 +554,7 @@ def _phase_kernel(kappa, PLAN: tl.constexpr, WITH_POWER: tl.constexpr):
         power, power_tail = _log_pair_kernel(tl.where(tiny, kappa * 2.0**64, kappa), tl.zeros_like(kappa), ZERO, PLAN)
         power -= tl.where(tiny, _constant(128 * PLAN.half_ln2[0] + 128 * PLAN.half_ln2[1], kappa), 0.0)
         head, tail = _subtract_product_kernel(head, tail, ORDER, -power, -power_tail)
-    return p, s, x, x_tail, head, tail
+    return head, tail
 
 
 @triton.jit
@@ -553,15 +567,17 @@ def _series_kernel(SERIES: tl.constexpr, TERMS: tl.constexpr, LENGTH: tl.constex
 
 
 @triton.jit
-def debye(kappa, PLAN: tl.constexpr, WITH_POWER: tl.constexpr = False):
-    """psi and its derivatives in registers; what the caller does not use, the compiler drops.
+def debye(kappa, PLAN: tl.constexpr, LOWEST: tl.constexpr = 0, HIGHEST: tl.constexpr = 1, WITH_POWER: tl.constexpr = False):
+    """psi and its derivatives in registers.
 
     Args:
         kappa: float32 or float64 tensor, >= 0; anything else gives NaN.
         PLAN: `debye_plan` of the order and the same dtype.
+        LOWEST, HIGHEST: derivatives of psi to evaluate, 0 to 3; A comes always.
         WITH_POWER: log I_v = psi + v log kappa in the place of psi (kappa > 0).
     Returns:
-        psi and its tail (the sum of the two is psi + constant to more than one float can hold), A, 1 - A, A', A'', as in `Debye`.
+        psi and its tail (their sum is psi + constant, to more digits than one float holds), A, 1 - A, A', A'', as in `Debye`; what was not
+        asked for is 0.
     """
     ZEROTH: tl.constexpr = PLAN.zeroth
     FIRST: tl.constexpr = PLAN.first
@@ -570,39 +586,47 @@ def debye(kappa, PLAN: tl.constexpr, WITH_POWER: tl.constexpr = False):
     STEPS: tl.constexpr = PLAN.steps
     TERMS: tl.constexpr = PLAN.terms
     m: tl.constexpr = PLAN.shifted[0]
-    overflow = kappa > PLAN.kappa_max
     beyond = kappa
+    overflow = kappa > PLAN.kappa_max
     kappa = tl.where(overflow, _constant(PLAN.kappa_max, kappa), tl.where(kappa >= 0, kappa, float("nan")))
-    p, s, x, x_tail, psi, psi_tail = _phase_kernel(kappa, PLAN, WITH_POWER)
+    p, s, s_tail = _square_root_kernel(kappa, PLAN)
+    x, x_tail = _fast_two_sum_kernel(s, _constant(m, s))
+    x_tail += s_tail + PLAN.shifted[1]
     p2 = p * p
     x_inverse = _reciprocal(x)
     t2 = p2 * (m * m)
     first = p2 * (0.5 + _series_kernel(FIRST, TERMS, 2, p, t2))
     ratio = kappa * (x_inverse - first)
     complement = (m + m * m * _reciprocal(s + kappa)) * x_inverse + kappa * first
-    second = m * p * x_inverse + p2 * (0.5 - t2 + _series_kernel(SECOND, TERMS, 3, p, t2))
-    third = -kappa * p2 * (m * x_inverse * (p + x_inverse) + p2 * (1.0 - 4.0 * t2 + _series_kernel(THIRD, TERMS, 3, p, t2)))
     product = 1.0 + m * p
+    psi, psi_tail, second, third = tl.zeros_like(p), tl.zeros_like(p), tl.zeros_like(p), tl.zeros_like(p)
+    if HIGHEST >= 2:
+        second = m * p * x_inverse + p2 * (0.5 - t2 + _series_kernel(SECOND, TERMS, 3, p, t2))
+    if HIGHEST >= 3:
+        third = -kappa * p2 * (m * x_inverse * (p + x_inverse) + p2 * (1.0 - 4.0 * t2 + _series_kernel(THIRD, TERMS, 3, p, t2)))
     for i in tl.static_range(STEPS):
         excess = kappa * ratio
         inverse = _reciprocal(PLAN.lowered[i] + excess)
-        numerator = PLAN.lowered[i] - kappa * kappa * second
-        slope = ratio + kappa * second
-        third = -inverse * inverse * (kappa * (2.0 * second + kappa * third) + 2.0 * numerator * slope * inverse)
-        second = numerator * inverse * inverse
+        if HIGHEST >= 2:
+            numerator = PLAN.lowered[i] - kappa * kappa * second
+        if HIGHEST >= 3:
+            slope = ratio + kappa * second
+            third = -inverse * inverse * (kappa * (2.0 * second + kappa * third) + 2.0 * numerator * slope * inverse)
+        if HIGHEST >= 2:
+            second = numerator * inverse * inverse
         complement = (PLAN.lowered[i] - kappa * complement) * inverse
         ratio = kappa * inverse
-        factor = (2.0 * m + excess * PLAN.magnified[i]) * x_inverse
-        product *= factor * factor
-    if STEPS > 0:  # the rounding of 1 / (m + s) enters every factor alike
-        psi_tail += STEPS * (_residual_kernel(x, x_inverse, _constant(1.0, x)) - x_tail * x_inverse)
-    psi_tail += _half_log_kernel(product, STEPS == 0) + _series_kernel(ZEROTH, TERMS, 2, p, t2)
+        if LOWEST == 0:
+            factor = (2.0 * m + excess * PLAN.magnified[i]) * x_inverse
+            product *= factor * factor
+    if LOWEST == 0:
+        psi, psi_tail = _phase_kernel(kappa, s, s_tail, x, x_tail, PLAN, WITH_POWER)
+        psi += beyond - kappa
+        if STEPS > 0:  # the rounding of 1 / (m + s) enters every factor alike
+            psi_tail += STEPS * (_residual_kernel(x, x_inverse, _constant(1.0, x)) - x_tail * x_inverse)
+        psi_tail += _half_log_kernel(product, STEPS == 0) + _series_kernel(ZEROTH, TERMS, 2, p, t2)
+    if HIGHEST >= 2:
+        second = tl.where(overflow, 0.0, second)
+        third = tl.where(overflow, 0.0, third)
     fine = complement < _SMALL
-    return (
-        psi + (beyond - kappa),
-        psi_tail,
-        tl.where(fine, 1.0 - complement, ratio),
-        tl.where(fine, complement, 1.0 - ratio),
-        tl.where(overflow, 0.0, second),
-        tl.where(overflow, 0.0, third),
-    )
+    return psi, psi_tail, tl.where(fine, 1.0 - complement, ratio), tl.where(fine, complement, 1.0 - ratio), second, third

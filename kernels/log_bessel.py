@@ -43,7 +43,7 @@ def log_bessel_reference(kappa: torch.Tensor, order: float, function: str, deriv
     """(f^(n), f^(n+1)) of float64 kappa to the accuracy of `dtype`, in plain PyTorch."""
     with_power = function == _LOG_BESSEL
     plan = debye_plan(order, dtype, _constant(function, order), compensated=dtype == torch.float64)
-    terms = debye_reference(kappa, plan, derivatives=derivative + 1, with_power=with_power)
+    terms = debye_reference(kappa, plan, derivative, derivative + 1, with_power)
     results = [terms.ratio, terms.second, terms.third][max(derivative - 1, 0) : derivative + 1]
     if with_power and order > 0:  # v log kappa: v / kappa, -v / kappa^2, 2 v / kappa^3
         slopes = order / kappa, -order / kappa / kappa, 2 * order / kappa / kappa / kappa
@@ -73,7 +73,7 @@ def _log_bessel_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     kappa = as_compute(tl.load(kappa_ptr + at, mask=mask, other=1.0), FP64)
-    psi, psi_tail, first, _, second, third = debye(kappa, PLAN, WITH_POWER)
+    psi, psi_tail, first, _, second, third = debye(kappa, PLAN, DERIVATIVE, DERIVATIVE + 1, WITH_POWER)
     if WITH_POWER and PLAN.order[0] > 0:
         power = PLAN.order[0] / kappa
         first += power
@@ -108,11 +108,12 @@ def _log_bessel(
     if not triton_kernel:
         _plain_blocks(lambda block: log_bessel_reference(block, order, function, derivative, dtype), kappa, (value, slope))
     elif kappa.numel():
-        _log_bessel_kernel[(triton.cdiv(kappa.numel(), _BLOCK[dtype]),)](
-            kappa.contiguous(), value, slope, kappa.numel(),
-            PLAN=debye_plan(order, dtype, _constant(function, order)), NEGATE=function == _LOG_NORMALIZER,
-            WITH_POWER=function == _LOG_BESSEL, DERIVATIVE=derivative, FP64=dtype == torch.float64, BLOCK=_BLOCK[dtype],
-            num_warps=_NUM_WARPS, enable_fp_fusion=False)
+        with torch.cuda.device_of(kappa):
+            _log_bessel_kernel[(triton.cdiv(kappa.numel(), _BLOCK[dtype]),)](
+                kappa.contiguous(), value, slope, kappa.numel(),
+                PLAN=debye_plan(order, dtype, _constant(function, order)), NEGATE=function == _LOG_NORMALIZER,
+                WITH_POWER=function == _LOG_BESSEL, DERIVATIVE=derivative, FP64=dtype == torch.float64, BLOCK=_BLOCK[dtype],
+                num_warps=_NUM_WARPS, enable_fp_fusion=False)
     return value, slope
 
 
@@ -150,7 +151,7 @@ def inverse_mean_resultant_length_reference(rho: torch.Tensor, order: float, dty
     one_minus_rho = 1 - rho
     kappa = rho * (2 * order + 2 - rho * rho) / (one_minus_rho * (1 + rho))
     for _ in range(_HALLEY_STEPS):
-        terms = debye_reference(kappa, plan, derivatives=3)
+        terms = debye_reference(kappa, plan, lowest=1, highest=3)
         step = torch.where(rho < 0.5, terms.ratio - rho, one_minus_rho - terms.complement) / terms.second
         kappa = kappa - step / (1 - 0.5 * step * terms.third / terms.second)
     return kappa.masked_fill(rho == 1, math.inf)
@@ -165,7 +166,7 @@ def _inverse_kernel(rho_ptr, kappa_ptr, count, PLAN: tl.constexpr, STEPS: tl.con
     one_minus_rho = 1.0 - rho
     kappa = rho * (2.0 * PLAN.order[0] + 2.0 - rho * rho) / (one_minus_rho * (1.0 + rho))
     for _ in range(STEPS):
-        _, _, ratio, complement, second, third = debye(kappa, PLAN)
+        _, _, ratio, complement, second, third = debye(kappa, PLAN, 1, 3)
         step = tl.where(rho < 0.5, ratio - rho, one_minus_rho - complement) / second
         kappa = kappa - step / (1.0 - 0.5 * step * third / second)
     tl.store(kappa_ptr + at, tl.where(rho == 1.0, float("inf"), kappa), mask=mask)
@@ -179,9 +180,10 @@ def _inverse(rho: torch.Tensor, order: float, triton_kernel: bool, debug: bool) 
     if not triton_kernel:
         _plain_blocks(lambda block: (inverse_mean_resultant_length_reference(block, order, dtype),), rho, (kappa,))
     elif rho.numel():
-        _inverse_kernel[(triton.cdiv(rho.numel(), _BLOCK[dtype]),)](
-            rho.contiguous(), kappa, rho.numel(), PLAN=debye_plan(order, dtype), STEPS=_HALLEY_STEPS, FP64=dtype == torch.float64,
-            BLOCK=_BLOCK[dtype], num_warps=_NUM_WARPS, enable_fp_fusion=False)
+        with torch.cuda.device_of(rho):
+            _inverse_kernel[(triton.cdiv(rho.numel(), _BLOCK[dtype]),)](
+                rho.contiguous(), kappa, rho.numel(), PLAN=debye_plan(order, dtype), STEPS=_HALLEY_STEPS, FP64=dtype == torch.float64,
+                BLOCK=_BLOCK[dtype], num_warps=_NUM_WARPS, enable_fp_fusion=False)
     return kappa
 
 

@@ -47,7 +47,7 @@ class _Tiles(NamedTuple):
 
 # The largest that compile without register spills for sm_80, sm_90 and sm_100; float32 products run outside the tensor cores unless TF32 is on.
 _HALF_TILES = _Tiles(rows=128, classes=128, width=64, num_warps=8, num_stages=3)
-_FLOAT_TILES = _Tiles(rows=64, classes=64, width=32, num_warps=8, num_stages=3)
+_FLOAT_TILES = _Tiles(rows=64, classes=64, width=32, num_warps=4, num_stages=3)
 # The classes of a block are split into independent partial sums until a launch has about this many programs: two for each multiprocessor.
 _PROGRAMS = 264
 _SPLITS = 64  # at most

@@ -142,7 +142,7 @@ def _scf_loss_kernel(
     kappa = growth
     if PUBLISHED:
         kappa = growth + _EPSILON
-    psi, psi_tail, _, complement, _, _ = debye(kappa, PLAN, PUBLISHED)
+    psi, psi_tail, _, complement, _, _ = debye(kappa, PLAN, WITH_POWER=PUBLISHED)
     phi, rest = two_sum_kernel(psi, -kappa)
     phi += rest + psi_tail
     if PUBLISHED:
@@ -160,14 +160,15 @@ def _scf_loss_kernel(
         loss = kappa * one_minus_cos + phi
         slope = kappa * (one_minus_cos - complement)
     tl.store(loss_ptr + rows, loss, mask=inside)
-    scale = f_inverse * 0.0 + 1.0
+    weight = kappa
     if MEAN:
-        scale = scale / B
-    tl.store(slope_ptr + rows, slope * scale, mask=inside)
+        slope = slope / B
+        weight = kappa / B
+    tl.store(slope_ptr + rows, slope, mask=inside)
     if COEFFICIENTS:
-        tl.store(coefficients_ptr + rows, kappa * cos * f_inverse * f_inverse * scale, mask=inside)
-        tl.store(coefficients_ptr + B + rows, -kappa * f_inverse * c_inverse * scale, mask=inside)
-        tl.store(coefficients_ptr + 2 * B + rows, kappa * cos * c_inverse * c_inverse * scale, mask=inside)
+        tl.store(coefficients_ptr + rows, weight * cos * f_inverse * f_inverse, mask=inside)
+        tl.store(coefficients_ptr + B + rows, -weight * f_inverse * c_inverse, mask=inside)
+        tl.store(coefficients_ptr + 2 * B + rows, weight * cos * c_inverse * c_inverse, mask=inside)
     if TERMS:
         tl.store(terms_ptr + rows, cos, mask=inside)
         tl.store(terms_ptr + B + rows, kappa, mask=inside)
@@ -206,13 +207,13 @@ def _scf_loss(
     elif batch:
         features, class_centers = _dense_rows(features), _dense_rows(class_centers)
         block_d, tile_rows, num_warps = _tile(dim, rows.dtype)
-        _scf_loss_kernel[(triton.cdiv(batch, tile_rows),)](
-            features, log_kappa.contiguous(), class_centers, labels.contiguous(), *outputs,
-            features.stride(0), class_centers.stride(0), batch, len(class_centers),
-            D=dim, PLAN=_plan(dim, radius, published, rows.dtype), CONSTANT=_constant(dim, radius), PUBLISHED=published, MEAN=mean,
-            COEFFICIENTS="coefficients" in options, TERMS="terms" in options, FP64=rows.dtype == torch.float64,
-            ROWS=tile_rows, BLOCK_D=block_d,
-            num_warps=num_warps, enable_fp_fusion=False)
+        with torch.cuda.device_of(features):
+            _scf_loss_kernel[(triton.cdiv(batch, tile_rows),)](
+                features, log_kappa.contiguous(), class_centers, labels.contiguous(), *outputs,
+                features.stride(0), class_centers.stride(0), batch, len(class_centers),
+                D=dim, PLAN=_plan(dim, radius, published, rows.dtype), CONSTANT=_constant(dim, radius), PUBLISHED=published, MEAN=mean,
+                COEFFICIENTS="coefficients" in options, TERMS="terms" in options, FP64=rows.dtype == torch.float64,
+                ROWS=tile_rows, BLOCK_D=block_d, num_warps=num_warps, enable_fp_fusion=False)
     loss = rows.mean() if mean else rows.sum() if "sum" in options else rows
     return (loss, *others)
 
@@ -332,13 +333,14 @@ def _scf_loss_backward(
         block_d, tile_rows, num_warps = _tile(dim, slope.dtype)
         settings = dict(GRAD_STRIDE=grad.ndim, D=dim, FP64=coefficients.dtype == torch.float64, BLOCK_D=block_d, num_warps=num_warps)
         strides = features.stride(0), class_centers.stride(0), batch, len(class_centers)
-        if for_features:
-            _feature_gradient_kernel[(triton.cdiv(batch, tile_rows),)](
-                grad, coefficients, features, class_centers, labels, grad_features, *strides, ROWS=tile_rows, **settings)
-        if for_class_centers:
-            sorted_labels, order = torch.sort(labels, stable=True)
-            _class_center_gradient_kernel[(batch,)](
-                grad, coefficients, features, class_centers, sorted_labels, order, grad_class_centers, *strides, **settings)
+        with torch.cuda.device_of(features):
+            if for_features:
+                _feature_gradient_kernel[(triton.cdiv(batch, tile_rows),)](
+                    grad, coefficients, features, class_centers, labels, grad_features, *strides, ROWS=tile_rows, **settings)
+            if for_class_centers:
+                sorted_labels, order = torch.sort(labels, stable=True)
+                _class_center_gradient_kernel[(batch,)](
+                    grad, coefficients, features, class_centers, sorted_labels, order, grad_class_centers, *strides, **settings)
     return (grad * slope).to(log_kappa.dtype), grad_features, grad_class_centers
 
 

@@ -114,7 +114,7 @@ def _vmf_similarity(
         _pair_kernel[(triton.cdiv(batch, tile_rows),)](
             mu1, kappa1.contiguous(), mu2, kappa2.contiguous(), scores, mu1.stride(0), mu2.stride(0), batch,
             -dim / 2 * math.log(2 * math.pi) - dim * math.log(radius), D=dim, PLAN=debye_plan(dim / 2 - 1, torch.float64), ROWS=tile_rows,
-            BLOCK_D=block_d, num_warps=max(4, block_d // 256), enable_fp_fusion=False)
+            BLOCK_D=block_d, num_warps=max(4, block_d // 512), enable_fp_fusion=False)
     return scores
 
 
@@ -132,7 +132,7 @@ def _backward(ctx, grad):
     """With u the unit directions, t = kappa1 u1 + kappa2 u2 and e = t / |t|:  d score / d kappa1 = A(kt) u1 . e - A(kappa1),
     d score / d mu1 = A(kt) kappa1 (e - (u1 . e) u1) / |mu1|."""
     mu1, kappa1, mu2, kappa2 = (tensor.double() for tensor in ctx.saved_tensors)
-    grad, dim = grad.double(), mu1.shape[1]
+    grad, dim = grad.double(), int(mu1.shape[1])  # a compiled graph is for one width
     ratio = functools.partial(mean_resultant_length, dim=dim, backend="triton" if ctx.triton_kernel else "torch")
     total = kappa1[:, None] * _unit(mu1, kappa1) + kappa2[:, None] * _unit(mu2, kappa2)
     kappa_sum = torch.linalg.vector_norm(total, dim=1)

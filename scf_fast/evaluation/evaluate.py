@@ -136,7 +136,7 @@ class Identification(Evaluation):
         self._gallery, self._probe = gallery, probe
         self.sources = [(gallery.source, "gallery"), (probe.source, "probes")]
         if not np.isin(probe.names, gallery.names).any():
-            raise ValueError(f"none of the {len(np.unique(probe.names))} subjects of the probes is in the gallery, such as {probe.names[0]!r}; "
+            raise ValueError(f"none of the {len(np.unique(probe.names))} subjects of the probes is in the gallery, such as {str(probe.names[0])!r}; "
                              "take both from one set of names")
 
     def measure(self, store):

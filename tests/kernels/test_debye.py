@@ -58,7 +58,7 @@ def test_series_is_as_good_as_its_first_neglected_term(kappa, terms):
 def test_float64_against_mpmath(order):
     kappas = [1e-6, 0.01, 1.0, 7.3, order + 1, 3 * order + 5, 1e3, 1e4]
     plan = debye_plan(order, torch.float64)
-    result = debye_reference(torch.tensor(kappas, dtype=torch.float64), plan, derivatives=3)
+    result = debye_reference(torch.tensor(kappas, dtype=torch.float64), plan, highest=3)
     for i, kappa in enumerate(kappas):
         with mpmath.workdps(60):
             psi, ratio, second, third = exact_derivatives(order, kappa)

@@ -12,6 +12,9 @@ from kernels import inverse_mean_resultant_length, log_bessel_i, log_vmf_normali
 from kernels.debye import debye_plan, debye_reference
 from kernels.log_bessel import _inverse, _log_bessel
 
+# NaN and infinity, which tests feed on purpose, make the interpreter's NumPy warn.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 REFERENCE = json.loads((Path(__file__).parent / "reference.json").read_text())
 DIMS = REFERENCE["dims"]
 DTYPES = [torch.float32, torch.float64]

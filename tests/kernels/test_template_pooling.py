@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.template_pooling import pool_templates
+from kernels.template_pooling import _pool_templates, pool_templates
 
 
 def unit_rows(count, dim, dtype=torch.float64, seed=0):
@@ -20,9 +20,13 @@ def test_equals_a_loop_over_templates(dtype, tolerance, weighted, dim):
     directions, kappas = pool_templates(mu, kappa, ids)
     assert directions.shape == (12, dim) and kappas.shape == (12,)
     assert directions.dtype == kappas.dtype == torch.promote_types(dtype, torch.float32)
-    for template in range(12):
-        total = torch.zeros(dim, dtype=torch.float64)
-        for image in range(60):
+    check_against_loop(directions, kappas, mu, kappa, ids, tolerance)
+
+
+def check_against_loop(directions, kappas, mu, kappa, ids, tolerance):
+    for template in range(len(kappas)):
+        total = torch.zeros(mu.shape[1], dtype=torch.float64)
+        for image in range(len(mu)):
             if ids[image] == template:
                 total += (1.0 if kappa is None else kappa[image].double()) * mu[image].double()
         length = total.norm()
@@ -31,6 +35,25 @@ def test_equals_a_loop_over_templates(dtype, tolerance, weighted, dim):
             assert not directions[template].any() and kappas[template] == 0
         else:
             torch.testing.assert_close(directions[template].double(), total / length, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("dtype", "dim", "tolerance"), [(torch.float32, 37, 1e-6), (torch.float64, 2, 1e-14), (torch.float16, 600, 1e-6)])
+def test_triton_equals_a_loop_over_templates(triton_device, poisoned, dtype, dim, tolerance, weighted):
+    mu = unit_rows(40, dim, dtype)
+    ids = torch.tensor([3, 0, 5]).repeat_interleave(torch.tensor([25, 14, 1]))[torch.randperm(40, generator=torch.Generator().manual_seed(3))]
+    kappa = torch.logspace(-1, 3, 40, dtype=dtype) if weighted else None
+    directions, kappas = pool_templates(
+        mu.to(triton_device), None if kappa is None else kappa.to(triton_device), ids.to(triton_device), 7, backend="triton")
+    assert directions.shape == (7, dim) and directions.dtype == torch.promote_types(dtype, torch.float32)
+    check_against_loop(directions.cpu(), kappas.cpu(), mu, kappa, ids, tolerance)
+
+
+def test_operator():
+    mu, kappa, ids = unit_rows(5, 6).float().requires_grad_(), torch.rand(5).requires_grad_(), torch.tensor([1, 0, 1, 3, 3])
+    for triton_kernel in (False, True):
+        torch.library.opcheck(_pool_templates, (mu, kappa, ids, 5, triton_kernel))
+        torch.library.opcheck(_pool_templates, (mu, None, ids, 5, triton_kernel))
 
 
 def test_a_confident_image_leads_its_template():
@@ -58,6 +81,8 @@ def test_gradients():
     mu, kappa = unit_rows(7, 5).requires_grad_(), torch.rand(7, dtype=torch.float64).add(0.1).requires_grad_()
     ids = torch.tensor([2, 0, 2, 3, 3, 3, 0])
     assert torch.autograd.gradcheck(lambda mu, kappa: pool_templates(mu, kappa, ids), (mu, kappa))
+    assert torch.autograd.gradgradcheck(lambda mu, kappa: pool_templates(mu, kappa, ids), (mu, kappa))
+    assert torch.autograd.gradcheck(lambda mu: pool_templates(mu, None, ids, 6), (mu,))
 
 
 def test_templates_without_images():
@@ -69,6 +94,8 @@ def test_templates_without_images():
     ({"mu": torch.ones(3)}, "mu must be"),
     ({"mu": torch.ones(3, 2, dtype=torch.int64)}, "mu must be"),
     ({"kappa": torch.ones(2)}, "kappa must be"),
+    ({"kappa": torch.ones(3, dtype=torch.int64)}, "kappa must be"),
+    ({"backend": "numpy"}, "backend must be"),
     ({"template_ids": torch.zeros(3)}, "template_ids must be"),
     ({"template_ids": torch.tensor([0, 1, -1])}, "must lie in"),
     ({"num_templates": 2}, r"must lie in \[0, 2\), got 0\.\.2"),

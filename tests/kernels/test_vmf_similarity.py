@@ -7,7 +7,16 @@ import torch
 from scipy.integrate import dblquad, quad
 
 import kernels.vmf_similarity
-from kernels.vmf_similarity import vmf_similarity, vmf_similarity_matrix
+from kernels.vmf_similarity import (
+    _vmf_similarity,
+    _vmf_similarity_histogram,
+    _vmf_similarity_matrix,
+    neutral_radius,
+    vmf_similarity,
+    vmf_similarity_histogram,
+    vmf_similarity_matrix,
+    vmf_similarity_top_k,
+)
 
 KAPPAS = [0.0, 1e-2, 1.0, 37.0, 255.0, 1e3, 1e5]
 
@@ -100,8 +109,8 @@ def test_matrix_is_every_pair_whatever_the_band(monkeypatch, dim):
     pairs = torch.stack([vmf_similarity(mu1, kappa1, mu2[j].expand(7, -1), kappa2[j].expand(7)) for j in range(5)], dim=1)
     whole = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2)
     torch.testing.assert_close(whole, pairs, rtol=1e-12, atol=1e-9)
-    for tile in (1, 12):  # one row, then two rows and a remainder
-        monkeypatch.setattr(kernels.vmf_similarity, "_TILE", tile)
+    for scores in (1, 12):  # one row, then two rows and a remainder
+        monkeypatch.setitem(kernels.vmf_similarity._BAND, "cpu", scores)
         torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2), whole, rtol=1e-14, atol=1e-11)
 
 
@@ -127,10 +136,130 @@ def test_radius_shifts_every_score_alike():
     torch.testing.assert_close(shift, torch.full((3,), 8 * math.log(64), dtype=torch.float64))
 
 
+def test_float32_arguments_cost_no_more_than_their_rounding():
+    """The matrix of float32 arguments takes the shorter series; its scores are those of float64 to 1e-8 and one rounding."""
+    mu1, mu2 = unit_rows(20, 512, seed=1).float(), unit_rows(30, 512, seed=2).float()
+    kappa1, kappa2 = torch.logspace(-2, 4, 20), torch.logspace(4, -2, 30)
+    exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double())
+    torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2), exact.float(), rtol=2e-7, atol=0)
+    assert vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_neutral_radius_makes_zero_mean_nothing():
+    mu = unit_rows(2, 37)
+    assert vmf_similarity(mu[:1], scalar(0.0), mu[1:], scalar(500.0), radius=neutral_radius(37)).item() == pytest.approx(0, abs=1e-10)
+    assert vmf_similarity(mu[:1], scalar(500.0), mu[:1], scalar(500.0), radius=neutral_radius(37)).item() > 10
+
+
+def faces(count, dim, device, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    mu = torch.randn(count, dim, generator=generator) * torch.rand(count, 1, generator=generator).add(0.5)
+    return mu.to(device, dtype), torch.logspace(-2, 4, count)[torch.randperm(count, generator=generator)].to(device)
+
+
+def rounding(kappa1, kappa2, radius, dim):
+    """What float32 arithmetic may do to a score: 3e-7 of the greater kappa, and the rounding of a score of this size."""
+    return 3e-7 * torch.maximum(kappa1.double()[:, None], kappa2.double()) + 1.2e-7 * abs(dim * math.log(radius)) + 1e-5
+
+
+@pytest.mark.parametrize("dim", [2, 37, 512])
+def test_triton_matrix_against_float64(triton_device, poisoned, dim):
+    (mu1, kappa1), (mu2, kappa2) = faces(130, dim, triton_device, 1), faces(3, dim, triton_device, 2)
+    kappa1[0] = 0  # with a zero direction
+    mu1[0] = 0
+    exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double())
+    scores = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, backend="triton")
+    assert ((scores - exact).abs() <= rounding(kappa1, kappa2, 64.0, dim)).all()
+
+
+def test_triton_matrix_of_half_precision(triton_device, poisoned):
+    """float16 directions are multiplied as they are; the score is that of the rounded directions."""
+    (mu1, kappa1), (mu2, kappa2) = faces(5, 40, triton_device, 1, torch.float16), faces(6, 40, triton_device, 2, torch.float16)
+    exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), neutral_radius(40))
+    scores = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, neutral_radius(40), backend="triton", dtype=torch.float16)
+    assert scores.dtype == torch.float16
+    assert ((scores - exact).abs() <= rounding(kappa1, kappa2, 1.0, 40) + 1e-3 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("dim", [2, 300])
+def test_triton_pairs_against_float64(triton_device, poisoned, dim):
+    (mu1, kappa1), (mu2, kappa2) = faces(9, dim, triton_device, 1), faces(9, dim, triton_device, 2)
+    mu1[0], kappa1[0] = 0, 0
+    mu1[1], kappa1[1] = -2 * mu2[1], kappa2[1]
+    exact = vmf_similarity(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), backend="torch")
+    torch.testing.assert_close(vmf_similarity(mu1, kappa1, mu2, kappa2, backend="triton"), exact.float(), rtol=1.2e-7, atol=1e-6)
+    double = vmf_similarity(mu1.t().contiguous().t().double(), kappa1.double(), mu2.double(), kappa2.double(), backend="triton")
+    torch.testing.assert_close(double, exact, rtol=1e-13, atol=1e-9)
+
+
+def test_nan_stays_where_it_is(triton_device):
+    mu, kappa = torch.eye(4, device=triton_device), torch.tensor([1.0, math.nan, 2.0, 3.0], device=triton_device)
+    mu[3] = 0
+    expected = torch.tensor([False, True, False, True], device=triton_device)
+    for backend in ("torch", "triton"):
+        assert torch.equal(vmf_similarity(mu, kappa, mu, kappa, backend=backend).isnan(), expected)
+        assert torch.equal(vmf_similarity_matrix(mu, kappa, mu, kappa, backend=backend).isnan(), expected[:, None] | expected)
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_histogram_counts_the_matrix(triton_device, distinct, backend):
+    mu1, kappa1 = faces(131, 16, triton_device, 1)
+    mu2, kappa2 = (mu1, kappa1) if distinct else faces(40, 16, triton_device, 2)
+    mu1[7] = math.nan
+    ids1, ids2 = (torch.arange(len(mu), device=triton_device) % 5 - 2 for mu in (mu1, mu2))
+    scores = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), 2.0)
+    low, high = scores.nanquantile(torch.tensor([0.2, 0.8], dtype=torch.float64, device=triton_device)).tolist()  # scores lie beyond both
+    bins = 8
+    counts = vmf_similarity_histogram(mu1, kappa1, ids1, mu2, kappa2, ids2, low, high, bins, 2.0, distinct=distinct, backend=backend)
+    wanted = ~scores.isnan() & (torch.ones_like(scores).triu(1).bool() if distinct else True)
+    genuine = ids1[:, None] == ids2
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64, device=triton_device)
+    edges[0], edges[-1] = -math.inf, math.inf
+    # Scores this close to an edge may be counted on either side of it; the bound of what float32 arithmetic does.
+    near = rounding(kappa1, kappa2, 2.0, 16)
+    for row, kind in zip(counts, (wanted & ~genuine, wanted & genuine)):
+        assert row.sum() == kind.sum() > 0
+        for bin, count in enumerate(row.tolist()):
+            certain = kind & (scores >= edges[bin] + near) & (scores < edges[bin + 1] - near)
+            possible = kind & (scores >= edges[bin] - near) & (scores < edges[bin + 1] + near)
+            assert certain.sum() <= count <= possible.sum()
+    assert counts[:, 0].any() and counts[:, -1].any()
+
+
+def test_top_k_is_the_head_of_the_sorted_matrix(monkeypatch):
+    (mu1, kappa1), (mu2, kappa2) = faces(11, 16, "cpu", 1), faces(9, 16, "cpu", 2)
+    monkeypatch.setitem(kernels.vmf_similarity._BAND, "cpu", 30)  # three rows at a time
+    expected, order = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2).sort(dim=1, descending=True)
+    scores, indices = vmf_similarity_top_k(mu1, kappa1, mu2, kappa2, 4)
+    assert torch.equal(scores, expected[:, :4]) and torch.equal(indices, order[:, :4])
+    assert vmf_similarity_top_k(mu1[:0], kappa1[:0], mu2, kappa2, 4)[1].shape == (0, 4)
+
+
+def test_operators():
+    (mu1, kappa1), (mu2, kappa2) = faces(4, 6, "cpu", 1), faces(4, 6, "cpu", 2)
+    leaves = [tensor.requires_grad_() for tensor in (mu1.clone(), kappa1.clone(), mu2.clone(), kappa2.clone())]
+    ids = torch.arange(4)
+    for triton_kernel in (False, True):
+        torch.library.opcheck(_vmf_similarity, (*leaves, 64.0, triton_kernel))
+        torch.library.opcheck(_vmf_similarity_matrix, (mu1, kappa1, mu2, kappa2, 64.0, torch.float32, triton_kernel))
+        torch.library.opcheck(_vmf_similarity_histogram, (mu1, kappa1, ids, mu2, kappa2, ids, -1.0, 1.0, 4, False, 64.0, triton_kernel))
+
+
 def test_gradients():
     mu1, mu2 = unit_rows(3, 6, seed=1).requires_grad_(), unit_rows(3, 6, seed=2).requires_grad_()
     kappa1, kappa2 = (torch.tensor(k, dtype=torch.float64, requires_grad=True) for k in ([0.5, 8.0, 30.0], [20.0, 0.1, 6.0]))
     assert torch.autograd.gradcheck(vmf_similarity, (mu1, kappa1, mu2, kappa2))
+    assert torch.autograd.gradgradcheck(vmf_similarity, (mu1, kappa1, mu2, kappa2))
+
+
+def test_gradients_at_the_uniform_distribution():
+    """kappa = 0 with a zero direction: by autograd through the reference no gradient would be finite there."""
+    mu1, mu2 = torch.zeros(1, 6, dtype=torch.float64, requires_grad=True), unit_rows(1, 6).requires_grad_()
+    kappa1, kappa2 = scalar(0.0).requires_grad_(), scalar(9.0).requires_grad_()
+    gradients = torch.autograd.grad(vmf_similarity(mu1, kappa1, mu2, kappa2).sum(), (mu1, kappa1, mu2, kappa2))
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
 
 
 def test_nothing_to_compare():
@@ -148,8 +277,8 @@ def test_a_zero_direction_with_a_concentration_gives_nan():
 @pytest.mark.parametrize(("change", "message"), [
     ({"mu1": torch.ones(3)}, "mu1 and mu2 must be"),
     ({"mu2": torch.ones(3, 5)}, "mu1 and mu2 must be"),
-    ({"mu1": torch.ones(3, 1), "mu2": torch.ones(3, 1)}, "D >= 2"),
-    ({"mu2": torch.ones(3, 4, dtype=torch.int64)}, "mu2 must be floating point"),
+    ({"mu1": torch.ones(3, 1), "mu2": torch.ones(3, 1)}, "D in 2"),
+    ({"mu2": torch.ones(3, 4, dtype=torch.int64)}, "mu2 must be float16, bfloat16, float32 or float64"),
     ({"kappa1": torch.ones(2)}, "kappa1 must be"),
     ({"kappa2": torch.ones(3, 1)}, "kappa2 must be"),
     ({"radius": 0.0}, "radius must be > 0, got 0.0"),
@@ -164,3 +293,31 @@ def test_refuses(function, change, message):
 def test_pairs_need_one_count():
     with pytest.raises(ValueError, match="vmf_similarity_matrix"):
         vmf_similarity(torch.ones(3, 4), torch.ones(3), torch.ones(2, 4), torch.ones(2))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"ids1": torch.zeros(2, dtype=torch.int64)}, "ids1 must be"),
+    ({"ids2": torch.zeros(3)}, "ids2 must be"),
+    ({"bins": 12}, "power of two"),
+    ({"bins": 2048}, "power of two"),
+    ({"low": 1.0}, "low < high"),
+    ({"high": math.inf}, "low < high"),
+    ({"mu2": torch.ones(2, 4), "kappa2": torch.ones(2), "ids2": torch.zeros(2, dtype=torch.int64), "distinct": True}, "same rows"),
+])
+def test_histogram_refuses(change, message):
+    ids = torch.zeros(3, dtype=torch.int64)
+    arguments = {"mu1": torch.ones(3, 4), "kappa1": torch.ones(3), "ids1": ids, "mu2": torch.ones(3, 4), "kappa2": torch.ones(3), "ids2": ids,
+                 "low": 0.0, "high": 1.0}
+    with pytest.raises(ValueError, match=message):
+        vmf_similarity_histogram(**arguments | change)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda mu, kappa: vmf_similarity_top_k(mu, kappa, mu, kappa, 4), "k must be in 1 .. 3"),
+    (lambda mu, kappa: vmf_similarity_matrix(mu, kappa, mu, kappa, dtype=torch.int64), "dtype must be floating point"),
+    (lambda mu, kappa: vmf_similarity_matrix(mu.double(), kappa, mu, kappa, backend="triton"), "in float32, got float64"),
+    (lambda mu, kappa: vmf_similarity(mu, kappa, mu, kappa, backend="numpy"), "backend must be"),
+])
+def test_other_arguments_that_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(3, 4), torch.ones(3))

@@ -9,25 +9,35 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.sources import EncodedImages
 from pipelines.template_protocol import write_template_protocol
 from pipelines.verification_set import write_verification_set
 from scf_fast.evaluation import __main__ as command
 from scf_fast.evaluation import report
-from scf_fast.evaluation.embeddings import embed_images
-from scf_fast.evaluation.evaluate import evaluate
-
-LOADING = {"device": "cpu", "batch_size": 7, "backend": "torch", "num_workers": 0, "flip": False}
+from scf_fast.evaluation.alignment import TEMPLATE
 
 
 class PixelModel:
-    """Features are a picture's 4 x 4 blocks of colour, kappa their contrast."""
+    """An embedder: features are a picture's 4 x 4 blocks of colour, kappa their contrast."""
 
-    radius, embedding_dim, normalization = 64.0, 48, "insightface"
+    radius, embedding_dim, normalization, device = 64.0, 48, "insightface", torch.device("cpu")
 
-    def embed(self, images):
+    def __init__(self, model, device, precision, flip):
+        self.key = f"pixels {model} {flip}"
+
+    def __call__(self, images):
         features = torch.nn.functional.avg_pool2d(images.float(), 28).flatten(1)
         return features, 6 + torch.linalg.vector_norm(features, dim=1).log()
+
+
+@pytest.fixture(autouse=True)
+def pixel_models(monkeypatch):
+    monkeypatch.setattr(command, "load_model", lambda path: path)
+    monkeypatch.setattr(command, "Embedder", PixelModel)
+
+
+def run(*arguments):
+    loading = ["--device", "cpu", "--loader", "torch", "--num-workers", "0"]
+    return command.main([*map(str, arguments), *loading])
 
 
 def picture(identity, severity, rng):
@@ -46,6 +56,7 @@ def write_csv(path, header, rows):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """Verification sets, a template protocol with 1:N files, and folders of subjects."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     same = np.arange(200) % 2 == 0
@@ -59,34 +70,116 @@ def data(tmp_path_factory):
     first, second = np.triu_indices(40, 1)
     write_template_protocol(
         root / "templates", "tiny", names=names, images=map(lambda i, s: picture(i, s, rng), identities, severities),
-        template_ids=np.arange(count) // 2, media_ids=np.arange(count), landmarks=np.zeros((count, 5, 2)), detector_score=np.ones(count),
+        template_ids=np.arange(count) // 2, media_ids=np.arange(count), landmarks=np.tile(TEMPLATE, (count, 1, 1)), detector_score=1 - severities / 2,
         pair_template_ids=np.stack([first, second], axis=1), pair_labels=first // 2 == second // 2)
     write_csv(root / "templates" / "severity.csv", ["name", "identity", "severity"], zip(names, identities, severities))
+    # Even templates are enrolled, in one gallery or the other; odd ones, of the same identities, are searched for.
+    for gallery, templates in ("G1", range(0, 20, 2)), ("G2", range(20, 40, 2)), ("probe_mixed", range(1, 40, 2)):
+        kind = gallery if gallery == "probe_mixed" else f"gallery_{gallery}"
+        write_csv(root / "templates" / "meta" / f"tiny_1N_{kind}.csv", ["TEMPLATE_ID", "SUBJECT_ID"], [(t, t // 2) for t in templates for _ in range(2)])
+    for identity in range(24):
+        for number in range(3):
+            kind = "probe" if number == 2 else "gallery"
+            if kind == "gallery" and identity >= 12:
+                continue
+            path = root / "people" / kind / f"person{identity}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture(identity, 0.3, rng))
     return root
 
 
-def test_full_report(data, tmp_path):
-    results = evaluate(PixelModel(), data, tmp_path, name="pixels", **LOADING)
-    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert results["verification"]["set"] == "clean" and results["verification"]["accuracy"] == results["verification"]["accuracy_vmf"] == 1
-    mixed = results["verification"]["mixed"]
-    assert 0.5 < mixed["accuracy"] < 1 and mixed["tar_at_far"].keys() == {"1e-01"}
+def test_full_report(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("report", "--model", tmp_path / "pixels", "--data", data, "--out", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["model"] == str(tmp_path / "pixels") and results["request"]["command"] == "report"
+    verification = results["verification"]
+    assert verification["set"] == "clean" and verification["accuracy"] == verification["accuracy_vmf"] == verification["auc"] == 1
+    mixed = verification["others"]["mixed"]
+    assert 0.5 < mixed["accuracy"] < 1 and mixed["tar_at_far"].keys() == {"1e-01"} and 0 < mixed["eer"] < 0.5
     assert results["kappa"]["severity_spearman"] < -0.7 and results["template_quality"]["kappa"]["severity_spearman"] < -0.7
     areas = results["reject_area"]
     assert areas["oracle"] < areas["kappa"] < areas["random"]
     assert areas["feature_norm"] == pytest.approx(areas["kappa"])  # this model's kappa rises with the feature norm alone
     assert results["reject"]["set"] == "mixed" and 0 < results["reject"]["error"]["kappa"][0] < 0.5
     templates = results["templates"]
+    assert templates["protocol"] == "tiny"
     assert templates["templates"] == 40 and templates["genuine_pairs"] == 20 and templates["impostor_pairs"] == 760
-    assert templates["average"].keys() == templates["kappa"].keys() == templates["kappa_vmf"].keys() == {"1e-01"}  # 760 impostors
+    poolings = ["average", "norm", "detector", "norm_detector", "kappa", "kappa_vmf"]
+    assert all(templates[key].keys() == {"1e-01"} for key in poolings)  # 760 impostors
     assert templates["kappa"]["1e-01"] >= templates["average"]["1e-01"] > 0.5
+    identification = results["identification"]
+    assert identification["galleries"] == ["G1", "G2"] and identification["enrolled"] == identification["searches"] == 20
+    for key in poolings:
+        ranks = list(identification[key]["rank"].values())
+        assert identification[key]["mated"] == 20 and 0.3 < ranks[0] <= ranks[1] <= ranks[2] <= 1
+        assert identification[key]["tpir_at_fpir"] == {}  # ten searches without mate a gallery decide no FPIR of at most 0.1
     assert results["seconds"]["evaluation"] > 0 and results["notes"] == []
-    markdown = (tmp_path / "report.md").read_text()
-    for figure in (report.ROC, report.TEMPLATES, report.REJECT, report.SEVERITY, report.HISTOGRAM, report.FACES):
-        assert f"({figure})" in markdown
-        with Image.open(tmp_path / figure) as image:
+    printed = capsys.readouterr().out
+    for section in "## Verification", "## Templates: tiny, 1:1", "## Identification: tiny, 1:N", "## Quality", "## Error versus reject":
+        assert section in printed and section in (out / "report.md").read_text()
+    figures = [report.ROC, report.DET, report.TEMPLATES, report.REJECT, report.SEVERITY, report.HISTOGRAM, report.FACES, report.PAIRS]
+    assert sorted(path.name for path in out.glob("*.png")) == sorted(figures)
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(figures) and "http" not in page and "src=" in page
+    for figure in figures:
+        assert f"({figure})" in (out / "report.md").read_text()
+        with Image.open(out / figure) as image:
             assert image.convert("L").getextrema()[0] < 255  # something is drawn on the white
-    assert report.tables(results) in markdown
+
+
+def test_models_side_by_side(data, tmp_path, capsys):
+    lfw = data / "verification" / "clean.bin"
+    assert run("verify", "--model", "first=a", "second=b", "--data", lfw, "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--flip") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["models"]) == ["first", "second"] and results["request"] | {"data": None} == {
+        "command": "verify", "model": ["a", "b"], "data": None, "flip": True}
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines == ["model", lines[1], "first", "first", "second", "second"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["model1-det.png", "model1-roc.png", "model2-det.png", "model2-roc.png"]
+    assert (tmp_path / "out" / "report.html").read_text().count("<figcaption>second") == 2
+    # A report of one model takes the figures of the earlier one away.
+    assert run("verify", "--model", "a", "--data", lfw, "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--overwrite") == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["det.png", "roc.png"]
+
+
+def test_ijb_command(data, tmp_path, capsys):
+    assert run("ijb", "--model", tmp_path / "m", "--data", data / "templates", "--no-align", "--cache", tmp_path / "cache") == 0
+    printed = capsys.readouterr().out
+    assert "## Templates: tiny, 1:1" in printed and "norm × detector" in printed and "rank 10" in printed
+    assert run("ijb", "--model", tmp_path / "m", "--data", data / "templates", data / "templates") == 2
+    assert "different protocols" in capsys.readouterr().err
+
+
+def test_identify_command(data, tmp_path, capsys):
+    people = data / "people"
+    command = ["identify", "--model", tmp_path / "m", "--gallery", people / "gallery", "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    assert run(*command, "--probe", people / "probe") == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["identification"]
+    assert found["enrolled"] == 12 and found["searches"] == 24
+    assert found["kappa"]["mated"] == 12 and found["kappa"]["rank"]["1"] == 1
+    assert found["kappa_vmf"]["tpir_at_fpir"].keys() == {"1e-01"} or found["kappa_vmf"]["tpir_at_fpir"] == {}
+    (tmp_path / "strangers" / "nobody").mkdir(parents=True)
+    (tmp_path / "strangers" / "nobody" / "1.png").write_bytes(picture(1, 0.0, np.random.default_rng(0)))
+    assert run(*command, "--overwrite", "--probe", tmp_path / "strangers") == 2
+    assert "none of the 1 subjects of the probes is in the gallery, such as 'nobody'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("score", ["cosine", "vmf"])
+def test_risk_command_on_templates(data, tmp_path, score, capsys):
+    arguments = ["risk", "--model", tmp_path / "m", "--data", data / "templates", "--far", "0.1", "--score", score, "--cache", tmp_path / "cache"]
+    assert run(*arguments, "--out", tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    areas = results["reject_area"]
+    assert areas.keys() == {"kappa", "feature_norm", "detector", "random", "oracle"} and areas["oracle"] < areas["kappa"] < areas["random"]
+    assert results["reject"]["far"] == 0.1 and "FAR 0.1 on all" in capsys.readouterr().out
+
+
+def test_risk_command_wants_one_set(data, tmp_path, capsys):
+    assert run("risk", "--model", "m", "--data", data) == 2
+    assert "holds 2 verification sets" in capsys.readouterr().err
+    assert run("risk", "--model", "m", "--data", data / "verification" / "mixed.bin", "--far", "1") == 2
+    assert "--far must lie in [0, 1)" in capsys.readouterr().err
 
 
 def test_data_without_severities_or_templates(data, tmp_path):
@@ -95,104 +188,56 @@ def test_data_without_severities_or_templates(data, tmp_path):
     (root / "verification" / "lfw.bin").write_bytes((data / "verification" / "clean.bin").read_bytes())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / report.SEVERITY).write_bytes(b"of an earlier report")
-    results = evaluate(PixelModel(), root, tmp_path / "out", name="pixels", **LOADING)
+    assert run("report", "--model", tmp_path / "m", "--data", root, "--out", tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["verification"]["set"] == results["reject"]["set"] == "lfw" and "templates" not in results
     assert results["kappa"]["severity_spearman"] is None
-    assert len(results["notes"]) == 1 and "lfw.csv does not exist" in results["notes"][0]
     assert not (tmp_path / "out" / report.SEVERITY).exists() and report.SEVERITY not in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_templates_alone(data, tmp_path):
-    root = tmp_path / "data"
-    root.mkdir()
-    (root / "templates").symlink_to(data / "templates")
-    results = evaluate(PixelModel(), root, tmp_path / "out", name="pixels", **LOADING)
-    assert results.keys() == {"model", "data", "templates", "template_quality", "notes", "seconds"}
-    assert "## Templates" in report.tables(results) and "## Verification" not in report.tables(results)
+    assert run("report", "--model", tmp_path / "m", "--data", data / "templates", "--out", tmp_path / "out") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["reject"]["set"] == "tiny" and "verification" not in results and "identification" in results
 
 
-def test_a_set_named_like_a_result_is_refused(data, tmp_path):
-    root = tmp_path / "data"
-    (root / "verification").mkdir(parents=True)
-    for name in "clean", "pairs":
-        (root / "verification" / f"{name}.bin").write_bytes((data / "verification" / "clean.bin").read_bytes())
-    with pytest.raises(ValueError, match=r"named like a result, got pairs"):
-        evaluate(PixelModel(), root, tmp_path / "out", name="pixels", **LOADING)
-    assert not (tmp_path / "out").exists()
+def test_published_table():
+    def rates(low, high):
+        return {"1e-05": low, "1e-04": high}
+
+    def section(average, kappa):
+        return {"templates": {"protocol": "IJB-C", "average": average, "kappa": kappa, "kappa_vmf": kappa, "others": {}, "images": 1, "templates": 1,
+                              "genuine_pairs": 1, "impostor_pairs": 1}}
+
+    models = {"ArcFace": section(rates(0.9315, 0.956), rates(0.9404, 0.9609)), "CosFace": section(rates(0.9386, 0.9595), rates(0.9478, 0.9622))}
+    table = report.tables(models)[-1]
+    assert table.header == ["TAR [%]", "IJB-C 1e-05", "IJB-C 1e-04"]
+    assert table.rows[:2] == [["ArcFace", "93.15", "95.60"], ["+ SCF", "94.04", "96.09"]] and table.rows[3][0] == "CosFace"
 
 
-@pytest.mark.parametrize("same", [[True, False] * 4, [True] * 10])
-def test_sets_that_measure_nothing_are_refused_by_name(tmp_path, same):
-    write_verification_set(tmp_path / "verification" / "few.bin", [b"never decoded"] * 2 * len(same), same)
-    with pytest.raises(ValueError, match=r"few\.bin must have at least 10 pairs"):
-        evaluate(PixelModel(), tmp_path, tmp_path / "out", name="pixels", **LOADING)
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_embedding_keeps_the_order_of_the_source(flip):
-    images = [picture(i, 0.2, np.random.default_rng(i)) for i in range(10)]
-    embeddings = embed_images(PixelModel(), EncodedImages(images), "images", **LOADING | {"flip": flip})
-    for i, encoded in enumerate(images):
-        pixels = np.asarray(Image.open(io.BytesIO(encoded)), np.float64)
-        blocks = ((pixels - 127.5) / 127.5).reshape(4, 28, 4, 28, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
-        expected = blocks + blocks[:, :, ::-1] if flip else blocks
-        np.testing.assert_allclose(embeddings.features[i], expected.ravel(), atol=1e-5)
-        assert embeddings.kappa[i] == pytest.approx(np.exp(6) * np.linalg.norm(blocks), rel=1e-4)  # mirroring keeps the norm
-        assert embeddings.feature_norm[i] == pytest.approx(np.linalg.norm(expected), rel=1e-5)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda features, log_kappa: (features.log(), log_kappa),  # NaN where a feature is negative
-    lambda features, log_kappa: (features * 0, log_kappa),
-    lambda features, log_kappa: (features, log_kappa + 90),  # kappa overflows float32
-])
-def test_unusable_output_names_the_image(damage):
-    class Broken(PixelModel):
-        seen = 0
-
-        def embed(self, images):
-            first, self.seen = self.seen, self.seen + len(images)
-            features, log_kappa = super().embed(images)
-            damaged_features, damaged_log_kappa = damage(features, log_kappa)
-            third_on = (torch.arange(first, self.seen) >= 3)
-            return torch.where(third_on[:, None], damaged_features, features), torch.where(third_on, damaged_log_kappa, log_kappa)
-
-    images = [picture(i, 0.2, np.random.default_rng(i)) for i in range(10)]
-    with pytest.raises(ValueError, match="7 of 10 images are not so, the first image 3"):
-        embed_images(Broken(), EncodedImages(images), "images", **LOADING)
-
-
-def run(*arguments):
-    return command.main([str(argument) for argument in arguments])
-
-
-def test_command_guards_the_report_and_prints_the_tables(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_model", lambda path, device: PixelModel())
-    results = tmp_path / "results.json"
-    results.write_text(json.dumps({"model": "runs/a", "data": str(data)}))
-    before = results.read_bytes()
-    arguments = ["--model", "runs/b", "--data", data, "--out", tmp_path, "--device", "cpu", "--loader", "torch", "--num-workers", 0]
-    assert run(*arguments) == 2
+def test_command_guards_the_report(data, tmp_path, capsys):
+    arguments = ["verify", "--data", data / "verification" / "clean.bin", "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    assert run(*arguments, "--model", "runs/a") == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    capsys.readouterr()
+    assert run(*arguments, "--model", "runs/b") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "runs/a" in error and "--overwrite" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"] and results.read_bytes() == before
-    assert run(*arguments, "--overwrite") == 0
-    printed = capsys.readouterr().out
-    for section in "## Verification", "## Templates", "## Quality", "## Error versus reject":
-        assert section in printed
-    assert json.loads(results.read_text())["model"] == "runs/b"
-    report.check_folder(tmp_path, "runs/b", str(data), overwrite=False)  # the same evaluation may be repeated
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert run(*arguments, "--model", "runs/a") == 0  # the same evaluation may be repeated
+    assert run(*arguments, "--model", "runs/b", "--overwrite") == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["request"]["model"] == ["runs/b"]
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"--model": "absent"}, "absent"),
+    ({"--data": "absent"}, "cannot read the pairs absent"),
     ({"--device": "nonsense"}, "must be a device"),
-    ({"--batch-size": "few"}, "invalid int"),
+    ({"--batch-size": "0"}, "at least 1"),
 ])
 def test_command_refuses_in_one_line(data, tmp_path, capsys, change, message):
     arguments = {"--model": tmp_path / "model.pt", "--data": data, "--out": tmp_path / "out"} | change
     try:
-        status = run(*[word for pair in arguments.items() for word in pair])
+        status = command.main(["verify", *(str(word) for pair in arguments.items() for word in pair)])
     except SystemExit as exit:
         status = exit.code
     assert status == 2
@@ -200,9 +245,13 @@ def test_command_refuses_in_one_line(data, tmp_path, capsys, change, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_refuses_a_folder_without_data(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_model", lambda path, device: PixelModel())
-    assert run("--model", "m", "--data", tmp_path, "--out", tmp_path / "out") == 2
+def test_two_models_of_one_name_are_refused(data, capsys):
+    assert run("verify", "--model", "a/run", "b/run", "--data", data) == 2
+    assert "two models are named run" in capsys.readouterr().err
+
+
+def test_command_refuses_a_folder_without_data(tmp_path, capsys):
+    assert run("report", "--model", "m", "--data", tmp_path, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "verification/*.bin" in error and not (tmp_path / "out").exists()
 
@@ -210,16 +259,18 @@ def test_command_refuses_a_folder_without_data(tmp_path, monkeypatch, capsys):
 def test_a_folder_with_something_else_named_results_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match="no evaluation result"):
-        report.check_folder(tmp_path, "m", "d", overwrite=False)
-    report.check_folder(tmp_path, "m", "d", overwrite=True)
+        report.check_folder(tmp_path, {}, overwrite=False)
+    report.check_folder(tmp_path, {}, overwrite=True)
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(ValueError, match="must be a folder"):
-        report.check_folder(tmp_path / "out", "m", "d", overwrite=True)
+        report.check_folder(tmp_path / "out", {}, overwrite=True)
 
 
-def test_table_is_aligned():
-    assert report.table(["set", "score"], [["clean", "0.5"], ["lfw", "10.25"]]).splitlines() == [
-        "| set   | score |", "| ----- | ----: |", "| clean |   0.5 |", "| lfw   | 10.25 |"]
+def test_tables_are_aligned_and_escaped():
+    table = report.Table("Of <both>", ["set", "score"], [["clean", "0.5"], ["lfw", "10.25"]], "about")
+    assert table.markdown().splitlines()[2:] == [
+        "| set   | score |", "| ----- | ----: |", "| clean |   0.5 |", "| lfw   | 10.25 |", "", "about"]
+    assert "Of &lt;both&gt;" in table.html() and "<td class=word>clean</td><td>0.5</td>" in table.html()

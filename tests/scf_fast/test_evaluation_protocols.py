@@ -7,7 +7,7 @@ from pipelines.sources import EncodedImages
 from pipelines.template_protocol import TemplateProtocol
 from scf_fast.evaluation import embeddings as embeddings_module
 from scf_fast.evaluation import protocols
-from scf_fast.evaluation.embeddings import Embeddings, pair_cosine, pair_vmf
+from scf_fast.evaluation.embeddings import Embeddings, score_pairs
 
 
 def random_embeddings(count, dim=8, seed=0):
@@ -20,7 +20,8 @@ def test_pairs_are_scored_alike_in_pieces(monkeypatch):
     first, second = torch.tensor([0, 3, 3, 9, 2, 5, 7]), torch.tensor([1, 4, 3, 0, 8, 6, 7])
     monkeypatch.setattr(embeddings_module, "_PAIRS_AT_ONCE", 3)
     kappas = torch.from_numpy(e.kappa)
-    cosines, vmfs = pair_cosine(e.mu, first, second), pair_vmf(e.mu, kappas, first, second, radius=32.0)
+    cosines, vmfs = score_pairs(e.mu, kappas, first, second, radius=32.0)
+    assert score_pairs(e.mu, None, first, second, radius=32.0).vmf is None
     f = e.features.double().numpy()
     for i, j, cosine, vmf in zip(first.tolist(), second.tolist(), cosines, vmfs, strict=True):
         # mu is float32: its rounding, not the score's arithmetic, is what the tolerance covers.
@@ -37,43 +38,127 @@ def test_a_set_pairs_its_neighbouring_images():
     np.testing.assert_allclose(scores.cosine, (f[0::2] * f[1::2]).sum(axis=1), atol=3e-7)
 
 
-def loop_over_templates(e, protocol, by_kappa):
-    """Direction and kappa by template id, by the definition: the sum over media of the medium's mean."""
+def random_protocol(count=40, templates=(900, 17, -4), media=(5, 6, 10**9), pairs=((900, 17), (17, -4), (900, 900)), seed=4):
+    rng = np.random.default_rng(seed)
+    template_ids = np.concatenate([templates, rng.choice(templates, count - len(templates))])
+    return TemplateProtocol([f"{i}.jpg" for i in range(count)], template_ids, rng.choice(media, count), np.zeros((count, 5, 2)),
+                            rng.random(count).astype(np.float32), np.array(pairs), np.arange(len(pairs)) % 2 == 0, EncodedImages([b""] * count))
+
+
+def loop_over_templates(e, protocol, weights):
+    """Direction and length by template id, by the definition: the sum over media of the medium's mean."""
     pooled = {}
     for template in set(protocol.template_ids.tolist()):
         total = np.zeros(e.features.shape[1])
         for medium in set(protocol.media_ids[protocol.template_ids == template].tolist()):
             rows = np.flatnonzero((protocol.template_ids == template) & (protocol.media_ids == medium))
-            vectors = [e.mu[row].double().numpy() * (e.kappa[row] if by_kappa else 1.0) for row in rows]
-            total += sum(vectors) / len(vectors)
+            total += sum(e.mu[row].double().numpy() * weights[row] for row in rows) / len(rows)
         pooled[template] = total / np.linalg.norm(total), np.linalg.norm(total)
     return pooled
 
 
 def test_templates_against_a_loop():
-    rng = np.random.default_rng(4)
-    count = 40
-    template_ids = np.concatenate([[900, 17, -4], rng.choice([900, 17, -4], count - 3)])
-    protocol = TemplateProtocol(
-        [f"{i}.jpg" for i in range(count)], template_ids, rng.choice([5, 6, 10**9], count), None, None,
-        np.array([[900, 17], [17, -4], [900, 900]]), np.array([True, False, True]), EncodedImages([b""] * count))
-    e = random_embeddings(count)
-    scores = protocols.score_templates(e, protocol, radius=64.0)
-    assert scores.keys() == {"average", "kappa", "kappa_vmf"}
-    for key, by_kappa in ("average", False), ("kappa", True):
-        pooled = loop_over_templates(e, protocol, by_kappa)
-        np.testing.assert_allclose(scores[key], [pooled[a][0] @ pooled[b][0] for a, b in protocol.pair_template_ids], atol=1e-6)
-    for (a, b), score in zip(protocol.pair_template_ids.tolist(), scores["kappa_vmf"]):
-        (mu1, kappa1), (mu2, kappa2) = ((torch.tensor(mu)[None], torch.tensor([kappa])) for mu, kappa in (pooled[a], pooled[b]))
+    protocol, e = random_protocol(), random_embeddings(40)
+    expected_weights = {"average": np.ones(40), "norm": e.feature_norm, "detector": protocol.detector_score,
+                        "norm_detector": e.feature_norm * protocol.detector_score, "kappa": e.kappa}
+    pooled = dict(protocols.pool_every_way(e, protocol))
+    assert pooled.keys() == expected_weights.keys()
+    for name, pooling in pooled.items():
+        expected = loop_over_templates(e, protocol, expected_weights[name])
+        scores = protocols.score_templates(pooling, protocol, radius=64.0)
+        np.testing.assert_allclose(scores.cosine, [expected[a][0] @ expected[b][0] for a, b in protocol.pair_template_ids], atol=1e-6)
+        assert (scores.vmf is None) == (name != "kappa")
+    for (a, b), score in zip(protocol.pair_template_ids.tolist(), scores.vmf):
+        (mu1, kappa1), (mu2, kappa2) = ((torch.tensor(mu)[None], torch.tensor([kappa])) for mu, kappa in (expected[a], expected[b]))
         assert score == pytest.approx(vmf_similarity(mu1, kappa1, mu2, kappa2).item(), abs=1e-4)
+    quality = protocols.template_quality(e, protocol)
+    for row, template in enumerate(protocols.template_ids(protocol).tolist()):
+        members = protocol.template_ids == template
+        assert quality["kappa"][row] == pytest.approx(expected[template][1], rel=1e-6)
+        assert quality["feature_norm"][row] == pytest.approx(e.feature_norm[members].mean())
+        assert quality["detector"][row] == pytest.approx(protocol.detector_score[members].mean())
+
+
+def test_equal_detector_scores_are_left_out():
+    protocol, e = random_protocol()._replace(detector_score=np.ones(40)), random_embeddings(40)
+    assert protocols.pooling_weights(e, protocol).keys() == {"average", "norm", "kappa"}
+    assert protocols.template_quality(e, protocol).keys() == {"kappa", "feature_norm"}
 
 
 def test_a_confident_frame_outweighs_blurred_ones():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     e = Embeddings(features, torch.tensor([300.0, 1.0, 1.0, 300.0]).log())
-    protocol = TemplateProtocol(list("abcd"), np.array([1, 1, 1, 2]), np.array([1, 2, 3, 4]), None, None, np.array([[1, 2]]), np.array([True]), None)
-    scores = protocols.score_templates(e, protocol, radius=64.0)
+    protocol = TemplateProtocol(list("abcd"), np.array([1, 1, 1, 2]), np.array([1, 2, 3, 4]), None, np.ones(4), np.array([[1, 2]]), np.array([True]), None)
+    scores = {name: protocols.score_templates(pooling, protocol, radius=64.0).cosine for name, pooling in protocols.pool_every_way(e, protocol)}
     assert scores["average"] == pytest.approx(1 / np.sqrt(5)) and scores["kappa"] > 0.9999
+
+
+@pytest.mark.parametrize("score", ["cosine", "vmf"])
+def test_search_against_brute_force(monkeypatch, score):
+    monkeypatch.setattr(protocols, "_SCORES_AT_ONCE", 45)  # three probes at a time
+    rng = np.random.default_rng(0)
+    gallery_subjects, probe_subjects = rng.permutation(100)[:15], rng.integers(0, 100, 40)
+    gallery, probes = random_embeddings(15, seed=1), random_embeddings(40, seed=2)
+    kappas = [torch.from_numpy(e.kappa) if score == "vmf" else None for e in (gallery, probes)]
+    searches = protocols.search(gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects, radius=64.0)
+    assert 0 < searches.mated.sum() < 40
+    for q in range(40):
+        values = []
+        for g in range(15):
+            if score == "cosine":
+                values.append((probes.mu[q].double() @ gallery.mu[g].double()).item())
+            else:
+                pair = probes.mu[q:q + 1].double(), kappas[1][q:q + 1], gallery.mu[g:g + 1].double(), kappas[0][g:g + 1]
+                values.append(vmf_similarity(*pair).item())
+        own = [value for value, subject in zip(values, gallery_subjects) if subject == probe_subjects[q]]
+        others = [value for value, subject in zip(values, gallery_subjects) if subject != probe_subjects[q]]
+        assert searches.best_other[q] == pytest.approx(max(others), abs=1e-6)
+        assert searches.mated[q] == bool(own)
+        if own:
+            assert searches.mate_score[q] == pytest.approx(own[0], abs=1e-6)
+            assert searches.mate_rank[q] == 1 + sum(value > own[0] for value in others)
+
+
+def write_lines(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+HEADER = "TEMPLATE_ID,SUBJECT_ID,FILENAME"
+
+
+def test_galleries_of_the_released_layout(tmp_path):
+    protocol, meta = random_protocol(templates=(1, 2, 3, 4, 5)), tmp_path / "meta"
+    assert protocols.read_galleries(tmp_path, protocol) == []
+    write_lines(meta / "ijbc_1N_gallery_G1.csv", HEADER, "1,70,img/a.jpg", "1,70,img/b.jpg", "2,71,img/c.jpg")
+    write_lines(meta / "ijbc_1N_gallery_G2.csv", HEADER, "3,72,img/d.jpg")
+    write_lines(meta / "ijbc_1N_probe_mixed.csv", HEADER, "4,70,frames/e.png", "5,72,img/f.jpg")
+    first, second = protocols.read_galleries(tmp_path, protocol)
+    assert (first.name, second.name) == ("G1", "G2")
+    assert first.gallery_ids.tolist() == [1, 2] and first.gallery_subjects.tolist() == [70, 71]
+    assert second.probe_ids.tolist() == [4, 5] and second.probe_subjects.tolist() == [70, 72]
+
+
+@pytest.mark.parametrize(("gallery", "probes", "message"), [
+    (["1,70"], None, "found 1 and 0"),
+    (["1,70"], ["x,70"], "line 2 must start with a template id"),
+    (["1,70"], ["4"], "line 2 must start with a template id"),
+    (["1,70", "1,71"], ["4,70"], "line 3 gives template 1 to subject 71, an earlier one to 70"),
+    (["1,70", "2,70"], ["4,70"], "several of 1 subjects, the first 70"),
+    (["1,70", "99,71", "98,72"], ["4,70"], "names 2 templates without images, the first 99"),
+    ([], ["4,70"], "is empty"),
+])
+def test_galleries_that_are_refused(tmp_path, gallery, probes, message):
+    write_lines(tmp_path / "meta" / "ijbc_1N_gallery_G1.csv", HEADER, *gallery)
+    if probes is not None:
+        write_lines(tmp_path / "meta" / "ijbc_1N_probe_mixed.csv", HEADER, *probes)
+    with pytest.raises(ValueError, match=message):
+        protocols.read_galleries(tmp_path, random_protocol(templates=(1, 2, 3, 4, 5)))
+
+
+def test_searches_without_unmated_ones_have_no_open_set():
+    searches = protocols.metrics.Searches(np.full(20, 0.5), np.ones(20, np.int64), np.zeros(20))
+    assert protocols.summarise_searches(searches) == {"searches": 20, "mated": 20, "rank": {"1": 1.0, "5": 1.0, "10": 1.0}, "tpir_at_fpir": {}}
 
 
 def test_summary_of_a_verification_set():
@@ -85,6 +170,8 @@ def test_summary_of_a_verification_set():
     assert summary["pairs"] == 40
     assert summary["accuracy"] == pytest.approx(38 / 40) and summary["accuracy_vmf"] == 1 and summary["accuracy_vmf_std"] == 0
     assert summary["tar_at_far"] == {}  # 20 impostors measure no FAR of at most 0.1
+    assert summary["eer"] == pytest.approx(1 / 20) and summary["eer_vmf"] == 0
+    assert summary["auc"] == pytest.approx(1 - (20 + 20 - 1) / 400) and summary["auc_vmf"] == 1
     assert protocols.tar_table(np.tile(cosine, 5), np.tile(same, 5)) == {"1e-01": 0.95}
 
 
@@ -93,7 +180,7 @@ def test_rejection_against_brute_force():
     rng = np.random.default_rng(0)
     same = np.arange(60) % 2 == 0
     cosine = rng.normal(loc=0.8 * same)
-    rejection = protocols.reject_by_quality(cosine, same, e)
+    rejection = protocols.reject_by_quality(cosine, same, {name: protocols.lower_of_pair(values) for name, values in protocols.image_quality(e).items()})
     wrong = (cosine > rejection.threshold) != same
     false_accepts, false_rejects = wrong[~same].sum(), wrong[same].sum()
     assert abs(false_accepts - false_rejects) <= 1 and wrong.any()
@@ -105,6 +192,16 @@ def test_rejection_against_brute_force():
             assert curve.error[rejected] == pytest.approx(wrong[kept].mean()) and curve.rejected[rejected] == pytest.approx(rejected / 60)
     assert rejection.curves["oracle"].error[wrong.sum()] == 0
     assert rejection.curves["oracle"].area < min(curve.area for order, curve in rejection.curves.items() if order != "oracle")
+
+
+def test_rejection_at_a_given_far():
+    rng = np.random.default_rng(0)
+    same = np.arange(400) % 2 == 0
+    scores = rng.normal(loc=2 * same)
+    rejection = protocols.reject_by_quality(scores, same, {"kappa": rng.random(400)}, far=0.05)
+    assert np.mean(scores[~same] > rejection.threshold) == 0.05 and rejection.far == 0.05
+    assert rejection.curves.keys() == {"kappa", "random", "oracle"}
+    assert rejection.curves["random"].area == pytest.approx(np.mean((scores > rejection.threshold) != same))
 
 
 def test_quality_falls_with_severity():

@@ -1,0 +1,37 @@
+"""Margin softmax with all logits, as the training code released with ArcFace composes it, operation by operation.
+
+    cos = normalize(embeddings) normalize(class_centers)^T          (B, C)
+    cos[i, labels_i] <- cos(theta + m2) - m3, without gradient       so that the gradient at the target is s
+    loss = cross_entropy(s cos, labels)
+
+Written from these formulas. Matrix products run in ``compute_dtype``, as its autocast does; logits and loss are float32.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def dense_margin_softmax_loss(embeddings, class_centers, labels, scale=64.0, margins=(1.0, 0.5, 0.0), compute_dtype=None):
+    """Mean loss, a scalar differentiable in both.
+
+    Args:
+        embeddings: (B, D) float.
+        class_centers: (C, D) float.
+        labels: (B,) int64 in [0, C).
+        scale: s.
+        margins: (1, m2, m3).
+        compute_dtype: of the matrix products; None leaves the inputs' own.
+    """
+    dtype = compute_dtype or embeddings.dtype
+    cos = F.linear(F.normalize(embeddings).to(dtype), F.normalize(class_centers).to(dtype)).float().clamp(-1, 1)
+    rows = torch.arange(len(labels), device=labels.device)
+    with torch.no_grad():
+        theta = cos[rows, labels].acos()
+        target = torch.cos((theta + margins[1]).clamp_max(math.pi)) - margins[2]
+        shift = torch.zeros_like(cos).index_put_((rows, labels), target - cos[rows, labels])
+    return F.cross_entropy((cos + shift) * scale, labels)
+
+
+compiled_dense_margin_softmax_loss = torch.compile(dense_margin_softmax_loss, dynamic=False, fullgraph=True)

@@ -1,0 +1,137 @@
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from pipelines.loader import Preprocessing
+from scf_fast import embed
+from scf_fast.backbones import Backbone
+from scf_fast.confidence import build_confidence_net
+from scf_fast.embed import Embedder
+from scf_fast.model import SCF, load_model, save_model
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A model with random weights, BatchNorm statistics included."""
+    torch.manual_seed(0)
+    backbone, net = Backbone("ir_tiny", 24), build_confidence_net("conv", 16, 7, initial_kappa=300.0)
+    for module in (*backbone.modules(), *net.modules()):
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    path = tmp_path_factory.mktemp("model") / "scf_model.pt"
+    save_model(path, backbone.state_dict(), net.state_dict(), radius=32.0, normalization="published")
+    return path
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """Pictures in a folder and one beside it, and (N, 112, 112, 3) uint8 of them in the order of their names."""
+    root = tmp_path_factory.mktemp("faces")
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 14, 14, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    (root / "album" / "deep").mkdir(parents=True)
+    for number, face in enumerate(pixels):
+        Image.fromarray(face).save(root / ("single.png" if number == 6 else f"album/{'deep/' if number > 3 else ''}{number}.png"))
+    (root / "album" / "notes.txt").write_text("no picture")
+    return root, pixels[[0, 1, 2, 3, 4, 5, 6]]
+
+
+def main(*arguments):
+    return embed.main([*map(str, arguments), "--device", "cpu", "--loader", "torch", "--num-workers", "0"])
+
+
+def test_command_writes_what_the_model_says(model_file, faces, tmp_path, capsys):
+    root, pixels = faces
+    assert main(root / "album", root / "single.png", "--model", model_file, "--out", tmp_path / "out.npz", "--batch-size", 3) == 0
+    model = load_model(model_file)
+    mu, kappa = model(Preprocessing("published").normalize(torch.from_numpy(pixels)))
+    with np.load(tmp_path / "out.npz") as found:
+        assert [path.rpartition("/")[2] for path in found["path"]] == [f"{i}.png" for i in range(6)] + ["single.png"]
+        np.testing.assert_allclose(found["mu"], mu.detach(), atol=1e-5)
+        np.testing.assert_allclose(found["kappa"], kappa.detach(), rtol=1e-4)
+        assert found["mu"].dtype == found["kappa"].dtype == np.float32
+    assert "7 images, " in capsys.readouterr().out
+
+
+def test_flip_adds_the_mirror_image(model_file, faces):
+    model, images = load_model(model_file), Preprocessing("published").normalize(torch.from_numpy(faces[1]))
+    features, log_kappa = Embedder(model, flip=True)(images)
+    with torch.no_grad():
+        (f, k), (g, m) = model.embed(images), model.embed(images.flip(3))
+    torch.testing.assert_close(features, f + g, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(log_kappa, (k + m) / 2, rtol=1e-5, atol=1e-5)
+    assert F.cosine_similarity(features, f).max() < 0.9999  # so the mirror image did count
+
+
+def test_key_tells_models_and_settings_apart(model_file):
+    model = load_model(model_file)
+    keys = [Embedder(model).key, Embedder(model, flip=True).key, Embedder(model, precision="bf16").key]
+    with torch.no_grad():
+        model.confidence_net._log_kappa[-1].bias += 1
+    keys.append(Embedder(model).key)
+    assert len(set(keys)) == 4 and Embedder(load_model(model_file)).key == keys[0]
+
+
+def test_weights_that_are_not_finite_are_refused(model_file):
+    model = load_model(model_file)
+    with torch.no_grad():
+        model.backbone.input_layer[0].weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"those of backbone\.input_layer\.0\.weight are not"):
+        Embedder(model)
+
+
+def test_a_model_is_left_as_it_is(model_file, faces):
+    model = load_model(model_file)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    Embedder(model)(Preprocessing("published").normalize(torch.from_numpy(faces[1])))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and isinstance(model, SCF)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["absent"], "there is no absent"),
+    (["{root}/album/deep", "--out", "out.csv"], "must end in .npz or .parquet"),
+    (["{empty}"], "no images under"),
+    (["{root}/album/notes.txt"], "notes.txt cannot be decoded: unknown format"),
+    (["{root}/album", "--model", "{root}/single.png"], "is no checkpoint"),
+])
+def test_command_refuses_in_one_line(model_file, faces, tmp_path, capsys, arguments, message):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    arguments = [argument.format(root=faces[0], empty=empty) for argument in arguments]
+    out = [] if "--out" in arguments else ["--out", tmp_path / "out.npz"]
+    assert main("--model", model_file, *out, *arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert message in last and last.startswith("python -m scf_fast.embed: ")
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_parquet(model_file, faces, tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    assert main(faces[0] / "album", "--model", model_file, "--out", tmp_path / "out.parquet") == 0
+    assert main(faces[0] / "album", "--model", model_file, "--out", tmp_path / "out.npz") == 0
+    table = parquet.read_table(tmp_path / "out.parquet")
+    with np.load(tmp_path / "out.npz") as found:
+        assert np.array_equal(np.stack(table["mu"].to_numpy()), found["mu"]) and np.array_equal(table["kappa"].to_numpy(), found["kappa"])
+        assert table["path"].to_pylist() == found["path"].tolist()
+
+
+def test_parquet_without_pyarrow_says_what_to_do(model_file, faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert main(faces[0] / "album", "--model", model_file, "--out", tmp_path / "out.parquet") == 2
+    assert "install pyarrow, or write .npz" in capsys.readouterr().err
+
+
+def test_an_image_of_another_size_is_resized_whole(model_file, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.repeat(112, 0).repeat(112, 1)).save(file, "PNG")
+    (tmp_path / "large.png").write_bytes(file.getvalue())
+    assert main(tmp_path / "large.png", "--model", model_file, "--out", tmp_path / "out.npz") == 0
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["mu"].shape == (1, 24)

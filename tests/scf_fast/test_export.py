@@ -1,0 +1,128 @@
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.loader import Preprocessing
+from scf_fast import export
+from scf_fast.backbones import Backbone
+from scf_fast.confidence import build_confidence_net
+from scf_fast.model import SCF, load_model, save_model
+
+HAS_ONNX = all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript and onnxruntime are not installed")
+
+
+def make_model(network="ir_tiny", net="conv"):
+    torch.manual_seed(0)
+    backbone = Backbone(network, 24)
+    model = SCF(backbone, build_confidence_net(net, backbone.architecture.widths[-1], 7, initial_kappa=300.0), radius=32.0, normalization="published")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.randint(256, (4, 112, 112, 3), generator=torch.Generator().manual_seed(9), dtype=torch.uint8)
+
+
+def check(run, model, pixels, preprocess):
+    """The exported model on images that the export itself has not seen, in a batch size that it has not seen."""
+    images = Preprocessing(model.normalization).normalize(pixels)
+    with torch.no_grad():
+        expected_mu, expected_kappa = model(images)
+    mu, kappa = run(pixels if preprocess else images)
+    torch.testing.assert_close(mu, expected_mu, rtol=0, atol=1e-4)
+    torch.testing.assert_close(kappa, expected_kappa, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_program(model, pixels, tmp_path, preprocess):
+    export.export(model, tmp_path / "model.pt2", preprocess=preprocess)
+    check(torch.export.load(tmp_path / "model.pt2").module(), model, pixels, preprocess)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@needs_onnx
+@pytest.mark.parametrize(("network", "net", "preprocess"), [("ir_tiny", "conv", True), ("ir_se_small", "mlp", False)])
+def test_onnx(pixels, tmp_path, network, net, preprocess):
+    import onnx
+    import onnxruntime
+
+    model = make_model(network, net)
+    export.export(model, tmp_path / "model.onnx", preprocess=preprocess)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    check(lambda images: [torch.from_numpy(array) for array in session.run(["mu", "kappa"], {"images": np.ascontiguousarray(images.numpy())})],
+          model, pixels, preprocess)
+    stored = onnx.load(tmp_path / "model.onnx")
+    assert {entry.domain: entry.version for entry in stored.opset_import}[""] == 18
+    assert stored.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert '"radius": 32.0' in {entry.key: entry.value for entry in stored.metadata_props}["scf_fast"]
+
+
+@needs_onnx
+def test_weights_too_large_for_one_file_lie_beside_it(model, pixels, tmp_path, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(export, "_ONE_FILE", 1000)
+    export.export(model, tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    check(lambda images: [torch.from_numpy(array) for array in session.run(None, {"images": np.ascontiguousarray(images.numpy())})], model, pixels, False)
+
+
+def test_weights(model, tmp_path):
+    export.export(model, tmp_path / "model.safetensors")
+    again = load_model(tmp_path / "model.safetensors")
+    assert again.radius == 32.0 and again.normalization == "published"
+    for (name, value), (other, found) in zip(sorted(model.state_dict().items()), sorted(again.state_dict().items()), strict=True):
+        assert name == other and torch.equal(value, found)
+
+
+def test_a_file_that_gives_other_numbers_is_not_kept(model, tmp_path, monkeypatch):
+    class Off(export.ServedModel):
+        def forward(self, images):
+            mu, kappa = super().forward(images)
+            return mu, kappa * 1.001
+
+    monkeypatch.setattr(export, "ServedModel", Off)
+    (tmp_path / "model.pt2").write_bytes(b"an earlier one")
+    with pytest.raises(ValueError, match=r"differs from PyTorch's by 1\.0e-03 with 1 images"):
+        export.export(model, tmp_path / "model.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"] and (tmp_path / "model.pt2").read_bytes() == b"an earlier one"
+
+
+def test_command(model, tmp_path, capsys):
+    save_model(tmp_path / "m.pt", model.backbone.state_dict(), model.confidence_net.state_dict(), radius=32.0, normalization="published")
+    arguments = [str(tmp_path / "m.pt"), str(tmp_path / "out" / "m.safetensors")]
+    assert export.main(arguments) == 0
+    assert "weights; output within 1e-04 of PyTorch's" in capsys.readouterr().out
+    assert export.main(arguments) == 2
+    assert "exists; give another name, or --overwrite" in capsys.readouterr().err
+    assert export.main([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(("out", "options", "message"), [
+    ("m.bin", [], "must end in .onnx, .pt2, .safetensors"),
+    ("m.safetensors", ["--preprocess"], "holds weights and no program"),
+    ("m.pt2", [], "absent: cannot be read"),
+])
+def test_command_refuses_in_one_line(tmp_path, capsys, out, options, message):
+    assert export.main([str(tmp_path / "absent"), str(tmp_path / out), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / out).exists()
+
+
+def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(ValueError, match="needs onnxscript; pip install onnxscript"):
+        export.check_request(tmp_path / "m.onnx", False)
