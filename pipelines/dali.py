@@ -8,6 +8,7 @@ DALI gives the whole pipeline up where it cannot decode one image, and does not 
 first (is it whole, of a kind that DALI reads as Pillow does); they find nearly all broken ones. For the rest, the images that were under
 way when DALI gave up are decoded again one by one, and a new pipeline goes on without the broken ones.
 """
+import gc
 import itertools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,7 @@ class DaliLoader(Loader):
     def close(self):
         super().close()
         self._pipeline = None
+        gc.collect()  # errors leave cycles that hold pipelines; a process forked later that collected one would wait for its threads forever
         self._readers.shutdown()
 
     def _faces(self, requests):

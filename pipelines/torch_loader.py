@@ -1,4 +1,6 @@
 """The loader for machines without DALI: Pillow in PyTorch worker processes, a whole batch per task."""
+import gc
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +18,7 @@ class TorchLoader(Loader):
     def __init__(self, source, sampler, preprocessing, device, dtype, broken, num_workers, prefetch):
         super().__init__(source, sampler, preprocessing, device, dtype, broken)
         self._requests = _Requests()
+        self._started = False
         self._decoded = DataLoader(
             _FaceBatches(source, broken.replaces), batch_size=None, sampler=self._requests, num_workers=num_workers,
             pin_memory=device.type == "cuda", prefetch_factor=-(-prefetch // num_workers) if num_workers else None,
@@ -27,6 +30,9 @@ class TorchLoader(Loader):
 
     def _faces(self, requests):
         self._requests.source = requests
+        if not self._started:
+            gc.collect()  # a forked worker that collected a DALI pipeline left over here would wait for its threads forever
+            self._started = True
         for decoded in self._decoded:
             if isinstance(decoded, ValueError):
                 raise decoded

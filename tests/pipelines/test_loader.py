@@ -1,5 +1,6 @@
 """Both backends against Pillow called here, and against each other."""
 import builtins
+import gc
 import io
 import itertools
 import logging
@@ -374,3 +375,22 @@ def test_gpu_batches_match_pillow_and_stay_valid(source, backend):
         assert batch.images.is_cuda and batch.labels.is_cuda and torch.equal(batch.labels.cpu(), reference.labels)
         error = (batch.images.cpu() - reference.images).abs() * 127.5
         assert error.max() < 8 and error.mean() < 1  # nvJPEG rounds its transform and colours differently from libjpeg
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
+def test_workers_forked_after_dali_gave_up_do_not_wait_for_its_threads(source):
+    """What is left of a pipeline must not be collected in a worker; there its threads do not exist."""
+    images, _ = broken_images(source)
+    kept = []
+    loader = make_loader(images, EpochSampler(24, 4, shuffle=False), backend="dali", num_workers=1)
+    with pytest.raises(ValueError, match="image 3 cannot be decoded") as error:
+        list(loader.batches(0))
+    kept.append(error)
+    loader.close()
+    loader = make_loader(images, EpochSampler(24, 4), backend="dali", num_workers=1, on_broken="replace")
+    list(loader.batches(0))
+    del loader, error
+    kept.clear()
+    with make_loader(source, EpochSampler(NUM_IMAGES, 4), backend="torch", num_workers=1) as loader:
+        loader._decoded.worker_init_fn = lambda _: gc.collect()
+        assert len(list(loader.batches(0))) == 5
