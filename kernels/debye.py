@@ -33,12 +33,12 @@ _MAX_TERMS = 13
 # by up to 2 N + 1, which 1/16 makes harmless; A itself cannot resolve 1 - A any finer than one rounding of 1.
 _SMALL_COMPLEMENT = 1 / 16
 # Truncation error allowed, relative in A and absolute in psi: below half a rounding of 1.
-# The logarithm's argument is brought to [2^(-1/4), 2^(1/4)).
-_QUARTER_DOWN, _QUARTER_UP = 2.0**-0.25, 2.0**0.25
 _TRUNCATION = {torch.float32: 2e-8, torch.float64: 1e-16}
 _MANTISSA_BITS = {torch.float32: 24, torch.float64: 53}
-# Beyond this, phi is evaluated at it: there kappa is exact to rounding for psi, 0 and 1 for A' and A, and kappa^2 is still finite.
+# Beyond this, psi - kappa is taken for its value there, A for 1 and A' for 0, each to rounding; up to it, kappa^2 is finite.
 _KAPPA_MAX = {torch.float32: 2.0**60, torch.float64: 2.0**500}
+# The logarithm's argument is brought to [2^(-1/4), 2^(1/4)).
+_QUARTER_DOWN, _QUARTER_UP = 2.0**-0.25, 2.0**0.25
 
 
 def _scaled(polynomial: list[Fraction], power: int) -> list[Fraction]:
@@ -115,7 +115,7 @@ class DebyePlan(NamedTuple):
     """
 
     compensated: bool  # psi in two floats, and 1 - A beside A: the arithmetic is no wider than the result
-    kappa_max: float  # larger kappa is taken for +inf in A, and for this in psi - kappa
+    kappa_max: float  # larger kappa is taken for this in psi - kappa, and for +inf in the derivatives
     log_kappa_max: float  # what the SCF loss holds log kappa below
     steps: int  # N
     terms: int  # K

@@ -21,7 +21,7 @@ from scf_fast.checkpoints import save_file
 from scf_fast.config import Config
 from scf_fast.launch import Runtime
 
-_INITIAL_STD = 0.01
+_INITIAL_STD = 0.01  # as arcface_torch
 _INITIAL_ROWS = 4096  # rows that one seed makes: the same rows come out at any world size
 _UPDATE_ROWS = 8192  # rows of one step of the unfused update: its temporaries stay small
 _EXPORT_BYTES = 64 * 2**20  # of one message to rank 0

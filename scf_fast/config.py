@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.augmentation import PRESETS
 from scf_fast.backbones import ALIASES, BACKBONES
 from scf_fast.confidence import CONFIDENCE_NETS
 
@@ -108,6 +109,16 @@ class Config:
     loader: str = option("auto", "decoder: dali where installed, else torch", choices=("auto", "dali", "torch"), group="input")
     num_workers: int = option(2, "decoding threads (DALI) or processes (torch) a rank", group="input")
     flip: bool = option(True, "random horizontal flip", group="input")
+    augmentation: str = option("none", "random changes to the images: as arcface_torch has them, or with crops and occlusions too", choices=tuple(PRESETS),
+                               group="input")
+    shuffle: str = option("global", "block reads runs of neighbouring images, for spinning disks and network mounts", choices=("global", "block"),
+                          group="input")
+    data_weights: tuple[float, ...] = option((), "share of each of several data sets in an epoch; default: each image once", group="input", metavar="W1,W2,...")
+    max_images_per_identity: int = option(0, "at most so many images of an identity in an epoch; 0 is all", group="input")
+    images_per_identity: int = option(0, "exactly so many images of every identity in an epoch (class-balanced); 0 is off", group="input")
+    index_dir: str | None = option(None, "folder for the indices of the data; default: beside the data", group="input", metavar="DIR")
+    on_broken: str = option("replace", "an image that cannot be decoded: replaced by the next good one and counted, or the end of the run",
+                            choices=("replace", "raise"), group="input")
 
     precision: str = option("auto", "forward and backward type; auto: bf16 where the GPU has it, fp32 on CPU. Parameters, BatchNorm statistics and the "
                                     "loss stay float32", choices=("auto", "fp32", "bf16", "fp16"), group="system")
@@ -169,7 +180,8 @@ class Config:
         require(self.output_dir, "output_dir", "given")
         for flag in ("batch_size", "gradient_accumulation_steps", "epochs", "step_size", "log_every", "keep_checkpoints", "num_workers"):
             require(getattr(self, flag) >= 1, flag, "at least 1")
-        for flag in ("weight_decay", "momentum", "warmup_epochs", "max_grad_norm", "max_grad_clip", "checkpoint_every", "max_steps", "cache_budget"):
+        for flag in ("weight_decay", "momentum", "warmup_epochs", "max_grad_norm", "max_grad_clip", "checkpoint_every", "max_steps", "cache_budget",
+                     "max_images_per_identity", "images_per_identity"):
             require(getattr(self, flag) >= 0, flag, "0 or more")
         for flag in ("lr", "scale", "radius", "gamma", "power"):
             require(getattr(self, flag) > 0, flag, "positive")
@@ -184,6 +196,10 @@ class Config:
                 "off with --gradient_accumulation_steps or fp16: the gradient is not complete, or may not count, in the backward pass")
         require(self.initial_kappa is None or self.initial_kappa > 0, "initial_kappa", "positive")
         require(not (self.resume and self.overwrite), "resume", "without --overwrite: one continues the old run, the other deletes it")
+        chosen = [flag for flag in ("data_weights", "max_images_per_identity", "images_per_identity") if getattr(self, flag)]
+        require(len(chosen) < 2, chosen[0] if chosen else "", f"without --{chosen[-1] if chosen else ''}: only one of them can say what an epoch holds")
+        require(all(weight > 0 for weight in self.data_weights), "data_weights", "positive numbers")
+        require(self.augmentation == "none" or not self.feature_cache, "augmentation", "none with --feature_cache: the cache holds one picture an image")
         require(not (self.finetune_bkb and self.feature_cache), "finetune_bkb", "without --feature_cache: the features change with the backbone")
         require(self.precision != "fp16" or self.zero_stage == 0, "precision",
                 "bf16 with ZeRO: DeepSpeed's fp16 autocast never lowers the loss scale under ZeRO 1-3. Use bf16, or --zero_stage 0")

@@ -70,7 +70,12 @@ class FeatureStream:
                  device: torch.device, cache: FeatureCache | None = None):
         self._make_images, self._sampler, self._labels, self._backbone = make_images, sampler, labels, backbone
         self._flip, self._device, self._cache = flip, device, cache
-        self._images = None
+        self._images, self._loader = None, None
+
+    @property
+    def broken(self):
+        """The broken images that the newest loader met, see ``pipelines.broken``; empty while no image was loaded."""
+        return () if self._loader is None else self._loader.broken
 
     def batches(self, epoch: int, start_batch: int = 0):
         """The batches of one epoch from ``start_batch`` on, as :class:`FeatureBatch`."""
@@ -78,7 +83,7 @@ class FeatureStream:
             yield from self._cached(epoch, start_batch)
             return
         if self._images is None:
-            self._images = self._make_images(self._sampler, self._flip)
+            self._images = self._loader = self._make_images(self._sampler, self._flip)
         with contextlib.closing(self._images.batches(epoch, start_batch)) as batches:
             for images, labels, _ in batches:
                 yield FeatureBatch(*self._backbone(images), labels)
@@ -92,15 +97,15 @@ class FeatureStream:
         with contextlib.ExitStack() as stack:
             images = None
             if not complete:
-                loader = stack.enter_context(self._make_images(_Missing(self._sampler, present), False))
-                images = stack.enter_context(contextlib.closing(loader.batches(epoch, start_batch)))
+                self._loader = stack.enter_context(self._make_images(_Missing(self._sampler, present), False))
+                images = stack.enter_context(contextlib.closing(self._loader.batches(epoch, start_batch)))
             reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="feature-reader"))
             ahead = deque()
             for batch in wanted:
                 while len(ahead) < _READ_AHEAD and batch + len(ahead) in wanted:
                     ahead.append(reader.submit(self._read, epoch, batch + len(ahead), present))
                 hits, found = ahead.popleft().result()
-                yield self._assemble(epoch, batch, hits, found, None if images is None else next(images).images)
+                yield self._assemble(epoch, batch, hits, found, None if images is None else next(images))
 
     def _read(self, epoch, batch, present):
         """Which images of a batch the cache has, and their features."""
@@ -109,23 +114,26 @@ class FeatureStream:
         flips = self._sampler.flips(epoch, indices) & self._flip
         return hits, self._cache.read(indices[hits], flips[hits], self._device) if hits.any() else None
 
-    def _assemble(self, epoch, batch, hits, found, images):
+    def _assemble(self, epoch, batch, hits, found, missing):
+        """One batch in the sampler's order from what the cache had and from ``missing``, the images that it had not."""
         indices = self._sampler.indices(epoch, batch)
         labels = torch.from_numpy(self._labels[indices]).to(self._device, non_blocking=True)
         if hits.all():
             return FeatureBatch(*found, labels)
-        computed = self._compute(indices[~hits], (self._sampler.flips(epoch, indices) & self._flip)[~hits], images)
+        computed = self._compute(indices[~hits], (self._sampler.flips(epoch, indices) & self._flip)[~hits], missing)
+        labels[torch.from_numpy(~hits).to(self._device)] = missing.labels  # a broken image has been replaced, label and all
         if not hits.any():
             return FeatureBatch(*computed, labels)
         places = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(hits), np.flatnonzero(~hits)]))).to(self._device)
         return FeatureBatch(*(torch.cat([old.to(new.dtype), new])[places] for old, new in zip(found, computed)), labels)
 
-    def _compute(self, indices, flips, images):
+    def _compute(self, indices, flips, batch):
         """Features of images in the orientation that ``flips`` says; both orientations of those that the cache has room for go there."""
+        images, shown = batch.images, batch.indices.numpy()
         mirror = torch.from_numpy(flips).to(images.device)[:, None, None, None]
         mirrored = images.flip(3)
         wanted = tuple(value.clone() for value in self._backbone(torch.where(mirror, mirrored, images)))  # the next call may overwrite them
-        room = indices < self._cache.layout.num_images
+        room = (indices < self._cache.layout.num_images) & (indices == shown)  # what stands in for a broken image is not that image
         if room.any():
             other = self._backbone(torch.where(mirror, images, mirrored))
             choose = mirror.flatten()
@@ -164,7 +172,8 @@ def open_stream(config: Config, backbone_state: dict[str, torch.Tensor], source,
 
     def calibration() -> torch.Tensor:  # the same on every rank and after a resume, so that all settle on one precision
         sample = EpochSampler(len(source), min(CHECK_IMAGES, len(source)))
-        with make_loader(source, sample, Preprocessing(config.normalization, horizontal_flip=False), backend="torch", num_workers=0) as loader:
+        preprocessing = Preprocessing(config.normalization, horizontal_flip=False)
+        with make_loader(source, sample, preprocessing, backend="torch", num_workers=0, on_broken="replace") as loader:
             return next(loader.batches(0)).images
 
     frozen = FrozenBackbone(backbone, runtime.device, precisions, compile=pays if config.compile is None else config.compile, calibration=calibration)

@@ -3,10 +3,15 @@ from pathlib import Path
 
 import torch
 
+from pipelines.augmentation import PRESETS
 from pipelines.index import open_source
 from pipelines.loader import Loader, Preprocessing, make_loader
+from pipelines.sampler import EpochSampler
+from pipelines.selection import Mixture, PerIdentity
 from scf_fast.config import Config
 from scf_fast.launch import Runtime
+
+_BLOCK_IMAGES = 256  # neighbours read in one go by --shuffle block: 2 MB of faces
 
 
 def open_data(config: Config):
@@ -18,10 +23,33 @@ def open_data(config: Config):
     if config.dataset and not Path(config.data).exists():
         raise ValueError(f"--dataset {config.dataset}: there is no {config.data}; give --dataroot, the folder that holds list/{config.dataset}_list.txt, "
                          "or the data set itself as --data")
-    return open_source(config.data, config.dataroot)
+    paths = [config.data] if Path(config.data).exists() else config.data.split(",")  # a path may hold a comma
+    return open_source(paths, config.dataroot, config.index_dir)
+
+
+def epoch_sampler(config: Config, source, rank: int, world_size: int) -> EpochSampler:
+    """Which images an epoch has and in which order, as the configuration wants it.
+
+    Raises:
+        ValueError: the choice does not fit the data, or an epoch fills no batch.
+    """
+    selection = None
+    if config.data_weights:
+        sizes = getattr(source, "sizes", (len(source),))
+        if len(sizes) != len(config.data_weights):
+            raise ValueError(f"--data_weights must have one number for each data set of --data, got {len(config.data_weights)} for {len(sizes)}")
+        selection = Mixture(sizes, config.data_weights)
+    elif config.images_per_identity or config.max_images_per_identity:
+        selection = PerIdentity(source.labels, config.images_per_identity or config.max_images_per_identity, exactly=config.images_per_identity > 0)
+    size = len(source) if selection is None else selection.size
+    if size < config.batch_size:
+        raise ValueError(f"--batch_size {config.batch_size} is more than the {size} images of an epoch of {config.data}")
+    return EpochSampler(len(source), config.batch_size, rank=rank, world_size=world_size, seed=config.seed, selection=selection,
+                        block_size=_BLOCK_IMAGES if config.shuffle == "block" else 0)
 
 
 def image_loader(config: Config, source, sampler, runtime: Runtime, flip: bool) -> Loader:
     """Batches of normalised float32 faces on this rank's device."""
-    return make_loader(source, sampler, Preprocessing(config.normalization, horizontal_flip=flip), device=runtime.device, dtype=torch.float32,
-                       backend=config.loader, num_workers=config.num_workers)
+    preprocessing = Preprocessing(config.normalization, horizontal_flip=flip, augmentation=PRESETS[config.augmentation])
+    return make_loader(source, sampler, preprocessing, device=runtime.device, dtype=torch.float32, backend=config.loader, num_workers=config.num_workers,
+                       on_broken=config.on_broken)

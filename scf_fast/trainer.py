@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from pipelines.sampler import EpochSampler
 from scf_fast import __version__, launch, published, run_state
 from scf_fast import config as configuration
 from scf_fast.backbone_stage import BackboneStage
@@ -26,7 +25,7 @@ from scf_fast.confidence_stage import ConfidenceStage
 from scf_fast.config import Config
 from scf_fast.engine import average_batchnorm_statistics, initialise_engine, load_deepspeed_config, resolve_precision
 from scf_fast.finetune_stage import FinetuneStage
-from scf_fast.inputs import open_data
+from scf_fast.inputs import epoch_sampler, open_data
 from scf_fast.optimizers import LearningRate, build_optimizer
 
 log = logging.getLogger(__name__)
@@ -201,8 +200,7 @@ def train(config: Config) -> None:
             state = _claim_output(config)
             _check_world(config, world_size, state)
             source, stage = _open(config)
-            if len(source) < config.batch_size:
-                raise ValueError(f"--batch_size {config.batch_size} is more than the {len(source)} images in {config.data}")
+            epoch_sampler(config, source, rank, world_size)
     runtime = launch.start()
     with _input_errors():
         if runtime.is_main:
@@ -257,7 +255,7 @@ def _train_step(engine, stage, centers, batch, micro_batches: int) -> _StepLog:
 
 
 def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: dict | None, folder: Path) -> None:
-    sampler = EpochSampler(len(source), config.batch_size, rank=runtime.rank, world_size=runtime.world_size, seed=config.seed)
+    sampler = epoch_sampler(config, source, runtime.rank, runtime.world_size)
     per_epoch = sampler.batches_per_epoch
     schedule = LearningRate(config, engine.basic_optimizer, per_epoch)
     centers = stage.centers if isinstance(stage, BackboneStage) else None
@@ -304,5 +302,7 @@ def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: 
             if epoch_ends:
                 files = stage.export(engine, folder, runtime.is_main, {"epoch": (step - 1) // per_epoch, "global_step": step - 1})
     seconds = time.monotonic() - began
+    if len(loader.broken):
+        log.warning("%d broken images on this rank were replaced by others; they are named above", len(loader.broken))
     log.info("done: %d steps in %s, %.0f img/s; wrote %s", last_step - first_step, tqdm.format_interval(seconds),
              (last_step - first_step) * config.batch_size / seconds, ", ".join(map(str, files)))

@@ -1,13 +1,9 @@
-"""Where the Triton kernels run: compiled on a CUDA device, interpreted on the CPU where there is none."""
+"""Where the Triton kernels run: compiled on a CUDA device, interpreted on the CPU where there is none (see tests/conftest.py)."""
 
-import os
 from typing import NamedTuple
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported, so before any test module does
 
 
 class Place(NamedTuple):

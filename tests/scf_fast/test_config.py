@@ -79,6 +79,8 @@ def test_network_names_of_insightface_and_pixels_of_each_family():
     ([*STAGE1, "--resume", "--overwrite"], "one continues the old run, the other deletes it"),
     ([*STAGE1, "--precision", "fp16"], "Use bf16, or --zero_stage 0"),
     (["--data", "d", "--output_dir", "o"], "--stage must be one of backbone, confidence, got None"),
+    ([*STAGE1, "--images_per_identity", "2", "--data_weights", "1,2"], "only one of them can say what an epoch holds"),
+    ([*STAGE2, "--augmentation", "strong", "--feature_cache", "c"], "the cache holds one picture an image"),
     (["--stage", "backbone", "--output_dir", "o"], "--data must be given (or --dataset"),
     (["--stage", "confidence", "--data", "d", "--output_dir", "o"], "--saved_bkb must be given"),
     ([*STAGE2, "--momentum", "0.5"], "--momentum belongs to stage backbone"),
@@ -115,7 +117,7 @@ def test_saved_configuration_reads_back(tmp_path):
     config.save(c, tmp_path / "config.yaml", {"torch": "x"})
     assert config.load_saved(tmp_path / "config.yaml") == c.as_dict()
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["versions"] == {"torch": "x"}
-    assert Config(**{**c.as_dict(), "margins": tuple(c.margins), "milestones": ()}) == c
+    assert Config(**{**c.as_dict(), "margins": tuple(c.margins), "milestones": (), "data_weights": ()}) == c
 
 
 RECIPES = sorted(path.stem for path in Path(config.__file__).with_name("recipes").glob("*.yaml"))

@@ -100,6 +100,25 @@ def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, 
     assert backbone_state(tmp_path / "run" / "backbone.pth").keys() == backbone_state(stage1[0] / "backbone.pth").keys()
 
 
+def test_stage_1_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, run_command):
+    """One rank and another ZeRO stage continue the run of two ranks: class centers, momentum, weights, BatchNorm and schedule."""
+    shutil.copytree(stage1[0], tmp_path / "run")
+    more = ["--zero_stage", 1, "--epochs", 3, "--data", faces / "train", "--output_dir", tmp_path / "run", "--resume"]
+    status, output = run_command([sys.executable, "train.py", *flags["stage1"], *more])
+    assert status == 0 and f"resumed at step {STEPS}" in output, output
+    assert losses(tmp_path / "run", "step") == list(range(1, STEPS * 3 // 2 + 1))
+    continued = losses(tmp_path / "run", "loss")
+    assert max(continued[STEPS:]) < min(continued[:STEPS // 2])  # it has not started anew
+
+
+def test_stage_2_does_not(faces, stage1, stage2, flags, monkeypatch, capsys):
+    import train
+    weights = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage2"], *weights, "--data", faces / "train", "--output_dir", stage2[0], "--resume"])])
+    assert train.main() == 2
+    assert "written by 2 ranks with ZeRO 2, this launch has 1" in capsys.readouterr().err
+
+
 def truncated(folder, tmp_path):
     copy = tmp_path / "cut"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.npy"))
