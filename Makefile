@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m scf_fast.demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

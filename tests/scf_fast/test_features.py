@@ -8,6 +8,7 @@ import torch
 from pipelines.index import open_source
 from pipelines.loader import Preprocessing, make_loader
 from pipelines.sampler import EpochSampler
+from pipelines.sources import EncodedImages
 from scf_fast.backbones import Backbone
 from scf_fast.feature_cache import CacheLayout, FeatureCache
 from scf_fast.features import FeatureStream
@@ -104,3 +105,24 @@ def test_ranks_fill_one_cache_together(faces, backbone, tmp_path):
         assert images.decoded == before and len(labels) == 64
         s.close()
     assert np.fromfile(tmp_path / "c" / "checksums.bin", np.uint32).all()
+
+
+def test_a_broken_image_is_replaced_label_and_all_and_never_cached(faces, backbone, tmp_path):
+    good = open_source(faces / "train")
+    images = [bytes(good.encoded(i)) for i in range(40)]
+    images[7] = images[7][:200]
+    source = EncodedImages(images, good.labels[:40])
+    layout = CacheLayout(40, 16, (128, 7, 7), "fp32")
+    FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
+
+    def make(sampler, flip):
+        return make_loader(source, sampler, Preprocessing(horizontal_flip=flip), backend="torch", num_workers=0, on_broken="replace")
+
+    def over(cache):
+        return FeatureStream(make, EpochSampler(40, 8, seed=1), source.labels, backbone, flip=True, device=CPU, cache=cache)
+
+    with over(None) as plain, over(FeatureCache.open(tmp_path / "c", layout, 0)) as cached:
+        for epoch in range(2):
+            assert_same(list(cached.batches(epoch)), list(plain.batches(epoch)))
+            assert len(plain.broken) == len(cached.broken) == 1
+    assert np.flatnonzero(np.fromfile(tmp_path / "c" / "checksums.bin", np.uint32) == 0).tolist() == [7]
