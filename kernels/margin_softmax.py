@@ -48,7 +48,7 @@ class _Tiles(NamedTuple):
 # The largest that compile without register spills for sm_80, sm_90 and sm_100; float32 products run outside the tensor cores unless TF32 is on.
 _HALF_TILES = _Tiles(rows=128, classes=128, width=64, num_warps=8, num_stages=3)
 _FLOAT_TILES = _Tiles(rows=64, classes=64, width=32, num_warps=4, num_stages=3)
-# The classes of a block are split into independent partial sums until a launch has about this many programs: two for each multiprocessor.
+# The classes of a block are split into independent partial sums until a launch has about this many programs: two for each of 132 multiprocessors.
 _PROGRAMS = 264
 _SPLITS = 64  # at most
 
@@ -474,33 +474,35 @@ def _check(embeddings, class_centers, labels):
         raise ValueError(f"labels must be ({len(embeddings)},) int64, one for each embedding, got {tuple(labels.shape)} {labels.dtype}")
 
 
-def _engine(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel):
+def _count(class_centers, rows):
+    return len(class_centers) if rows is None else len(rows)
+
+
+def _prepare(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel):
+    """(implementation, blocks of classes)."""
     kind = _Fused if triton_kernel else _Plain
-    count = len(class_centers) if rows is None else len(rows)
-    engine = kind(embeddings, class_centers, labels, rows, scale, compute_dtype, _accumulate_dtype(embeddings, class_centers))
-    return engine, _blocks(count, embeddings.shape[1], len(embeddings), triton_kernel), count
+    return (kind(embeddings, class_centers, labels, rows, scale, compute_dtype, _accumulate_dtype(embeddings, class_centers)),
+            _blocks(_count(class_centers, rows), embeddings.shape[1], len(embeddings), triton_kernel))
 
 
 def _statistics(embeddings, class_centers, labels, rows, scale, compute_dtype, with_cosine_sum, triton_kernel):
     dtype = _accumulate_dtype(embeddings, class_centers)
-    count = len(class_centers) if rows is None else len(rows)
-    if not count or not len(embeddings):
+    if not _count(class_centers, rows) or not len(embeddings):
         nothing = torch.zeros(len(embeddings), dtype=dtype, device=embeddings.device)
         return MarginSoftmaxStatistics(nothing - math.inf, nothing, nothing - math.inf, nothing.clone())
-    engine, blocks, _ = _engine(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel)
-    log_sum_exp, nearest, cosine_sum = engine.statistics(blocks, with_cosine_sum)
+    implementation, blocks = _prepare(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel)
+    log_sum_exp, nearest, cosine_sum = implementation.statistics(blocks, with_cosine_sum)
     return MarginSoftmaxStatistics(log_sum_exp, _target_cosine(embeddings, class_centers, labels, rows, dtype), nearest, cosine_sum)
 
 
 def _gradients(embeddings, class_centers, labels, rows, log_sum_exp, grads, scale, compute_dtype, skip_below, triton_kernel, consume):
     row_grad, target_grad, uniform_grad = grads
-    count = len(class_centers) if rows is None else len(rows)
-    if not count or not len(embeddings):
+    if not _count(class_centers, rows) or not len(embeddings):
         return torch.zeros(embeddings.shape, dtype=_accumulate_dtype(embeddings, class_centers), device=embeddings.device)
     # Without another class, or without weight, a row has no term here: keep exp(-inf - -inf) out of it.
     log_sum_exp = torch.where((row_grad == 0) | (log_sum_exp == -math.inf), math.inf, log_sum_exp)
-    engine, blocks, _ = _engine(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel)
-    return engine.gradients(blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume)
+    implementation, blocks = _prepare(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel)
+    return implementation.gradients(blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume)
 
 
 @torch.library.custom_op("scf::margin_softmax_statistics", mutates_args=())

@@ -24,7 +24,7 @@ class BackboneStage:
     """What :mod:`scf_fast.trainer` needs to train stage 1.
 
     The engine trains the backbone alone. ``centers``, there from :meth:`build` on, are beside it: they take the engine's learning rate,
-    and whoever calls ``engine.step()`` calls ``centers.step()`` after it.
+    and whoever makes the engine's step makes theirs, ``centers.step()``, after it.
     """
 
     optimizer_rule = "sgd"

@@ -23,7 +23,7 @@ from scf_fast import config as configuration
 from scf_fast.backbone_stage import BackboneStage
 from scf_fast.confidence_stage import ConfidenceStage
 from scf_fast.config import Config
-from scf_fast.engine import average_batchnorm_statistics, initialise_engine, load_deepspeed_config, resolve_precision
+from scf_fast.engine import average_batchnorm_statistics, initialise_engine, load_deepspeed_config, resolve_precision, take_step
 from scf_fast.finetune_stage import FinetuneStage
 from scf_fast.inputs import epoch_sampler, open_data
 from scf_fast.optimizers import LearningRate, build_optimizer
@@ -85,6 +85,12 @@ def _check_world(config: Config, world_size: int, state: dict | None) -> None:
     if state and config.stage != "backbone" and run_state.is_other_layout(state, world_size, config.zero_stage):
         raise ValueError(f"--resume: the checkpoint was written by {state['world_size']} ranks with ZeRO {state['zero_stage']}, this launch has {world_size} "
                          f"with ZeRO {config.zero_stage}; launch it with the same")
+
+
+def _check_identities(config: Config, source, state: dict | None) -> None:
+    if state and state["num_classes"] != source.num_classes:
+        raise ValueError(f"--resume: the checkpoint was trained on {state['num_classes']} identities, but --data {config.data} now has "
+                         f"{source.num_classes}; give the data set of that run")
 
 
 def _open(config: Config):
@@ -200,6 +206,7 @@ def train(config: Config) -> None:
             state = _claim_output(config)
             _check_world(config, world_size, state)
             source, stage = _open(config)
+            _check_identities(config, source, state)
             epoch_sampler(config, source, rank, world_size)
     runtime = launch.start()
     with _input_errors():
@@ -246,11 +253,11 @@ def _train_step(engine, stage, centers, batch, micro_batches: int) -> _StepLog:
         loss, metrics = stage.loss(engine, type(batch)(*parts))
         distribution = metrics.pop("kappa_distribution", None)
         engine.backward(loss)
-        engine.step()
+        applied = take_step(engine)
         names = list(metrics)
         total = total + torch.stack([value.float() for value in metrics.values()])
     if centers is not None:
-        centers.step(engine.was_step_applied())
+        centers.step(applied)
     return _StepLog(names, total / micro_batches, distribution)
 
 
@@ -297,7 +304,8 @@ def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: 
             epoch_ends = step % per_epoch == 0 or step == last_step
             if epoch_ends or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 average_batchnorm_statistics(engine.module)
-                run_state.save_checkpoint(engine, folder / "checkpoints", {"step": step, "schedule": schedule.state_dict()}, config.keep_checkpoints,
+                run_state.save_checkpoint(engine, folder / "checkpoints", {"step": step, "schedule": schedule.state_dict(), "num_classes": source.num_classes},
+                                          config.keep_checkpoints,
                                           centers)
             if epoch_ends:
                 files = stage.export(engine, folder, runtime.is_main, {"epoch": (step - 1) // per_epoch, "global_step": step - 1})

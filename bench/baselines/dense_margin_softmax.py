@@ -25,7 +25,8 @@ def dense_margin_softmax_loss(embeddings, class_centers, labels, scale=64.0, mar
         compute_dtype: of the matrix products; None leaves the inputs' own.
     """
     dtype = compute_dtype or embeddings.dtype
-    cos = F.linear(F.normalize(embeddings).to(dtype), F.normalize(class_centers).to(dtype)).float().clamp(-1, 1)
+    cos = F.linear(F.normalize(embeddings).to(dtype), F.normalize(class_centers).to(dtype)).clamp(-1, 1)
+    cos = cos.to(torch.promote_types(cos.dtype, torch.float32))
     rows = torch.arange(len(labels), device=labels.device)
     with torch.no_grad():
         theta = cos[rows, labels].acos()

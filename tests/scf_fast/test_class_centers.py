@@ -103,7 +103,7 @@ def train_without_deepspeed():
 def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
     """Losses of steps first to last - 1, from the checkpoint in ``folder`` on where there is one, and a checkpoint at the end."""
     from scf_fast import run_state
-    from scf_fast.engine import initialise_engine
+    from scf_fast.engine import initialise_engine, take_step
     config = make_config(zero_stage=zero_stage, max_grad_norm=CLIP)
     runtime = Runtime(rank, world_size, torch.device("cpu"))
     module = with_prelu()
@@ -120,12 +120,30 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
         x, labels = images(step, CLASSES, rank, world_size)
         loss, _ = centers.loss(engine(x), labels)
         engine.backward(loss)
-        engine.step()
-        centers.step(engine.was_step_applied())
+        centers.step(take_step(engine))
         losses.append(loss.item())
     run_state.save_checkpoint(engine, folder, {"step": last}, 2, centers)
     engine.destroy()
     return losses
+
+
+def skipped_steps(runtime):
+    """[backbone changed, class centers changed] in steps under fp16 whose loss scale is too large at first."""
+    from scf_fast.engine import initialise_engine, take_step
+    config = make_config(zero_stage=0, precision="fp16", max_grad_norm=1.0)
+    module = backbone()
+    engine = initialise_engine(module, torch.optim.SGD(module.parameters(), lr=config.lr), config, runtime, "fp16")
+    engine.torch_autocast_z0_gradscaler = torch.amp.GradScaler(runtime.device.type, init_scale=2.0**40, backoff_factor=2.0**-16)
+    centers, changes = ClassCenters(CLASSES, WIDTH, config, runtime, "fp16"), []
+    for step in range(4):
+        before = module.weight.detach().clone(), centers.weight.clone()
+        x, labels = images(step, CLASSES, runtime.rank, runtime.world_size)
+        loss, _ = centers.loss(engine(x).float(), labels)
+        engine.backward(loss)
+        centers.step(take_step(engine))
+        changes.append([not torch.equal(*pair) for pair in zip(before, (module.weight, centers.weight))])
+    engine.destroy()
+    return changes
 
 
 def work(folder):
@@ -144,6 +162,8 @@ def work(folder):
             results[f"zero {stage} on"] = train_under_deepspeed(folder / f"on{stage}", stage, 0, STEPS, rank, world_size)
         else:
             results[f"zero {stage}"] = train_under_deepspeed(folder / f"zero{stage}", then, STEPS // 2, STEPS, rank, world_size)
+    if world_size == 2:
+        results["fp16"] = skipped_steps(runtime)
     if rank == 0:
         (folder / f"{world_size}.json").write_text(json.dumps(results))
     launch.finish()
@@ -189,6 +209,12 @@ def test_three_ranks_stop_and_two_go_on(zero_stage, ranks):
     assert whole == pytest.approx(train_without_deepspeed(), rel=1e-5)
     assert results(ranks, 3)[f"zero {zero_stage}"] == whole[:STEPS // 2]
     assert results(ranks, 2)[f"zero {zero_stage}"] == pytest.approx(whole[STEPS // 2:], rel=1e-5)
+
+
+def test_class_centers_skip_the_steps_that_the_loss_scale_makes_the_engine_skip(ranks):
+    changes = results(ranks, 2)["fp16"]
+    assert changes[0] == [False, False] and changes[-1] == [True, True]
+    assert all(backbone_changed == centers_changed for backbone_changed, centers_changed in changes)
 
 
 def dense_losses(margin, label_smoothing, clip):
