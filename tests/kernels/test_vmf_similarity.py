@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.integrate import dblquad, quad
 
-import kernels.vmf_similarity
 from kernels.vmf_similarity import (
+    _BAND,
     _vmf_similarity,
     _vmf_similarity_histogram,
     _vmf_similarity_matrix,
@@ -110,7 +110,7 @@ def test_matrix_is_every_pair_whatever_the_band(monkeypatch, dim):
     whole = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2)
     torch.testing.assert_close(whole, pairs, rtol=1e-12, atol=1e-9)
     for scores in (1, 12):  # one row, then two rows and a remainder
-        monkeypatch.setitem(kernels.vmf_similarity._BAND, "cpu", scores)
+        monkeypatch.setitem(_BAND, "cpu", scores)
         torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2), whole, rtol=1e-14, atol=1e-11)
 
 
@@ -229,7 +229,7 @@ def test_histogram_counts_the_matrix(triton_device, distinct, backend):
 
 def test_top_k_is_the_head_of_the_sorted_matrix(monkeypatch):
     (mu1, kappa1), (mu2, kappa2) = faces(11, 16, "cpu", 1), faces(9, 16, "cpu", 2)
-    monkeypatch.setitem(kernels.vmf_similarity._BAND, "cpu", 30)  # three rows at a time
+    monkeypatch.setitem(_BAND, "cpu", 30)  # three rows at a time
     expected, order = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2).sort(dim=1, descending=True)
     scores, indices = vmf_similarity_top_k(mu1, kappa1, mu2, kappa2, 4)
     assert torch.equal(scores, expected[:, :4]) and torch.equal(indices, order[:, :4])

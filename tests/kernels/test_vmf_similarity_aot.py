@@ -14,13 +14,15 @@ CASES = [  # kernel, type of mu, dim, architecture
 ]
 # In a process of its own: kernels that were imported for the interpreter cannot be compiled.
 PROGRAM = """
-import json, re, subprocess, sys, tempfile
+import importlib, json, re, subprocess, sys, tempfile
 from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import template_pooling, vmf_similarity
 from kernels.debye import debye_plan
+
+template_pooling = importlib.import_module("kernels.template_pooling")
+vmf_similarity = importlib.import_module("kernels.vmf_similarity")  # the package has a function of that name
 
 def compile_case(name, dtype, dim, arch):
     types = {"mu1_ptr": dtype, "mu2_ptr": dtype, "mu_ptr": dtype, "ids1_ptr": "*i64", "ids2_ptr": "*i64", "counts_ptr": "*i64",
