@@ -197,11 +197,38 @@ def vmf_similarity_matrix_reference(mu1, kappa1, mu2, kappa2, radius):
     """All pairs in plain PyTorch, in float64; exact to 1e-8 nats of the formula for float32, to rounding for float64 arguments."""
     exact = torch.float64 in (mu1.dtype, kappa1.dtype, mu2.dtype, kappa2.dtype)
     mu1, kappa1, mu2, kappa2 = (tensor.double() for tensor in (mu1, kappa1, mu2, kappa2))
-    dim, k1 = mu1.shape[1], kappa1[:, None]
-    # Clamped because a cosine of -1 - 1e-16 would make the square negative where kappa1 = kappa2.
-    kappa_sum = (_unit(mu1, kappa1) @ _unit(mu2, kappa2).T).add_(1).mul_(2 * k1 * kappa2).add_((k1 - kappa2).square()).clamp_(min=0).sqrt_()
+    dim = mu1.shape[1]
+    kappa_sum = _kappa_sum(_unit(mu1, kappa1) @ _unit(mu2, kappa2).T, kappa1[:, None], kappa2)
     phi = _log_uniform(dim) - log_vmf_normalizer(kappa_sum, dim) if exact else _phi(kappa_sum, dim)
     return phi.add_(_unary(kappa1, dim)[:, None] + (_log_uniform(dim) - dim * math.log(radius))).add_(_unary(kappa2, dim))
+
+
+def _kappa_sum(cos: torch.Tensor, kappa1: torch.Tensor, kappa2: torch.Tensor) -> torch.Tensor:
+    """kt, in the place of the float64 cosine. Clamped because a cosine of -1 - 1e-16 would make its square negative where kappa1 = kappa2."""
+    return cos.add_(1).mul_(2 * kappa1 * kappa2).add_((kappa1 - kappa2).square()).clamp_(min=0).sqrt_()
+
+
+@torch.no_grad()
+def vmf_similarity_from_cosine(cos: torch.Tensor, kappa1: torch.Tensor, kappa2: torch.Tensor, dim: int, radius: float = 64.0) -> torch.Tensor:
+    """Eqn (13) of pairs whose cosine is known already. Source: Li et al., CVPR 2021.
+
+    Args:
+        cos: floating point cosines of any shape.
+        kappa1, kappa2: floating point concentrations >= 0 of shapes that broadcast to it.
+        dim: D >= 2 of the directions.
+        radius: r > 0 of the sphere.
+    Returns:
+        float64 log likelihood (nats) of cos's shape, to the accuracy of cos: an error in it counts kappa1 kappa2 / kt times. Carries no
+        gradient. Deterministic.
+    Raises:
+        ValueError: dim < 2, radius is not positive, or (on the CPU) a kappa is negative.
+    """
+    if not 0 < radius < math.inf:
+        raise ValueError(f"radius must be > 0, got {radius}")
+    kappa1, kappa2 = kappa1.double(), kappa2.double()
+    normalizer = functools.partial(log_vmf_normalizer, dim=dim)
+    kappa_sum = _kappa_sum(cos.to(torch.float64, copy=True), kappa1, kappa2)
+    return normalizer(kappa1) + normalizer(kappa2) - normalizer(kappa_sum) - dim * math.log(radius)
 
 
 @triton.jit

@@ -45,3 +45,9 @@ def pool_by_loop(features, template_ids, media_ids):
         total = sum(features[rows[media == medium]].mean(axis=0) for medium in np.unique(media))
         pooled.append(total / np.linalg.norm(total))
     return np.array(pooled)
+
+
+def cosine_in_chunks(features, first, second, at_once=100_000):
+    """Cosines (P,) of rows first[k] and second[k] of unit features (T, D), NumPy, in pieces of 100,000 pairs as IJB scripts take them."""
+    pieces = range(0, len(first), at_once)
+    return np.concatenate([np.sum(features[first[start:start + at_once]] * features[second[start:start + at_once]], axis=-1) for start in pieces])

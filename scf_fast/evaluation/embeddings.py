@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels.vmf_similarity import vmf_similarity
+from kernels.vmf_similarity import vmf_similarity_from_cosine
 from pipelines.files import atomic_output
 from pipelines.sources import ImageFiles, ImageSource
 from scf_fast.embed import check_usable, embed_batches
 from scf_fast.evaluation.alignment import AlignedFaces
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
-_PAIRS_AT_ONCE = 1 << 14  # 64 MiB for each float64 copy of 512-wide rows; IJB-C has 15.7 M pairs
+_PAIRS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 17}  # 8 and 512 MiB for each of two float64 copies of 512-wide rows; IJB-C has 15.7 M pairs
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class PairScores(NamedTuple):
 
 
 def score_pairs(mu: torch.Tensor, kappa: torch.Tensor | None, first: torch.Tensor, second: torch.Tensor, radius: float) -> PairScores:
-    """Cosine, and where there is a kappa Eqn (13), of rows first[k] and second[k].
+    """Cosine, and where there is a kappa Eqn (13), of rows first[k] and second[k], in float64.
 
     Args:
         mu: (N, D) floating point, of any length; the cosine with a zero row is 0.
@@ -145,13 +145,16 @@ def score_pairs(mu: torch.Tensor, kappa: torch.Tensor | None, first: torch.Tenso
         radius: of the sphere.
     """
     unit = F.normalize(mu.double())
-    kappa = None if kappa is None else kappa.double()
+    at_once = _PAIRS_AT_ONCE["cuda" if mu.is_cuda else "cpu"]
+    a, b = unit.new_empty(2, min(at_once, len(first)), mu.shape[1])  # used again and again: new ones of this size cost more than the sums
     cosine, vmf = np.empty(len(first)), None if kappa is None else np.empty(len(first))
-    for start in range(0, len(first), _PAIRS_AT_ONCE):
-        piece = slice(start, start + _PAIRS_AT_ONCE)
+    for start in range(0, len(first), at_once):
+        piece = slice(start, start + at_once)
         i, j = first[piece].to(mu.device), second[piece].to(mu.device)
-        a, b = unit[i], unit[j]
-        cosine[piece] = (a * b).sum(dim=1).cpu().numpy()
+        torch.index_select(unit, 0, i, out=a[:len(i)])
+        torch.index_select(unit, 0, j, out=b[:len(j)])
+        cos = a[:len(i)].mul_(b[:len(j)]).sum(dim=1)
+        cosine[piece] = cos.cpu().numpy()
         if kappa is not None:
-            vmf[piece] = vmf_similarity(a, kappa[i], b, kappa[j], radius).cpu().numpy()
+            vmf[piece] = vmf_similarity_from_cosine(cos, kappa[i], kappa[j], mu.shape[1], radius).cpu().numpy()
     return PairScores(cosine, vmf)

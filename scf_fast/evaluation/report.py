@@ -34,19 +34,23 @@ def numbered(figure: str, number: int) -> str:
 class Table:
     title: str
     header: list[str]
-    rows: list[list[str]]  # the first column is text, the others are numbers or short
+    rows: list[list[str]]
     about: str = ""
+
+    def _words(self) -> list[bool]:
+        """Which columns hold words, and belong left; numbers belong right."""
+        return [not all(cell[0] in "–-0123456789" for cell in column) for column in zip(*self.rows)]
 
     def markdown(self) -> str:
         """With aligned columns, so that it also reads well as plain text."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows)]
-        lines = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in (self.header, *self.rows)]
-        lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+        words, widths = self._words(), [max(map(len, column)) for column in zip(self.header, *self.rows)]
+        lines = [[cell.ljust(width) if word else cell.rjust(width) for cell, width, word in zip(row, widths, words)] for row in (self.header, *self.rows)]
+        lines.insert(1, ["-" * width if word else "-" * (width - 1) + ":" for width, word in zip(widths, words)])
         text = f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"{text}\n\n{self.about}" if self.about else text
 
     def html(self) -> str:
-        words = [not all(cell[0] in "–-0123456789" for cell in column) for column in zip(*self.rows)]
+        words = self._words()
         head, *body = (
             "".join(f"<{tag}{' class=word' * word}>{html.escape(cell)}</{tag}>" for cell, word in zip(row, words))
             for row, tag in [(self.header, "th"), *((row, "td") for row in self.rows)])

@@ -13,6 +13,7 @@ from kernels.vmf_similarity import (
     _vmf_similarity_matrix,
     neutral_radius,
     vmf_similarity,
+    vmf_similarity_from_cosine,
     vmf_similarity_histogram,
     vmf_similarity_matrix,
     vmf_similarity_top_k,
@@ -134,6 +135,18 @@ def test_radius_shifts_every_score_alike():
     mu, kappa = unit_rows(3, 8), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     shift = vmf_similarity(mu, kappa, mu, kappa, radius=1.0) - vmf_similarity(mu, kappa, mu, kappa, radius=64.0)
     torch.testing.assert_close(shift, torch.full((3,), 8 * math.log(64), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dim", [2, 37])
+def test_from_cosine_is_the_pair(dim):
+    mu1, mu2 = unit_rows(30, dim, seed=1), unit_rows(30, dim, seed=2)
+    kappa1, kappa2 = torch.logspace(-2, 5, 30, dtype=torch.float64), torch.logspace(4, -1, 30, dtype=torch.float64)
+    cos = (mu1 * mu2).sum(dim=1)
+    scores = vmf_similarity_from_cosine(cos, kappa1, kappa2, dim, radius=3.0)
+    torch.testing.assert_close(scores, vmf_similarity(mu1, kappa1, mu2, kappa2, radius=3.0), rtol=1e-12, atol=1e-9)
+    assert torch.equal(cos, (mu1 * mu2).sum(dim=1))  # not written over
+    with pytest.raises(ValueError, match="radius must be > 0"):
+        vmf_similarity_from_cosine(cos, kappa1, kappa2, dim, radius=0.0)
 
 
 def test_float32_arguments_cost_no_more_than_their_rounding():

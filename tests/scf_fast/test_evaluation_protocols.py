@@ -18,7 +18,7 @@ def random_embeddings(count, dim=8, seed=0):
 def test_pairs_are_scored_alike_in_pieces(monkeypatch):
     e = random_embeddings(10)
     first, second = torch.tensor([0, 3, 3, 9, 2, 5, 7]), torch.tensor([1, 4, 3, 0, 8, 6, 7])
-    monkeypatch.setattr(embeddings_module, "_PAIRS_AT_ONCE", 3)
+    monkeypatch.setitem(embeddings_module._PAIRS_AT_ONCE, "cpu", 3)
     kappas = torch.from_numpy(e.kappa)
     cosines, vmfs = score_pairs(e.mu, kappas, first, second, radius=32.0)
     assert score_pairs(e.mu, None, first, second, radius=32.0).vmf is None
