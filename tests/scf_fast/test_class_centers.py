@@ -167,6 +167,7 @@ def work(folder):
     if rank == 0:
         (folder / f"{world_size}.json").write_text(json.dumps(results))
     launch.finish()
+    launch.leave(0)
 
 
 @pytest.fixture(scope="module")

@@ -249,6 +249,7 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
                         torch.testing.assert_close(ours["state"][index][key], value, rtol=1e-4, atol=1e-7, msg=f"stage {stage} {index} {key}")
                 print("stage", stage, "agrees", flush=True)
         launch.finish(engine)
+        launch.leave(0)
         """))
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), tmp_path / "script.py"]
     status, output = run_command(start, PYTHONPATH=".")
