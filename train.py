@@ -14,9 +14,13 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids.replace(" ", "")
     from scf_fast import trainer  # after the flags are known to be good: DeepSpeed and DALI take seconds to import
     try:
-        trainer.train(settings)
+        if trainer.train(settings):
+            return launch.STOPPED
     except FloatingPointError as error:
-        print(f"train.py: stopped: the loss is not finite at {error}", file=sys.stderr)
+        print(f"train.py: stopped: {error}", file=sys.stderr)
+        return 1
+    except trainer.Incomplete as error:
+        print(f"train.py: {error}", file=sys.stderr)
         return 1
     except trainer.InputError as error:
         if os.environ.get("SCF_FAST_TRACEBACK"):

@@ -58,10 +58,14 @@ class BackboneStage:
         return loss, {"loss": loss.detach(), "accuracy": correct.float().mean()}
 
     def export(self, engine, folder: Path, is_main: bool, progress: dict) -> list[Path]:
-        """Write the backbone under its family's names, the class centers as the published code has them; collective."""
+        """Write the backbone under its family's names, the class centers as the published code has them; collective.
+
+        Raises:
+            OSError: on the main rank, after every collective step, what could not be written.
+        """
         state = family_state(full_state_dict(engine, engine.module), engine.module.architecture)
         files = [folder / BACKBONE_FILE, folder / CENTERS_FILE]
+        self.centers.export(files[1], {"normalization": self.config.normalization, **progress})
         if is_main:
             checkpoints.save_file(state, files[0])
-        self.centers.export(files[1], {"normalization": self.config.normalization, **progress})
         return files

@@ -37,16 +37,34 @@ _DEFAULT_RADIUS = 64.0  # of the published command line and of TFace: their file
 
 def save_file(value, path: Path) -> None:
     """``torch.save``, complete or not at all."""
-    _write_whole(path, lambda file: torch.save(value, file))
+    write_whole(path, lambda file: torch.save(value, file))
 
 
-def _write_whole(path: Path, write: Callable) -> None:
+def write_whole(path: Path, write: Callable) -> None:
+    """Let ``write(file)`` fill a file that takes its name when its bytes are on the disk; on an exception nothing is left of it.
+
+    Raises:
+        OSError: it could not be written, for want of room for instance; names the file.
+    """
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save ends its archive even then, and fails of that
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else the name may be lost with the power, and an older file come back
+    finally:
+        os.close(folder)
 
 
 def load_file(path: str | Path, flag: str):

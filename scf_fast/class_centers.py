@@ -10,6 +10,7 @@ gradient of the class centers needs neither: it does not see the engine's loss s
 
 Clipping: --max_grad_norm bounds the norm of the backbone's gradient alone, as arcface_torch does. --max_grad_clip bounds each value here too.
 """
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,10 +138,14 @@ class ClassCenters:
 
     # ---- checkpoints
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's rows and momentum into a checkpoint's folder."""
-        save_file({"num_classes": self.num_classes, "draw": self._draw, "weight": self.weight, "momentum": self.momentum},
-                  folder / _shard_name(self.runtime.rank))
+    @staticmethod
+    def file_name(rank: int) -> str:
+        """Of a rank's rows in a checkpoint's folder."""
+        return f"class_centers_rank{rank}.pt"
+
+    def state(self) -> dict:
+        """What :meth:`load` reads: this rank's rows and momentum, not copied."""
+        return {"num_classes": self.num_classes, "draw": self._draw, "weight": self.weight, "momentum": self.momentum}
 
     def load(self, folder: Path, written_by: int) -> None:
         """Read this rank's rows from a checkpoint that ``written_by`` ranks, any number, have written.
@@ -151,12 +156,12 @@ class ClassCenters:
             ValueError: a rank's file is missing or damaged, or holds other class centers.
         """
         for rank in range(written_by):
-            path = folder / _shard_name(rank)
+            path = folder / self.file_name(rank)
             try:
                 shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # on a damaged file the unpickler fails in any way there is
-                raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); write the name of an intact step folder "
-                                 f"into {folder.parent / 'latest'}, or use --overwrite") from None
+                raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give --resume another "
+                                 "checkpoint, or use --overwrite") from None
             if (shard["num_classes"], shard["weight"].shape[1]) != (self.num_classes, self.width):
                 raise ValueError(f"{path}: holds class centers of {shard['num_classes']} identities, width {shard['weight'].shape[1]}, but this run has "
                                  f"{self.num_classes}, width {self.width}; resume with the data and --z_dim of the checkpoint")
@@ -170,11 +175,21 @@ class ClassCenters:
     def export(self, path: Path, facts: dict) -> None:
         """Write all rows as the published code has them, ``['arc_face_state_dict']['weight']``, beside ``facts``; collective.
 
-        Rank 0 receives them in blocks and holds them in a memory-mapped file, so that they need disk, not memory.
+        Rank 0 receives them in blocks and holds them in a memory-mapped file, so that they need disk, not memory. If it cannot write, it
+        receives them all the same, so that no rank is left waiting, and raises at the end.
+
+        Raises:
+            OSError: on rank 0, the file could not be written.
         """
-        for_all = None
+        for_all = problem = None
+        rows_file = path.with_name(path.name + ".rows")
         if self.runtime.is_main:
-            rows_file = path.with_name(path.name + ".rows")
+            try:
+                with open(rows_file, "wb") as file:  # on a disk that is full the mapping of a sparse file would be a fatal signal, not an error
+                    os.posix_fallocate(file.fileno(), 0, 4 * self.num_classes * self.width)
+            except OSError as error:
+                problem = error
+        if self.runtime.is_main and problem is None:
             for_all = torch.from_file(str(rows_file), shared=True, size=self.num_classes * self.width).view(self.num_classes, self.width)
         block = max(1, _EXPORT_BYTES // (4 * self.width))
         for rank in range(self.runtime.world_size):
@@ -190,9 +205,14 @@ class ClassCenters:
                     dist.recv(rows, rank)
                 if for_all is not None:
                     for_all[low:high] = rows.cpu()
-        if for_all is not None:
-            save_file({"arc_face_state_dict": {"weight": for_all}, **facts}, path)
-            rows_file.unlink()
+        try:
+            if problem is not None:
+                raise problem
+            if for_all is not None:
+                save_file({"arc_face_state_dict": {"weight": for_all}, **facts}, path)
+        finally:
+            if self.runtime.is_main:
+                rows_file.unlink(missing_ok=True)
 
 
 def fuses(config: Config, precision: str) -> bool:
@@ -203,10 +223,6 @@ def fuses(config: Config, precision: str) -> bool:
     """
     possible = config.gradient_accumulation_steps == 1 and precision != "fp16"
     return possible if config.fused_center_update is None else config.fused_center_update
-
-
-def _shard_name(rank: int | str) -> str:
-    return f"class_centers_rank{rank}.pt"
 
 
 class _ShardedLoss(torch.autograd.Function):

@@ -76,16 +76,21 @@ class ConfidenceStage:
                       "kappa_distribution": terms.kappa}
 
     def export(self, engine, folder: Path, is_main: bool, progress: dict) -> list[Path]:
-        """Write the confidence net as the published code names it, and the whole model in one file; collective."""
+        """Write the confidence net as the published code names it, and the whole model in one file; collective.
+
+        Raises:
+            OSError: on the main rank, after every collective step, what could not be written.
+        """
         net_state, trained_backbone = self._trained_states(engine)
+        optimizer_state = published.adam_state_dict(engine) if self.config.published_checkpoints else None
         files = [folder / CONFIDENCE_FILE, folder / MODEL_FILE]
         if is_main:
             checkpoints.save_file({"uncer_net_state_dict": net_state, **progress}, files[0])
             save_model(files[1], trained_backbone or self.backbone_state, net_state, radius=self.config.radius, normalization=self.config.normalization,
                        normalizer=self.config.normalizer, **progress)
-        if self.config.published_checkpoints:
-            backbone = family_state(trained_backbone, BACKBONES[self.name]) if trained_backbone else None
-            files.append(published.write_checkpoint(engine, folder, is_main, progress, net_state, backbone))
+            if optimizer_state is not None:
+                backbone = family_state(trained_backbone, BACKBONES[self.name]) if trained_backbone else None
+                files.append(published.write_checkpoint(folder, progress, net_state, optimizer_state, backbone))
         return files
 
     def _trained_states(self, engine) -> tuple[dict, dict | None]:

@@ -132,10 +132,19 @@ class Config:
     fused_center_update: bool | None = option(None, "update class centers inside the backward pass, without storing their gradient; default: unless "
                                                     "there is accumulation or fp16", stage="backbone", group="system")
     zero_stage: int = option(PerStage(1, 2), "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3), group="system")
+    offload_optimizer: str = option("none", "where optimiser states and float32 master weights are, and where the optimiser runs: none is the GPU, cpu "
+                                            "is host memory, for a network that the GPU cannot hold; needs ZeRO 1 to 3", choices=("none", "cpu"),
+                                    group="system")
     deepspeed_config: str | None = option(None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE")
     log_every: int = option(20, "steps between log points; each costs one host synchronisation", group="system")
     checkpoint_every: int = option(0, "steps between checkpoints besides the one after each epoch; 0 is off", group="system")
     keep_checkpoints: int = option(2, "newest checkpoints kept", group="system")
+    keep_best: bool = option(False, "keep the checkpoint of the epoch with the lowest mean training loss too", group="system")
+    background_checkpoints: bool | None = option(None, "write checkpoints while training goes on, from a copy in host memory; default: on a GPU",
+                                                group="system")
+    max_skipped_steps: int = option(10, "end the run after so many steps in a row whose loss is not finite; each is skipped, its images are named",
+                                    group="system")
+    profile: bool = option(False, "write a PyTorch profiler trace of five steps to OUTPUT/profile", group="system")
     max_steps: int = option(0, "stop after this many optimiser steps, checkpointed; 0 is off", group="system")
     tensorboard: bool = option(True, "write TensorBoard event files to OUTPUT/runs", group="system")
 
@@ -178,7 +187,7 @@ class Config:
 
         require(self.data, "data", "given (or --dataset, as the published code has it)")
         require(self.output_dir, "output_dir", "given")
-        for flag in ("batch_size", "gradient_accumulation_steps", "epochs", "step_size", "log_every", "keep_checkpoints", "num_workers"):
+        for flag in ("batch_size", "gradient_accumulation_steps", "epochs", "step_size", "log_every", "keep_checkpoints", "max_skipped_steps", "num_workers"):
             require(getattr(self, flag) >= 1, flag, "at least 1")
         for flag in ("weight_decay", "momentum", "warmup_epochs", "max_grad_norm", "max_grad_clip", "checkpoint_every", "max_steps", "cache_budget",
                      "max_images_per_identity", "images_per_identity"):
@@ -201,8 +210,7 @@ class Config:
         require(all(weight > 0 for weight in self.data_weights), "data_weights", "positive numbers")
         require(self.augmentation == "none" or not self.feature_cache, "augmentation", "none with --feature_cache: the cache holds one picture an image")
         require(not (self.finetune_bkb and self.feature_cache), "finetune_bkb", "without --feature_cache: the features change with the backbone")
-        require(self.precision != "fp16" or self.zero_stage == 0, "precision",
-                "bf16 with ZeRO: DeepSpeed's fp16 autocast never lowers the loss scale under ZeRO 1-3. Use bf16, or --zero_stage 0")
+        require(self.offload_optimizer == "none" or self.zero_stage > 0, "offload_optimizer", "none with --zero_stage 0: it is ZeRO that offloads")
         if self.stage == "confidence":
             require(self.saved_bkb, "saved_bkb", "given for stage 2: the backbone that stage 1 wrote")
             require(self.saved_fc, "saved_fc", "given for stage 2: the class centers that stage 1 wrote")

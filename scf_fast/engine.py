@@ -49,6 +49,8 @@ def load_deepspeed_config(path: str) -> dict:
             raise ValueError(f"--deepspeed_config {path}: DeepSpeed has no key {key!r} and would ignore it{f'; did you mean {close[0]}?' if close else ''}")
         if key in ("optimizer", "scheduler"):
             raise ValueError(f"--deepspeed_config {path}: {key!r} is set by our flags (--optimizer, --lr, --lr_scheduler ...); leave it out")
+        if key in ("fp16", "bf16", "amp", "torch_autocast"):
+            raise ValueError(f"--deepspeed_config {path}: {key!r} is set by --precision, which keeps parameters in float32; leave it out")
     return values
 
 
@@ -74,27 +76,74 @@ def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict:
         # The bucket is allocated whole, twice with overlap: DeepSpeed's default of 500 million values would take more than the network.
         "zero_optimization": {"stage": config.zero_stage, "overlap_comm": runtime.device.type == "cuda", "reduce_bucket_size": 50_000_000},
     }
+    if config.offload_optimizer != "none":
+        generated["zero_optimization"]["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": runtime.device.type == "cuda"}
+        generated["zero_force_ds_cpu_optimizer"] = False  # torch's fused Adam works there too, without a compiler
     if precision != "fp32":
         generated["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision], "lower_precision_safe_modules": []}
     return _merge(generated, load_deepspeed_config(config.deepspeed_config)) if config.deepspeed_config else generated
 
 
 def initialise_engine(module: nn.Module, optimizer, config: Config, runtime: Runtime, precision: str):
-    """The DeepSpeed engine around ``module``."""
+    """The DeepSpeed engine around ``module``; ``engine.loss_scaler`` is a :class:`LossScaler` under ZeRO in fp16, else None."""
     import deepspeed
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, runtime, precision))
+    engine.loss_scaler = LossScaler(engine.optimizer) if precision == "fp16" and engine.zero_optimization() else None
     return engine
+
+
+class LossScaler:
+    """Dynamic loss scaling for fp16 autocast under ZeRO 1 to 3, by the rule of ``torch.amp.GradScaler``.
+
+    ZeRO's own scaler for autocast never hears of an overflow, since ZeRO skips the step before it asks; the scale then stays too large and
+    every later step is skipped as well. A scale given from outside is honoured in the backward pass, in clipping and in the update.
+
+    Attributes:
+        scale: what the next loss is multiplied by. It halves after a step that overflowed and doubles after 2000 in a row that did not.
+        good_steps: how many have not in a row.
+    """
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        optimizer.torch_autocast_gradscaler = None
+        self.good_steps = 0
+        self._set(2.0**16)
+
+    def _set(self, scale: float) -> None:
+        self.scale = scale
+        self._optimizer.override_loss_scale(scale)
+
+    def update(self, overflow: bool) -> None:
+        """After each optimiser step."""
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self._set(self.scale / 2)
+        elif self.good_steps == 2000:
+            self.good_steps = 0
+            self._set(self.scale * 2)
+
+    def state_dict(self) -> dict:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.good_steps = state["good_steps"]
+        self._set(state["scale"])
 
 
 def take_step(engine) -> bool:
     """``engine.step()``, and whether it changed the weights.
 
-    Under fp16 autocast DeepSpeed's own answer knows nothing of the steps that its gradient scaler skips; a lower scale after the step does.
+    Under fp16 autocast without ZeRO DeepSpeed's own answer knows nothing of the steps that its gradient scaler skips; a lower scale after
+    the step does.
     """
     scaler = engine.torch_autocast_z0_gradscaler
     scale = scaler.get_scale() if scaler else 0.0
+    boundary = engine.is_gradient_accumulation_boundary()
     engine.step()
-    return engine.was_step_applied() and (scaler is None or scaler.get_scale() >= scale)
+    applied = engine.was_step_applied()
+    if engine.loss_scaler and boundary:
+        engine.loss_scaler.update(overflow=not applied)
+    return applied and (scaler is None or scaler.get_scale() >= scale)
 
 
 def average_batchnorm_statistics(module: nn.Module) -> None:
@@ -136,32 +185,6 @@ def full_optimizer_state(engine) -> list[dict[str, torch.Tensor]]:
                 state[key] = whole.detach().to("cpu", copy=True)
         states.append(state)
     return states
-
-
-def set_full_optimizer_state(engine, states: list[dict[str, torch.Tensor]]) -> None:
-    """Give an optimiser that has made no step what :func:`full_optimizer_state` returned, each rank its part of it."""
-    from deepspeed.utils import safe_set_local_optimizer_state
-    state, stage = engine.basic_optimizer.state, engine.zero_optimization_stage()
-    if stage == 0:
-        for parameter, whole in zip(_trained(engine), states):
-            state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in whole.items()}
-        return
-    # DeepSpeed makes these tensors in the first step, one for the flat partition of each parameter group.
-    flat = engine.optimizer.single_partition_of_fp32_groups if stage < 3 else engine.optimizer.fp32_partitioned_groups_flat
-    for partition in flat:
-        state[partition] = {key: torch.zeros_like(partition) for key in states[0]}
-    for parameter, whole in zip(_trained(engine), states):
-        for key, value in whole.items():
-            value = value.flatten().to(engine.device)
-            if stage < 3:
-                place = parameter._hp_mapping
-                if place is not None:  # None: this rank has no part of the parameter
-                    ours, theirs = place.hp_fragment_address, place.lp_fragment_address
-                    state[flat[place.param_group_index]][key][ours.start:ours.start + ours.numel] = value[theirs.start:theirs.start + theirs.numel]
-            else:
-                size = parameter.ds_tensor.numel()  # the last rank's part may be padded
-                part = value[dist.get_rank() * size:][:size]
-                safe_set_local_optimizer_state(parameter, torch.nn.functional.pad(part, (0, size - len(part))), key)
 
 
 def _trained(engine) -> list[nn.Parameter]:

@@ -9,6 +9,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+STOPPED = 75  # exit status of a rank that a signal has stopped, after its checkpoint: EX_TEMPFAIL, "try again later"
+
 
 @dataclass(frozen=True)
 class Runtime:

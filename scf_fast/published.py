@@ -101,17 +101,16 @@ def adam_state_dict(engine) -> dict:
     return {"state": state, "param_groups": like.state_dict()["param_groups"]}
 
 
-def write_checkpoint(engine, folder: Path, is_main: bool, progress: dict, net_state: dict, backbone_state: dict | None) -> Path:
-    """``ckpts/ckpt_eN.pt`` as the published code writes it after epoch N, counted from 1; collective.
+def write_checkpoint(folder: Path, progress: dict, net_state: dict, optimizer_state: dict, backbone_state: dict | None) -> Path:
+    """``ckpts/ckpt_eN.pt`` as the published code writes it after epoch N, counted from 1.
 
     Args:
         progress: epoch and global_step, counted from 0.
+        optimizer_state: of :func:`adam_state_dict`.
         backbone_state: where the backbone was trained too.
     """
     path = folder / "ckpts" / f"ckpt_e{progress['epoch'] + 1}.pt"
-    optimizer_state = adam_state_dict(engine)
-    if is_main:
-        path.parent.mkdir(exist_ok=True)
-        backbone = {} if backbone_state is None else {"backbone_state_dict": backbone_state}
-        save_file({**progress, "uncer_net_state_dict": net_state, "opt_state": optimizer_state, **backbone}, path)
+    path.parent.mkdir(exist_ok=True)
+    backbone = {} if backbone_state is None else {"backbone_state_dict": backbone_state}
+    save_file({**progress, "uncer_net_state_dict": net_state, "opt_state": optimizer_state, **backbone}, path)
     return path

@@ -2,15 +2,11 @@
 import contextlib
 import importlib.metadata
 import itertools
-import json
 import logging
-import math
 import os
 import platform
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +21,12 @@ from scf_fast.confidence_stage import ConfidenceStage
 from scf_fast.config import Config
 from scf_fast.engine import average_batchnorm_statistics, initialise_engine, load_deepspeed_config, resolve_precision, take_step
 from scf_fast.finetune_stage import FinetuneStage
+from scf_fast.guard import StepGuard, StopSignal, Votes
 from scf_fast.inputs import epoch_sampler, open_data
 from scf_fast.optimizers import LearningRate, build_optimizer
+from scf_fast.profiling import StepProfile
+from scf_fast.reporting import Breakdown, Reporter, set_up_logging
+from scf_fast.run_state import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ def versions() -> dict:
     return found
 
 
-def _claim_output(config: Config) -> dict | None:
-    """Check the output folder against this run, before anything is written; the state to resume from, if any.
+def _claim_output(config: Config) -> tuple[str, dict] | None:
+    """Check the output folder against this run, before anything is written; name and state of the checkpoint to resume from, if any.
 
     Raises:
         ValueError: the folder holds another run, or this one without --resume.
@@ -74,17 +74,14 @@ def _claim_output(config: Config) -> dict | None:
         raise ValueError(f"--output_dir {folder}: holds a different run ({what}); give another folder, or --overwrite to delete it")
     if not config.resume:
         raise ValueError(f"--output_dir {folder}: holds this run already; give --resume to continue it, or --overwrite to delete it")
-    return run_state.peek_checkpoint(folder / "checkpoints")
+    return run_state.newest_intact(folder / "checkpoints")
 
 
-def _check_world(config: Config, world_size: int, state: dict | None) -> None:
+def _check_world(config: Config, world_size: int) -> None:
     parts = world_size * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise ValueError(f"--batch_size {config.batch_size} must be divisible by ranks x --gradient_accumulation_steps = {world_size} x "
                          f"{config.gradient_accumulation_steps}; nearest: {max(1, round(config.batch_size / parts)) * parts}")
-    if state and config.stage != "backbone" and run_state.is_other_layout(state, world_size, config.zero_stage):
-        raise ValueError(f"--resume: the checkpoint was written by {state['world_size']} ranks with ZeRO {state['zero_stage']}, this launch has {world_size} "
-                         f"with ZeRO {config.zero_stage}; launch it with the same")
 
 
 def _check_identities(config: Config, source, state: dict | None) -> None:
@@ -112,101 +109,33 @@ def _input_errors():
         raise InputError(str(error)) from error
 
 
-class Reporter:
-    """Log lines, progress bar, metrics.jsonl and TensorBoard of the main rank; silent on the others."""
-
-    def __init__(self, folder: Path, runtime: launch.Runtime, total_images: int, done_images: int, first_step: int, tensorboard: bool):
-        self.is_main = runtime.is_main
-        if not self.is_main:
-            return
-        self._metrics = open(folder / "metrics.jsonl", "a+")
-        self._forget_after(first_step)
-        self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self._writer = SummaryWriter(str(folder / "runs"))
-        self._interactive = sys.stderr.isatty()
-        self._bar = tqdm(total=total_images, initial=done_images, unit="img", unit_scale=True, smoothing=0.1, dynamic_ncols=True, disable=not self._interactive)
-        self._started, self._start_images, self._done, self._total = time.monotonic(), done_images, done_images, total_images
-        self._last_line = 0.0
-
-    def _forget_after(self, step: int) -> None:
-        """Drop the records of steps that a run which died had made after its last checkpoint: they are made again."""
-        self._metrics.seek(0)
-        kept = [line for line in self._metrics if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        self._metrics.truncate(0)
-        self._metrics.writelines(kept)
-
-    def advance(self, images: int) -> None:
-        if self.is_main:
-            self._done += images
-            self._bar.update(images)
-
-    def metrics(self, step: int, values: dict[str, float], rate: float, distribution: torch.Tensor | None) -> None:
-        """One log point: the step's means over ranks, its learning rate and, in stage 2, kappa of this rank's images."""
-        if not self.is_main:
-            return
-        if distribution is not None:
-            kappa = distribution.float()
-            quantiles = torch.quantile(kappa, kappa.new_tensor([0.05, 0.5, 0.95])).tolist()
-            values.update({f"kappa_p{name}": value for name, value in zip(("05", "50", "95"), quantiles)})
-        speed = (self._done - self._start_images) / max(time.monotonic() - self._started, 1e-9)
-        record = {"step": step, **values, "lr": rate, "images_per_second": speed}
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
-        if self._writer:
-            for name, value in record.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, step)
-            if distribution is not None:
-                self._writer.add_histogram("log_kappa", distribution.float().log(), step)
-        shown = {name: f"{value:.4g}" for name, value in values.items() if not name.startswith(("neg_", "log_iv", "kappa_p"))}
-        shown["lr"] = f"{rate:.3g}"
-        self._bar.set_postfix(shown, refresh=False)
-        if not self._interactive and (time.monotonic() - self._last_line > 10 or self._done == self._total):
-            self._last_line = time.monotonic()
-            left = (self._total - self._done) / max(speed, 1e-9)
-            text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            log.info("step %d  %3.0f %%  %.0f img/s  %s left  %s", step, 100 * self._done / self._total, speed, tqdm.format_interval(left), text)
-
-    def close(self) -> None:
-        if self.is_main:
-            self._bar.close()
-            self._metrics.close()
-            if self._writer:
-                self._writer.close()
+class Incomplete(RuntimeError):
+    """Training is over, but what it should leave behind could not be written."""
 
 
-def _set_up_logging(folder: Path | None, is_main: bool) -> None:
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if is_main and folder is not None:
-        handlers.append(logging.FileHandler(folder / "log.txt"))
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
+def train(config: Config) -> str | None:
+    """Run one stage to its end, or to the end of the step in which a signal arrives.
 
-
-def train(config: Config) -> None:
-    """Run one stage to its end.
-
+    Returns:
+        The name of the signal that stopped the run after a checkpoint; None at its end.
     Raises:
         InputError: bad input, before any training; nothing has been written or deleted then.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss stays without a finite value, or the weights have lost theirs.
+        Incomplete: the last checkpoint or the exported files could not be written.
     """
     rank, world_size = launch.environment()
     launched = "RANK" in os.environ
     folder = Path(config.output_dir)
-    _set_up_logging(None, rank == 0)
-    state = source = stage = None
+    set_up_logging(None, rank == 0)
+    resumed = source = stage = None
     if rank == 0:  # checked by one rank before the group forms: the others must not see files that this one has just written
         with _input_errors():
             if config.deepspeed_config:
                 load_deepspeed_config(config.deepspeed_config)
-            state = _claim_output(config)
-            _check_world(config, world_size, state)
+            resumed = _claim_output(config)
+            _check_world(config, world_size)
             source, stage = _open(config)
-            _check_identities(config, source, state)
+            _check_identities(config, source, resumed[1] if resumed else None)
             epoch_sampler(config, source, rank, world_size)
     runtime = launch.start()
     with _input_errors():
@@ -215,25 +144,32 @@ def train(config: Config) -> None:
                 shutil.rmtree(folder)
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             configuration.save(config, folder / CONFIG_FILE, versions())
-        dist.barrier()
+        resumed = _from_main(resumed)
         if not runtime.is_main:
             source, stage = _open(config)
-            state = run_state.peek_checkpoint(folder / "checkpoints") if config.resume else None
-        _set_up_logging(folder, runtime.is_main)
+        set_up_logging(folder, runtime.is_main)
         for note in published.flag_notes(config, launched):
             log.info(note)
         torch.manual_seed(config.seed)  # the same weights on every rank
         precision = resolve_precision(config, runtime.device)
         log.info("precision: %s (%s)", precision, "auto" if config.precision == "auto" else "as given")
         module = stage.build(runtime, precision)
-        if state and run_state.is_other_layout(state, runtime.world_size, config.zero_stage):
-            run_state.load_weights(module, folder / "checkpoints")
+        if resumed:
+            run_state.load_weights(module, folder / "checkpoints" / resumed[0], resumed[1])
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(stage.optimizer_rule, trained, config, runtime.device)
     engine = initialise_engine(module, optimizer, config, runtime, precision)
     torch.manual_seed(config.seed + 1000 * (runtime.rank + 1))  # other dropout on every rank
-    _run(config, runtime, engine, stage, source, state, folder)
+    stopped_by = _Run(config, runtime, engine, stage, source, folder, resumed).train()
     launch.finish(engine)
+    return stopped_by
+
+
+def _from_main(value):
+    """The main rank's value, on all; collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 class _StepLog(NamedTuple):
@@ -247,70 +183,159 @@ class _StepLog(NamedTuple):
         return dict(zip(self.names, launch.average_over_ranks(self.values.clone()).tolist()))
 
 
-def _train_step(engine, stage, centers, batch, micro_batches: int) -> _StepLog:
-    total, names, distribution = 0.0, [], None
-    for parts in zip(*(tensor.chunk(micro_batches) for tensor in batch)):
-        loss, metrics = stage.loss(engine, type(batch)(*parts))
-        distribution = metrics.pop("kappa_distribution", None)
-        engine.backward(loss)
-        applied = take_step(engine)
-        names = list(metrics)
-        total = total + torch.stack([value.float() for value in metrics.values()])
-    if centers is not None:
-        centers.step(applied)
-    return _StepLog(names, total / micro_batches, distribution)
+class _Run:
+    """The steps of one stage, from a checkpoint or from the start."""
 
+    def __init__(self, config: Config, runtime: launch.Runtime, engine, stage, source, folder: Path, resumed: tuple[str, dict] | None):
+        self.config, self.runtime, self.engine, self.stage, self.source, self.folder = config, runtime, engine, stage, source, folder
+        self.sampler = epoch_sampler(config, source, runtime.rank, runtime.world_size)
+        self.per_epoch = self.sampler.batches_per_epoch
+        self.schedule = LearningRate(config, engine.basic_optimizer, self.per_epoch)
+        self.centers = stage.centers if isinstance(stage, BackboneStage) else None
+        background = runtime.device.type == "cuda" if config.background_checkpoints is None else config.background_checkpoints
+        self.checkpoints = Checkpoints(folder / "checkpoints", runtime, config.keep_checkpoints, config.keep_best, background)
+        self.checkpoints.resume_from(resumed[0] if resumed else None)
+        self.guard = StepGuard(engine, runtime, config.max_skipped_steps, folder / f"not_finite_rank{runtime.rank}.jsonl")
+        self.epoch_loss = torch.zeros(2, device=runtime.device, dtype=torch.float64)  # sum and number of this epoch's steps
+        self.first_step, self.scaler_skips, self.unwritten = 0, 0, None
+        if resumed:
+            tag, state = resumed
+            run_state.load(engine, folder / "checkpoints" / tag, state, self.centers)
+            self.first_step = state["step"]
+            self.schedule.load_state_dict(state["schedule"])
+            self.epoch_loss.copy_(torch.tensor(state["epoch_loss"]))
+            log.info("resumed at step %d (epoch %d)%s", self.first_step, self.first_step // self.per_epoch + 1,
+                     f", written by {state['world_size']} ranks with ZeRO {state['zero_stage']}"
+                     if (state["world_size"], state["zero_stage"]) != (runtime.world_size, config.zero_stage) else "",
+                     extra={"event": "resume", "step": self.first_step})
+        self.last_step = config.epochs * self.per_epoch
+        if config.max_steps:
+            self.last_step = min(self.last_step, config.max_steps)
+        self.clock = Breakdown(runtime.device)
 
-def _run(config: Config, runtime: launch.Runtime, engine, stage, source, state: dict | None, folder: Path) -> None:
-    sampler = epoch_sampler(config, source, runtime.rank, runtime.world_size)
-    per_epoch = sampler.batches_per_epoch
-    schedule = LearningRate(config, engine.basic_optimizer, per_epoch)
-    centers = stage.centers if isinstance(stage, BackboneStage) else None
-    first_step = 0
-    if state is not None:
-        state = run_state.load_checkpoint(engine, folder / "checkpoints", centers)
-        first_step = state["step"]
-        schedule.load_state_dict(state["schedule"])
-        log.info("resumed at step %d (epoch %d)", first_step, first_step // per_epoch + 1)
-    last_step = config.epochs * per_epoch
-    if config.max_steps:
-        last_step = min(last_step, config.max_steps)
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    log.info("stage %s: %d images, %d identities, %d steps an epoch, %.1f M trained parameters, %d rank%s on %s, ZeRO %d", config.stage, len(source),
-             source.num_classes, per_epoch, parameters / 1e6, runtime.world_size, "s" * (runtime.world_size > 1), runtime.device.type, config.zero_stage)
-    if first_step >= last_step:
-        log.info("nothing to do: the run is at step %d of %d", first_step, last_step)
-        return
+    def train(self) -> str | None:
+        """To the end; the name of the signal that came before it."""
+        config, runtime = self.config, self.runtime
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        log.info("stage %s: %d images, %d identities, %d steps an epoch, %.1f M trained parameters, %d rank%s on %s, ZeRO %d", config.stage,
+                 len(self.source), self.source.num_classes, self.per_epoch, parameters / 1e6, runtime.world_size, "s" * (runtime.world_size > 1),
+                 runtime.device.type, config.zero_stage, extra={"event": "start", "step": self.first_step})
+        if self.first_step >= self.last_step:
+            self._export(self.first_step)  # a run that died after its last checkpoint may not have
+            log.info("nothing to do: the run is at step %d of %d", self.first_step, self.last_step)
+            return None
+        loader = self.stage.make_loader(self.source, self.sampler, runtime)
+        batches = (batch for epoch in itertools.count(self.first_step // self.per_epoch)
+                   for batch in loader.batches(epoch, start_batch=max(0, self.first_step - epoch * self.per_epoch)))
+        reporter = Reporter(self.folder, runtime, self.last_step * config.batch_size, self.first_step * config.batch_size, self.first_step, config.tensorboard)
+        profile = StepProfile(runtime, self.first_step, self.last_step, self.folder / "profile" if config.profile else None)
+        self.engine.train()
+        self.clock = Breakdown(runtime.device)
+        with StopSignal() as signal, loader, contextlib.closing(reporter), contextlib.closing(batches), contextlib.closing(self.checkpoints):
+            for step in range(self.first_step + 1, self.last_step + 1):  # counted from 1: the step that is being made
+                profile.before(step)
+                rate = self.schedule.before_step(step - 1)
+                batch = next(batches)
+                self.clock.mark("data")
+                result, votes = self._step(batch, bool(signal.name))
+                profile.after(step)
+                reporter.advance(config.batch_size)
+                self.guard.count(votes, step, lambda: self._names(step))  # noqa: B023 -- called before the next step
+                self._log(step, result, votes, rate, reporter)
+                if self.checkpoints.pending and not votes.writing:
+                    self.checkpoints.finish()
+                epoch_ends = step % self.per_epoch == 0 or step == self.last_step
+                if epoch_ends or votes.stop or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                    self._save(step, epoch_ends)
+                if epoch_ends:
+                    self._export(step)
+                self.clock.mark("checkpoints and logs")
+                if votes.stop and step < self.last_step:
+                    break
+            self.checkpoints.finish()
+        stopped_by = _from_main(signal.name or "a signal") if votes.stop and step < self.last_step else None
+        self._summarise(step, reporter, loader, profile, stopped_by)
+        if stopped_by is None and (self.checkpoints.failed or self.unwritten):
+            raise Incomplete(f"{self.unwritten or 'the last checkpoint could not be written'}; free some space and --resume: only the files are missing")
+        return stopped_by
 
-    loader = stage.make_loader(source, sampler, runtime)
-    batches = (batch for epoch in itertools.count(first_step // per_epoch)
-               for batch in loader.batches(epoch, start_batch=max(0, first_step - epoch * per_epoch)))
-    reporter = Reporter(folder, runtime, last_step * config.batch_size, first_step * config.batch_size, first_step, config.tensorboard)
-    engine.train()
-    began = time.monotonic()
-    with loader, contextlib.closing(reporter), contextlib.closing(batches):
-        for step in range(first_step + 1, last_step + 1):  # counted from 1: the step that is being made
-            rate = schedule.before_step(step - 1)
-            result = _train_step(engine, stage, centers, next(batches), config.gradient_accumulation_steps)
-            reporter.advance(config.batch_size)
-            if schedule.plateau is not None:
-                schedule.plateau.step(result.averaged()[result.names[0]])
-            if step % config.log_every == 0 or step in (first_step + 1, last_step):
-                means = result.averaged()
-                if not all(map(math.isfinite, means.values())):
-                    raise FloatingPointError(f"step {step} ({', '.join(f'{name} {value:.4g}' for name, value in means.items())}); "
-                                             "lower --lr, or --resume from the last checkpoint")
-                reporter.metrics(step, means, rate, result.distribution)
-            epoch_ends = step % per_epoch == 0 or step == last_step
-            if epoch_ends or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                average_batchnorm_statistics(engine.module)
-                run_state.save_checkpoint(engine, folder / "checkpoints", {"step": step, "schedule": schedule.state_dict(), "num_classes": source.num_classes},
-                                          config.keep_checkpoints,
-                                          centers)
-            if epoch_ends:
-                files = stage.export(engine, folder, runtime.is_main, {"epoch": (step - 1) // per_epoch, "global_step": step - 1})
-    seconds = time.monotonic() - began
-    if len(loader.broken):
-        log.warning("%d broken images on this rank were replaced by others; they are named above", len(loader.broken))
-    log.info("done: %d steps in %s, %.0f img/s; wrote %s", last_step - first_step, tqdm.format_interval(seconds),
-             (last_step - first_step) * config.batch_size / seconds, ", ".join(map(str, files)))
+    def _step(self, batch, stop: bool) -> tuple[_StepLog, Votes]:
+        """One optimiser step, or none where the loss has no finite value on any rank."""
+        micro_batches, guard, centers = self.config.gradient_accumulation_steps, self.guard, self.centers
+        total, names, distribution, votes, applied = 0.0, [], None, None, False
+        guard.before_step()
+        for number, parts in enumerate(zip(*(tensor.chunk(micro_batches) for tensor in batch)), 1):
+            loss, metrics = self.stage.loss(self.engine, type(batch)(*parts))
+            distribution = metrics.pop("kappa_distribution", None)
+            guard.see(loss)
+            names = list(metrics)
+            total = total + torch.stack([value.float() for value in metrics.values()])
+            if number == micro_batches:
+                guard.decide(stop, self.checkpoints.writing)
+            self.clock.mark("forward")
+            if centers is not None and centers.fused:  # they change in the backward pass: the answer is needed before it
+                votes = guard.votes()
+                if votes.not_finite:
+                    return _StepLog(names, total, distribution), votes
+            self.engine.backward(loss)
+            self.clock.mark("backward")
+            votes = guard.votes() if number == micro_batches else None
+            applied = take_step(self.engine)
+        if centers is not None:
+            centers.step(applied and not votes.not_finite)
+        if not votes.not_finite:
+            self.epoch_loss += torch.stack([total[0] / micro_batches, total.new_ones(())])
+            self.scaler_skips += not applied
+        elif applied:
+            self.engine.skipped_steps += 1  # DeepSpeed does not know that the optimiser did nothing
+        self.clock.mark("optimiser")
+        return _StepLog(names, total / micro_batches, distribution), votes
+
+    def _names(self, step: int) -> list[str]:
+        return [self.source.name(int(i)) for i in self.sampler.indices(*divmod(step - 1, self.per_epoch))]
+
+    def _log(self, step: int, result: _StepLog, votes: Votes, rate: float, reporter: Reporter) -> None:
+        if votes.not_finite:
+            return
+        plateau = self.schedule.plateau
+        due = step % self.config.log_every == 0 or step in (self.first_step + 1, self.last_step)
+        means = result.averaged() if due or plateau is not None else None
+        if plateau is not None:
+            plateau.step(means[result.names[0]])
+        if due:
+            reporter.metrics(step, means, rate, result.distribution)
+            self.clock.collect()
+
+    def _save(self, step: int, epoch_ends: bool) -> None:
+        average_batchnorm_statistics(self.engine.module)
+        total, count = launch.average_over_ranks(self.epoch_loss).tolist()
+        if epoch_ends:
+            self.epoch_loss.zero_()
+        self.checkpoints.save(self.engine, {"step": step, "schedule": self.schedule.state_dict(), "num_classes": self.source.num_classes,
+                                            "metric": total / count if epoch_ends and count else None, "epoch_loss": self.epoch_loss.tolist()}, self.centers)
+
+    def _export(self, step: int) -> None:
+        try:
+            files = self.stage.export(self.engine, self.folder, self.runtime.is_main, {"epoch": (step - 1) // self.per_epoch, "global_step": step - 1})
+        except OSError as error:
+            self.unwritten = f"{error.filename or self.folder}: {error.strerror or error}"
+            log.error("the trained weights could not be written (%s); training goes on", self.unwritten, extra={"event": "export_failed", "step": step})
+            return
+        self.unwritten = None
+        log.info("wrote %s", ", ".join(map(str, files)), extra={"event": "export", "step": step})
+
+    def _summarise(self, step: int, reporter: Reporter, loader, profile: StepProfile, stopped_by: str | None) -> None:
+        self.clock.collect()
+        seconds = sum(self.clock.seconds.values())
+        counts = {"steps": step - self.first_step, "skipped_not_finite": self.guard.skipped, "skipped_by_loss_scale": self.scaler_skips,
+                  "broken_images": len(loader.broken)}
+        if len(loader.broken):
+            log.warning("%d broken images on this rank were replaced by others; they are named above", len(loader.broken))
+        lost = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps")
+        rate = counts["steps"] * self.config.batch_size / seconds
+        communication = "" if profile.communication is None else f"; communication {100 * profile.communication:.0f} % of a step, partly beside these"
+        log.info("%s: %d steps in %s, %.0f img/s%s; %s%s", f"stopped by {stopped_by} after step {step}, --resume continues" if stopped_by else "done",
+                 counts["steps"], tqdm.format_interval(seconds), rate, f"; {lost}" if lost else "", self.clock, communication,
+                 extra={"event": "stopped" if stopped_by else "done", "step": step, "counts": counts,
+                        "seconds": {part: round(value, 3) for part, value in self.clock.seconds.items()},
+                        "rates": {"images_per_second": rate, "communication": profile.communication}})

@@ -107,14 +107,20 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
     config = make_config(zero_stage=zero_stage, max_grad_norm=CLIP)
     runtime = Runtime(rank, world_size, torch.device("cpu"))
     module = with_prelu()
-    state = run_state.peek_checkpoint(folder)
-    if state and run_state.is_other_layout(state, world_size, zero_stage):
-        run_state.load_weights(module, folder)
+    folder.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    newest = run_state.newest_intact(folder)
+    if newest:
+        tag, state = newest
+        run_state.load_weights(module, folder / tag, state)
     optimizer = torch.optim.SGD(module.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     engine = initialise_engine(module, optimizer, config, runtime, "fp32")
     centers = ClassCenters(CLASSES, WIDTH, config, runtime)
-    if state:
-        assert run_state.load_checkpoint(engine, folder, centers)["step"] == first
+    if newest:
+        assert state["step"] == first
+        run_state.load(engine, folder / tag, state, centers)
+    checkpoints = run_state.Checkpoints(folder, runtime, 2, False, False)
+    checkpoints.resume_from(newest and tag)
     losses = []
     for step in range(first, last):
         x, labels = images(step, CLASSES, rank, world_size)
@@ -122,7 +128,8 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
         engine.backward(loss)
         centers.step(take_step(engine))
         losses.append(loss.item())
-    run_state.save_checkpoint(engine, folder, {"step": last}, 2, centers)
+    checkpoints.save(engine, {"step": last, "metric": None}, centers)
+    checkpoints.close()
     engine.destroy()
     return losses
 
@@ -157,7 +164,6 @@ def work(folder):
         centers.export(folder / f"{name} {world_size}.pth", {"epoch": 3})
     for stage, then in ((1, 0), (3, 2), (0, 3)):  # the second ZeRO stage is that of the launch that resumes
         if world_size == 3:
-            (folder / f"zero{stage}").mkdir(exist_ok=True)
             results[f"zero {stage}"] = train_under_deepspeed(folder / f"zero{stage}", stage, 0, STEPS // 2, rank, world_size)
             results[f"zero {stage} on"] = train_under_deepspeed(folder / f"on{stage}", stage, 0, STEPS, rank, world_size)
         else:
@@ -321,7 +327,7 @@ def test_loss_scale_does_not_reach_the_class_centers():
 def test_checkpoint_and_export_hold_every_row(tmp_path):
     centers = ClassCenters(CLASSES, WIDTH, make_config(), ONE_RANK)
     centers.momentum.normal_()
-    centers.save(tmp_path)
+    torch.save(centers.state(), tmp_path / centers.file_name(0))
     loaded = ClassCenters(CLASSES, WIDTH, make_config(seed=4), ONE_RANK)
     loaded.load(tmp_path, written_by=1)
     assert torch.equal(loaded.weight, centers.weight) and torch.equal(loaded.momentum, centers.momentum)

@@ -1,0 +1,134 @@
+"""The part of an engine's trained state that this rank holds, piece by piece and under any ZeRO stage: weights and optimiser state.
+
+A piece is a run of elements of one flattened parameter, so what one layout of ranks has saved any other can load: every rank fills the
+pieces it holds from whichever saved pieces overlap them. ZeRO 0 keeps everything on every rank; there each rank answers for an equal share.
+"""
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+WEIGHT = "weight"
+
+
+class Piece(NamedTuple):
+    """Elements [start, start + length) of a flattened parameter."""
+    name: str
+    start: int
+    values: dict[str, torch.Tensor]  # 1-D, equally long: the float32 weight and the optimiser's tensors
+
+
+def owned_pieces(engine) -> list[Piece]:
+    """The pieces that this rank answers for; together the ranks' pieces cover every trained parameter once.
+
+    The tensors are views wherever memory allows, so that writing to those of an engine that :func:`prepare` has seen sets its state.
+    """
+    return _pieces(engine, dist.get_rank(), dist.get_world_size())
+
+
+def _pieces(engine, share: int, shares: int) -> list[Piece]:
+    state = engine.basic_optimizer.state
+    return [Piece(name, start, {WEIGHT: weight, **{key: whole.reshape(-1)[place] for key, whole in _elementwise(state.get(flat, {}))}})
+            for name, start, weight, flat, place in _places(engine, share, shares)]
+
+
+def shared_state(engine) -> dict:
+    """What belongs to no element and is the same on every rank: step counters and the loss scale."""
+    optimizer = engine.basic_optimizer
+    first = next(iter(optimizer.state.values()), {})
+    counters = {key: value for key, value in first.items() if not (torch.is_tensor(value) and value.dim())}
+    return {"counters": {key: value.cpu() if torch.is_tensor(value) else value for key, value in counters.items()},
+            "group_steps": [group.get("step") for group in optimizer.param_groups],
+            "loss_scaler": _scaler(engine).state_dict() if _scaler(engine) else {}, "skipped_steps": engine.skipped_steps}
+
+
+def restore(engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
+    """Give a new engine the optimiser state, the counters and the loss scale of a checkpoint; the weights must be in the module already.
+
+    Args:
+        saved: all ranks' pieces, on any device.
+    """
+    saved, optimizer = list(saved), engine.basic_optimizer
+    keys = [key for key in saved[0].values if key != WEIGHT]
+    for flat in {id(flat): flat for _, _, _, flat, _ in _places(engine, 0, 1)}.values():
+        counters = {key: value.to(flat.device, copy=True) if torch.is_tensor(value) else value for key, value in shared["counters"].items()}
+        optimizer.state[flat] = {**{key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in keys}, **counters}
+    by_name: dict[str, list[Piece]] = {}
+    for piece in saved:
+        by_name.setdefault(piece.name, []).append(piece)
+    for piece in _pieces(engine, 0, 1):
+        for key in keys:
+            _fill(piece.values[key], piece.start, by_name[piece.name], key)
+    for group, count in zip(optimizer.param_groups, shared["group_steps"]):
+        if count is not None:
+            group["step"] = count
+    if _scaler(engine) and shared["loss_scaler"].keys() == _scaler(engine).state_dict().keys():  # else the scale begins anew
+        _scaler(engine).load_state_dict(shared["loss_scaler"])
+    engine.global_steps, engine.skipped_steps = step, shared["skipped_steps"]
+
+
+def load_weights(module: nn.Module, saved: Iterable[Piece], buffers: dict[str, torch.Tensor]) -> None:
+    """Weights and buffers into a module that no engine has divided yet.
+
+    Raises:
+        ValueError: the pieces are of another network.
+    """
+    by_name: dict[str, list[Piece]] = {}
+    for piece in saved:
+        by_name.setdefault(piece.name, []).append(piece)
+    state = module.state_dict()
+    different = (by_name.keys() | buffers.keys()) ^ state.keys()
+    if different:
+        raise ValueError(f"the checkpoint is of another network: it differs in {', '.join(sorted(different)[:3])}")
+    for name, pieces in by_name.items():
+        whole = torch.empty(state[name].numel())
+        if sum(len(piece.values[WEIGHT]) for piece in pieces) != len(whole):
+            raise ValueError(f"the checkpoint has {sum(len(piece.values[WEIGHT]) for piece in pieces)} elements of {name}, the network {len(whole)}")
+        _fill(whole, 0, pieces, WEIGHT)
+        state[name].copy_(whole.view(state[name].shape))
+    for name, value in buffers.items():
+        state[name].copy_(value)
+
+
+def _fill(target: torch.Tensor, start: int, saved: list[Piece], key: str) -> None:
+    for piece in saved:
+        low, high = max(start, piece.start), min(start + len(target), piece.start + len(piece.values[key]))
+        if low < high:
+            target[low - start:high - start] = piece.values[key][low - piece.start:high - piece.start].to(target.device)
+
+
+def _places(engine, share: int, shares: int):
+    """(name, start, weight, flat, place) of each piece: the optimiser's state of it is ``state[flat]``, there flattened at ``place``.
+
+    Under ZeRO 0 those of one of so many equal shares of what every rank has whole; else the shares are the ranks' own.
+    """
+    stage, rank = engine.zero_optimization_stage(), dist.get_rank()
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage == 0:
+            place = slice(parameter.numel() * share // shares, parameter.numel() * (share + 1) // shares)
+            if place.start < place.stop:
+                yield name, place.start, parameter.detach().reshape(-1)[place], parameter, place
+        elif stage < 3:
+            mapping = parameter._hp_mapping
+            if mapping is not None:  # None: this rank has no part of the parameter
+                inside, within = mapping.hp_fragment_address, mapping.lp_fragment_address
+                flat, place = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index], slice(inside.start, inside.start + inside.numel)
+                yield name, within.start, flat.detach()[place], flat, place
+        else:
+            group, offset, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+            size = min(size, parameter.ds_numel - rank * size)  # the last ranks' parts may be padding
+            if size > 0:
+                flat, place = engine.optimizer.fp32_partitioned_groups_flat[group], slice(offset, offset + size)
+                yield name, rank * parameter.ds_tensor.numel(), flat.detach()[place], flat, place
+
+
+def _elementwise(state: dict):
+    return [(key, value) for key, value in state.items() if torch.is_tensor(value) and value.dim()]
+
+
+def _scaler(engine):
+    return engine.loss_scaler or engine.torch_autocast_z0_gradscaler

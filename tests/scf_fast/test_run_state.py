@@ -1,0 +1,103 @@
+"""Checkpoints: which one a run starts from, and what a disk that is full leaves. Launches that resume are in test_train.py."""
+import json
+import resource
+import shutil
+import sys
+
+import pytest
+import torch
+
+from scf_fast.checkpoints import save_file
+from scf_fast.demo import launcher
+from scf_fast.run_state import newest_intact
+
+
+@pytest.fixture
+def folder(stage1, tmp_path):
+    """Checkpoints of steps 4 and 8, of two ranks."""
+    return shutil.copytree(stage1[0] / "checkpoints", tmp_path / "checkpoints")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit of rank 1": lambda f: flip_a_bit(f / "rank1.pt"),
+    "the end of the class centers": lambda f: (f / "class_centers_rank0.pt").write_bytes((f / "class_centers_rank0.pt").read_bytes()[:-1]),
+    "a file": lambda f: (f / "rank0.pt").unlink(),
+    "the list of files": lambda f: (f / "state.json").write_text("{"),
+    "its keys": lambda f: (f / "state.json").write_text('{"files": {"rank0.pt": 3}}'),
+    "the whole state": lambda f: (f / "state.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("what", list(DAMAGE))
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(what, folder):
+    tag, state = newest_intact(folder)
+    assert tag == "step00000008" and state["step"] == 8 and state["world_size"] == 2
+    DAMAGE[what](folder / tag)
+    tag, state = newest_intact(folder)
+    assert tag == "step00000004" and state["step"] == 4
+
+
+def test_latest_chooses_where_it_names_one(folder):
+    (folder / "latest").write_text("step00000004\n")
+    assert newest_intact(folder)[0] == "step00000004"
+    for text in ("", "step00000099"):
+        (folder / "latest").write_text(text)
+        assert newest_intact(folder)[0] == "step00000008"
+    (folder / "latest").unlink()
+    assert newest_intact(folder)[0] == "step00000008"
+
+
+def test_none_and_none_that_is_intact(folder, tmp_path):
+    assert newest_intact(tmp_path) is None
+    for path in folder.glob("step*/rank0.pt"):
+        flip_a_bit(path)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact .*step00000008: rank0.pt has other bytes.*--overwrite starts anew"):
+        newest_intact(folder)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path):
+    """The limit on a file's size stands for it: writing fails in the middle, as there."""
+    save_file({"x": torch.zeros(3)}, tmp_path / "f.pt")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"f\.pt"):
+            save_file({"x": torch.randn(100_000)}, tmp_path / "f.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["f.pt"]
+    assert torch.equal(torch.load(tmp_path / "f.pt")["x"], torch.zeros(3))
+
+
+def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags, tmp_path, run_command):
+    """Checkpoints in the background, of which none fits; then with room, to the same end as without any trouble."""
+    command = [*flags["stage1"], "--zero_stage", 2, "--data", faces / "train", "--background_checkpoints", "--keep_best", "--output_dir", tmp_path / "run"]
+    status, output = run_command(["bash", "-c", 'ulimit -f 1000; exec "$@"', "limited", *launcher(2), *command, "--no_tensorboard"])
+    assert status == 1, output
+    assert "checkpoint of step 4 could not be written" in output and "training goes on" in output
+    assert "Traceback" not in output and "free some space and --resume" in output
+    assert not list((tmp_path / "run").rglob("*.part")) and not list((tmp_path / "run" / "checkpoints").glob("step*"))
+    status, output = run_command([*launcher(2), *command, "--resume"])
+    assert status == 0, output
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "checkpoint"] == [4, 8]
+    assert sum(e["event"] == "checkpoint_failed" for e in events) == 2
+    assert events[-1]["event"] == "done" and events[-1]["counts"]["steps"] == 8
+
+
+def test_keep_and_keep_best(faces, flags, tmp_path, run_command):
+    command = [sys.executable, "train.py", *flags["stage1"], "--epochs", 4, "--lr_scheduler", "MultiStep", "--milestones", 2, "--gamma", 500,
+               "--keep_checkpoints", 1, "--keep_best", "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    status, output = run_command(command)
+    assert status == 0, output
+    states = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "run" / "checkpoints").glob("*/state.json")}
+    assert sorted(states) == ["step00000008", "step00000016"]  # from epoch 3 on the rate is far too high
+    assert states["step00000008"]["metric"] < states["step00000016"]["metric"]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert states["step00000008"]["metric"] == pytest.approx(sum(r["loss"] for r in records[4:8]) / 4, rel=1e-6)
