@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scf_fast.demo
@@ -13,6 +13,9 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+
+chaos: $(VENV)/.installed
+	$(BIN)/python -m bench.chaos
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, this is %d.%d; set PYTHON=python3.12 or the like" % v)'

@@ -1,4 +1,5 @@
 """What the ranks must agree on in every step: whether its loss is finite everywhere, whether to stop, whether a checkpoint is on all disks."""
+import contextlib
 import json
 import logging
 import signal
@@ -128,7 +129,7 @@ class StepGuard:
         self._in_a_row += 1
         if self._own:
             names = images()
-            with open(self.report, "a") as file:
+            with contextlib.suppress(OSError), open(self.report, "a") as file:  # on a disk that is full the log line has to do
                 file.write(json.dumps({"step": step, "rank": self.runtime.rank, "losses": [str(loss.item()) for loss in self._losses], "images": names}) + "\n")
             log.error("step %d skipped: the loss is not finite on rank %d; its %d images are in %s: %s%s", step, self.runtime.rank, len(names), self.report,
                       ", ".join(names[:4]), " ..." if len(names) > 4 else "", extra={"event": "skipped", "step": step, "images": names})

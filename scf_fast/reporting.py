@@ -38,17 +38,22 @@ def set_up_logging(folder: Path | None, is_main: bool) -> None:
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
 
 
-class _Metrics:
-    """A file of JSON lines that survives a full disk: what could not be written is written with the next line."""
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps from a file of :class:`StepLines`: a run that died had made them after its last checkpoint, and makes them again."""
+    if path.exists():
+        with open(path, "r+b") as file:
+            kept = [line for line in file if line.endswith(b"}\n") and json.loads(line)["step"] <= step]
+            file.seek(0)
+            file.truncate()
+            file.writelines(kept)
 
-    def __init__(self, path: Path, last_step: int):
-        self._file = open(path, "a+b")
-        self._file.seek(0)
-        # A run that died had gone on after its last checkpoint: these steps are made again.
-        kept = [line for line in self._file if line.endswith(b"}\n") and json.loads(line)["step"] <= last_step]
-        self._file.truncate(0)
-        self._pending, self._size, self._warned = kept, 0, False
-        self._flush()
+
+class StepLines:
+    """A file of JSON lines, one a step, that survives a full disk: what could not be written is written with the next line."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "ab")
+        self._pending, self._size, self._warned = [], self._file.tell(), False
 
     def add(self, record: dict) -> None:
         self._pending.append((json.dumps(record) + "\n").encode())
@@ -80,7 +85,8 @@ class Reporter:
         self._started, self._start_images, self._done, self._total = time.monotonic(), done_images, done_images, total_images
         if not self.is_main:
             return
-        self._metrics = _Metrics(folder / METRICS_FILE, first_step)
+        forget_after(folder / METRICS_FILE, first_step)
+        self._metrics = StepLines(folder / METRICS_FILE)
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

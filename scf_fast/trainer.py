@@ -25,7 +25,7 @@ from scf_fast.guard import StepGuard, StopSignal, Votes
 from scf_fast.inputs import epoch_sampler, open_data
 from scf_fast.optimizers import LearningRate, build_optimizer
 from scf_fast.profiling import StepProfile
-from scf_fast.reporting import Breakdown, Reporter, set_up_logging
+from scf_fast.reporting import Breakdown, Reporter, StepLines, forget_after, set_up_logging
 from scf_fast.run_state import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -212,6 +212,13 @@ class _Run:
         if config.max_steps:
             self.last_step = min(self.last_step, config.max_steps)
         self.clock = Breakdown(runtime.device)
+        self.samples = None
+        if config.record_samples:
+            if runtime.is_main:  # whichever number of ranks has written them
+                for path in folder.glob("samples_rank*.jsonl"):
+                    forget_after(path, self.first_step)
+            dist.barrier()
+            self.samples = StepLines(folder / f"samples_rank{runtime.rank}.jsonl")
 
     def train(self) -> str | None:
         """To the end; the name of the signal that came before it."""
@@ -240,6 +247,8 @@ class _Run:
                 result, votes = self._step(batch, bool(signal.name))
                 profile.after(step)
                 reporter.advance(config.batch_size)
+                if self.samples:
+                    self.samples.add({"step": step, "images": batch.indices.tolist()})
                 self.guard.count(votes, step, lambda: self._names(step))  # noqa: B023 -- called before the next step
                 self._log(step, result, votes, rate, reporter)
                 if self.checkpoints.pending and not votes.writing:

@@ -1,7 +1,32 @@
 """The kernels are defined once a process: interpreted where there is no GPU to compile them for, whichever test imports them first."""
 import os
+import signal
+import subprocess
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(command, timeout=240, **environment):
+    """A command in its own process group: (exit status, stdout + stderr); nothing of it is left running."""
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                               env={**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1", **environment})
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return process.returncode, output
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    return run
