@@ -16,6 +16,9 @@ def main() -> int:
     try:
         if trainer.train(settings):
             return launch.STOPPED
+    except KeyboardInterrupt:
+        print("train.py: interrupted, without a checkpoint of this step", file=sys.stderr)
+        return 130
     except FloatingPointError as error:
         print(f"train.py: stopped: {error}", file=sys.stderr)
         return 1

@@ -40,6 +40,11 @@ def test_stage_1_on_two_ranks(stage1):
     assert saved["config"]["network"] == "ir_small"
     assert saved["versions"]["torch"] == torch.__version__
     assert "2 ranks on" in output and "img/s" in output and "optimizer: fused SGD" in output
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events if e["event"] not in ("log", "progress")] == ["start", "checkpoint", "export", "checkpoint", "export", "done"]
+    assert events[-1]["counts"] == {"steps": STEPS, "skipped_not_finite": 0, "skipped_by_loss_scale": 0, "broken_images": 0}
+    assert set(events[-1]["seconds"]) >= {"data", "forward", "backward", "optimiser"} and all(value > 0 for value in events[-1]["seconds"].values())
+    assert 0 < events[-1]["rates"]["communication"] <= 1
     assert "Traceback" not in output
 
 
@@ -92,8 +97,12 @@ def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, 
     start = {"python": [sys.executable, "train.py"], "deepspeed": launcher(2),
              "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "train.py"]}[how]
     before = set(os.listdir("/dev/shm"))
-    status, output = run_command([*start, *flags["stage1"], "--zero_stage", zero_stage, "--data", faces / "train", "--output_dir", tmp_path / "run"])
+    profile = ["--profile"] * (how == "python")
+    status, output = run_command([*start, *flags["stage1"], *profile, "--zero_stage", zero_stage, "--data", faces / "train", "--output_dir", tmp_path / "run"])
     assert status == 0, output
+    if profile:
+        trace = json.loads((tmp_path / "run" / "profile" / "steps6-8_rank0.json").read_text())
+        assert any("convolution" in event.get("name", "") for event in trace["traceEvents"])
     assert set(os.listdir("/dev/shm")) <= before
     ours, theirs = losses(tmp_path / "run", "loss"), losses(stage1[0], "loss")
     assert ours == pytest.approx(theirs, rel=1e-3 if how != "python" else 0.2)
