@@ -2,6 +2,8 @@
 import logging
 import threading
 
+import numpy as np
+
 _LOG = logging.getLogger(__name__)
 _LONGEST_RUN = 100  # so many broken images in a row are no accident: the data is gone or of another kind
 
@@ -33,6 +35,18 @@ class BrokenImages:
     def __len__(self):
         """How many images are known to be broken."""
         return len(self._known)
+
+    def known(self, indices):
+        """Which images are known to be broken.
+
+        Args:
+            indices: (B,) int64.
+        Returns:
+            (B,) bool.
+        """
+        if not self._known:
+            return np.zeros(len(indices), dtype=bool)
+        return np.array([i in self._known for i in indices.tolist()], dtype=bool)
 
     def load(self, i, load):
         """The image to use for i.

@@ -72,6 +72,11 @@ class FolderIndex(IndexedImages):
         return {"labels": labels, **_pack("files", files), **_pack("folders", folders)}, skipped
 
     @classmethod
+    def _is_sound(cls, meta, arrays):
+        return super()._is_sound(meta, arrays) and (_are_names(arrays, "files") and _are_names(arrays, "folders")
+                                                    and len(arrays["files_ends"]) == len(arrays["labels"]))
+
+    @classmethod
     def _fingerprint(cls, path, arrays):
         """Digest of the dates of all folders: one changes with every file that comes or goes."""
         if not path.is_dir():
@@ -104,6 +109,13 @@ def _walk(root, folder):
 def _pack(key, names):
     """Arrays that hold names, which _name finds again."""
     return {key: np.frombuffer(b"".join(names), dtype=np.uint8), f"{key}_ends": np.cumsum([len(name) for name in names], dtype=np.int64)}
+
+
+def _are_names(arrays, key):
+    """Whether these are arrays that _pack made."""
+    names, ends = arrays[key], arrays[f"{key}_ends"]
+    return (names.dtype == np.uint8 and ends.dtype == np.int64 and names.ndim == ends.ndim == 1
+            and (not len(ends) or (ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] <= len(names))))
 
 
 def _name(arrays, key, i):

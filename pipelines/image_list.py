@@ -24,7 +24,11 @@ class ListIndex(IndexedImages):
     def __init__(self, path, index_path, root=None):
         super().__init__(path, index_path, root)
         self._base = os.fsencode(self._path.parent if root is None else root)
-        self._text = np.memmap(path, dtype=np.uint8, mode="r")
+        self._text = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self):
+        if "_text" in self.__dict__:
+            os.close(self._text)
 
     @classmethod
     def open(cls, path, cache_dir=None, root=None):
@@ -42,8 +46,18 @@ class ListIndex(IndexedImages):
         return os.fsdecode(self._file(i))
 
     def _file(self, i):
-        start = int(self._arrays["offsets"][i])
-        return os.path.join(self._base, self._text[start:start + int(self._arrays["lengths"][i])].tobytes())
+        try:
+            name = os.pread(self._text, int(self._arrays["lengths"][i]), int(self._arrays["offsets"][i]))
+        except OSError as error:
+            raise ValueError(f"cannot read {self._path}: {os.strerror(error.errno)}; check that the data is still there") from error
+        return os.path.join(self._base, name)
+
+    @classmethod
+    def _is_sound(cls, meta, arrays):
+        offsets, lengths = arrays["offsets"], arrays["lengths"]
+        return super()._is_sound(meta, arrays) and (offsets.dtype == np.int64 and lengths.dtype == np.uint32
+                                                    and offsets.shape == lengths.shape == arrays["labels"].shape and 0 <= offsets.min()
+                                                    and lengths.max() <= _LONGEST_LINE)
 
     @classmethod
     def _fingerprint(cls, path, arrays):

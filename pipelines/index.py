@@ -76,8 +76,7 @@ def describe(source):
     Returns:
         list of str.
     """
-    counts = np.bincount(source.labels, minlength=source.num_classes)
-    used = counts[counts > 0]
+    used = np.unique(source.labels, return_counts=True)[1]
     lines = [f"format                 {source.FORMAT}", f"images                 {len(source):,}",
              f"identities             {len(used):,} with images, {source.num_classes - len(used):,} numbers without",
              f"images per identity    {used.min():,} to {used.max():,}, median {np.median(used):g}, mean {used.mean():.1f}",

@@ -12,13 +12,15 @@ from tqdm import tqdm
 
 from pipelines.files import map_arrays, write_arrays
 from pipelines.recordio import read_num_classes
-from pipelines.sources import ImageSource
+from pipelines.sources import LARGE_FILE, LARGEST_FILE, ImageSource
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 1  # of the arrays in an index; another number, and it is made anew
 _PRINTED_FILES = 64  # files of one data set whose first bytes count: a stat is enough for the thousandth shard
 _PRINTED_BYTES = 4096  # of each
 LARGEST_LABEL = (1 << 31) - 1
+_LARGEST_OFFSET = 1 << 62  # bytes
+_SMALL_GAP = 4096  # bytes
 _KEPT_OPEN = 256  # files; of more, each is opened when it is read: a process may often hold just 1024
 
 
@@ -58,11 +60,13 @@ class IndexedImages(ImageSource):
             ValueError: the data is missing, damaged or holds no image, or a label does not fit.
         """
         path = Path(path)
-        index_path = cls._index_path_for(path, cache_dir)
-        meta, arrays = _load(index_path)
-        fingerprint = cls._fingerprint(path, arrays)
-        if meta is None or meta["version"] != _VERSION or meta["format"] != cls.FORMAT or meta["fingerprint"] != fingerprint:
-            cls._build(path, index_path)
+        for index_path in cls._index_places(path, cache_dir):
+            meta, arrays = cls._load(index_path)
+            fingerprint = cls._fingerprint(path, arrays)
+            if meta is not None and meta["fingerprint"] == fingerprint:
+                break
+        else:
+            index_path = cls._build(path, cls._index_places(path, cache_dir))
         source = cls(path, index_path, root)
         largest = source._meta["largest_label"]
         if largest >= source.num_classes:
@@ -71,18 +75,57 @@ class IndexedImages(ImageSource):
         return source
 
     @classmethod
-    def _build(cls, path, index_path):
+    def _load(cls, index_path):
+        """(meta, arrays) of an index, (None, None) where there is none that can be used."""
+        try:
+            meta, arrays = map_arrays(index_path)
+            if (meta["version"], meta["format"]) != (_VERSION, cls.FORMAT):
+                return None, None  # of another release, or of another kind of data that had the name before
+            if not cls._is_sound(meta, arrays):
+                raise ValueError(f"{index_path} contradicts itself; delete it")
+            return meta, arrays
+        except FileNotFoundError:
+            pass
+        except (KeyError, TypeError, AttributeError) as error:
+            _LOG.warning("making the index anew: %s is not one: %s", index_path, error)
+        except (OSError, ValueError) as error:
+            _LOG.warning("making the index anew: %s", error)
+        return None, None
+
+    @classmethod
+    def _is_sound(cls, meta, arrays):
+        """Whether what follows may rely on an index: it may come from a stranger, along with the data."""
+        labels, broken = arrays["labels"], arrays["broken"]
+        return (labels.dtype == broken.dtype == np.int64 and labels.ndim == broken.ndim == 1 and len(labels) > 0
+                and 0 <= labels.min() and labels.max() == meta["largest_label"] <= LARGEST_LABEL
+                and (not len(broken) or (0 <= broken[0] and broken[-1] < len(labels) and (np.diff(broken) > 0).all()))
+                and type(meta["largest_label"]) is int and isinstance(meta["fingerprint"], str) and isinstance(meta["verified"], bool)
+                and all(type(count) is int for count in meta["skipped"].values()))
+
+    @classmethod
+    def _build(cls, path, places):
+        """Scan the data and write its index into the first of the places that can be written to; which one that was."""
         began = time.monotonic()
         with tqdm(total=cls._scan_size(path), desc=f"indexing {path.name}", unit="B", unit_scale=True, delay=2, disable=None) as bar:
-            arrays, skipped = cls._scan(path, bar.update)
+            try:
+                arrays, skipped = cls._scan(path, bar.update)
+            except OSError as error:
+                raise ValueError(f"cannot read {error.filename or path}: {os.strerror(error.errno)}; check that the data is still there") from error
         labels = arrays["labels"]
         if not len(labels):
             raise ValueError(f"{path}: it holds no image; check that it is the right one" + _list_skipped(skipped))
         arrays = {**arrays, "labels": labels.astype(np.int64), "broken": np.empty(0, dtype=np.int64)}
         meta = {"version": _VERSION, "format": cls.FORMAT, "fingerprint": cls._fingerprint(path, arrays), "skipped": skipped,
                 "verified": False, "largest_label": int(labels.max())}
-        write_arrays(index_path, meta, arrays)
+        index_path = next((place for place in places[:-1] if os.access(place.parent, os.W_OK)), places[-1])
+        if index_path != places[0]:
+            _LOG.info("%s is read-only: the index of %s goes to %s", places[0].parent, path.name, index_path.parent)
+        try:
+            write_arrays(index_path, meta, arrays)
+        except OSError as error:
+            raise ValueError(f"cannot write the index {index_path}: {os.strerror(error.errno)}; make room there, or give another folder for indexes") from error
         _LOG.info("%s: %d images in %s, indexed in %.1f s%s", path, len(labels), cls.FORMAT, time.monotonic() - began, _list_skipped(skipped))
+        return index_path
 
     def record_broken(self, broken):
         """Note in the index which images cannot be decoded, after all have been tried; sources opened from now on know.
@@ -94,17 +137,13 @@ class IndexedImages(ImageSource):
         write_arrays(self._index_path, {**self._meta, "verified": True}, {**self._arrays, "broken": broken})
 
     @classmethod
-    def _index_path_for(cls, path, cache_dir):
-        beside = cls._beside(path)
-        if cache_dir is None and os.access(beside.parent, os.W_OK):
-            return beside
+    def _index_places(cls, path, cache_dir):
+        """Where the index may lie, the best place first."""
+        beside, places = cls._beside(path), []
         if cache_dir is None:
-            cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scf_fast"
-            if beside.exists():
-                return beside
-            _LOG.info("%s is read-only: the index of %s goes to %s", beside.parent, path.name, cache_dir)
+            cache_dir, places = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scf_fast", [beside]
         folder = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]  # one folder for each file called train.rec
-        return Path(cache_dir) / folder / beside.name
+        return [*places, Path(cache_dir) / folder / beside.name]
 
     @classmethod
     def _beside(cls, path):
@@ -154,28 +193,70 @@ class PackedImages(IndexedImages):
         finally:
             os.close(descriptor)
 
+    def name(self, i):
+        try:
+            name = self._name_in_file(i)
+        except ValueError:  # the data is gone or damaged; this is for the message that says so
+            name = f"image {i}"
+        return f"{self._names[self._file_of(i)]} {name}"
+
+    @abc.abstractmethod
+    def _name_in_file(self, i):
+        """What to call image i among those of its file; ValueError where the file has to be read for that and cannot be."""
+
     def _file_of(self, i):
         return 0 if len(self._names) == 1 else int(np.searchsorted(self._first, i, side="right")) - 1
 
     def _stored(self, i, before=0):
-        """Entry i of the index and as many bytes before it. Read, not mapped: a page fault would hold up all threads for the disk."""
+        """Entry i of the index and as many bytes before it. Read, not mapped: a page fault would hold up all threads for the disk, and where
+        the disk is gone it would end the process."""
         file, start, length = self._file_of(i), int(self._offsets[i]) - before, int(self._lengths[i]) + before
-        if self._descriptors is not None:
-            data = os.pread(self._descriptors[file], length, start)
-        else:
+        if length - before > LARGEST_FILE:
+            raise ValueError(f"image {i} in {self._names[file]} must have at most {LARGEST_FILE} bytes and has {length - before}; replace it or leave it out")
+        try:
             with self._opened(file) as descriptor:
                 data = os.pread(descriptor, length, start)
+        except OSError as error:
+            raise ValueError(f"cannot read image {i} in {self._names[file]}: {os.strerror(error.errno)}; check that the data is still there") from error
         if len(data) != length:
             raise ValueError(f"{self._names[file]} changed while in use: it ends inside image {i}; start again")
         return data
 
+    def read(self, indices):
+        offsets, lengths = self._offsets[indices], self._lengths[indices].astype(np.int64)
+        lengths[lengths > LARGE_FILE] = 0
+        ends = np.cumsum(lengths)
+        starts, data, complete = ends - lengths, np.empty(lengths.sum(), dtype=np.uint8), np.zeros(len(indices), dtype=bool)
+        buffer = memoryview(data)
+        files = np.searchsorted(self._first, indices, side="right") - 1
+        for file in np.unique(files).tolist():
+            here = np.flatnonzero(files == file)
+            places = zip(starts[here].tolist(), ends[here].tolist(), offsets[here].tolist())
+            with contextlib.suppress(OSError, ValueError), self._opened(file) as descriptor:  # encoded() says what is wrong
+                complete[here] = lengths[here] == [os.preadv(descriptor, [buffer[start:end]], offset) for start, end, offset in places]
+        return data, *self._images_in(data, starts, np.where(complete, lengths, 0))
+
+    def _images_in(self, data, starts, lengths):
+        """(starts, lengths) of the images in entries of the index that were read; 0 lengths as for read()."""
+        return starts, lengths
+
     def will_need(self, indices):
         files = np.searchsorted(self._first, indices, side="right") - 1
         for file in np.unique(files).tolist():
-            here = indices[files == file]
-            with self._opened(file) as descriptor:
-                for offset, length in zip(self._offsets[here].tolist(), self._lengths[here].tolist()):
-                    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+            here = np.sort(indices[files == file])
+            starts, ends = self._offsets[here], self._offsets[here] + self._lengths[here]
+            apart = np.flatnonzero(starts[1:] > ends[:-1] + _SMALL_GAP)  # neighbours on the disk are one request
+            with contextlib.suppress(OSError, ValueError), self._opened(file) as descriptor:
+                for start, end in zip(starts[[0, *(apart + 1)]].tolist(), ends[[*apart, -1]].tolist()):
+                    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+
+    @classmethod
+    def _is_sound(cls, meta, arrays):
+        offsets, lengths, first = arrays["offsets"], arrays["lengths"], arrays["first"]
+        return super()._is_sound(meta, arrays) and (
+            offsets.dtype == first.dtype == np.int64 and lengths.dtype == np.uint32 and offsets.shape == lengths.shape == arrays["labels"].shape
+            and 0 <= offsets.min() and offsets.max() <= _LARGEST_OFFSET and first.ndim == 1 and len(first) > 1
+            and first[0] == 0 and first[-1] == len(offsets) and (np.diff(first) >= 0).all())
 
     @classmethod
     @abc.abstractmethod
@@ -231,6 +312,17 @@ def fingerprint_of(files):
     return digest.hexdigest()
 
 
+def as_lengths(lengths):
+    """Lengths as an index holds them, 4 bytes each: of entries of 4 GB and more, which are refused when they are read, only that they are.
+
+    Args:
+        lengths: (N,) integers.
+    Returns:
+        (N,) uint32.
+    """
+    return np.minimum(np.asarray(lengths, dtype=np.int64), (1 << 32) - 1).astype(np.uint32)
+
+
 def check_labels(labels, name, largest=LARGEST_LABEL):
     """Refuse labels that are no class numbers.
 
@@ -252,17 +344,6 @@ def _open(name):
         raise ValueError(f"cannot open {name}: {os.strerror(error.errno)}; check the path") from error
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # or each 10 KB image would bring 100 KB of its neighbours
     return descriptor
-
-
-def _load(index_path):
-    """(meta, arrays) of an index, (None, None) where there is none that can be used."""
-    try:
-        return map_arrays(index_path)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        _LOG.warning("making the index anew: %s", error)
-    return None, None
 
 
 def _list_skipped(skipped):

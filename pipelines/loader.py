@@ -160,7 +160,7 @@ class Loader(abc.ABC):
         augmentation = self._preprocessing.augmentation
         if augmentation.does_something and len(requested):
             faces = augmentation.apply(faces, self._sampler.uniforms(epoch, requested, augmentation.NUM_UNIFORMS))
-        images = self._preprocessing.normalize(faces, self._dtype)
+        images = self._preprocessing.normalize(faces, self._dtype) if faces.dtype == torch.uint8 else faces.permute(0, 3, 1, 2)
         labels = torch.from_numpy(self._source.labels[shown])
         return Batch(images, labels.to(self._device, non_blocking=True), torch.from_numpy(shown.copy()))
 
@@ -171,8 +171,8 @@ class Loader(abc.ABC):
         Args:
             requests: iterator over Request; read ahead, in this thread.
         Yields:
-            For each request, in order, a (B, 112, 112, 3) uint8 tensor, valid until the next one is asked for, and the (B,) int64
-            positions of the images that it shows.
+            For each request, in order, a (B, 112, 112, 3) tensor and the (B,) int64 positions of the images that it shows. The tensor is
+            uint8, valid until the next one is asked for; or normalised, in the loader's dtype, and valid for as long as it is kept.
         """
 
 

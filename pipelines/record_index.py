@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.indexed import PackedImages, check_labels
-from pipelines.recordio import read_record, scan_image_records
+from pipelines.indexed import PackedImages, as_lengths, check_labels
+from pipelines.recordio import images_in, read_record, scan_image_records
 
 _EXACT_LABELS = 1 << 24  # float32 holds every integer up to here
 
@@ -23,8 +23,8 @@ class RecordIndex(PackedImages):
     def encoded(self, i):
         return self._record(i).image
 
-    def name(self, i):
-        return f"{self._names[self._file_of(i)]} record {self._record(i).record_id}"
+    def _name_in_file(self, i):
+        return f"record {self._record(i).record_id}"
 
     @property
     def rec_paths(self):
@@ -37,10 +37,14 @@ class RecordIndex(PackedImages):
         return self._offsets[self._first[file]:self._first[file + 1]]
 
     def _record(self, i):
+        stored = np.frombuffer(self._stored(i), dtype=np.uint8)
         try:
-            return read_record(np.frombuffer(self._stored(i), dtype=np.uint8), 0)
+            return read_record(stored, 0)
         except ValueError as error:
             raise ValueError(f"{self._names[self._file_of(i)]} changed while in use, at byte {self._offsets[i]}: {error}") from error
+
+    def _images_in(self, data, starts, lengths):
+        return images_in(data, starts, lengths)
 
     @classmethod
     def _beside(cls, path):
@@ -58,5 +62,5 @@ class RecordIndex(PackedImages):
         data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if os.path.getsize(path) else np.empty(0, dtype=np.uint8)
         records = scan_image_records(data, progress)
         check_labels(records.labels, lambda i: f"record {read_record(data, int(records.offsets[i])).record_id}", _EXACT_LABELS)
-        return ({"offsets": records.offsets, "lengths": records.lengths.astype(np.uint32), "labels": records.labels},
+        return ({"offsets": records.offsets, "lengths": as_lengths(records.lengths), "labels": records.labels},
                 {"empty images": records.num_empty})

@@ -24,8 +24,7 @@ class PerIdentity:
         if labels.min(initial=0) < 0:
             raise ValueError("sampling by identity needs a label for every image; use a data set with labels")
         self._labels, self._count, self._exactly = labels, count, exactly
-        sizes = np.bincount(labels)
-        sizes = sizes[sizes > 0]
+        sizes = np.unique(labels, return_counts=True)[1]  # labels may have wide gaps
         self.size = len(sizes) * count if exactly else int(np.minimum(sizes, count).sum())
         self.num_samples = len(labels)
 

@@ -1,9 +1,15 @@
 """Random access to encoded images and their labels, whatever they are stored in."""
 import abc
 import bisect
+import contextlib
 import os
+import stat
 
 import numpy as np
+
+LARGEST_FILE = 1 << 25  # bytes of an image file; a larger one is refused, so that a made-up file of terabytes costs no memory
+LARGE_FILE = 1 << 20  # bytes; of these a batch is not read into memory together
+_NO_BYTES = np.empty(0, dtype=np.uint8)
 
 
 class ImageSource(abc.ABC):
@@ -29,6 +35,25 @@ class ImageSource(abc.ABC):
         Raises:
             ValueError: it cannot be read; the message names it.
         """
+
+    def read(self, indices):
+        """Many image files at once, for those who look at all of them anyway.
+
+        Args:
+            indices: (B,) int64.
+        Returns:
+            data: (bytes,) uint8.
+            starts, lengths: (B,) int64; data[starts[b]:starts[b] + lengths[b]] is encoded(indices[b]). A length of 0 says that encoded() has
+            to be asked: it gives the image, which may be a LARGE_FILE, or the reason why there is none.
+        """
+        files = []
+        for i in indices.tolist():
+            file = _NO_BYTES
+            with contextlib.suppress(ValueError):
+                file = self.encoded(i)
+            files.append(file if len(file) <= LARGE_FILE else _NO_BYTES)
+        lengths = np.array([len(file) for file in files], dtype=np.int64)
+        return np.concatenate([_NO_BYTES, *files]), np.cumsum(lengths) - lengths, lengths
 
     @abc.abstractmethod
     def name(self, i):
@@ -105,6 +130,9 @@ class SelectedImages(ImageSource):
     def encoded(self, i):
         return self._source.encoded(int(self._indices[i]))
 
+    def read(self, indices):
+        return self._source.read(self._indices[indices])
+
     def name(self, i):
         return self._source.name(int(self._indices[i]))
 
@@ -135,6 +163,17 @@ class ConcatenatedSources(ImageSource):
         source, i = self._find(i)
         return source.encoded(i)
 
+    def read(self, indices):
+        place = np.searchsorted(self._starts, indices, side="right") - 1
+        starts, lengths, parts, end = np.zeros(len(indices), dtype=np.int64), np.zeros(len(indices), dtype=np.int64), [_NO_BYTES], 0
+        for number in np.unique(place).tolist():
+            here = place == number
+            data, starts[here], lengths[here] = self._sources[number].read(indices[here] - self._starts[number])
+            starts[here] += end
+            parts.append(data)
+            end += len(data)
+        return np.concatenate(parts), starts, lengths
+
     def name(self, i):
         source, i = self._find(i)
         return source.name(i)
@@ -152,9 +191,20 @@ def read_image_file(path):
     """(bytes,) uint8, the whole file.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, is no regular file, or has more than LARGEST_FILE bytes.
     """
+    name = os.fsdecode(path)
+    if "\0" in name:
+        raise ValueError(f"cannot read image {name!r}: there is no such name; correct it or leave it out")
     try:
-        return np.fromfile(path, dtype=np.uint8)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer forever
+        try:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_FILE:
+                what = f"it has {about.st_size} bytes" if stat.S_ISREG(about.st_mode) else "it is none"
+                raise ValueError(f"image {name} must be a regular file of at most {LARGEST_FILE} bytes and {what}; replace it or leave it out")
+            return np.frombuffer(os.read(descriptor, about.st_size), dtype=np.uint8)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        raise ValueError(f"cannot read image {os.fsdecode(path)}: {os.strerror(error.errno)}; restore it or leave it out") from error
+        raise ValueError(f"cannot read image {name}: {os.strerror(error.errno)}; restore it or leave it out") from error

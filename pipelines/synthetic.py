@@ -2,7 +2,7 @@
 
     OUT/train/            train.rec, train.idx, property as MS1M and Glint360K ship them; severity.csv (record_id,label,severity)
     OUT/verification/     clean.bin, mixed.bin as insightface ships lfw.bin; clean.csv, mixed.csv (image,identity,severity)
-    OUT/templates/        meta/ and loose_crop/ as IJB-C; severity.csv (name,identity,severity)
+    OUT/templates/        meta/ and loose_crop/ as IJB-C, 1:1 and 1:N; severity.csv (name,identity,severity)
     OUT/contact_sheet.png what the pictures look like
     OUT/manifest.json     parameters and counts, written last: where it lies, the set is complete
 
@@ -38,10 +38,10 @@ from pipelines.degradations import KINDS, degrade, draw_amounts
 from pipelines.faces import IMAGE_SIZE, Face, Identity, Variation, render_face
 from pipelines.files import atomic_output
 from pipelines.recordio import RecordWriter, write_property
-from pipelines.template_protocol import write_template_protocol
+from pipelines.template_protocol import Gallery, write_template_protocol
 from pipelines.verification_set import write_verification_set
 
-FORMAT = 1  # of the folder and of the pictures: raise it with any change that alters either
+FORMAT = 2  # of the folder and of the pictures: raise it with any change that alters either
 
 _NEAR_CLEAN_SHARE, _NEAR_CLEAN_SEVERITY = 0.4, 0.1
 _FOLDS = 10
@@ -284,6 +284,14 @@ def _template_pairs(rng, eval_identities):
     return np.stack([first[order], second[order]], axis=1) + 1, same[order]
 
 
+def _galleries(eval_identities):
+    """1:N as IJB-C has it: the first template of each identity is enrolled, in G1 or G2 in turn; the others are searched for in both."""
+    ids = np.arange(eval_identities * _TEMPLATES).reshape(eval_identities, _TEMPLATES) + 1
+    subjects = np.arange(eval_identities) + 1
+    probes, probe_subjects = ids[:, 1:].ravel(), np.repeat(subjects, _TEMPLATES - 1)
+    return [Gallery(name, ids[start::2, 0], subjects[start::2], probes, probe_subjects) for start, name in enumerate(("G1", "G2"))]
+
+
 def _write_templates(out, parameters):
     """One template protocol. Landmarks are the true ones; there is no detector, so every score is 1."""
     pictures = list(_pictures(out, parameters, "templates"))
@@ -295,7 +303,7 @@ def _write_templates(out, parameters):
     write_template_protocol(
         out / "templates", "synthetic", names=names, images=[picture.encoded for picture in pictures], template_ids=template_ids,
         media_ids=media_ids, landmarks=np.stack([picture.landmarks for picture in pictures]), detector_score=np.ones(len(names)),
-        pair_template_ids=pairs, pair_labels=same)
+        pair_template_ids=pairs, pair_labels=same, galleries=_galleries(parameters.eval_identities))
     _write_csv(out / "templates" / "severity.csv", ("name", "identity", "severity"),
                ((name, picture.identity, f"{picture.severity:.6f}") for name, picture in zip(names, pictures)))
     return {"images": len(names), "templates": int(template_ids.max()), "media": int(media_ids.max()), "pairs": len(same),

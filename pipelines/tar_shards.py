@@ -10,14 +10,14 @@ import numpy as np
 
 from pipelines.files import atomic_output
 from pipelines.images import IMAGE_SUFFIXES
-from pipelines.indexed import PackedImages, check_labels
+from pipelines.indexed import PackedImages, as_lengths, check_labels
 
 _BLOCK = 512  # bytes in a tar block; a member's own header lies right before its content
 _HEADER = struct.Struct("100s24x12s20xs100x8s80x155s12x")  # name, size, kind, magic, prefix of the name
 _PATH_BYTES = 1 << 12
 _LABEL_BYTES = 1 << 20  # a .json beside a face is small; this bounds what a made-up size can cost
 _LABEL_KEYS = ("label", "cls", "class")
-_IMAGE_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
+_IS_IMAGE = {**{suffix[1:].encode(): True for suffix in IMAGE_SUFFIXES}, b"cls": False, b"json": False}  # the suffixes that matter
 
 
 class TarIndex(PackedImages):
@@ -34,9 +34,8 @@ class TarIndex(PackedImages):
     def encoded(self, i):
         return np.frombuffer(self._stored(i), dtype=np.uint8)
 
-    def name(self, i):
-        header = self._stored(i, before=_BLOCK)[:_BLOCK]
-        return f"{self._names[self._file_of(i)]} member {header[:100].rstrip(bytes(1)).decode(errors='replace')}"
+    def _name_in_file(self, i):
+        return f"member {self._stored(i, before=_BLOCK)[:100].split(bytes(1))[0].decode(errors='replace')}"
 
     @classmethod
     def _beside(cls, path):
@@ -60,7 +59,7 @@ class TarIndex(PackedImages):
         progress(data.size - done)
         labels = np.array(found.labels, dtype=np.float64)
         check_labels(labels, lambda i: f"member {_text(found.keys[i])}")
-        return ({"offsets": np.array(found.offsets, dtype=np.int64), "lengths": np.array(found.lengths, dtype=np.uint32), "labels": labels},
+        return ({"offsets": np.array(found.offsets, dtype=np.int64), "lengths": as_lengths(found.lengths), "labels": labels},
                 found.skipped)
 
 
@@ -70,31 +69,35 @@ def _members(data):
     tarfile would do; this is ten times as fast, and a shard has twice as many members as images.
     """
     end, override = 0, {}  # what an extended header says about the member after it
-    while end + _BLOCK <= len(data):
-        name, size, kind, magic, prefix = _HEADER.unpack_from(data, end)
-        if magic[:5] != b"ustar" and name[:1] != b"\0":
+    length, unpack = len(data), _HEADER.unpack_from
+    while end + _BLOCK <= length:
+        name, size, kind, magic, prefix = unpack(data, end)
+        name = name.split(b"\0", 1)[0]  # without the 1 it would take as long as all the rest
+        if name and magic[:5] != b"ustar":
             raise ValueError(f"no tar member starts at byte {end}: compressed, damaged or no tar file; copy or download it again, uncompressed")
-        if name[:1] == b"\0":
+        if not name:
             if any(data[end:end + _BLOCK]):
                 raise ValueError(f"the header at byte {end} is damaged; copy or download it again")
             return  # the two blocks of zeros that close an archive
         size = override.pop("size", None) or _number(size, end)
         start, end = end + _BLOCK, end + _BLOCK + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-        if start + size > len(data):
-            raise ValueError(f"it is truncated: the member at byte {start - _BLOCK} ends at byte {start + size} and the file at {len(data)}; "
+        if start + size > length:
+            raise ValueError(f"it is truncated: the member at byte {start - _BLOCK} ends at byte {start + size} and the file at {length}; "
                              "copy or download it again")
         if kind == b"L":
-            override["name"] = bytes(data[start:start + min(size, _PATH_BYTES)]).split(b"\0")[0]
+            override["name"] = bytes(data[start:start + min(size, _PATH_BYTES)]).split(b"\0", 1)[0]
         elif kind == b"x":
             override.update(_pax(bytes(data[start:start + min(size, _LABEL_BYTES)])))
         elif kind in b"0\0":
-            name, prefix = name.split(b"\0")[0], prefix.split(b"\0")[0] if magic[:6] == b"ustar\0" else b""  # GNU keeps other things there
-            yield override.get("name") or (prefix + b"/" + name if prefix else name), start, size
-            override = {}
+            if prefix[0] and magic[:6] == b"ustar\0":  # GNU keeps other things there
+                name = prefix.split(b"\0", 1)[0] + b"/" + name
+            if override:
+                name, override = override.get("name") or name, {}
+            yield name, start, size
         else:
             override = {}
-    if end != len(data):
-        raise ValueError(f"it is truncated: {len(data)} bytes are no whole number of blocks; copy or download it again")
+    if end != length:
+        raise ValueError(f"it is truncated: {length} bytes are no whole number of blocks; copy or download it again")
 
 
 def _number(field, at):
@@ -127,18 +130,22 @@ class _Found:
         self._key = self._image = self._label = None
 
     def add(self, name, start, size):
-        dot = name.find(b".", name.rfind(b"/") + 1)
-        suffix = name[dot:].lower() if dot >= 0 else b""
-        is_image = suffix in _IMAGE_SUFFIXES
-        if not is_image and suffix not in (b".cls", b".json"):
+        key, _, suffix = name.partition(b".")
+        if b"/" in suffix:  # a dot in the name of a folder
+            folder, _, name = name.rpartition(b"/")
+            key, _, suffix = name.partition(b".")
+            key = folder + b"/" + key
+        suffix = suffix.lower()
+        is_image = _IS_IMAGE.get(suffix)
+        if is_image is None:
             return
-        if name[:dot] != self._key:
+        if key != self._key:
             self.finish()
-            self._key = name[:dot]
+            self._key = key
         if is_image:
             self._image = start, size
         elif size <= _LABEL_BYTES:
-            label = _label_in(self._data[start:start + size].tobytes(), suffix, name)
+            label = _label_in(self._data[start:start + size].tobytes(), suffix, key)
             self._label = self._label if label is None else label
 
     def finish(self):
@@ -157,18 +164,17 @@ class _Found:
         self._key = self._image = self._label = None
 
 
-def _label_in(content, suffix, name):
+def _label_in(content, suffix, key):
     """The number in a .cls or .json member; None where a .json has none."""
     try:
-        if suffix == b".cls":
-            return int(content)
-        value = json.loads(content)
+        value = int(content) if suffix == b"cls" else json.loads(content)
         value = next((value[key] for key in _LABEL_KEYS if key in value), None) if isinstance(value, dict) else value
         if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
             raise ValueError
-        return value
-    except (ValueError, RecursionError):
-        raise ValueError(f"member {_text(name)} must hold a label, a whole number, got {content[:40]!r}; correct it or leave the image out") from None
+        return None if value is None else float(value)
+    except (ValueError, RecursionError, OverflowError):
+        raise ValueError(f"member {_text(key)}.{_text(suffix)} must hold a label, a whole number, got {content[:40]!r}; correct it or leave the "
+                         "image out") from None
 
 
 def _text(name):

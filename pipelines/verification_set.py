@@ -13,14 +13,6 @@ import numpy as np
 from pipelines.files import atomic_output
 from pipelines.sources import EncodedImages, ImageSource, SelectedImages
 
-# Everything that pickles of bytes, bool and NumPy arrays refer to, under the module names of Python 2 and 3, NumPy 1 and 2.
-_ALLOWED = {
-    ("_codecs", "encode"), ("__builtin__", "bytes"), ("builtins", "bytes"), ("__builtin__", "bytearray"), ("builtins", "bytearray"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    ("numpy", "ndarray"), ("numpy", "dtype"),
-}
-
 
 class VerificationSet(NamedTuple):
     """Pairs of face images."""
@@ -29,11 +21,88 @@ class VerificationSet(NamedTuple):
     same: np.ndarray  # (P,) bool, whether both images of a pair show one person
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _Type:
+    """Stands for a numpy.dtype of numbers."""
+
+    __slots__ = ("_code", "_order")
+
+    def __init__(self, code, *_):
+        self._code, self._order = _text(code), "="
+        if self._code not in _CODES:
+            raise pickle.UnpicklingError(f"it holds an array of {self._code!r}")
+
+    def __setstate__(self, state):
+        self._order = {"|": "="}.get(_text(state[1]), _text(state[1]))
+
+    def array(self, data, shape, order):
+        """The array with these bytes."""
+        return np.frombuffer(_bytes(data), dtype=np.dtype(self._code).newbyteorder(self._order)).reshape(shape, order=order)
+
+
+class _Array:
+    """Stands for a numpy.ndarray."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, *_):
+        self.values = None
+
+    def __setstate__(self, state):
+        _, shape, dtype, is_fortran, data = state
+        self.values = _Type.array(dtype, data, shape, "F" if is_fortran else "C")
+
+
+def _text(value):
+    return value.decode("latin1") if isinstance(value, bytes) else value
+
+
+def _bytes(content=b"", encoding="latin1"):
+    """bytes() and codecs.encode() of what pickles give them: bytes, or text that stands for them. A number would be a request for memory."""
+    if _text(encoding) not in ("latin1", "latin-1") or not isinstance(content, (bytes, bytearray, str)):
+        raise pickle.UnpicklingError(f"it makes bytes of a {type(content).__name__}")
+    return content.encode("latin1") if isinstance(content, str) else bytes(content)
+
+
+def _scalar(dtype, data):
+    return _Type.array(dtype, data, (), "C")[()]
+
+
+def _frombuffer(data, dtype, shape, order):
+    array = _Array()
+    array.values = _Type.array(dtype, data, shape, "F" if _text(order) == "F" else "C")
+    return array
+
+
+_CODES = frozenset(["b1", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))])
+# What pickles of bytes, bool and NumPy arrays refer to, under the module names of Python 2 and 3, NumPy 1 and 2, and what is built instead:
+# NumPy's own functions trust the file, and read any memory that it names.
+_BUILDERS = {
+    ("_codecs", "encode"): _bytes, **{(module, name): _bytes for module in ("__builtin__", "builtins") for name in ("bytes", "bytearray")},
+    ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type,
+    **{(f"numpy.{core}.multiarray", name): builder for core in ("core", "_core") for name, builder in (("_reconstruct", _Array), ("scalar", _scalar))},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+}
+
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Builds bytes, numbers, lists, tuples and arrays of numbers. In Python, because the one in C sets memory aside for whatever place in
+    its memo a file names."""
+
     def find_class(self, module, name):
-        if (module, name) not in _ALLOWED:
+        if (module, name) not in _BUILDERS:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
+        return _BUILDERS[module, name]
+
+    def _build(self):
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], (_Type, _Array)):
+            raise pickle.UnpicklingError(f"it sets the state of a {type(self.stack[-1]).__name__}")
+        self.stack[-1].__setstate__(state)
+
+    def _bytearray(self):
+        self.append(self.read(int.from_bytes(self.read(8), "little")))  # the original sets the memory aside before it reads
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build, pickle.BYTEARRAY8[0]: _bytearray}  # noqa: RUF012 -- as in its base
 
 
 def write_verification_set(path, images, same):
@@ -62,8 +131,10 @@ def read_verification_set(path):
     """
     try:
         with open(path, "rb") as file:
-            images, same = _PlainUnpickler(file, encoding="bytes").load()
+            images, same = map(_values, _PlainUnpickler(file, encoding="bytes").load())
         images = [_as_bytes(image) for image in images]
+        if not all(isinstance(flag, (int, np.integer, np.bool_)) for flag in same):
+            raise ValueError("its flags are no list of booleans")
         same = np.asarray(same)
         if same.ndim != 1 or same.dtype.kind not in "biu":
             raise ValueError(f"its flags are an array of {same.dtype} with shape {same.shape}")
@@ -121,9 +192,14 @@ def _pairs_of(images, count, rng):
     return list(zip(images[number - second * (second - 1) // 2], images[second]))
 
 
+def _values(content):
+    return content.values if isinstance(content, _Array) else content
+
+
 def _as_bytes(image):
-    if isinstance(image, (bytes, bytearray)):
-        return bytes(image)
+    image = _values(image)
+    if isinstance(image, bytes):
+        return image
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 1:
         return image.tobytes()
     raise ValueError(f"an image is a {type(image).__name__} and not encoded bytes")

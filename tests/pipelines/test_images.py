@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.images import MAX_PIXELS, decode_face, load_encoded, load_face, read_header
-from pipelines.sources import EncodedImages
+from pipelines.images import MAX_PIXELS, decode_face, load_encoded, load_face, pack_face, read_header, read_headers
+from pipelines.sources import LARGE_FILE, EncodedImages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
 
@@ -61,12 +61,74 @@ def test_header_says_what_pillow_says(kind):
     image = Image.open(io.BytesIO(encoded))
     assert read_header(encoded) == (image.format, 112, 112, kind in COMMON)
     source = EncodedImages([encoded])
-    given = load_encoded(source, 0)
+    given, is_face_sized = load_encoded(source, 0)
+    assert is_face_sized
     if kind in COMMON:
         np.testing.assert_array_equal(given, encoded)
-    for ppm in (load_encoded(source, 0, convert=True), *([given] if kind in OTHERS else [])):
-        assert ppm[:2].tobytes() == b"P6"
+    for ppm, is_face_sized in (load_encoded(source, 0, convert=True), *([(given, True)] if kind in OTHERS else [])):
+        assert is_face_sized and ppm[:2].tobytes() == b"P6"
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(ppm))), decode_face(encoded))
+
+
+def check_headers(files):
+    """read_headers vouches for what read_header calls common, and says the same; it may leave files to it."""
+    lengths = np.array([len(file) for file in files], dtype=np.int64)
+    sizes = read_headers(np.concatenate([*files, np.empty(0, np.uint8)]), np.cumsum(lengths) - lengths, lengths)
+    for file, size in zip(files, sizes.tolist()):
+        if size != [0, 0]:
+            header = read_header(file)
+            assert header.is_common and [header.height, header.width] == size
+    return sizes
+
+
+def test_headers_of_a_batch():
+    oblong = Image.fromarray(PIXELS[:90, :70])
+    files = {**COMMON, **OTHERS, "oblong jpeg": encode("JPEG", oblong), "oblong png": encode("PNG", oblong), "none": np.empty(0, np.uint8),
+             "face": pack_face(PIXELS), "cut face": pack_face(PIXELS)[:-1],
+             "commented": encode("JPEG", comment=b"x" * 500), "restarts": encode("JPEG", restart_marker_blocks=4)}
+    sizes = dict(zip(files, check_headers(list(files.values())).tolist()))
+    assert [kind for kind in files if sizes[kind] == [0, 0]] == ["progressive", "webp", "padded jpeg", *OTHERS, "none", "cut face"]
+    assert sizes["oblong jpeg"] == sizes["oblong png"] == [90, 70] and sizes["jpeg"] == sizes["commented"] == sizes["restarts"] == sizes["face"] == [112, 112]
+    np.testing.assert_array_equal(decode_face(pack_face(PIXELS)), PIXELS)
+    assert check_headers([]).shape == (0, 2)
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(COMMON)), st.integers(0, 700), st.integers(0, 255), st.integers(0, 5000)), max_size=5))
+def test_headers_of_damaged_batches(damages):
+    files = []
+    for kind, place, value, cut in damages:
+        file = COMMON[kind].copy()
+        file[min(place, len(file) - 1)] = value
+        files.append(file[:len(file) - max(0, cut - 2500)])
+    check_headers(files)
+
+
+def test_large_images_are_made_faces_at_once():
+    """So that a batch full of them needs little memory: many pixels, or many bytes."""
+    pixels = encode("PNG", Image.new("RGB", (1100, 1000), (9, 8, 7)))
+    filled = np.append(encode("JPEG"), np.zeros(LARGE_FILE, np.uint8))
+    source = EncodedImages([pixels, filled])
+    assert read_header(pixels).is_common and (check_headers([pixels, filled]) == 0).all()
+    for i in range(2):
+        encoded, is_face_sized = load_encoded(source, i)
+        assert encoded[:2].tobytes() == b"P6" and len(encoded) < 40_000 and is_face_sized
+
+
+def test_progressive_image_of_endless_scans_is_refused():
+    """Each repeats the last scan, some bytes for the file and a pass over all pixels for the decoder."""
+    progressive = encode("JPEG", Image.new("RGB", (112, 112)), progressive=True).tobytes()
+    last = progressive[progressive.rindex(b"\xff\xda"):-2]
+    decode_face(progressive[:-2] + last * 10 + progressive[-2:])
+    for function in (read_header, decode_face):
+        with pytest.raises(ValueError, match="at most 200 scans"):
+            function(np.frombuffer(progressive[:-2] + last * 200 + progressive[-2:], np.uint8))
+
+
+def test_formats_that_run_programs_are_not_tried():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 112 112\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(postscript)).format == "EPS"
+    with pytest.raises(ValueError, match="unknown format"):
+        decode_face(postscript)
 
 
 @pytest.mark.parametrize("kind", COMMON)

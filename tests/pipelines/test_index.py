@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.index import RecordIndex, main, open_source
+from pipelines.index import RecordIndex, describe, main, open_source
 from pipelines.recordio import RecordWriter, write_property
+from pipelines.selection import PerIdentity
 
 IMAGES = [bytes([i]) * (i + 1) for i in range(6)]
 LABELS = [2, 0, 1, 1, 0, 2]
@@ -48,6 +49,10 @@ def test_images_and_labels(tmp_path, opener, name):
     assert source.labels.tolist() == LABELS and source.labels.dtype == np.int64 and source.num_classes == 3
     assert source.name(4) == f"{tmp_path / 'train.rec'} record 5"
     assert not source.encoded(0).flags.writeable
+    order = np.array([3, 0, 5, 0])
+    data, starts, lengths = source.read(order)
+    assert [data[start:start + length].tobytes() for start, length in zip(starts, lengths)] == [IMAGES[i] for i in order]
+    assert [len(part) for part in source.read(order[:0])] == [0, 0, 0]
 
 
 def test_index_is_reused_until_the_file_changes(tmp_path, monkeypatch):
@@ -126,6 +131,8 @@ def test_file_that_changes_while_open(tmp_path):
         file.write(bytes(200))
     with pytest.raises(ValueError, match=r"train\.rec changed while in use, at byte \d+: byte 0 must start a record"):
         source.encoded(0)
+    lengths = source.read(np.arange(6))[2]
+    assert lengths[0] == 0 and lengths[5] == len(IMAGES[5])  # whether an image is there, encoded() says
 
 
 def test_empty_and_imageless_files(tmp_path):
@@ -218,6 +225,15 @@ def test_verify_records_broken_images_until_the_file_changes(tmp_path, capsys):
     assert open_source([tmp_path, tmp_path]).broken.tolist() == [2, 4, 7, 9]
     os.utime(tmp_path / "train.rec")
     assert not len(open_source(tmp_path).broken)
+
+
+def test_report_on_labels_with_wide_gaps(tmp_path):
+    """A table of all numbers up to the largest would take 16 GB."""
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "list.txt").write_text("a.jpg 0\na.jpg 2147483647\n")
+    source = open_source(tmp_path / "list.txt")
+    assert "identities             2 with images, 2,147,483,646 numbers without" in describe(source)
+    assert PerIdentity(source.labels, 1).size == 2
 
 
 def test_report_on_a_wrong_idx(tmp_path, capsys):

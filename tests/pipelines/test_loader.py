@@ -300,6 +300,21 @@ def test_normalisation_is_rounded_once(dtype, normalization, scale):
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("normalization", ["insightface", "published"])
+def test_dali_normalises_exactly(dtype, normalization):
+    """PNG decodes exactly, so the backends agree bit for bit."""
+    rng = np.random.default_rng(1)
+    images = EncodedImages([encode(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8), "PNG") for _ in range(6)], labels=np.arange(6))
+    epochs = []
+    for backend in ("dali", "torch"):
+        with make_loader(images, EpochSampler(6, 3, seed=1), Preprocessing(normalization), backend=backend, dtype=dtype) as loader:
+            epochs.append(list(loader.batches(0)))
+    assert same_batches(*epochs) and len(epochs[0]) == 2 and epochs[0][0].images.dtype == dtype
+    assert epochs[0][0].images.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_without_flips(source):
     sampler = EpochSampler(NUM_IMAGES, NUM_IMAGES, shuffle=False)
     with make_loader(source, sampler, Preprocessing(horizontal_flip=False), backend="torch", num_workers=0, dtype=torch.bfloat16) as loader:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.recordio import RecordWriter, read_num_classes, read_record, scan_image_records, whole_records, write_property
+from pipelines.recordio import RecordWriter, images_in, read_num_classes, read_record, scan_image_records, whole_records, write_property
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 # Byte strings rich in the magic, at aligned and unaligned places.
@@ -79,6 +79,25 @@ def test_scan_across_blocks(monkeypatch):
     np.testing.assert_array_equal(offsets, np.cumsum([0, *map(len, frames)])[:-1])
     assert lengths.tolist() == list(map(len, frames)) and sum(progress) == sum(map(len, frames)) and len(progress) == 4
     np.testing.assert_array_equal(labels, np.arange(13))
+
+
+@given(st.lists(st.tuples(IMAGES, st.one_of(st.just(1.0), st.lists(st.just(2.0), max_size=3))), min_size=1, max_size=6),
+       st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), max_size=3))
+def test_images_in_many_records(contents, damages):
+    """What it vouches for is what read_record gives; in intact files only cut records are left to that."""
+    frames = [frame(0, payload(label, image)) if MAGIC not in payload(label, image) else
+              b"".join([frame(1, payload(label, b"")), frame(3, image)]) for image, label in contents]
+    lengths = np.array([len(f) for f in frames])
+    starts = np.cumsum(lengths) - lengths
+    data = as_array(b"".join(frames)).copy()
+    for place, value in damages:
+        data[place % len(data)] = value
+    for b, (first, size) in enumerate(zip(*(places.tolist() for places in images_in(data, starts, lengths)))):
+        if size:
+            assert data[first:first + size].tobytes() == read_record(data, int(starts[b])).image.tobytes()
+            assert starts[b] <= first and first + size <= starts[b] + lengths[b]
+        elif not damages:
+            assert MAGIC in payload(contents[b][1], contents[b][0])
 
 
 @given(images=st.lists(IMAGES, min_size=1, max_size=4), labels=st.lists(st.integers(0, 9), min_size=4, max_size=4), as_list=st.booleans())
@@ -163,6 +182,7 @@ def test_property(tmp_path):
     write_property(tmp_path, 85742)
     assert (tmp_path / "property").read_text() == "85742,112,112\n"
     assert read_num_classes(tmp_path / "property") == 85742
-    (tmp_path / "property").write_text("many,112,112")
-    with pytest.raises(ValueError, match="must hold 'classes,height,width', got 'many,112,112'"):
-        read_num_classes(tmp_path / "property")
+    for text in ("many,112,112", "9999999999", "9" * 5000, ""):
+        (tmp_path / "property").write_text(text)
+        with pytest.raises(ValueError, match=f"must hold 'classes,height,width' with up to 2147483648 classes, got '{text[:60]}'"):
+            read_num_classes(tmp_path / "property")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipelines.sources import ConcatenatedSources, EncodedImages, ImageFiles, SelectedImages
+from pipelines.sources import LARGE_FILE, ConcatenatedSources, EncodedImages, ImageFiles, SelectedImages
 
 
 def test_encoded_images():
@@ -48,6 +48,23 @@ def test_will_need_reaches_the_right_source():
     assert [source.asked for source in sources] == [[0], [0, 1]]
     SelectedImages(sources[0], [1, 0]).will_need(np.array([0]))
     assert sources[0].asked == [1]
+
+
+def test_many_images_at_once():
+    class Unreadable(EncodedImages):
+        def encoded(self, i):
+            if i == 1:
+                raise ValueError
+            return super().encoded(i)
+
+    first, second = Unreadable([b"a", b"?", b"ccc"]), EncodedImages([b"dd", b"x" * (LARGE_FILE + 1), b""])
+    whole = ConcatenatedSources([first, second])
+    indices = np.array([3, 2, 1, 0, 2, 5, 4])
+    for source, order in ((whole, indices), (SelectedImages(whole, indices, with_labels=False), np.arange(7))):
+        data, starts, lengths = source.read(order)
+        assert data.dtype == np.uint8
+        assert [data[start:start + length].tobytes() for start, length in zip(starts, lengths)] == [b"dd", b"ccc", b"", b"a", b"ccc", b"", b""]
+    assert [len(part) for part in whole.read(indices[:0])] == [0, 0, 0]
 
 
 def test_selected_images():

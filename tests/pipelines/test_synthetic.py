@@ -120,6 +120,7 @@ def test_templates_have_the_ijb_layout(small):
     np.testing.assert_allclose(landmarks.mean(axis=0).ravel(), template, atol=2.5)
     assert {point[11] for point in points} == {"1"}
 
+    template_of = {name: template_id for name, template_id, _ in faces}
     identity_of, media_of, severities = {}, collections.defaultdict(set), collections.defaultdict(list)
     for (_, template_id, medium_id), row in zip(faces, rows):
         assert identity_of.setdefault(int(template_id), int(row["identity"])) == int(row["identity"]) >= 12
@@ -131,6 +132,14 @@ def test_templates_have_the_ijb_layout(small):
     assert np.mean([np.ptp(values) for values in severities.values()]) > 0.5  # mixed inside a template
     first, second, label = pairs.T
     assert [identity_of[a] == identity_of[b] for a, b in zip(first, second)] == label.astype(bool).tolist()
+    enrolled, probes = {}, {}
+    for name, subjects in ("gallery_G1", enrolled), ("gallery_G2", enrolled), ("probe_mixed", probes):
+        rows = _rows(folder / "meta" / f"synthetic_1N_{name}.csv")
+        subjects |= {int(row["TEMPLATE_ID"]): int(row["SUBJECT_ID"]) for row in rows}
+        assert all(template_of[row["FILENAME"]] == row["TEMPLATE_ID"] for row in rows)
+    assert len(enrolled) == 20 and len(probes) == 60 and enrolled.keys() | probes.keys() == identity_of.keys()
+    assert len(set(enrolled.values())) == 20
+    assert all(identity_of[template] == subject + 11 for template, subject in {**enrolled, **probes}.items())
     assert label.sum() == 20 * 6 and len(pairs) == 80 * 79 // 2 and len({frozenset(pair) for pair in pairs[:, :2].tolist()}) == len(pairs)
 
 
@@ -147,7 +156,7 @@ def test_frames_of_a_medium_share_the_background():
 
 def test_manifest_and_contact_sheet(small):
     manifest = json.loads((small / "manifest.json").read_text())
-    assert manifest["parameters"] == {"format": 1, "identities": 12, "images_per_identity": 3, "eval_identities": 20, "seed": 3}
+    assert manifest["parameters"] == {"format": 2, "identities": 12, "images_per_identity": 3, "eval_identities": 20, "seed": 3}
     assert manifest["counts"]["train"] == {"images": 36, "identities": 12}
     assert manifest["counts"]["templates"]["images"] == len(list((small / "templates" / "loose_crop").iterdir()))
     sheet = Image.open(small / "contact_sheet.png")

@@ -56,7 +56,8 @@ def test_members_without_their_pair_are_skipped_and_counted(tmp_path, caplog):
     assert "1 images in tar shards" in caplog.text and "skipped 2 images without label; skipped 1 labels without image" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.cls", b"one"), ("a.cls", b""), ("a.json", b'{"label": "3"}'), ("a.json", b"{"), ("a.json", b"[" * 99999)])
+@pytest.mark.parametrize(("name", "content"), [("a.cls", b"one"), ("a.cls", b""), ("a.json", b'{"label": "3"}'), ("a.json", b"{"), ("a.json", b"[" * 99999),
+                                              ("a.cls", b"9" * 400), ("a.json", b"9" * 400), ("a.cls", b"9" * 9999)])
 def test_labels_that_are_none(tmp_path, name, content):
     path = tar(tmp_path / "a.tar", [("a.jpg", b"x"), (name, content)])
     with pytest.raises(ValueError, match=rf"a\.tar: member {name} must hold a label, a whole number, got"):
@@ -137,6 +138,8 @@ def test_many_shards_need_few_open_files(tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     source = TarIndex.open(tmp_path)
     source.will_need(np.arange(5))
+    data, starts, lengths = source.read(np.array([4, 0, 2]))
+    assert data.tobytes() == b"402" and starts.tolist() == [0, 1, 2] and lengths.tolist() == [1, 1, 1]
     assert images_of(source) == [b"0", b"1", b"2", b"3", b"4"] and len(os.listdir("/proc/self/fd")) <= before + 1  # the index
 
 

@@ -1,8 +1,11 @@
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipelines.sources import EncodedImages
 from pipelines.verification_set import draw_pairs, read_verification_set, write_verification_set
@@ -51,9 +54,57 @@ class _Hostile:
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.bin").write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match=r"a\.bin must be a pickle of \(encoded images, is-same flags\): it refers to posix\.mkdir"):
+    with pytest.raises(ValueError, match=r"a\.bin must be a pickle of \(encoded images, is-same flags\): it (refers to posix\.mkdir|holds an array of 'O8')"):
         read_verification_set(tmp_path / "a.bin")
     assert not (tmp_path / "must-not-appear").exists()
+
+
+def _dtype(code):
+    return b"cnumpy\ndtype\n\x8c" + bytes([len(code)]) + code + b"\x85R"
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    # ndarray((1,), "O", b"AAAAAAAA") is an object at the address that the file names
+    (b"cnumpy\nndarray\nK\x01\x85" + _dtype(b"O") + b"C\x08AAAAAAAA\x87R", "it holds an array of 'O'"),
+    (b"cnumpy.core.multiarray\nscalar\n" + _dtype(b"O") + b"C\x08AAAAAAAA\x86R", "it holds an array of 'O'"),
+    (_dtype(b"i4,O"), "it holds an array of 'i4,O'"),
+    (b"cnumpy\ndtype\n]\x8c\x01a\x8c\x01O\x86a\x85R", "unhashable"),
+    (b"cbuiltins\nbytes\n\x8a\x05\0\0\0\0\x10\x85R", "it makes bytes of a int"),  # 64 GB
+    (b"cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x10\x85R", "it makes bytes of a int"),
+    (b"\x96\0\0\0\0\x10\0\0\0", "flags"),  # as an opcode
+    (b"]r\xff\xff\xff\x7f", "not enough values"),  # a place in the memo that would take 16 GB to get to
+    (b"ccopyreg\n__newobj__\n", "it refers to copyreg.__newobj__"),
+    (b"c_codecs\nencode\nN}\x8c\x0c__defaults__)s\x86b", "it sets the state of a function"),
+    (b"]" + b"2" * 40 + b"\x86" * 40, "flags"),
+    (b"](\x43\x01a\x43\x01be](]2\x86]2\x86e\x86", "its flags are no list of booleans"),
+])
+def test_pickles_that_would_read_or_fill_memory(tmp_path, content, reason):
+    (tmp_path / "a.bin").write_bytes(b"\x80\x04" + content + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=reason):
+            read_verification_set(tmp_path / "a.bin")
+        assert tracemalloc.get_traced_memory()[1] < 1e7
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.sampled_from(range(pickle.HIGHEST_PROTOCOL + 1)), st.integers(0, 3), st.lists(st.tuples(st.integers(0, 999), st.binary(max_size=9)), max_size=4))
+def test_any_pickle_is_a_set_or_a_value_error(tmp_path_factory, protocol, kind, changes):
+    """Opcodes written over those of real files."""
+    arrays = [np.frombuffer(image, np.uint8) for image in IMAGES]
+    whole = bytearray(pickle.dumps([(IMAGES, SAME), (arrays, np.array(SAME)), ([bytearray(image) for image in IMAGES], list(np.array(SAME))),
+                                    (arrays, np.int64([1, 0]))][kind], protocol))
+    for place, new in changes:
+        whole[place % len(whole):place % len(whole) + len(new)] = new
+    path = tmp_path_factory.mktemp("bin") / "a.bin"
+    path.write_bytes(whole)
+    try:
+        pairs = read_verification_set(path)
+    except ValueError as error:
+        assert "a.bin" in str(error) and changes
+    else:
+        assert len(pairs.source) == 2 * len(pairs.same) and all(pairs.source.encoded(i).dtype == np.uint8 for i in range(len(pairs.source)))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps((IMAGES, SAME))[:-9], pickle.dumps(3), pickle.dumps((IMAGES, SAME, 1)),
