@@ -17,6 +17,9 @@ setup(
                       "tensorboard>=2.15", "tqdm>=4.65", "PyYAML>=6.0", "safetensors>=0.4", "setuptools"],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "hypothesis>=6.90", "mpmath>=1.3", "ruff>=0.12"],
+        "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "embed": ["pyarrow>=15"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-timeout>=2.2", "pytest-xdist>=3.5", "hypothesis>=6.90", "mpmath>=1.3", "ruff>=0.12",
+                 "scikit-learn>=1.4"],
     },
 )

@@ -1,6 +1,6 @@
 """Scoring at d = 512: Eqn (13) of all pairs, and template pooling, against the ways they are usually written.
 
-    python -m pytest bench/bench_scoring.py --benchmark-json=bench/results/scoring-<device>-<date>.json
+    python -m pytest bench/bench_scoring.py --benchmark-json=bench/results/<device>/scoring-<device>-<date>.json
 
 `least_mib` is the scores written once (all pairs) or the images read once (pooling); `tflops` counts the matrix product alone.
 The IJB-C protocol at full size is `python -m bench.ijb_scale`.
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from bench._environment import DEVICE, environment
 from bench._measure import footprint, time_case
 from bench.baselines.scoring import eager_similarity_matrix, pool_by_loop, published_similarity_matrix
-from kernels.template_pooling import pool_templates
-from kernels.vmf_similarity import vmf_similarity_histogram, vmf_similarity_matrix, vmf_similarity_top_k
+from kernels import pool_templates, vmf_similarity_histogram, vmf_similarity_matrix, vmf_similarity_top_k
 
 DIM = 512
 ON_GPU = DEVICE == "cuda"

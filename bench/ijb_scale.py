@@ -1,6 +1,6 @@
 """The IJB-C protocol at full size on made-up embeddings: seconds and peak memory of every step, and of the way IJB scripts go.
 
-    python -m bench.ijb_scale [--out bench/results/ijb_scale-<device>-<date>.json] [--share 1.0]
+    python -m bench.ijb_scale [--out bench/results/<device>/ijb_scale-<device>-<date>.json] [--share 1.0]
 
 469,375 images of 23,124 templates, 15.66 M template pairs (1:1), 19,593 probes in a gallery of 3,531 (1:N), d = 512. Only the embedding of
 the images is left out. The scripts' templates and cosines must agree with ours; Eqn (13) and the search they do not have.
@@ -17,7 +17,7 @@ import torch
 
 from bench._environment import DEVICE, environment
 from bench.baselines.scoring import cosine_in_chunks, pool_by_loop
-from pipelines.template_protocol import TemplateProtocol
+from pipelines.template_protocol import Gallery, TemplateProtocol
 from scf_fast.evaluation import metrics, protocols
 from scf_fast.evaluation.embeddings import Embeddings
 
@@ -47,7 +47,7 @@ def make(share, rng):
                                 np.stack([first, second], axis=1), subject_of[first] == subject_of[second], None)
     half = subjects // 2
     probes = np.arange(subjects, templates)
-    galleries = [protocols.Gallery(name, ids, subject_of[ids], probes, subject_of[probes])
+    galleries = [Gallery(name, ids, subject_of[ids], probes, subject_of[probes])
                  for name, ids in (("G1", np.arange(half)), ("G2", np.arange(half, subjects)))]
     return embeddings, protocol, galleries
 
@@ -79,6 +79,10 @@ def main():
     for score in ("cosine", "vmf"):
         timed(f"search both galleries, {score}", lambda score=score: [
             protocols.summarise_searches(protocols.search_templates(pooling, protocol, gallery, RADIUS, score)) for gallery in galleries])
+    ids, subjects = (np.concatenate([getattr(gallery, part) for gallery in galleries]) for part in ("gallery_ids", "gallery_subjects"))
+    enrolled, probes = protocols.template_rows(protocol, ids), protocols.template_rows(protocol, galleries[0].probe_ids)
+    timed("histogram of all searches", lambda: protocols.score_histogram(
+        directions[enrolled], kappas[enrolled], subjects, directions[probes], kappas[probes], galleries[0].probe_subjects))
     ours = sum(seconds.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     weighted = embeddings.mu.numpy() * embeddings.kappa.astype(np.float32)[:, None]

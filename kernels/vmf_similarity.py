@@ -5,13 +5,16 @@
           = phi(kt) - phi(kappa1) - phi(kappa2) + log C_d(0) - d log r,     phi(kappa) = psi_v(kappa) - psi_v(0),  v = d/2 - 1
 
 The normalisers are thousands each and their differences rank the pairs. Pairs are therefore worked out in float64 whatever comes in: their
-time goes into reading mu. All pairs of two sets are a matrix product with an epilogue. On CUDA that epilogue is float32, in terms of phi,
-which starts at 0 and never passes kappa; what remains is the rounding of kt, about 1e-7 kappa nats. On the CPU it is float64.
+time goes into reading mu. All pairs of two sets are a matrix product with an epilogue. On CUDA both are float32, the epilogue in terms of
+phi, which starts at 0 and never passes kappa; what remains is the rounding of kt, about 1e-7 kappa nats. On the CPU both are float64: a
+float32 product alone would cost 1e-7 kappa nats there too (1.5e-4 at kappa 1000) to save a quarter of the time.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -25,9 +28,12 @@ _PAIR_TILE = 1024  # elements of each of mu1 and mu2 that a program of the pair 
 _BLOCK = 128  # rows and columns of a tile of scores
 _GROUP = 8  # tiles of rows that share their columns in the second-level cache
 _NUM_WARPS, _NUM_STAGES = 8, 3
-_BAND = {"cuda": 1 << 26, "cpu": 1 << 20}  # scores worked on at once: 256 MiB as float32; 8 MiB for each of ten float64 temporaries
-_CHUNK = 1 << 14  # of them in plain PyTorch, so that the temporaries of psi stay in cache
+_BAND = {"cuda": 1 << 26, "cpu": 1 << 20}  # scores that exist at once where they are not written out: 512 and 8 MiB as float64
+_CHUNK = {"cuda": 1 << 22, "cpu": 1 << 14}  # of them in plain PyTorch, so that the temporaries of psi stay in cache
 MAX_BINS = 1024  # of a histogram that one program counts in registers
+_KEPT = 16  # best columns of a row that a program keeps in registers
+_KEPT_BLOCK = 64  # rows and columns of a tile beside which they fit
+_PROGRAMS = 8  # for each multiprocessor, into which the columns are cut where there are few rows
 
 
 def _log_uniform(dim: int) -> float:
@@ -44,10 +50,10 @@ def neutral_radius(dim: int) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _phi_plan(dim: int, compensated: bool):
-    """`debye_plan` whose psi is phi, to the accuracy of float32."""
+def _phi_plan(dim: int, dtype: torch.dtype):
+    """`debye_plan` whose psi is phi: float32 in two floats, float64 in one, which leaves 1e-16 of kappa and of the order."""
     order = dim / 2 - 1
-    return debye_plan(order, torch.float32, order * math.log(2) + math.lgamma(order + 1), compensated)
+    return debye_plan(order, dtype, order * math.log(2) + math.lgamma(order + 1), compensated=dtype == torch.float32)
 
 
 # ---- pairs ------------------------------------------------------------------------------------------------------------------------------
@@ -178,34 +184,74 @@ def vmf_similarity(
 # ---- all pairs --------------------------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=64)
+def _series_polynomial(plan) -> list[float]:
+    """sum_k p^k Q_k(t^2) of an unshifted order m as one polynomial of t = m p in [0, 1], to 1e-12; highest power first."""
+    powers = np.zeros(3 * plan.terms + 1)
+    coefficients = iter(plan.zeroth)
+    for k in range(1, plan.terms + 1):
+        for j in reversed(range(k + 1)):
+            powers[k + 2 * j] += next(coefficients) / plan.shifted[0] ** k
+    chebyshev = np.polynomial.Polynomial(powers).convert(kind=np.polynomial.Chebyshev, domain=[0, 1])
+    return chebyshev.trim(1e-13).convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()
+
+
+def _phi_of_square(square: torch.Tensor, dim: int) -> torch.Tensor:
+    """phi of the roots of float64 kappa^2, written over them."""
+    plan = _phi_plan(dim, torch.float64)
+    if plan.steps:
+        terms = debye_reference(square.sqrt_(), plan)
+        return torch.add(terms.psi, terms.psi_tail, out=square)
+    m = plan.shifted[0]
+    s = square.add_(m * m).sqrt_()
+    t = s.reciprocal().mul_(m)
+    highest, *others = _series_polynomial(plan)
+    series = torch.full_like(t, highest)
+    for coefficient in others:
+        series.mul_(t).add_(coefficient)
+    series.add_(t.add_(1).log_(), alpha=0.5)
+    return series.add_(s).sub_(s.add_(m).log_().add_(sum(plan.offset)), alpha=plan.order_and_half[0])
+
+
 def _phi(kappa: torch.Tensor, dim: int) -> torch.Tensor:
-    """phi of float64 kappa, to 1e-8, in place."""
-    flat, plan = kappa.view(-1), _phi_plan(dim, False)
-    for start in range(0, len(flat), _CHUNK):
-        chunk = flat[start : start + _CHUNK]
-        terms = debye_reference(chunk, plan)
-        torch.add(terms.psi, terms.psi_tail, out=chunk)
-    return kappa
+    """phi of each face, float64: what its scores with all others share. NaN for a negative kappa."""
+    kappa = kappa.double()
+    return _phi_of_square(torch.where(kappa < 0, math.nan, kappa).square(), dim)
 
 
-def _unary(kappa: torch.Tensor, dim: int) -> torch.Tensor:
-    """-phi of each face, (N,) float64: what its scores with all others share."""
-    return log_vmf_normalizer(kappa.double(), dim) - _log_uniform(dim)
+class _Faces(NamedTuple):
+    """One of the two sets in float64: what all scores of a face share."""
+
+    weighted: torch.Tensor  # (N, D) kappa mu, mu a unit vector
+    kappa: torch.Tensor  # (N,)
+    phi: torch.Tensor  # (N,)
+
+    @classmethod
+    def of(cls, mu: torch.Tensor, kappa: torch.Tensor) -> "_Faces":
+        mu, kappa = mu.double(), kappa.double()
+        return cls(kappa[:, None] * _unit(mu, kappa), kappa, _phi(kappa, mu.shape[1]))
+
+    def rows(self, rows: slice) -> "_Faces":
+        return _Faces(*(tensor[rows] for tensor in self))
 
 
-def vmf_similarity_matrix_reference(mu1, kappa1, mu2, kappa2, radius):
-    """All pairs in plain PyTorch, in float64; exact to 1e-8 nats of the formula for float32, to rounding for float64 arguments."""
-    exact = torch.float64 in (mu1.dtype, kappa1.dtype, mu2.dtype, kappa2.dtype)
-    mu1, kappa1, mu2, kappa2 = (tensor.double() for tensor in (mu1, kappa1, mu2, kappa2))
-    dim = mu1.shape[1]
-    kappa_sum = _kappa_sum(_unit(mu1, kappa1) @ _unit(mu2, kappa2).T, kappa1[:, None], kappa2)
-    phi = _log_uniform(dim) - log_vmf_normalizer(kappa_sum, dim) if exact else _phi(kappa_sum, dim)
-    return phi.add_(_unary(kappa1, dim)[:, None] + (_log_uniform(dim) - dim * math.log(radius))).add_(_unary(kappa2, dim))
+def vmf_similarity_matrix_reference(first: _Faces, second: _Faces, radius: float) -> torch.Tensor:
+    """All pairs in plain PyTorch, (N, M) float64."""
+    (n, dim), m = first.weighted.shape, len(second.kappa)
+    scores = first.weighted @ second.weighted.T
+    at_once = _CHUNK["cuda" if scores.is_cuda else "cpu"]
+    width = max(1, min(m, at_once))
+    for rows in _slices(n, max(1, at_once // width)):
+        for cols in _slices(m, width):
+            square = (first.kappa[rows, None].square() + second.kappa[cols].square()).add_(scores[rows, cols], alpha=2)
+            # Clamped because rounding could make the square of opposite directions negative where kappa1 = kappa2.
+            phi = _phi_of_square(square.clamp_(min=0), dim).sub_(first.phi[rows, None] - _constant(dim, radius))
+            torch.sub(phi, second.phi[cols], out=scores[rows, cols])
+    return scores
 
 
-def _kappa_sum(cos: torch.Tensor, kappa1: torch.Tensor, kappa2: torch.Tensor) -> torch.Tensor:
-    """kt, in the place of the float64 cosine. Clamped because a cosine of -1 - 1e-16 would make its square negative where kappa1 = kappa2."""
-    return cos.add_(1).mul_(2 * kappa1 * kappa2).add_((kappa1 - kappa2).square()).clamp_(min=0).sqrt_()
+def _slices(length: int, at_once: int):
+    return (slice(start, min(start + at_once, length)) for start in range(0, length, at_once))
 
 
 @torch.no_grad()
@@ -218,17 +264,16 @@ def vmf_similarity_from_cosine(cos: torch.Tensor, kappa1: torch.Tensor, kappa2: 
         dim: D >= 2 of the directions.
         radius: r > 0 of the sphere.
     Returns:
-        float64 log likelihood (nats) of cos's shape, to the accuracy of cos: an error in it counts kappa1 kappa2 / kt times. Carries no
-        gradient. Deterministic.
+        float64 log likelihood (nats) of cos's shape, to 1e-11 and the accuracy of cos: an error in it counts kappa1 kappa2 / kt times. NaN
+        where a kappa is negative. Carries no gradient. Deterministic.
     Raises:
-        ValueError: dim < 2, radius is not positive, or (on the CPU) a kappa is negative.
+        ValueError: dim < 2, or radius is not positive.
     """
     if not 0 < radius < math.inf:
         raise ValueError(f"radius must be > 0, got {radius}")
     kappa1, kappa2 = kappa1.double(), kappa2.double()
-    normalizer = functools.partial(log_vmf_normalizer, dim=dim)
-    kappa_sum = _kappa_sum(cos.to(torch.float64, copy=True), kappa1, kappa2)
-    return normalizer(kappa1) + normalizer(kappa2) - normalizer(kappa_sum) - dim * math.log(radius)
+    square = (2 * kappa1 * kappa2 * (1 + cos.double())).add_((kappa1 - kappa2).square()).clamp_(min=0)
+    return _phi_of_square(square, dim).sub_(_phi(kappa1, dim)).sub_(_phi(kappa2, dim)).add_(_constant(dim, radius))
 
 
 @triton.jit
@@ -329,23 +374,61 @@ def _histogram_kernel(
     tl.atomic_add(counts_ptr + tl.arange(0, 2 * BINS), counts.to(tl.int64), mask=counts > 0)
 
 
-def _faces(mu: torch.Tensor, kappa: torch.Tensor) -> torch.Tensor:
+@triton.jit
+def _top_k_kernel(
+    mu1_ptr, face1_ptr, mu2_ptr, face2_ptr, best_ptr, mu1_stride, mu2_stride, N, M, blocks,
+    KEPT: tl.constexpr, D: tl.constexpr, PLAN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """The KEPT best of a block of rows among `blocks` tiles of columns, in any order, each as one integer that sorts by score, then by column.
+
+    What of a strip beats the worst kept in its row takes that one's place, the best first. After the first tiles that is rare. Scores are
+    those of the neutral radius: the constant of another would cost them digits.
+    """
+    LOWEST: tl.constexpr = -(2**63)
+    row_block, part = tl.program_id(0), tl.program_id(1)
+    best = tl.zeros((BLOCK, KEPT), tl.int64) + (tl.arange(0, KEPT).to(tl.int64) + LOWEST)[None, :]  # no two alike, below any score
+    for step in range(tl.minimum(blocks, tl.cdiv(M, BLOCK) - part * blocks)):
+        col_block = part * blocks + step
+        strips = _cosines(mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, PRECISION, BLOCK, BLOCK_D)
+        for strip in tl.static_range(8):
+            rows, cols, scores = _scores(strips[strip], face1_ptr, face2_ptr, N, M, 0.0, row_block, col_block, strip, PLAN)
+            bits = tl.where(scores == scores, scores, float("nan")).to(tl.int32, bitcast=True)  # one NaN, above all numbers
+            ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+            keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - cols)[None, :]
+            keys = tl.where((cols < M)[None, :], keys, LOWEST)
+            better, worst = tl.max(keys, axis=1), tl.min(best, axis=1)
+            while tl.max((better > worst).to(tl.int32), axis=0) > 0:
+                best = tl.where((best == worst[:, None]) & (better > worst)[:, None], better[:, None], best)
+                keys = tl.where(keys == better[:, None], LOWEST, keys)
+                better, worst = tl.max(keys, axis=1), tl.min(best, axis=1)
+            tl.debug_barrier()
+    rows = row_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    places = (rows * tl.num_programs(1) + part)[:, None] * KEPT + tl.arange(0, KEPT)[None, :]
+    tl.store(best_ptr + places, best, mask=(rows < N)[:, None])
+
+
+def _face_terms(mu: torch.Tensor, kappa: torch.Tensor) -> torch.Tensor:
     """(3, N) float32 1 / |mu|, kappa, -phi(kappa), each rounded once."""
     length = torch.linalg.vector_norm(mu, dim=1, dtype=torch.float64)
     scale = 1 / torch.where((length == 0) & (kappa == 0), 1.0, length)
-    return torch.stack((scale, kappa.double(), _unary(kappa, mu.shape[1]))).float()
+    return torch.stack((scale, kappa.double(), -_phi(kappa, mu.shape[1]))).float()
 
 
-def _launch(mu1, kappa1, mu2, kappa2, radius):
-    """Arguments and settings that the two kernels of tiles share: both sets of faces, the constant, the compile-time values."""
+def _launch(mu1, kappa1, mu2, kappa2, block=_BLOCK):
+    """Arguments and settings that the kernels of tiles share: both sets of faces, the compile-time values."""
     dtype = torch.promote_types(mu1.dtype, mu2.dtype)
     mu1, mu2 = _dense_rows(mu1.to(dtype)), _dense_rows(mu2.to(dtype))
     dim = mu1.shape[1]
     # Three products of TF32 parts give a float32 product to a few roundings, at a third of the tensor cores' speed.
     single = dtype == torch.float32
-    settings = dict(D=dim, PLAN=_phi_plan(dim, True), PRECISION="tf32x3" if single else "ieee", BLOCK=_BLOCK, BLOCK_D=16 if single else 64,
+    settings = dict(D=dim, PLAN=_phi_plan(dim, torch.float32), PRECISION="tf32x3" if single else "ieee", BLOCK=block, BLOCK_D=16 if single else 64,
                     num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, enable_fp_fusion=False)
-    return (mu1, _faces(mu1, kappa1)), (mu2, _faces(mu2, kappa2)), _log_uniform(dim) - dim * math.log(radius), settings
+    return (mu1, _face_terms(mu1, kappa1)), (mu2, _face_terms(mu2, kappa2)), settings
+
+
+def _constant(dim: int, radius: float) -> float:
+    """What a score has beside the three phi: 0 at the neutral radius."""
+    return _log_uniform(dim) - dim * math.log(radius)
 
 
 @torch.library.custom_op("scf::vmf_similarity_matrix", mutates_args=())
@@ -355,12 +438,13 @@ def _vmf_similarity_matrix(
     n, m = len(mu1), len(mu2)
     scores = torch.empty(n, m, dtype=dtype, device=mu1.device)
     if not triton_kernel:
+        first, second = _Faces.of(mu1, kappa1), _Faces.of(mu2, kappa2)
         for rows in _bands(mu1, m):
-            scores[rows] = vmf_similarity_matrix_reference(mu1[rows], kappa1[rows], mu2, kappa2, radius)
+            scores[rows] = vmf_similarity_matrix_reference(first.rows(rows), second, radius)
     elif n and m:
-        first, second, constant, settings = _launch(mu1, kappa1, mu2, kappa2, radius)
+        first, second, settings = _launch(mu1, kappa1, mu2, kappa2)
         _matrix_kernel[(triton.cdiv(n, _BLOCK) * triton.cdiv(m, _BLOCK),)](
-            *first, *second, scores, first[0].stride(0), second[0].stride(0), n, m, constant, GROUP=_GROUP, **settings)
+            *first, *second, scores, first[0].stride(0), second[0].stride(0), n, m, _constant(mu1.shape[1], radius), GROUP=_GROUP, **settings)
     return scores
 
 
@@ -377,26 +461,68 @@ def _vmf_similarity_histogram(
     n, m = len(mu1), len(mu2)
     counts = torch.zeros(2, bins, dtype=torch.int64, device=mu1.device)
     if not triton_kernel:
-        columns = torch.arange(m, device=mu1.device)
+        first, second, columns = _Faces.of(mu1, kappa1), _Faces.of(mu2, kappa2), torch.arange(m, device=mu1.device)
         for rows in _bands(mu1, m):
-            scores = vmf_similarity_matrix_reference(mu1[rows], kappa1[rows], mu2, kappa2, radius)
-            counted = ~scores.isnan()
+            scores = vmf_similarity_matrix_reference(first.rows(rows), second, radius)
+            position = scores.sub_(low).mul_(bins / (high - low)).clamp_(0, bins - 1).floor_().add_(ids1[rows, None] == ids2, alpha=bins)
+            position.nan_to_num_(2 * bins)  # beyond the counts, as what is not to be counted
             if distinct:
-                counted &= torch.arange(n, device=mu1.device)[rows, None] < columns
-            position = ((scores - low) * (bins / (high - low))).clamp(0, bins - 1).nan_to_num_().long()
-            position += bins * (ids1[rows, None] == ids2)
-            counts += torch.bincount(position[counted], minlength=2 * bins).view(2, bins)
+                position.masked_fill_(torch.arange(n, device=mu1.device)[rows, None] >= columns, 2 * bins)
+            counts += torch.bincount(position.long().view(-1), minlength=2 * bins + 1)[:-1].view(2, bins)
     elif n and m:
-        first, second, constant, settings = _launch(mu1, kappa1, mu2, kappa2, radius)
+        first, second, settings = _launch(mu1, kappa1, mu2, kappa2)
         _histogram_kernel[(triton.cdiv(n, _BLOCK), triton.cdiv(m, _BLOCK))](
-            *first, ids1.contiguous(), *second, ids2.contiguous(), counts, first[0].stride(0), second[0].stride(0), n, m, constant,
-            low, bins / (high - low), BINS=bins, DISTINCT=distinct, **settings)
+            *first, ids1.contiguous(), *second, ids2.contiguous(), counts, first[0].stride(0), second[0].stride(0), n, m,
+            _constant(mu1.shape[1], radius), low, bins / (high - low), BINS=bins, DISTINCT=distinct, **settings)
     return counts
 
 
 @_vmf_similarity_histogram.register_fake
 def _(mu1, kappa1, ids1, mu2, kappa2, ids2, low, high, bins, distinct, radius, triton_kernel):
     return torch.empty(2, bins, dtype=torch.int64, device=mu1.device)
+
+
+@torch.library.custom_op("scf::vmf_similarity_top_k", mutates_args=())
+def _vmf_similarity_top_k(
+    mu1: torch.Tensor, kappa1: torch.Tensor, mu2: torch.Tensor, kappa2: torch.Tensor, k: int, radius: float, triton_kernel: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (n, dim), m, dtype = mu1.shape, len(mu2), _result_dtype(mu1, kappa1, mu2, kappa2)
+    if triton_kernel and n and k <= _KEPT:
+        scores, indices = _top_kept(mu1, kappa1, mu2, kappa2, k)
+        return scores.add_(_constant(dim, radius)).to(dtype), indices
+    scores, indices = torch.empty(n, k, dtype=dtype, device=mu1.device), torch.empty(n, k, dtype=torch.int64, device=mu1.device)
+    first, second = (None, None) if triton_kernel else (_Faces.of(mu1, kappa1), _Faces.of(mu2, kappa2))
+    for rows in _bands(mu1, m):
+        if triton_kernel:
+            band = _vmf_similarity_matrix(mu1[rows], kappa1[rows], mu2, kappa2, neutral_radius(dim), torch.float32, True)
+        else:
+            band = vmf_similarity_matrix_reference(first.rows(rows), second, neutral_radius(dim))
+        best, indices[rows] = torch.topk(band, k, dim=1)
+        scores[rows] = best.double().add_(_constant(dim, radius))
+    return scores, indices
+
+
+def _top_kept(mu1, kappa1, mu2, kappa2, k):
+    """(N, k) float64 scores at the neutral radius, falling, and (N, k) int64 columns, by the kernel that keeps them as it goes."""
+    n, m = len(mu1), len(mu2)
+    first, second, settings = _launch(mu1, kappa1, mu2, kappa2, _KEPT_BLOCK)
+    row_blocks, col_blocks = triton.cdiv(n, _KEPT_BLOCK), triton.cdiv(m, _KEPT_BLOCK)
+    processors = torch.cuda.get_device_properties(mu1.device).multi_processor_count if mu1.is_cuda else 1
+    blocks = triton.cdiv(col_blocks, min(col_blocks, triton.cdiv(_PROGRAMS * processors, row_blocks)))
+    parts = triton.cdiv(col_blocks, blocks)
+    kept = torch.empty(n, parts * _KEPT, dtype=torch.int64, device=mu1.device)
+    _top_k_kernel[(row_blocks, parts)](
+        *first, *second, kept, first[0].stride(0), second[0].stride(0), n, m, blocks, KEPT=_KEPT, **settings)
+    best = torch.topk(kept, k, dim=1).values
+    ordered = best >> 32
+    bits = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(torch.int32)
+    return bits.view(torch.float32).double(), 0x7FFFFFFF - (best & 0xFFFFFFFF)
+
+
+@_vmf_similarity_top_k.register_fake
+def _(mu1, kappa1, mu2, kappa2, k, radius, triton_kernel):
+    dtype = _result_dtype(mu1, kappa1, mu2, kappa2)
+    return mu1.new_empty(mu1.shape[0], k, dtype=dtype), mu1.new_empty(mu1.shape[0], k, dtype=torch.int64)
 
 
 def _bands(mu1: torch.Tensor, columns: int):
@@ -446,24 +572,22 @@ def vmf_similarity_top_k(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k rows of mu2 most alike to each row of mu1, without the matrix: a search of probes (N) in a gallery (M).
 
+    Source: Eqn (13), Li et al., CVPR 2021. On CUDA up to 16 rows are kept in registers while the tiles go by; for more, and in PyTorch, the
+    scores exist some rows at a time, 2^26 of them (CPU: 2^20).
+
     Args:
         k: in 1 .. M.
         others: as in vmf_similarity_matrix.
     Returns:
-        (N, k) scores, falling, and (N, k) int64 rows of mu2. At most 2^26 scores (CPU: 2^20) exist at a time. Of equal scores any may
-        come first.
+        (N, k) scores, falling, and (N, k) int64 rows of mu2. They are ranked before the radius is counted in and the score rounded. Of equal
+        scores any may come first; NaN comes before all numbers.
     Raises:
         ValueError: k is not as above, or as in vmf_similarity_matrix.
     """
     arithmetic = _check_arguments(mu1, kappa1, mu2, kappa2, radius)
     if not 1 <= k <= len(mu2):
         raise ValueError(f"k must be in 1 .. {len(mu2)}, the rows of mu2, got {k}")
-    scores = torch.empty(len(mu1), k, dtype=arithmetic, device=mu1.device)
-    indices = torch.empty(len(mu1), k, dtype=torch.int64, device=mu1.device)
-    for rows in _bands(mu1, len(mu2)):
-        band = vmf_similarity_matrix(mu1[rows], kappa1[rows], mu2, kappa2, radius, backend=backend)
-        torch.topk(band, k, dim=1, out=(scores[rows], indices[rows]))
-    return scores, indices
+    return _vmf_similarity_top_k(mu1, kappa1, mu2, kappa2, k, float(radius), _use_tiles(backend, arithmetic, mu1))
 
 
 @torch.no_grad()

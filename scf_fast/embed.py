@@ -1,7 +1,7 @@
 """Images -> direction mu and concentration kappa, as fast as the machine allows: `python -m scf_fast.embed IMAGES... --model M --out FILE`.
 
 The images are aligned faces; those of another size than 112 x 112 are resized whole. OUT.npz holds mu (N, d) float32, kappa (N,) float32
-and path (N,); OUT.parquet the same columns, for which pyarrow must be installed.
+and path (N,); OUT.parquet the same columns, which needs the extra `embed` (pyarrow).
 """
 import argparse
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ from pipelines.files import atomic_output
 from pipelines.images import IMAGE_SUFFIXES
 from pipelines.loader import Preprocessing, make_loader
 from pipelines.sources import ImageFiles, ImageSource
-from scf_fast.frozen import DTYPES, FrozenBackbone, frozen_precisions
+from scf_fast.frozen import CHECK_IMAGES, DTYPES, FrozenBackbone, frozen_precisions
 from scf_fast.model import SCF, load_model
 
 
@@ -30,8 +31,8 @@ class Embedder:
     Args:
         model: left as it is.
         device: where to run.
-        precision: of the backbone: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: half precision on a GPU, where the first batch shows it
-            to be accurate, and float32 on a CPU. The confidence net runs in float32.
+        precision: of the backbone: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: half precision on a GPU, where :meth:`settle` finds it
+            accurate, and float32 on a CPU. The confidence net runs in float32.
         flip: embed the mirror image too, as insightface's protocols do: the features are added, the two log kappa averaged.
     Attributes:
         radius, normalization, embedding_dim: the model's.
@@ -50,14 +51,54 @@ class Embedder:
             weights.update(name.encode())
             weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
         self.key = weights.hexdigest()
-        precisions = ("fp32",) if precision == "auto" and self.device.type == "cpu" else frozen_precisions(precision, self.device)
-        self._backbone = FrozenBackbone(model.backbone, self.device, precisions, compile=self.device.type == "cuda")
+        self._precisions = ("fp32",) if precision == "auto" and self.device.type == "cpu" else frozen_precisions(precision, self.device)
+        self._model_backbone, self._backbone = model.backbone, None
         self._confidence_net = model.confidence_net.to(self.device)
         self._batch_size = 0
 
+    @property
+    def settled(self) -> bool:
+        """Whether the precision is chosen."""
+        return self._backbone is not None
+
+    def settle(self, images: torch.Tensor, batch_size: int = 1) -> None:
+        """Chooses the backbone's precision: the first that is accurate on these images, in a process group on those of every rank. All ranks
+        have to call it then, and get one precision; otherwise the first call of the embedder does.
+
+        Args:
+            images: (B, 3, 112, 112) normalised RGB on the device; the first 32 count.
+            batch_size: the most images that later calls will bring, which a GPU compiles for.
+        Raises:
+            ValueError: no precision is accurate on all ranks.
+        """
+        images = images[:CHECK_IMAGES]
+        self._batch_size = max(self._batch_size, batch_size, len(images))
+        for precision in self._precisions:
+            backbone, failure = FrozenBackbone(self._model_backbone, self.device, (precision,), self.device.type == "cuda", lambda: images), None
+            try:
+                backbone(self._padded(images))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                failure = error
+            if on_every_rank(failure is None):
+                self._backbone = backbone
+                return
+        raise ValueError(str(failure) if failure is not None else f"the backbone is not accurate in {self._precisions[-1]} on another rank") from failure
+
+    def _padded(self, images):
+        """On a GPU one size is compiled, and a shorter last batch is filled up."""
+        return F.pad(images, (0, 0) * 3 + (0, self._batch_size - len(images))) if self.device.type == "cuda" else images
+
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, 112, 112) normalised RGB on the device -> features (B, d) unnormalised, log kappa (B,)."""
+        """(B, 3, 112, 112) normalised RGB on the device -> features (B, d) unnormalised, log kappa (B,).
+
+        Raises:
+            ValueError: as in settle, on the first call.
+        """
+        if not self.settled:
+            self.settle(images, len(images))
         features, log_kappa = self._embed(images)
         if self.flip:
             mirrored_features, mirrored_log_kappa = self._embed(images.flip(3))
@@ -66,11 +107,18 @@ class Embedder:
 
     def _embed(self, images):
         count, self._batch_size = len(images), max(self._batch_size, len(images))
-        if self.device.type == "cuda":  # one size is compiled; a shorter last batch is filled up
-            images = F.pad(images, (0, 0) * 3 + (0, self._batch_size - count))
-        features, convf = self._backbone(images)
+        features, convf = self._backbone(self._padded(images))
         # A copy: the next call may write over the compiled backbone's output.
         return features[:count].to(torch.float32, copy=True), self._confidence_net(convf[:count].float())
+
+
+def on_every_rank(flag: bool) -> bool:
+    """Whether it is true on every rank of the process group, which all of them have to ask; without a group, here."""
+    if not dist.is_initialized():
+        return flag
+    agreed = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return bool(agreed)
 
 
 class ChosenBatches:
@@ -89,9 +137,9 @@ class ChosenBatches:
         return np.zeros(len(indices), dtype=bool)
 
 
-def embed_batches(embedder: Embedder, source: ImageSource, batches: list[np.ndarray], *, loader: str = "auto", num_workers: int = 2,
-                  ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-    """Yields (indices, features, log kappa), on the CPU, of batches of a source's images, in order.
+def load_batches(embedder: Embedder, source: ImageSource, batches: list[np.ndarray], *, loader: str = "auto", num_workers: int = 2,
+                 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Yields (indices, images) of batches of a source's images, in order, as the embedder takes them.
 
     Args:
         batches: (B,) int64 each.
@@ -102,8 +150,15 @@ def embed_batches(embedder: Embedder, source: ImageSource, batches: list[np.ndar
     sampler, preprocessing = ChosenBatches(len(source), batches), Preprocessing(embedder.normalization, horizontal_flip=False)
     with make_loader(source, sampler, preprocessing, device=embedder.device, backend=loader, num_workers=num_workers) as batches_of_images:
         for images, _, indices in batches_of_images.batches(epoch=0):
-            features, log_kappa = embedder(images)
-            yield indices.numpy(), features.cpu(), log_kappa.cpu()
+            yield indices.numpy(), images
+
+
+def embed_batches(embedder: Embedder, source: ImageSource, batches: list[np.ndarray], **loading,
+                  ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+    """Yields (indices, features, log kappa), on the CPU; the rest as in load_batches."""
+    for indices, images in load_batches(embedder, source, batches, **loading):
+        features, log_kappa = embedder(images)
+        yield indices, features.cpu(), log_kappa.cpu()
 
 
 def check_usable(features: torch.Tensor, log_kappa: torch.Tensor, source: ImageSource, indices: np.ndarray) -> None:
@@ -183,7 +238,8 @@ def _check_output(path: Path) -> None:
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise ValueError(f"--out {path}: parquet needs pyarrow, which cannot be imported ({error}); install pyarrow, or write .npz") from error
+            raise ValueError(f"--out {path}: parquet needs pyarrow, which cannot be imported ({error}); install the extra that has "
+                             "it (pip install '.[embed]' in the checkout), or write .npz") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """A model in the formats of other programs: `python -m scf_fast.export MODEL OUT.onnx|OUT.pt2|OUT.safetensors`.
 
-    .onnx         images -> mu (B, d), kappa (B,); any batch size; opset 18 unless asked otherwise. Needs onnx, onnxscript and onnxruntime.
+    .onnx         images -> mu (B, d), kappa (B,); any batch size; opset 18 unless asked otherwise. Needs the extra `export`.
     .pt2          the same as a program of torch.export: torch.export.load(OUT).module()(images)
     .safetensors  the weights with radius and pixel convention, as SCF.from_checkpoint reads them
 
@@ -90,7 +90,7 @@ def check_request(out: Path, preprocess: bool) -> None:
     if out.suffix == ".onnx":
         missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(package) is None]
         if missing:
-            raise ValueError(f"{out}: ONNX needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+            raise ValueError(f"{out}: ONNX needs {' and '.join(missing)}; install the extra that has them: pip install '.[export]' in the checkout")
 
 
 def _example(preprocess: bool, count: int) -> torch.Tensor:

@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = command("verify", "10-fold accuracy, EER, AUC and TAR at FAR of verification sets, by cosine and by Eqn (13)", _open_verify)
     verify.add_argument("--data", required=True, nargs="+", type=Path, help=".bin files as insightface ships lfw.bin, text files of lines `path path label`, "
-                        "or folders of .bin files; aligned faces")
+                        "folders of .bin files, or folders with one folder of images for each identity; aligned faces")
+    verify.add_argument("--pairs", type=int, default=6000, metavar="N", help="pairs to draw of identity folders, a multiple of 20 (default: %(default)s)")
+    verify.add_argument("--seed", type=int, default=0, metavar="S", help="another seed draws other pairs (default: %(default)s)")
     ijb = command("ijb", "IJB-B and IJB-C: templates pooled every way, 1:1 and 1:N", _open_ijb)
     ijb.add_argument("--data", required=True, nargs="+", type=Path, help="folders as released: meta/ and loose_crop/")
     identify = command("identify", "closed- and open-set search of probes in a gallery", _open_identify)
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _open_verify(options) -> list[Evaluation]:
-    return [Verification(datasets.open_pair_sets(options.data))]
+    return [Verification(datasets.open_pair_sets(options.data, options.pairs, options.seed))]
 
 
 def _open_ijb(options) -> list[Evaluation]:
@@ -114,7 +116,7 @@ def _request(options, models: dict[str, str]) -> dict:
     def plain(value):
         return [str(item) for item in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
 
-    deciding = ("data", "gallery", "probe", "far", "score", "align", "flip")
+    deciding = ("data", "pairs", "seed", "gallery", "probe", "far", "score", "align", "flip")
     return {"command": options.command, "model": list(models.values()), **{key: plain(getattr(options, key)) for key in deciding if hasattr(options, key)}}
 
 
@@ -129,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         evaluations = options.open_data(options)
         if world_size > 1:
             launch.start()
-        results, figures, notes = {}, {}, []
+        results, figures, notes, files = {}, {}, [], {}
         for name, path in models.items():
             started = time.perf_counter()
             embedder = Embedder(load_model(path), options.device or default_device(), options.precision, options.flip)
@@ -144,9 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
                 results[name] = {"model": path} | measured.results | {"seconds": {"evaluation": time.perf_counter() - started}}
                 figures[name] = measured.figures
                 notes = list(dict.fromkeys([*notes, *measured.notes]))
+                files |= measured.files
         if rank == 0:
             if options.out is not None:
-                report.write_report(options.out, request, results, figures, notes)
+                report.write_report(options.out, request, results, figures, notes, files)
             print(report.text(results, notes))
             if options.out is not None:
                 print(f"\nreport: {options.out / report.HTML_FILE}")
@@ -160,4 +163,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

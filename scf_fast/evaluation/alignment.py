@@ -4,12 +4,10 @@
 
 is the similarity transform that brings landmarks z_k closest to the template's w_k in the least squares (zc, wc: their means).
 """
-import io
-
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipelines.images import FACE_SIZE
+from pipelines.images import FACE_SIZE, open_image, pack_face
 from pipelines.sources import ImageSource
 
 # Eyes, nose and mouth corners (x, y) in pixels, of insightface's alignment: pixel centers have whole coordinates.
@@ -61,7 +59,7 @@ class AlignedFaces(ImageSource):
     def encoded(self, i):
         encoded = self.source.encoded(i)
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
+            with open_image(encoded) as image:
                 if self._in_place[i] and image.size == (FACE_SIZE, FACE_SIZE):
                     return encoded
                 if "exif" in image.info:
@@ -70,7 +68,7 @@ class AlignedFaces(ImageSource):
         except Exception as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
             reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error  # that error's text is an address
             raise ValueError(f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out") from error
-        return np.frombuffer(b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE) + face.tobytes(), dtype=np.uint8)
+        return pack_face(np.asarray(face))
 
     def _warp(self, image, i):
         # Pillow asks for the way back, and has pixel centers at 1/2.

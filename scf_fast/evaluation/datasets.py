@@ -9,11 +9,11 @@ import numpy as np
 
 from pipelines.index import open_source
 from pipelines.sources import ImageFiles, ImageSource
-from pipelines.template_protocol import TemplateProtocol, read_template_protocol
-from pipelines.verification_set import read_verification_set
+from pipelines.template_protocol import Gallery, TemplateProtocol, read_galleries, read_template_protocol
+from pipelines.verification_set import draw_pairs, read_verification_set
 from scf_fast.embed import find_images
 from scf_fast.evaluation.alignment import AlignedFaces
-from scf_fast.evaluation.protocols import Gallery, read_galleries, read_severity
+from scf_fast.evaluation.protocols import read_severity
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,12 @@ class PairSet:
     source: ImageSource  # images 2k and 2k + 1 are pair k
     same: np.ndarray  # (P,) bool
     severity: np.ndarray | None  # (2P,) known degradation in [0, 1]
+    drawn: str = ""  # how the pairs were drawn, where no file names them
+
+    def as_list(self) -> str:
+        """The pairs as read_pair_list reads them, with absolute paths."""
+        path = [os.path.abspath(self.source.name(i)) for i in range(len(self.source))]
+        return "".join(f"{path[2 * k]}\t{path[2 * k + 1]}\t{int(same)}\n" for k, same in enumerate(self.same))
 
 
 @dataclass(frozen=True)
@@ -44,29 +50,39 @@ class Subjects(NamedTuple):
     names: np.ndarray  # (N,) str
 
 
-def open_pair_sets(paths: list[Path]) -> dict[str, PairSet]:
-    """Verification sets by name: `.bin` files, text files of pairs, and folders of `.bin` files (or that hold such a folder, `verification`).
+def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> dict[str, PairSet]:
+    """Verification sets by name: `.bin` files, text files of pairs, folders of `.bin` files (or that hold such a folder, `verification`), and
+    folders with one folder of images for each identity, of which pairs are drawn.
 
     Known severities are in a CSV beside a `.bin`, under its name (columns image and severity).
 
+    Args:
+        num_pairs, seed: of pairs that are drawn, see pipelines.verification_set.draw_pairs.
     Raises:
         ValueError: nothing is there, a file is malformed or measures nothing, or two sets have one name.
     """
-    files = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted([*path.glob("*.bin"), *(path / "verification").glob("*.bin")])
-            if not found:
-                raise ValueError(f"{path} must hold verification sets, *.bin or verification/*.bin; give the folder or the file that has them")
-            files += found
-        else:
-            files.append(path)
     sets = {}
-    for path in files:
-        if path.stem in sets:
-            raise ValueError(f"two verification sets are named {path.stem}; rename {path}")
-        sets[path.stem] = _open_pair_set(path)
+    for path in paths:
+        found = sorted([*path.glob("*.bin"), *(path / "verification").glob("*.bin")]) if path.is_dir() else [path]
+        for pairs in map(_open_pair_set, found) if found else [_draw_pair_set(path, num_pairs, seed)]:
+            if pairs.name in sets:
+                raise ValueError(f"two verification sets are named {pairs.name}, the second in {path}; rename one of them")
+            sets[pairs.name] = pairs
     return sets
+
+
+def _draw_pair_set(path, num_pairs, seed):
+    if not any(child.is_dir() for child in path.iterdir()):
+        raise ValueError(f"{path} must hold verification sets (*.bin or verification/*.bin) or one folder of images for each identity; "
+                         "give the folder or the file that has them")
+    source, names = open_subjects(path)
+    labelled = ImageFiles(list(map(source.name, range(len(source)))), np.unique(names, return_inverse=True)[1])
+    try:
+        pairs = draw_pairs(labelled, num_pairs, seed=seed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    images = ImageFiles([pairs.source.name(i) for i in range(len(pairs.source))])
+    return PairSet(path.resolve().name, images, pairs.same, None, f"{num_pairs} pairs of {path} drawn with seed {seed}")
 
 
 def _open_pair_set(path):
@@ -78,8 +94,8 @@ def _open_pair_set(path):
 
 
 def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
-    """Pairs named in a text file, one a line: `path path label`, label 1 for one person and 0 for two; relative paths start from the file's
-    folder. Consecutive tenths of the lines are the folds.
+    """Pairs named in a text file, one a line: `path path label`, label 1 for one person and 0 for two, between them blanks, or tabs where
+    paths hold blanks; relative paths start from the file's folder. Consecutive tenths of the lines are the folds.
 
     Returns:
         Images, 2k and 2k + 1 of line k, and (P,) bool.
@@ -94,8 +110,8 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
         raise ValueError(f"{path} must be a .bin or a text file with lines `path path label`: {error}") from error
     images, same = [], []
     for number, line in enumerate(lines, 1):
-        words = line.split()
-        if not words:
+        words = line.strip().split("\t") if "\t" in line else line.split()
+        if not any(words):
             continue
         if len(words) != 3 or words[2] not in ("0", "1"):
             raise ValueError(f"{path} line {number} must be `path path label` with label 0 or 1, got {line[:80]!r}; repair the line")

@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels.vmf_similarity import vmf_similarity_from_cosine
+from kernels import vmf_similarity_from_cosine
 from pipelines.files import atomic_output
 from pipelines.sources import ImageFiles, ImageSource
-from scf_fast.embed import check_usable, embed_batches
+from scf_fast.embed import check_usable, embed_batches, load_batches, on_every_rank
 from scf_fast.evaluation.alignment import AlignedFaces
+from scf_fast.frozen import CHECK_IMAGES
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PAIRS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 17}  # 8 and 512 MiB for each of two float64 copies of 512-wide rows; IJB-C has 15.7 M pairs
+_SCORES_AT_ONCE = 1 << 22  # 32 MiB of float64
+_CELLS_PER_PAIR = 64  # of a matrix product, which cost less than to fetch the two rows of a pair (measured at d = 512: about 100)
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,21 @@ class EmbeddingStore:
     def fill(self, source: ImageSource, description: str) -> None:
         """Compute this rank's share of what is missing, under a progress bar; every rank must do so before one of them may load.
 
+        The precision of the backbone is settled on the first images of the source, the same on every rank and after an interruption.
+
         Raises:
             ValueError: an image cannot be decoded, or gives unusable numbers; the message names it.
         """
         folder = self._data_folder(source)
-        mine = [part for part in _parts(source) if not _path(folder, part).exists()][self._rank::self._world_size]
+        on_every_rank(True)  # a rank that is still at an earlier source may be writing parts of this one
+        missing = [part for part in _parts(source) if not _path(folder, part).exists()]
+        if on_every_rank(not missing):  # and no rank starts before all have seen what is missing: their shares would not add up to it
+            return
+        if not self.embedder.settled:
+            first = np.arange(min(len(source), CHECK_IMAGES))
+            with contextlib.closing(load_batches(self.embedder, source, [first], **self._loading)) as images:
+                self.embedder.settle(next(images)[1], self._batch_size)
+        mine = missing[self._rank::self._world_size]
         batches = [np.arange(start, min(start + self._batch_size, part.stop)) for part in mine for start in range(part.start, part.stop, self._batch_size)]
         if not mine:
             return
@@ -124,7 +137,8 @@ def _digest(source):
     for i in range(len(source)):
         if isinstance(source, ImageFiles):
             status = os.stat(source.name(i))
-            digest.update(f"{os.path.basename(source.name(i))} {status.st_size} {status.st_mtime_ns}\n".encode())
+            name = "/".join(Path(source.name(i)).parts[-2:])  # of a picture and its identity; the data set may move
+            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
         else:
             digest.update(source.encoded(i))
     return digest
@@ -144,17 +158,56 @@ def score_pairs(mu: torch.Tensor, kappa: torch.Tensor | None, first: torch.Tenso
         first, second: (P,) int64.
         radius: of the sphere.
     """
-    unit = F.normalize(mu.double())
-    at_once = _PAIRS_AT_ONCE["cuda" if mu.is_cuda else "cpu"]
-    a, b = unit.new_empty(2, min(at_once, len(first)), mu.shape[1])  # used again and again: new ones of this size cost more than the sums
-    cosine, vmf = np.empty(len(first)), None if kappa is None else np.empty(len(first))
-    for start in range(0, len(first), at_once):
-        piece = slice(start, start + at_once)
-        i, j = first[piece].to(mu.device), second[piece].to(mu.device)
+    unit, first, second = F.normalize(mu.double()), first.to(mu.device), second.to(mu.device)
+    rows, columns = _Present.of(first, len(unit)), _Present.of(second, len(unit))
+    if len(rows.values) * len(columns.values) <= _CELLS_PER_PAIR * len(first):
+        cosine = _cosines_of_bands(unit, rows, columns)
+    else:
+        cosine = _cosines_of_rows(unit, first, second)
+    if kappa is None:
+        return PairScores(cosine.cpu().numpy(), None)
+    vmf = torch.empty_like(cosine)
+    for start in range(0, len(first), _SCORES_AT_ONCE):
+        piece = slice(start, start + _SCORES_AT_ONCE)
+        vmf[piece] = vmf_similarity_from_cosine(cosine[piece], kappa[first[piece]], kappa[second[piece]], mu.shape[1], radius)
+    return PairScores(cosine.cpu().numpy(), vmf.cpu().numpy())
+
+
+class _Present(NamedTuple):
+    """Row numbers that occur among (P,) row numbers."""
+
+    values: torch.Tensor  # (U,) int64, rising
+    places: torch.Tensor  # (P,) int64, where in values each is
+
+    @classmethod
+    def of(cls, numbers: torch.Tensor, count: int) -> "_Present":
+        occurs = torch.zeros(count, dtype=torch.bool, device=numbers.device)
+        occurs[numbers] = True
+        return cls(occurs.nonzero()[:, 0], (occurs.cumsum(0) - 1)[numbers])
+
+
+def _cosines_of_bands(unit: torch.Tensor, rows: _Present, columns: _Present) -> torch.Tensor:
+    """(P,) cosines out of the matrix of all, some rows of it at a time: where a matrix product costs less than fetching two rows for each pair."""
+    order = torch.argsort(rows.places)
+    height = max(1, _SCORES_AT_ONCE // max(1, len(columns.values)))
+    starts = torch.arange(0, len(rows.values) + height, height, device=unit.device)
+    ends = torch.searchsorted(rows.places[order], starts).tolist()
+    others, cosine = unit[columns.values].T.contiguous(), unit.new_empty(len(order))
+    for start, begin, end in zip(starts.tolist(), ends, ends[1:]):
+        pairs = order[begin:end]
+        band = unit[rows.values[start:start + height]] @ others
+        cosine[pairs] = band[rows.places[pairs] - start, columns.places[pairs]]
+    return cosine
+
+
+def _cosines_of_rows(unit: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """(P,) cosines, some pairs at a time."""
+    at_once = min(_PAIRS_AT_ONCE["cuda" if unit.is_cuda else "cpu"], len(first))
+    a, b = unit.new_empty(2, at_once, unit.shape[1])  # used again and again: new ones of this size cost more than the sums
+    cosine = unit.new_empty(len(first))
+    for start in range(0, len(first), at_once or 1):
+        i, j = first[start:start + at_once], second[start:start + at_once]
         torch.index_select(unit, 0, i, out=a[:len(i)])
         torch.index_select(unit, 0, j, out=b[:len(j)])
-        cos = a[:len(i)].mul_(b[:len(j)]).sum(dim=1)
-        cosine[piece] = cos.cpu().numpy()
-        if kappa is not None:
-            vmf[piece] = vmf_similarity_from_cosine(cos, kappa[i], kappa[j], mu.shape[1], radius).cpu().numpy()
-    return PairScores(cosine, vmf)
+        torch.sum(a[:len(i)].mul_(b[:len(j)]), dim=1, out=cosine[start:start + at_once])
+    return cosine

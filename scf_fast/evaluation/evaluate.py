@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernels.template_pooling import pool_templates
+from kernels import pool_templates
+from pipelines.template_protocol import Gallery
 from scf_fast.evaluation import datasets, plots, protocols, report
 from scf_fast.evaluation.datasets import PairSet, Subjects, TemplateSet
 from scf_fast.evaluation.embeddings import EmbeddingStore
@@ -20,11 +21,13 @@ class Measured:
     results: dict = field(default_factory=dict)
     figures: dict[str, bytes] = field(default_factory=dict)  # PNG by file name; see report.FIGURES
     notes: list[str] = field(default_factory=list)  # what was left out and why
+    files: dict[str, str] = field(default_factory=dict)  # text by the name of a file that belongs into the report folder
 
     def add(self, other: "Measured") -> None:
         self.results |= other.results
         self.figures |= other.figures
         self.notes += other.notes
+        self.files |= other.files
 
 
 class Evaluation(abc.ABC):
@@ -64,8 +67,11 @@ class Verification(Evaluation):
             summaries[name] = protocols.summarise_verification(scores, pairs.same)
             for label, values in zip((report.COSINE, report.VMF), scores):
                 curves[name, label] = plots.roc_points(values, pairs.same)
+        drawn = {f"pairs-{name}.txt": pairs for name, pairs in self._sets.items() if pairs.drawn}
         return Measured({"verification": _headline("set", summaries, self._first)},
-                        {report.ROC: plots.plot_roc("Verification", curves), report.DET: plots.plot_det("Verification", curves)})
+                        {report.ROC: plots.plot_roc("Verification", curves), report.DET: plots.plot_det("Verification", curves)},
+                        [f"{pairs.drawn}; a report keeps them in {file}, which --data takes." for file, pairs in drawn.items()],
+                        {file: pairs.as_list() for file, pairs in drawn.items()})
 
 
 class Templates(Evaluation):
@@ -89,9 +95,13 @@ class Templates(Evaluation):
                     if values is None:
                         continue
                     tables[pooling_name + suffix] = protocols.tar_table(values, same)
-                    curves[f"{report.POOLINGS[pooling_name]} pooling", score] = plots.roc_points(values, same)
+                    curves[report.POOLINGS[pooling_name], score] = plots.roc_points(values, same)
                     if templates.galleries:
                         searched[pooling_name + suffix] = _identify(pooling, templates, store.embedder.radius, "vmf" if suffix else "cosine")
+                    if templates.galleries and (pooling_name, suffix) == ("kappa_images", "_vmf"):
+                        histogram = _score_histogram(pooling, templates)
+                        searched["comparisons"] = histogram.summary()
+                        figures[report.numbered(report.SCORES, number)] = plots.plot_scores(f"All comparisons of 1:N, {name}", histogram)
             one_to_one[name] = tables
             figures[report.numbered(report.TEMPLATES, number)] = plots.plot_roc(f"Template verification, {name}", curves)
             if searched:
@@ -114,12 +124,23 @@ def _gallery_counts(templates: TemplateSet) -> dict:
             "searches": len(galleries[0].probe_ids)}
 
 
+def _together(galleries) -> Gallery:
+    enrolled = (np.concatenate([getattr(gallery, column) for gallery in galleries]) for column in ("gallery_ids", "gallery_subjects"))
+    return Gallery("all", *enrolled, galleries[0].probe_ids, galleries[0].probe_subjects)
+
+
+def _score_histogram(pooling, templates) -> protocols.ScoreHistogram:
+    """Of every probe with every enrolled template, in all galleries."""
+    together = _together(templates.galleries)
+    enrolled, probes = (protocols.template_rows(templates.protocol, ids) for ids in (together.gallery_ids, together.probe_ids))
+    return protocols.score_histogram(pooling.directions[enrolled], pooling.kappas[enrolled], together.gallery_subjects,
+                                     pooling.directions[probes], pooling.kappas[probes], together.probe_subjects)
+
+
 def _identify(pooling, templates, radius, score) -> dict:
     """Rank rates in all galleries together, as insightface's protocol has them; TPIR at FPIR as the mean over the galleries, for each of
     which the probes of the others have no mate."""
-    galleries = templates.galleries
-    enrolled = (np.concatenate([getattr(gallery, column) for gallery in galleries]) for column in ("gallery_ids", "gallery_subjects"))
-    together = protocols.Gallery("all", *enrolled, galleries[0].probe_ids, galleries[0].probe_subjects)
+    galleries, together = templates.galleries, _together(templates.galleries)
     summary = protocols.summarise_searches(protocols.search_templates(pooling, templates.protocol, together, radius, score))
     if len(galleries) > 1:
         each = [protocols.summarise_searches(protocols.search_templates(pooling, templates.protocol, gallery, radius, score))["tpir_at_fpir"]
@@ -145,7 +166,7 @@ class Identification(Evaluation):
         numbers = np.unique(np.concatenate([subjects, self._probe.names]), return_inverse=True)[1]  # of all subjects, enrolled or not
         numbers, probe_subjects = np.split(numbers, [len(subjects)])
         device, radius = store.embedder.device, store.embedder.radius
-        probe_mu, probe_kappa = probes.mu.to(device), torch.from_numpy(probes.kappa).to(device)
+        probe_mu, probe_kappa = probes.mu.to(device), torch.from_numpy(probes.kappa).float().to(device)
         results = {"galleries": ["gallery"], "enrolled": len(subjects), "searches": len(probes.mu)}
         for name, weights in ("average", None), ("kappa", torch.from_numpy(gallery.kappa).float()):
             directions, kappas = pool_templates(gallery.mu, weights, torch.from_numpy(row), len(subjects))
@@ -154,7 +175,10 @@ class Identification(Evaluation):
             if weights is not None:
                 results[f"{name}_vmf"] = protocols.summarise_searches(
                     protocols.search(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects, radius))
-        return Measured({"identification": _headline("protocol", {"gallery": results}, "gallery")})
+        histogram = protocols.score_histogram(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects)
+        results["comparisons"] = histogram.summary()
+        return Measured({"identification": _headline("protocol", {"gallery": results}, "gallery")},
+                        {report.SCORES: plots.plot_scores("All comparisons of 1:N", histogram)})
 
 
 class Risk(Evaluation):
@@ -180,7 +204,8 @@ class Risk(Evaluation):
             quality = {name: protocols.lower_of_pair(values) for name, values in protocols.image_quality(embeddings).items()}
         else:
             same, protocol = data.protocol.pair_labels, data.protocol
-            pooled = protocols.Pooling(*protocols.pool_protocol(embeddings, protocol, embeddings.kappa, device))
+            # The length of a sum over media is no concentration that Eqn (13) could take.
+            pooled = protocols.Pooling(*protocols.pool_protocol(embeddings, protocol, embeddings.kappa, device, by_media=self._score == "cosine"))
             scores = protocols.score_templates(pooled, protocol, radius)
             rows = protocols.template_rows(protocol, protocol.pair_template_ids).numpy()
             quality = {name: values[rows].min(axis=1) for name, values in protocols.template_quality(embeddings, protocol).items()}

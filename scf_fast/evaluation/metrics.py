@@ -177,7 +177,7 @@ class Searches:
     """Q searches of a gallery that holds one entry a subject."""
 
     mate_score: np.ndarray  # (Q,) float, with the entry of the probe's subject; NaN where the gallery has none
-    mate_rank: np.ndarray  # (Q,) int64, 1 + the number of entries that score higher; 0 where there is no mate
+    mate_rank: np.ndarray  # (Q,) int64, place of the mate among the best entries, from 1; one more than is told apart where it is beyond; 0: no mate
     best_other: np.ndarray  # (Q,) float, the highest score with another subject's entry; -inf where there is no other
 
     @property

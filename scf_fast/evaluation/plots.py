@@ -10,9 +10,9 @@ from PIL import Image
 from pipelines.images import decode_face
 from pipelines.sources import ImageSource
 from scf_fast.evaluation.metrics import tar_at_far
-from scf_fast.evaluation.protocols import Rejection
+from scf_fast.evaluation.protocols import Rejection, ScoreHistogram
 
-_BLUE, _ORANGE, _GREY, _GREEN, _PURPLE = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63", "#7c5cbf"
+_BLUE, _ORANGE, _GREY, _GREEN, _PURPLE, _RED = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63", "#7c5cbf", "#c23b4e"
 _REJECTION_STYLES = {  # by rejection order: label and line
     "kappa": ("κ", {"color": _ORANGE, "lw": 2.2}),
     "feature_norm": ("feature norm", {"color": _BLUE, "lw": 1.6}),
@@ -48,7 +48,7 @@ def roc_points(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _styles(curves: Curves):
     """A colour for what is compared, a line style for the score."""
-    colors = dict(zip(dict.fromkeys(what for what, _ in curves), itertools.cycle((_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY))))
+    colors = dict(zip(dict.fromkeys(what for what, _ in curves), itertools.cycle((_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY, _RED))))
     lines = dict(zip(dict.fromkeys(score for _, score in curves), itertools.cycle(("-", "--"))))
     return {(what, score): {"label": f"{what}, {score}", "color": colors[what], "ls": lines[score], "lw": 1.8} for what, score in curves}
 
@@ -70,7 +70,8 @@ def plot_det(title: str, curves: Curves) -> bytes:
         fars, tars = curves[key]
         some = tars < 1  # a logarithmic axis has no place for 0
         axes.plot(fars[some], 1 - tars[some], **style)
-    axes.set(xscale="log", yscale="log", ylim=(None, 1))
+    lowest = min((1 - tars[tars < 1]).min(initial=0.1) for _, tars in curves.values())
+    axes.set(xscale="log", yscale="log", ylim=(lowest / 1.5, 1))
     axes.legend(loc="upper right", frameon=False)
     return _png(figure)
 
@@ -112,6 +113,21 @@ def plot_kappa_histogram(kappa: np.ndarray, same: np.ndarray) -> bytes:
         axes.hist(kappa[part], bins=bins, weights=weights, histtype="stepfilled", alpha=0.35, color=color, label=label)
         axes.hist(kappa[part], bins=bins, weights=weights, histtype="step", color=color, lw=1.4)
     axes.set_xscale("log")
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def plot_scores(title: str, histogram: ScoreHistogram) -> bytes:
+    """Distribution of Eqn (13) among genuine and impostor comparisons: the share of either kind in each bin, on a logarithmic axis."""
+    figure, axes = _figure(title, "Eqn (13) against chance [nats]", "share of comparisons")
+    edges = histogram.edges[::4]  # few genuine comparisons look like a comb otherwise
+    for label, counts, color in ("genuine", histogram.genuine, _BLUE), ("impostor", histogram.impostor, _ORANGE):
+        total = counts.sum()
+        share = counts.reshape(-1, 4).sum(axis=1) / max(total, 1)
+        axes.stairs(share, edges, color=color, alpha=0.35, fill=True)
+        axes.stairs(share, edges, color=color, lw=1.4, label=f"{label} ({total:,})")
+    axes.set_yscale("log")
+    axes.axvline(0, color=_GREY, lw=1, ls=":")
     axes.legend(frameon=False)
     return _png(figure)
 

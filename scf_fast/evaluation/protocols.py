@@ -1,6 +1,7 @@
 """What each protocol measures: verification of pairs and templates, identification, and recognition that may decline a pair."""
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
-from kernels.template_pooling import pool_templates
-from kernels.vmf_similarity import vmf_similarity_matrix
-from pipelines.template_protocol import TemplateProtocol
+from kernels import neutral_radius, pool_templates, vmf_similarity_from_cosine, vmf_similarity_histogram, vmf_similarity_top_k
+from pipelines.template_protocol import Gallery, TemplateProtocol
 from scf_fast.evaluation import metrics
 from scf_fast.evaluation.embeddings import Embeddings, PairScores, score_pairs
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 FPIRS = (1e-1, 1e-2, 1e-3)
 RANKS = (1, 5, 10)
-_SCORES_AT_ONCE = 1 << 22  # of a search: 32 MiB of float64, about ten of them alive
+_SCORES_AT_ONCE = 1 << 22  # cosines of a search: 32 MiB of float64
+_BINS = 512  # of a score histogram
 
 
 # ---- pairs ------------------------------------------------------------------------------------------------------------------------------
@@ -72,25 +73,28 @@ def template_ids(protocol: TemplateProtocol) -> np.ndarray:
 
 
 def pool_protocol(embeddings: Embeddings, protocol: TemplateProtocol, weights: np.ndarray, device: torch.device | str = "cpu",
-                  ) -> tuple[torch.Tensor, torch.Tensor]:
+                  by_media: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Directions (T, D) and lengths of the sums (T,) of the templates, in ascending order of their ids; Eqn (14) where the weights are kappa.
 
-    A template is the sum over its media of the mean over the medium's images of weight mu: a video counts as one picture, as in the IJB
-    protocols, whichever the weights.
+    By media, a template is the sum over its media of the mean over the medium's images of weight mu: a video counts as one picture, as in
+    the IJB protocols, whichever the weights. Otherwise it is the sum over all of its images.
     """
     _, template_index = np.unique(protocol.template_ids, return_inverse=True)
-    media, medium_index = np.unique(protocol.media_ids, return_inverse=True)
-    # Within its template, that is: one video may serve two templates.
-    _, medium_index, medium_size = np.unique(template_index * len(media) + medium_index, return_inverse=True, return_counts=True)
-    weights = torch.from_numpy(weights / medium_size[medium_index]).float()
+    if by_media:
+        media, medium_index = np.unique(protocol.media_ids, return_inverse=True)
+        # Within its template, that is: one video may serve two templates.
+        _, medium_index, medium_size = np.unique(template_index * len(media) + medium_index, return_inverse=True, return_counts=True)
+        weights = weights / medium_size[medium_index]
+    weights = torch.from_numpy(weights).float()
     return pool_templates(embeddings.mu.to(device), weights.to(device), torch.from_numpy(template_index).to(device))
 
 
 def pool_every_way(embeddings: Embeddings, protocol: TemplateProtocol, device: torch.device | str = "cpu"):
-    """Yields (name, Pooling), one way of pooling at a time."""
+    """Yields (name, Pooling), one way of pooling at a time: by media with each of the weights, then "kappa_images", by kappa over all images."""
     for name, weights in pooling_weights(embeddings, protocol).items():
         directions, kappas = pool_protocol(embeddings, protocol, weights, device)
         yield name, Pooling(directions, kappas if name == "kappa" else None)
+    yield "kappa_images", Pooling(*pool_protocol(embeddings, protocol, embeddings.kappa, device, by_media=False))
 
 
 def template_rows(protocol: TemplateProtocol, ids: np.ndarray) -> torch.Tensor:
@@ -117,101 +121,49 @@ def template_quality(embeddings: Embeddings, protocol: TemplateProtocol) -> dict
 # ---- identification ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """A 1:N protocol over the templates of a TemplateProtocol: what is enrolled, and what is searched for."""
-
-    name: str
-    gallery_ids: np.ndarray  # (G,) int64 template ids, one a subject
-    gallery_subjects: np.ndarray  # (G,) int64, no two alike
-    probe_ids: np.ndarray  # (Q,) int64 template ids
-    probe_subjects: np.ndarray  # (Q,) int64
-
-
-def read_galleries(root: Path, protocol: TemplateProtocol) -> list[Gallery]:
-    """The 1:N files of a protocol's folder as IJB-B (S1, S2) and IJB-C (G1, G2) have them; empty where there are none.
-
-    `meta/<name>_1N_gallery_<S1|S2|G1|G2>.csv` and `meta/<name>_1N_probe_mixed.csv` have one header line and one line an image, of which the
-    first two columns count: template id, subject id.
-
-    Raises:
-        ValueError: there is a gallery without probes or the other way round, a file is malformed or names a template without images, a
-            template has two subjects, or a subject two templates in the galleries.
-    """
-    galleries = sorted((root / "meta").glob("*_1N_gallery_*.csv"))
-    probes = sorted((root / "meta").glob("*_1N_probe_mixed.csv"))
-    if not galleries and not probes:
-        return []
-    if len(probes) != 1 or not galleries:
-        raise ValueError(f"{root / 'meta'}: 1:N needs '*_1N_gallery_*.csv' and one '*_1N_probe_mixed.csv', found {len(galleries)} and {len(probes)}; "
-                         "restore the files, or remove all of them to leave 1:N out")
-    known = template_ids(protocol)
-    probe_ids, probe_subjects = _read_subjects(probes[0], known)
-    result = []
-    for path in galleries:
-        ids, subjects = _read_subjects(path, known)
-        result.append(Gallery(path.stem.rpartition("_")[2], ids, subjects, probe_ids, probe_subjects))
-    subjects, times = np.unique(np.concatenate([gallery.gallery_subjects for gallery in result]), return_counts=True)
-    if (times > 1).any():
-        raise ValueError(f"{root / 'meta'}: the galleries must hold one template a subject between them, got several of {np.count_nonzero(times > 1)} "
-                         f"subjects, the first {subjects[times > 1][0]}; repair the files")
-    return result
-
-
-def _read_subjects(path, known):
-    """(template ids, subject ids), each template once."""
-    rows = {}
-    with open(path, newline="") as file:
-        reader = csv.reader(file)
-        next(reader, None)
-        for row in reader:
-            try:
-                template, subject = int(row[0]), int(row[1])
-            except (IndexError, ValueError):
-                raise ValueError(f"{path} line {reader.line_num} must start with a template id and a subject id, got {','.join(row)[:80]!r}; "
-                                 "repair the line") from None
-            if rows.setdefault(template, subject) != subject:
-                raise ValueError(f"{path} line {reader.line_num} gives template {template} to subject {subject}, an earlier one to {rows[template]}; "
-                                 "repair the lines")
-    if not rows:
-        raise ValueError(f"{path} must name templates, and is empty; restore the file")
-    ids = np.array(list(rows), dtype=np.int64)
-    unknown = ids[~np.isin(ids, known)]
-    if len(unknown):
-        raise ValueError(f"{path} names {len(unknown)} templates without images, the first {unknown[0]}; take all meta files from the same set")
-    return ids, np.array(list(rows.values()), dtype=np.int64)
-
-
 def search(gallery_mu: torch.Tensor, gallery_kappa: torch.Tensor | None, gallery_subjects: np.ndarray, probe_mu: torch.Tensor,
-           probe_kappa: torch.Tensor | None, probe_subjects: np.ndarray, radius: float = 1.0) -> metrics.Searches:
-    """Compares every probe (Q) with the whole gallery (G), by Eqn (13) where kappa is given and by cosine else, some probes at a time.
+           probe_kappa: torch.Tensor | None, probe_subjects: np.ndarray, radius: float = 1.0, depth: int = max(RANKS)) -> metrics.Searches:
+    """Searches the gallery (G) for every probe (Q), by Eqn (13) where kappa is given and by cosine else; Q x G scores never exist at once.
 
     Args:
         gallery_mu, probe_mu: (G, D), (Q, D) floating point, of any length.
         gallery_kappa, probe_kappa: (G,), (Q,), or None.
         gallery_subjects: (G,) int64, no two alike.
         probe_subjects: (Q,) int64.
+        depth: the ranks that are told apart; a mate beyond has rank depth + 1.
     """
     by_subject = np.argsort(gallery_subjects)
     place = np.searchsorted(gallery_subjects, probe_subjects, sorter=by_subject).clip(max=len(gallery_subjects) - 1)
     mated = gallery_subjects[by_subject[place]] == probe_subjects
-    mate = torch.from_numpy(np.where(mated, by_subject[place], -1)).to(probe_mu.device)
+    mate = np.where(mated, by_subject[place], -1)
+    count = min(max(depth, 2), len(gallery_mu))  # the two best, because the best may be the mate
+    if gallery_kappa is None:
+        scores, rows = _most_similar(gallery_mu, probe_mu, count)
+    else:
+        neutral = neutral_radius(gallery_mu.shape[1])  # of scores that float32 holds well
+        scores, rows = vmf_similarity_top_k(probe_mu, probe_kappa, gallery_mu, gallery_kappa, count, neutral)
+        scores = scores.double() + gallery_mu.shape[1] * math.log(neutral / radius)
+    scores, rows = scores.cpu().numpy(), rows.cpu().numpy()
+    hit = rows == mate[:, None]
+    rank = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, depth + 1)
+    best_other = np.where(hit, -np.inf, scores).max(axis=1)
+    mate_score = np.full(len(mate), np.nan)
+    mate_score[mated] = _mate_scores(gallery_mu, gallery_kappa, probe_mu, probe_kappa, mate, mated, radius)
+    return metrics.Searches(mate_score, np.where(mated, rank, 0).astype(np.int64), best_other)
+
+
+def _most_similar(gallery_mu, probe_mu, count):
+    """(Q, count) highest cosines, float64, and their rows of the gallery, some probes at a time."""
     gallery_mu, probe_mu = F.normalize(gallery_mu.double()), F.normalize(probe_mu.double())
-    results = []
-    height = max(1, _SCORES_AT_ONCE // len(gallery_mu))
-    for start in range(0, len(probe_mu), height):
-        rows = slice(start, start + height)
-        if gallery_kappa is None:
-            scores = probe_mu[rows] @ gallery_mu.T
-        else:
-            scores = vmf_similarity_matrix(probe_mu[rows], probe_kappa[rows].double(), gallery_mu, gallery_kappa.double(), radius)
-        column = mate[rows, None]
-        mate_score = torch.where(column < 0, torch.nan, scores.gather(1, column.clamp(min=0)))
-        rank = torch.where(column < 0, 0, 1 + (scores > mate_score).sum(dim=1, keepdim=True))
-        other = scores.masked_fill(torch.arange(len(gallery_mu), device=scores.device) == column, -torch.inf).amax(dim=1, keepdim=True)
-        results.append(torch.cat([mate_score, rank.double(), other], dim=1).cpu())
-    mate_score, rank, other = torch.cat(results).T.numpy()
-    return metrics.Searches(mate_score, rank.astype(np.int64), other)
+    bands = [torch.topk(rows @ gallery_mu.T, count, dim=1) for rows in probe_mu.split(max(1, _SCORES_AT_ONCE // len(gallery_mu)))]
+    return torch.cat([band.values for band in bands]), torch.cat([band.indices for band in bands])
+
+
+def _mate_scores(gallery_mu, gallery_kappa, probe_mu, probe_kappa, mate, mated, radius):
+    probes, mates = torch.from_numpy(np.flatnonzero(mated)), torch.from_numpy(mate[mated] + len(probe_mu))
+    kappa = None if gallery_kappa is None else torch.cat([probe_kappa, gallery_kappa])
+    scores = score_pairs(torch.cat([probe_mu, gallery_mu]), kappa, probes, mates, radius)
+    return scores.cosine if kappa is None else scores.vmf
 
 
 def search_templates(pooling: Pooling, protocol: TemplateProtocol, gallery: Gallery, radius: float, score: str) -> metrics.Searches:
@@ -228,6 +180,40 @@ def summarise_searches(searches: metrics.Searches) -> dict:
     summary["rank"] = {str(rank): rate for rank, rate in metrics.rank_rates(searches, RANKS).items()}
     fpirs = metrics.measurable_fars(FPIRS, np.count_nonzero(~searches.mated))
     return summary | {"tpir_at_fpir": {f"{fpir:.0e}": tpir for fpir, tpir in metrics.tpir_at_fpir(searches, fpirs).items()} if fpirs else {}}
+
+
+@dataclass(frozen=True)
+class ScoreHistogram:
+    """Eqn (13) of every probe with every gallery entry, as log likelihood ratio against chance (nats)."""
+
+    edges: np.ndarray  # (B + 1,) float64
+    impostor: np.ndarray  # (B,) int64 comparisons of two subjects
+    genuine: np.ndarray  # (B,) int64 comparisons of one
+
+    def summary(self) -> dict:
+        """What results.json has of it."""
+        return {"low": float(self.edges[0]), "high": float(self.edges[-1]), "genuine": self.genuine.tolist(), "impostor": self.impostor.tolist()}
+
+
+def score_histogram(gallery_mu: torch.Tensor, gallery_kappa: torch.Tensor, gallery_subjects: np.ndarray, probe_mu: torch.Tensor,
+                    probe_kappa: torch.Tensor, probe_subjects: np.ndarray) -> ScoreHistogram:
+    """Counts all Q x G scores, which never exist at once: over the range that they can have, then over the range that they do have.
+
+    Args:
+        as in search; kappa finite.
+    """
+    dim = gallery_mu.shape[1]
+    faces = [probe_mu, probe_kappa, torch.from_numpy(probe_subjects).to(probe_mu.device), gallery_mu, gallery_kappa,
+             torch.from_numpy(gallery_subjects).to(gallery_mu.device)]
+    largest = torch.stack([probe_kappa.max(), gallery_kappa.max()]).double().cpu()
+    same, opposite = vmf_similarity_from_cosine(torch.tensor([1.0, -1.0], dtype=torch.float64), *largest, dim, neutral_radius(dim)).tolist()
+    edges = np.linspace(min(opposite, 0.0), max(same, 0.0) + 1e-3, _BINS + 1)  # 1e-3: of two uniform distributions all scores are 0
+    for _ in range(2):
+        counts = vmf_similarity_histogram(*faces, float(edges[0]), float(edges[-1]), _BINS, neutral_radius(dim)).cpu().numpy()
+        used = np.flatnonzero(counts.any(axis=0))
+        result = ScoreHistogram(edges, *counts)
+        edges = np.linspace(edges[used[0]], edges[used[-1] + 1], _BINS + 1)
+    return result
 
 
 # ---- quality and rejection --------------------------------------------------------------------------------------------------------------
@@ -283,13 +269,13 @@ def read_severity(path: Path, column: str, names: list[str]) -> np.ndarray:
     Raises:
         ValueError: a column or a name is missing, or a severity is not a number in [0, 1].
     """
-    with open(path, newline="") as file:
+    with open(path, newline="", errors="replace") as file:
         reader = csv.DictReader(file)
         if not {column, "severity"} <= set(reader.fieldnames or ()):
             raise ValueError(f"{path} must have the columns {column} and severity, got {reader.fieldnames}; write it anew with the data set")
         try:
             severity = {row[column]: float(row["severity"]) for row in reader}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, csv.Error):
             raise ValueError(f"{path} line {reader.line_num}: severity must be a number; repair the row") from None
     missing = [name for name in names if name not in severity]
     if missing:

@@ -11,15 +11,17 @@ from pipelines.files import atomic_output
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "report.md", "report.html"
 REJECTED = (0.0, 0.1, 0.2, 0.5)  # fractions shown in the table of error-versus-reject
 
-ROC, DET, TEMPLATES, REJECT, SEVERITY, HISTOGRAM, FACES, PAIRS = (
-    f"{figure}.png" for figure in ("roc", "det", "templates", "reject", "severity", "kappa_histogram", "faces", "pairs"))
+ROC, DET, TEMPLATES, SCORES, REJECT, SEVERITY, HISTOGRAM, FACES, PAIRS = (
+    f"{figure}.png" for figure in ("roc", "det", "templates", "scores", "reject", "severity", "kappa_histogram", "faces", "pairs"))
 _FIGURES = {
-    ROC: "Verification ROC", DET: "Detection error trade-off", TEMPLATES: "Template verification ROC", REJECT: "Error versus reject",
+    ROC: "Verification ROC", DET: "Detection error trade-off", TEMPLATES: "Template verification ROC",
+    SCORES: "Scores of all comparisons", REJECT: "Error versus reject",
     SEVERITY: "κ against known severity", HISTOGRAM: "κ of genuine and impostor pairs", FACES: "Faces by κ", PAIRS: "Best and worst pairs",
 }
 _WIDE = (FACES, PAIRS)
 COSINE, VMF = "cosine", "Eqn (13)"
-POOLINGS = {"average": "average", "norm": "norm-weighted", "detector": "detector-weighted", "norm_detector": "norm × detector", "kappa": "κ, Eqn (14)"}
+POOLINGS = {"average": "average", "norm": "norm-weighted", "detector": "detector-weighted", "norm_detector": "norm × detector", "kappa": "κ, Eqn (14)",
+            "kappa_images": "κ, Eqn (14), every image"}
 _SCORED = {key + suffix: (pooling, score) for key, pooling in POOLINGS.items() for suffix, score in (("", COSINE), ("_vmf", VMF))}
 _ORDERS = {"kappa": "κ", "feature_norm": "feature norm", "detector": "detector score", "random": "random", "oracle": "oracle"}
 _PUBLISHED = ("1e-05", "1e-04")  # false accept rates of the table in the paper's repository
@@ -116,7 +118,7 @@ def _templates(models: dict[str, dict]) -> list[Table]:
         result.append(Table(
             f"Templates: {protocol}, 1:1", *_named(models, ["pooling", "score", *(f"TAR @ FAR {far}" for far in fars)], rows),
             f"{counts['images']} images in {counts['templates']} templates; {counts['genuine_pairs']} genuine and {counts['impostor_pairs']} impostor "
-            "comparisons. The images of one medium are averaged first, with the same weights."))
+            "comparisons. The images of one medium are averaged first, with the same weights, but for every image alike."))
     return result + _published(sections, protocols)
 
 
@@ -127,9 +129,9 @@ def _published(sections: dict[str, dict[str, dict]], protocols: list[str]) -> li
     if not columns:
         return []
     rows = [[label, *("–" if key not in section.get(protocol, {}) else _percent(section[protocol][key].get(far)) for protocol, far in columns)]
-            for name, section in sections.items() for label, key in ((name, "average"), ("+ SCF", "kappa"), ("+ SCF, Eqn (13)", "kappa_vmf"))]
+            for name, section in sections.items() for label, key in ((name, "average"), ("+ SCF", "kappa"), ("+ SCF, Eqn (13)", "kappa_images_vmf"))]
     return [Table("Templates as in the published table", ["TAR [%]", *(f"{protocol} {float(far):.0e}" for protocol, far in columns)], rows,
-                  "Average pooling by the cosine; + SCF: pooling by κ, Eqn (14), by the cosine and by Eqn (13).")]
+                  "The cosine of averaged media; + SCF: of media averaged with κ as weight, Eqn (14); Eqn (13) takes κ summed over every image.")]
 
 
 def _identification(models: dict[str, dict]) -> list[Table]:
@@ -210,7 +212,8 @@ def check_folder(out: Path, request: dict, overwrite: bool) -> None:
         raise ValueError(f"{out} holds another evaluation ({different}); give another --out, or --overwrite")
 
 
-def write_report(out: Path, request: dict, models: dict[str, dict], figures: dict[str, dict[str, bytes]], notes: list[str]) -> None:
+def write_report(out: Path, request: dict, models: dict[str, dict], figures: dict[str, dict[str, bytes]], notes: list[str],
+                 files: dict[str, str] | None = None) -> None:
     """Writes the report folder; results.json comes last. The figures of an earlier report are removed.
 
     Args:
@@ -219,6 +222,7 @@ def write_report(out: Path, request: dict, models: dict[str, dict], figures: dic
         models: results by the name of the model. results.json holds those of a single model at its top, those of several under "models".
         figures: PNG by the name of the model and of the file.
         notes: what was left out and why.
+        files: text by the name of a file to put beside.
     """
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.png"):
@@ -235,7 +239,7 @@ def write_report(out: Path, request: dict, models: dict[str, dict], figures: dic
     links = [f"![{_title(file_name)}{'' if single is not None else f', {name}'}]({prefixes[name] + file_name})"
              for name, pictures in figures.items() for file_name in pictures]
     markdown = "\n\n".join([f"# {title}", text(models, notes), *links]) + "\n"
-    contents = {MARKDOWN_FILE: markdown, HTML_FILE: _page(title, request, models, figures, notes),
+    contents = (files or {}) | {MARKDOWN_FILE: markdown, HTML_FILE: _page(title, request, models, figures, notes),
                 RESULTS_FILE: json.dumps(results, indent=2, allow_nan=False) + "\n"}
     for name, content in contents.items():
         with atomic_output(out / name) as file:

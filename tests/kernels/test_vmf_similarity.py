@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import mpmath
 import numpy as np
@@ -8,9 +9,11 @@ from scipy.integrate import dblquad, quad
 
 from kernels.vmf_similarity import (
     _BAND,
+    _CHUNK,
     _vmf_similarity,
     _vmf_similarity_histogram,
     _vmf_similarity_matrix,
+    _vmf_similarity_top_k,
     neutral_radius,
     vmf_similarity,
     vmf_similarity_from_cosine,
@@ -110,8 +113,9 @@ def test_matrix_is_every_pair_whatever_the_band(monkeypatch, dim):
     pairs = torch.stack([vmf_similarity(mu1, kappa1, mu2[j].expand(7, -1), kappa2[j].expand(7)) for j in range(5)], dim=1)
     whole = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2)
     torch.testing.assert_close(whole, pairs, rtol=1e-12, atol=1e-9)
-    for scores in (1, 12):  # one row, then two rows and a remainder
+    for scores, at_once in (1, 3), (12, 12):  # one row in two pieces, then two rows and a remainder
         monkeypatch.setitem(_BAND, "cpu", scores)
+        monkeypatch.setitem(_CHUNK, "cpu", at_once)
         torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2), whole, rtol=1e-14, atol=1e-11)
 
 
@@ -150,7 +154,7 @@ def test_from_cosine_is_the_pair(dim):
 
 
 def test_float32_arguments_cost_no_more_than_their_rounding():
-    """The matrix of float32 arguments takes the shorter series; its scores are those of float64 to 1e-8 and one rounding."""
+    """The matrix of float32 arguments is worked out in float64 and rounded once."""
     mu1, mu2 = unit_rows(20, 512, seed=1).float(), unit_rows(30, 512, seed=2).float()
     kappa1, kappa2 = torch.logspace(-2, 4, 20), torch.logspace(4, -2, 30)
     exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double())
@@ -240,13 +244,47 @@ def test_histogram_counts_the_matrix(triton_device, distinct, backend):
     assert counts[:, 0].any() and counts[:, -1].any()
 
 
-def test_top_k_is_the_head_of_the_sorted_matrix(monkeypatch):
+@pytest.mark.parametrize("dim", [47, 53, 283, 512, 4096])
+def test_matrix_to_1e_11_nats(dim):
+    """The one polynomial that the series is folded into, against the pairs; from dimension 47 on, where the order needs no shift."""
+    mu1, mu2 = unit_rows(40, dim, seed=1), unit_rows(30, dim, seed=2)
+    kappa1, kappa2 = torch.logspace(-2, 4, 40, dtype=torch.float64), torch.logspace(4, -2, 30, dtype=torch.float64)
+    pairs = torch.stack([vmf_similarity(mu1, kappa1, mu2[j].expand(40, -1), kappa2[j].expand(40), 1.0) for j in range(30)], dim=1)
+    torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, 1.0), pairs, rtol=1e-14, atol=2e-11)
+
+
+@pytest.mark.parametrize(("n", "m", "dim", "k"), [(1, 1, 2, 1), (70, 150, 37, 11), (9, 300, 16, 16), (3, 40, 16, 20), (130, 65, 16, 3)])
+def test_top_k_is_the_head_of_the_sorted_matrix(place, poisoned, monkeypatch, n, m, dim, k):
+    (mu1, kappa1), (mu2, kappa2) = faces(n, dim, place.device, 1), faces(m, dim, place.device, 2)
+    monkeypatch.setitem(_BAND, "cpu", 3 * m)  # three rows at a time
+    exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), 1.0)
+    scores, indices = vmf_similarity_top_k(mu1, kappa1, mu2, kappa2, k, backend=place.backend)
+    assert scores.dtype == torch.float32 and indices.dtype == torch.int64 and (scores.diff(dim=1) <= 0).all()
+    assert all(len(set(row)) == k for row in indices.tolist())
+    error = rounding(kappa1, kappa2, 1.0, dim).amax(dim=1, keepdim=True)  # scores closer than this may change places
+    found = exact.gather(1, indices)
+    assert ((found - exact.sort(dim=1, descending=True).values[:, :k]).abs() <= 2 * error).all()
+    expected = found - dim * math.log(64.0)
+    assert ((scores - expected).abs() <= error + 2e-7 * expected.abs()).all()
+
+
+def test_top_k_puts_nan_first_and_takes_equal_scores_once(place):
+    mu, kappa = torch.eye(4, device=place.device)[[0, 1, 1, 1, 2]], torch.tensor([5.0, 5.0, 5.0, 5.0, math.nan], device=place.device)
+    scores, indices = vmf_similarity_top_k(mu[1:2], kappa[1:2], mu, kappa, 4, backend=place.backend)
+    assert scores[0, 0].isnan() and indices[0, 0] == 4
+    assert sorted(indices[0, 1:].tolist()) == [1, 2, 3] and (scores[0, 1:] == scores[0, 1]).all()
+
+
+def test_top_k_of_nothing():
     (mu1, kappa1), (mu2, kappa2) = faces(11, 16, "cpu", 1), faces(9, 16, "cpu", 2)
-    monkeypatch.setitem(_BAND, "cpu", 30)  # three rows at a time
-    expected, order = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2).sort(dim=1, descending=True)
-    scores, indices = vmf_similarity_top_k(mu1, kappa1, mu2, kappa2, 4)
-    assert torch.equal(scores, expected[:, :4]) and torch.equal(indices, order[:, :4])
     assert vmf_similarity_top_k(mu1[:0], kappa1[:0], mu2, kappa2, 4)[1].shape == (0, 4)
+
+
+def test_a_negative_kappa_gives_nan():
+    mu, kappa = torch.eye(3), torch.tensor([1.0, -1.0, 2.0])
+    expected = torch.tensor([False, True, False])
+    assert torch.equal(vmf_similarity_matrix(mu, kappa, mu, kappa).isnan(), expected[:, None] | expected)
+    assert torch.equal(vmf_similarity_from_cosine(torch.zeros(3), kappa, kappa.abs(), 3).isnan(), expected)
 
 
 def test_operators():
@@ -255,8 +293,11 @@ def test_operators():
     ids = torch.arange(4)
     for triton_kernel in (False, True):
         torch.library.opcheck(_vmf_similarity, (*leaves, 64.0, triton_kernel))
-        torch.library.opcheck(_vmf_similarity_matrix, (mu1, kappa1, mu2, kappa2, 64.0, torch.float32, triton_kernel))
-        torch.library.opcheck(_vmf_similarity_histogram, (mu1, kappa1, ids, mu2, kappa2, ids, -1.0, 1.0, 4, False, 64.0, triton_kernel))
+        # Without a gradient there is no graph of it to check.
+        check = partial(torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+        check(_vmf_similarity_matrix, (mu1, kappa1, mu2, kappa2, 64.0, torch.float32, triton_kernel))
+        check(_vmf_similarity_top_k, (mu1, kappa1, mu2, kappa2, 2, 64.0, triton_kernel))
+        check(_vmf_similarity_histogram, (mu1, kappa1, ids, mu2, kappa2, ids, -1.0, 1.0, 4, False, 64.0, triton_kernel))
 
 
 def test_gradients():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 CASES = [  # kernel, type of mu, dim, architecture
-    ("matrix", "*bf16", 512, 90), ("matrix", "*fp32", 512, 80), ("histogram", "*bf16", 512, 100),
+    ("matrix", "*bf16", 512, 90), ("matrix", "*fp32", 512, 80), ("histogram", "*bf16", 512, 100), ("top_k", "*fp32", 512, 80), ("top_k", "*bf16", 512, 90),
     ("pairs", "*fp32", 512, 80), ("pairs", "*fp32", 8192, 90), ("pool", "*fp32", 512, 100), ("pool", "*fp32", 8192, 80),
 ]
 # In a process of its own: kernels that were imported for the interpreter cannot be compiled.
@@ -25,16 +25,18 @@ template_pooling = importlib.import_module("kernels.template_pooling")
 vmf_similarity = importlib.import_module("kernels.vmf_similarity")  # the package has a function of that name
 
 def compile_case(name, dtype, dim, arch):
-    types = {"mu1_ptr": dtype, "mu2_ptr": dtype, "mu_ptr": dtype, "ids1_ptr": "*i64", "ids2_ptr": "*i64", "counts_ptr": "*i64",
+    types = {"mu1_ptr": dtype, "mu2_ptr": dtype, "mu_ptr": dtype, "ids1_ptr": "*i64", "ids2_ptr": "*i64", "counts_ptr": "*i64", "best_ptr": "*i64",
              "order_ptr": "*i64", "offsets_ptr": "*i64", "constant": "fp32", "low": "fp32", "bins_per_nat": "fp32"}
     block_d = triton.next_power_of_2(dim)
-    tile = dict(D=dim, PLAN=vmf_similarity._phi_plan(dim, True), PRECISION="tf32x3" if dtype == "*fp32" else "ieee", BLOCK=vmf_similarity._BLOCK,
+    tile = dict(D=dim, PLAN=vmf_similarity._phi_plan(dim, torch.float32), PRECISION="tf32x3" if dtype == "*fp32" else "ieee", BLOCK=vmf_similarity._BLOCK,
                 BLOCK_D=16 if dtype == "*fp32" else 64)
     options = dict(num_warps=vmf_similarity._NUM_WARPS, num_stages=vmf_similarity._NUM_STAGES, enable_fp_fusion=False)
     if name == "matrix":
         kernel, constants = vmf_similarity._matrix_kernel, dict(tile, GROUP=8)
     elif name == "histogram":
         kernel, constants = vmf_similarity._histogram_kernel, dict(tile, BINS=512, DISTINCT=True)
+    elif name == "top_k":
+        kernel, constants = vmf_similarity._top_k_kernel, dict(tile, KEPT=vmf_similarity._KEPT, BLOCK=vmf_similarity._KEPT_BLOCK)
     elif name == "pairs":
         kernel, types["constant"] = vmf_similarity._pair_kernel, "fp64"
         constants = dict(D=dim, PLAN=debye_plan(dim / 2 - 1, torch.float64), ROWS=max(1, vmf_similarity._PAIR_TILE // block_d), BLOCK_D=block_d)

@@ -124,7 +124,7 @@ def test_parquet_without_pyarrow_says_what_to_do(model_file, faces, tmp_path, mo
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert main(faces[0] / "album", "--model", model_file, "--out", tmp_path / "out.parquet") == 2
-    assert "install pyarrow, or write .npz" in capsys.readouterr().err
+    assert "pip install '.[embed]' in the checkout), or write .npz" in capsys.readouterr().err
 
 
 def test_an_image_of_another_size_is_resized_whole(model_file, tmp_path):

@@ -47,6 +47,22 @@ def test_two_sets_of_one_name_are_refused(tmp_path):
 def test_a_folder_without_sets_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must hold verification sets"):
         open_pair_sets([tmp_path])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images under"):
+        open_pair_sets([tmp_path])
+
+
+def test_pairs_of_an_identity_folder_are_labelled_by_folder(tmp_path):
+    for identity in range(20):
+        for number in range(2):
+            draw(tmp_path / "people" / f"{identity}" / f"{number}.png")
+    pairs = open_pair_sets([tmp_path / "people"], num_pairs=20, seed=3)["people"]
+    names = np.array([pairs.source.name(i).split("/")[-2:] for i in range(40)]).reshape(20, 2, 2)
+    np.testing.assert_array_equal(names[:, 0, 0] == names[:, 1, 0], pairs.same)
+    assert pairs.same.sum() == 10 and pairs.drawn.endswith("drawn with seed 3")
+    (tmp_path / "list.txt").write_text(pairs.as_list())
+    source, same = read_pair_list(tmp_path / "list.txt")
+    assert np.array_equal(same, pairs.same) and [source.name(i) for i in range(40)] == [pairs.source.name(i) for i in range(40)]
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -76,7 +92,7 @@ def test_templates_are_aligned_unless_they_are_already(tmp_path, prefix, name):
     assert open_template_set(tmp_path, align=False).source is not templates.source
     assert not isinstance(open_template_set(tmp_path, align=False).source, AlignedFaces)
     (tmp_path / "meta" / f"{prefix}_template_pair_label.txt").write_text("1 99 1\n")
-    with pytest.raises(ValueError, match="row 1 names template 99, which has no image"):
+    with pytest.raises(ValueError, match=r"names 1 templates that have no image in .*, the first in row 1: 99"):
         open_template_set(tmp_path)
     (tmp_path / "meta" / f"{prefix}_name_5pts_score.txt").unlink()
     with pytest.raises(ValueError, match="the protocol is incomplete"):

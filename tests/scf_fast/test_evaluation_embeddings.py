@@ -1,6 +1,7 @@
 """The store of embeddings: what is computed, by whom, how often, and what is refused."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ class Counting:
     """An embedder whose features are a picture's mean colour, and that counts the images it has seen."""
 
     radius, embedding_dim, normalization, device, key = 64.0, 3, "insightface", torch.device("cpu"), "counting"
+
+    settled = True
 
     def __init__(self):
         self.seen = 0
@@ -74,17 +77,71 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path, files):
     assert again.seen == 11 - 4  # the first part was whole
 
 
-def test_ranks_share_the_work(tmp_path, files):
-    seen = []
-    for rank in range(2):
-        embedder = Counting()
-        share = store(tmp_path, embedder, rank=rank, world_size=2)
-        # What rank 0 has finished is known to rank 1 in this test, where one runs after the other; so the second takes what is left to it.
-        share.fill(ImageFiles(files), "images")
-        seen.append(embedder.seen)
-    last = Counting()
-    torch.testing.assert_close(store(tmp_path, last).load(ImageFiles(files), "images").features, expected_features())
-    assert seen[0] == 4 + 3 and last.seen == 11 - sum(seen)
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+from pipelines.sources import ImageFiles
+from scf_fast import frozen, launch
+from scf_fast.backbones import Backbone
+from scf_fast.confidence import build_confidence_net
+from scf_fast.embed import Embedder
+from scf_fast.evaluation import embeddings
+from scf_fast.model import SCF
+
+torch.manual_seed(0)
+backbone = Backbone("ir_tiny", 24)
+model = SCF(backbone, build_confidence_net("conv", 16, 7, initial_kappa=300.0), radius=64.0, normalization="insightface").eval()
+rank = launch.start().rank
+source = ImageFiles(sorted(Path(sys.argv[1]).glob("*.png")))
+embeddings._PART, seen = 3, []
+
+def embedder(limits):
+    frozen.MIN_COSINE, frozen.MAX_CONVF_ERROR = limits
+    return Embedder(model, "cpu", "bf16")
+
+def settled(limits):
+    made = embedder(limits)
+    try:
+        made.settle(torch.randn(4, 3, 112, 112))
+    except ValueError as error:
+        return str(error)
+    return str(made._backbone.dtype)
+
+lenient, strict = (0.0, {"bf16": 1.0, "fp32": 1.0}), (0.0, {"bf16": 0.0, "fp32": 1.0})
+never = (0.0, {"bf16": 0.0, "fp32": 0.0})
+# One line a rank and question, so that the output can be told apart however the ranks interleave.
+answers = [settled(lenient), settled(strict if rank else lenient), settled(never if rank else lenient)[:42]]
+
+shared = embedder(lenient)
+store = embeddings.EmbeddingStore(shared, Path(sys.argv[2]), batch_size=2, loader="torch", num_workers=0, rank=rank, world_size=2)
+embed = shared._embed
+shared._embed = lambda images: (seen.append(len(images)), embed(images))[1]
+for _ in range(2):
+    store.fill(source, "images")
+torch.distributed.barrier()
+loaded = store.load(source, "images")
+with torch.no_grad():
+    alone = embedder(lenient)
+    (_, images), = embeddings.load_batches(alone, source, [torch.arange(11).numpy()], loader="torch", num_workers=0)
+    at_once = alone(images)[0]
+cosine = torch.nn.functional.cosine_similarity(loaded.features, at_once).min().item()
+print(f"\\nrank {rank}: {answers} embedded {sum(seen)} cosine {cosine > 0.999}", flush=True)
+launch.finish()
+launch.leave(0)
+"""
+
+
+def test_ranks_share_the_work_and_settle_on_one_precision(run_command, tmp_path, files):
+    """bf16 that both ranks find accurate; that one of them refuses; float32 refused by one of them too. Then 11 images in parts of three."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    status, output = run_command([*launcher, tmp_path / "ranks.py", tmp_path, tmp_path / "store"], PYTHONPATH=os.getcwd())
+    assert status == 0, output
+    lines = dict(line.split(": ", 1) for line in output.splitlines() if line.startswith("rank "))
+    verdicts = "['torch.bfloat16', 'torch.float32', {!r}]"
+    assert lines["rank 0"] == verdicts.format("the backbone is not accurate in fp32 on another rank"[:42]) + " embedded 6 cosine True"
+    assert lines["rank 1"] == verdicts.format("the frozen backbone differs from the float32 model"[:42]) + " embedded 5 cosine True"
 
 
 @pytest.mark.parametrize("change", ["model", "content", "time", "landmarks"])

@@ -3,17 +3,20 @@
 import csv
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.special import ive
 
-from pipelines.template_protocol import write_template_protocol
+from pipelines.template_protocol import Gallery, TemplateProtocol, write_template_protocol
 from pipelines.verification_set import write_verification_set
 from scf_fast.evaluation import __main__ as command
-from scf_fast.evaluation import report
+from scf_fast.evaluation import datasets, evaluate, report
 from scf_fast.evaluation.alignment import TEMPLATE
+from scf_fast.evaluation.embeddings import Embeddings
 
 
 class PixelModel:
@@ -23,6 +26,8 @@ class PixelModel:
 
     def __init__(self, model, device, precision, flip):
         self.key = f"pixels {model} {flip}"
+
+    settled = True
 
     def __call__(self, images):
         features = torch.nn.functional.avg_pool2d(images.float(), 28).flatten(1)
@@ -105,7 +110,7 @@ def test_full_report(data, tmp_path, capsys):
     templates = results["templates"]
     assert templates["protocol"] == "tiny"
     assert templates["templates"] == 40 and templates["genuine_pairs"] == 20 and templates["impostor_pairs"] == 760
-    poolings = ["average", "norm", "detector", "norm_detector", "kappa", "kappa_vmf"]
+    poolings = ["average", "norm", "detector", "norm_detector", "kappa", "kappa_vmf", "kappa_images", "kappa_images_vmf"]
     assert all(templates[key].keys() == {"1e-01"} for key in poolings)  # 760 impostors
     assert templates["kappa"]["1e-01"] >= templates["average"]["1e-01"] > 0.5
     identification = results["identification"]
@@ -114,11 +119,13 @@ def test_full_report(data, tmp_path, capsys):
         ranks = list(identification[key]["rank"].values())
         assert identification[key]["mated"] == 20 and 0.3 < ranks[0] <= ranks[1] <= ranks[2] <= 1
         assert identification[key]["tpir_at_fpir"] == {}  # ten searches without mate a gallery decide no FPIR of at most 0.1
+    comparisons = identification["comparisons"]  # 20 enrolled by 20 probes, one mate each
+    assert sum(comparisons["genuine"]) == 20 and sum(comparisons["impostor"]) == 380 and comparisons["low"] < 0 < comparisons["high"]
     assert results["seconds"]["evaluation"] > 0 and results["notes"] == []
     printed = capsys.readouterr().out
     for section in "## Verification", "## Templates: tiny, 1:1", "## Identification: tiny, 1:N", "## Quality", "## Error versus reject":
         assert section in printed and section in (out / "report.md").read_text()
-    figures = [report.ROC, report.DET, report.TEMPLATES, report.REJECT, report.SEVERITY, report.HISTOGRAM, report.FACES, report.PAIRS]
+    figures = [report.ROC, report.DET, report.TEMPLATES, report.SCORES, report.REJECT, report.SEVERITY, report.HISTOGRAM, report.FACES, report.PAIRS]
     assert sorted(path.name for path in out.glob("*.png")) == sorted(figures)
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(figures) and "http" not in page and "src=" in page
@@ -133,7 +140,7 @@ def test_models_side_by_side(data, tmp_path, capsys):
     assert run("verify", "--model", "first=a", "second=b", "--data", lfw, "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--flip") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["models"]) == ["first", "second"] and results["request"] | {"data": None} == {
-        "command": "verify", "model": ["a", "b"], "data": None, "flip": True}
+        "command": "verify", "model": ["a", "b"], "data": None, "pairs": 6000, "seed": 0, "flip": True}
     lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert lines == ["model", lines[1], "first", "first", "second", "second"]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["model1-det.png", "model1-roc.png", "model2-det.png", "model2-roc.png"]
@@ -143,12 +150,120 @@ def test_models_side_by_side(data, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["det.png", "roc.png"]
 
 
+def test_verify_draws_pairs_of_a_folder_of_identities_and_keeps_them(tmp_path, capsys):
+    people = tmp_path / "some people"
+    for identity in range(20):
+        (people / f"person {identity}").mkdir(parents=True)
+        for number in range(3):
+            (people / f"person {identity}" / f"{number}.png").write_bytes(picture(identity, 0.3, np.random.default_rng(100 * identity + number)))
+    command = ["verify", "--model", tmp_path / "m", "--cache", tmp_path / "cache", "--overwrite"]
+    found = []
+    for name, data, seed in ("drawn", people, 0), ("again", people, 0), ("other", people, 1), ("read", tmp_path / "drawn" / "pairs-some people.txt", 0):
+        assert run(*command, "--data", data, "--pairs", 60, "--seed", seed, "--out", tmp_path / name) == 0
+        results = json.loads((tmp_path / name / "results.json").read_text())["verification"]
+        found.append({key: results[key] for key in ("pairs", "accuracy", "accuracy_vmf", "eer", "auc")})
+    assert found[0] == found[1] == found[3] and found[0]["pairs"] == 60 and found[0]["accuracy"] > 0.9
+    lists = [(tmp_path / name / "pairs-some people.txt").read_text() for name in ("drawn", "again", "other")]
+    assert lists[0] == lists[1] != lists[2] and len(lists[0].splitlines()) == 60
+    assert f"60 pairs of {people} drawn with seed 0" in (tmp_path / "drawn" / "report.md").read_text()
+    capsys.readouterr()
+    assert run(*command, "--data", people) == 2
+    assert "some people: a fold needs two identities and 300 pairs" in capsys.readouterr().err
+
+
 def test_ijb_command(data, tmp_path, capsys):
     assert run("ijb", "--model", tmp_path / "m", "--data", data / "templates", "--no-align", "--cache", tmp_path / "cache") == 0
     printed = capsys.readouterr().out
     assert "## Templates: tiny, 1:1" in printed and "norm × detector" in printed and "rank 10" in printed
     assert run("ijb", "--model", tmp_path / "m", "--data", data / "templates", data / "templates") == 2
     assert "different protocols" in capsys.readouterr().err
+
+
+def slow_log_normalizer(kappa, dim):
+    return (dim / 2 - 1) * np.log(kappa) - dim / 2 * np.log(2 * np.pi) - np.log(ive(dim / 2 - 1, kappa)) - kappa
+
+
+def slow_template_scores(features, weights, protocol, pairs, dim, by_media):
+    """Cosine and Eqn (13) of pairs of templates, by the definitions: one template, one medium, one image, one pair after another."""
+    pooled = {}
+    for template in set(protocol.template_ids.tolist()):
+        total = np.zeros(dim)
+        for medium in set(protocol.media_ids[protocol.template_ids == template].tolist()):
+            rows = np.flatnonzero((protocol.template_ids == template) & (protocol.media_ids == medium))
+            total += (np.mean if by_media else np.sum)([weights[row] * features[row] / np.linalg.norm(features[row]) for row in rows], axis=0)
+        pooled[template] = total
+    cosines, scores = [], []
+    for a, b in pairs:
+        length_a, length_b, both = (np.linalg.norm(total) for total in (pooled[a], pooled[b], pooled[a] + pooled[b]))
+        cosines.append(pooled[a] @ pooled[b] / length_a / length_b)
+        scores.append(sum(sign * slow_log_normalizer(length, dim) for sign, length in ((1, length_a), (1, length_b), (-1, both))) - dim * np.log(64))
+    return np.array(cosines), np.array(scores)
+
+
+def slow_tar(scores, same, far):
+    impostors = sorted(scores[~same], reverse=True)
+    return np.mean(scores[same] > impostors[int(far * len(impostors) + 1e-9)])
+
+
+def slow_identification(score_of, galleries, subject_of):
+    """Rank rates with all galleries together; mean over the galleries of TPIR at FPIR 0.1."""
+    everyone = [template for gallery in galleries for template in gallery.gallery_ids.tolist()]
+    probes, ranks, tpirs = galleries[0].probe_ids.tolist(), [], []
+    for probe in probes:
+        by_score = sorted(everyone, key=lambda template: -score_of[probe, template])
+        ranks.append([subject_of[template] for template in by_score].index(subject_of[probe]))
+    for gallery in galleries:
+        best = {probe: max(gallery.gallery_ids.tolist(), key=lambda template: score_of[probe, template]) for probe in probes}
+        enrolled = {subject_of[template] for template in gallery.gallery_ids.tolist()}
+        strangers = sorted((score_of[p, best[p]] for p in probes if subject_of[p] not in enrolled), reverse=True)
+        threshold = strangers[int(0.1 * len(strangers) + 1e-9)]
+        tpirs.append(np.mean([subject_of[best[p]] == subject_of[p] and score_of[p, best[p]] > threshold for p in probes if subject_of[p] in enrolled]))
+    return {str(rank): np.mean(np.array(ranks) < rank) for rank in (1, 5, 10)}, np.mean(tpirs)
+
+
+def test_templates_against_slow_numpy():
+    """300 templates of 100 subjects, 1 to 6 images in 1 to 3 media each: every number of 1:1 and of 1:N."""
+    rng = np.random.default_rng(0)
+    dim, subjects, templates = 16, 100, 300
+    template_ids = np.sort(np.concatenate([np.arange(templates), rng.integers(0, templates, 900)])) * 7 + 3
+    media_ids = template_ids * 3 + rng.integers(0, 3, len(template_ids))
+    subject_of = {template * 7 + 3: template % subjects for template in range(templates)}
+    centers = rng.normal(size=(subjects, dim))
+    spread = rng.uniform(0.5, 3, len(template_ids))
+    features = np.array([centers[subject_of[t]] for t in template_ids.tolist()]) + spread[:, None] * rng.normal(size=(len(template_ids), dim))
+    embeddings = Embeddings(torch.from_numpy(features).float(), torch.from_numpy(4 - 2 * np.log(spread)).float())
+    ids = np.array(sorted(subject_of))
+    first, second = np.triu_indices(templates, 1)
+    pairs = np.stack([ids[first], ids[second]], axis=1)[rng.permutation(len(first))[:6000]]
+    pairs = np.concatenate([pairs, [[t * 7 + 3, (t + subjects) * 7 + 3] for t in range(2 * subjects)]])
+    same = np.array([subject_of[a] == subject_of[b] for a, b in pairs.tolist()])
+    names, detector = list(map(str, range(len(template_ids)))), rng.uniform(0.5, 1, len(template_ids)).astype(np.float32)
+    protocol = TemplateProtocol(names, template_ids, media_ids, None, detector, pairs, same, None)
+    enrolled, probes = ids[:subjects], ids[subjects:]
+    searched = [np.array([subject_of[t] for t in group.tolist()]) for group in (enrolled[::2], enrolled[1::2], probes)]
+    galleries = [Gallery(name, enrolled[start::2], searched[start], probes, searched[2]) for start, name in enumerate(("G1", "G2"))]
+
+    class Store:
+        embedder = SimpleNamespace(radius=64.0, device=torch.device("cpu"))
+
+        def load(self, source, name):
+            return embeddings
+
+    results = evaluate.Templates({"slow": datasets.TemplateSet("slow", protocol, None, galleries, None)}).measure(Store()).results
+    norm = np.linalg.norm(features, axis=1)
+    weights = {"average": np.ones(len(norm)), "norm": norm, "detector": detector, "norm_detector": norm * detector, "kappa": embeddings.kappa,
+               "kappa_images": embeddings.kappa}
+    comparisons = [(probe, template) for probe in probes.tolist() for template in enrolled.tolist()]
+    assert results["templates"]["templates"] == 300 and results["templates"]["genuine_pairs"] == np.count_nonzero(same)
+    for name, values in weights.items():
+        scores = slow_template_scores(features, values, protocol, [*pairs.tolist(), *comparisons], dim, name != "kappa_images")
+        for key, column in ((name, 0), *([(f"{name}_vmf", 1)] if name.startswith("kappa") else [])):
+            one_to_one, one_to_many = np.split(scores[column], [len(pairs)])
+            expected = {f"{far:.0e}": slow_tar(one_to_one, same, far) for far in (0.1, 0.01)}
+            assert results["templates"][key] == pytest.approx(expected, abs=1e-12) and 0.3 < expected["1e-02"] < 1
+            ranks, tpir = slow_identification(dict(zip(comparisons, one_to_many)), galleries, subject_of)
+            assert results["identification"][key]["rank"] == pytest.approx(ranks, abs=1e-12)
+            assert results["identification"][key]["tpir_at_fpir"] == pytest.approx({"1e-01": tpir}, abs=1e-12)
 
 
 def test_identify_command(data, tmp_path, capsys):
@@ -206,7 +321,7 @@ def test_published_table():
         return {"1e-05": low, "1e-04": high}
 
     def section(average, kappa):
-        return {"templates": {"protocol": "IJB-C", "average": average, "kappa": kappa, "kappa_vmf": kappa, "others": {}, "images": 1, "templates": 1,
+        return {"templates": {"protocol": "IJB-C", "average": average, "kappa": kappa, "kappa_images_vmf": kappa, "others": {}, "images": 1, "templates": 1,
                               "genuine_pairs": 1, "impostor_pairs": 1}}
 
     models = {"ArcFace": section(rates(0.9315, 0.956), rates(0.9404, 0.9609)), "CosFace": section(rates(0.9386, 0.9595), rates(0.9478, 0.9622))}

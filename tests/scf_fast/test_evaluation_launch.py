@@ -35,3 +35,8 @@ def test_two_ranks_report_on_the_synthetic_set(run_command, data, tmp_path):
     assert -1 <= results["kappa"]["severity_spearman"] <= 1
     assert {"kappa", "feature_norm", "random"} <= results["reject_area"].keys()
     assert results["templates"]["average"].keys() == results["templates"]["kappa"].keys() == {"1e-01", "1e-02"}
+    searches = results["identification"]
+    assert searches["galleries"] == ["G1", "G2"] and (searches["enrolled"], searches["searches"], searches["kappa_vmf"]["mated"]) == (20, 60, 60)
+    assert 0 <= searches["kappa_vmf"]["rank"]["1"] <= searches["kappa_vmf"]["rank"]["10"] <= 1
+    assert sum(searches["comparisons"]["genuine"]) == 60 and sum(searches["comparisons"]["impostor"]) == 60 * 19
+    assert (tmp_path / "out" / "scores.png").exists() and not any("1:N" in note for note in results["notes"])

@@ -34,6 +34,25 @@ def test_roc_counts_at_each_threshold(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_against_scikit_learn(seed):
+    reference, selection = (pytest.importorskip(f"sklearn.{part}") for part in ("metrics", "model_selection"))
+    scores, same = tied_scores(seed, count=103)
+    false_accepts, true_accepts, _ = reference.roc_curve(same, scores, drop_intermediate=False)
+    curve = metrics.roc(scores, same)
+    np.testing.assert_allclose(curve.false_accept_rate, false_accepts, atol=1e-15)
+    np.testing.assert_allclose(curve.true_accept_rate, true_accepts, atol=1e-15)
+    assert metrics.area_under_roc(scores, same) == pytest.approx(reference.roc_auc_score(same, scores), abs=1e-12)
+    for far, tar in metrics.tar_at_far(scores, same, [0.0, 0.05, 0.2]).items():
+        assert tar == pytest.approx(true_accepts[false_accepts <= far + 1e-12].max(), abs=1e-15)
+    miss = 1 - true_accepts
+    closest = np.argmin(np.abs(false_accepts - miss))
+    assert metrics.equal_error_rate(scores, same) == pytest.approx((false_accepts[closest] + miss[closest]) / 2, abs=1e-15)
+    folds = selection.KFold(10).split(scores)
+    accuracies = [reference.accuracy_score(same[test], scores[test] > metrics.best_threshold(scores[train], same[train])) for train, test in folds]
+    assert metrics.k_fold_accuracy(scores, same).mean == pytest.approx(np.mean(accuracies), abs=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_tar_at_far_is_the_best_allowed_operating_point(seed):
     scores, same = tied_scores(seed)
     fars = [0.0, 0.01, 0.1, 0.29, 0.5, 1.0]

@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import vonmises_fisher
 
-from kernels.vmf_similarity import vmf_similarity
+from kernels import neutral_radius, pool_templates, vmf_similarity
 from pipelines.sources import EncodedImages
 from pipelines.template_protocol import TemplateProtocol
 from scf_fast.evaluation import embeddings as embeddings_module
-from scf_fast.evaluation import protocols
+from scf_fast.evaluation import metrics, protocols
 from scf_fast.evaluation.embeddings import Embeddings, score_pairs
 
 
@@ -15,10 +16,13 @@ def random_embeddings(count, dim=8, seed=0):
     return Embeddings(5 * torch.randn(count, dim, generator=generator), 3 + torch.randn(count, generator=generator))
 
 
-def test_pairs_are_scored_alike_in_pieces(monkeypatch):
+@pytest.mark.parametrize("cells", [0, 1000], ids=["rows", "bands"])
+def test_pairs_are_scored_alike_in_pieces(monkeypatch, cells):
     e = random_embeddings(10)
     first, second = torch.tensor([0, 3, 3, 9, 2, 5, 7]), torch.tensor([1, 4, 3, 0, 8, 6, 7])
     monkeypatch.setitem(embeddings_module._PAIRS_AT_ONCE, "cpu", 3)
+    monkeypatch.setattr(embeddings_module, "_SCORES_AT_ONCE", 14)  # two rows of seven columns; then two pairs
+    monkeypatch.setattr(embeddings_module, "_CELLS_PER_PAIR", cells)
     kappas = torch.from_numpy(e.kappa)
     cosines, vmfs = score_pairs(e.mu, kappas, first, second, radius=32.0)
     assert score_pairs(e.mu, None, first, second, radius=32.0).vmf is None
@@ -29,6 +33,7 @@ def test_pairs_are_scored_alike_in_pieces(monkeypatch):
         expected = vmf_similarity(e.features[i:i + 1].double(), kappas[i:i + 1], e.features[j:j + 1].double(), kappas[j:j + 1], radius=32.0)
         assert vmf == pytest.approx(expected.item(), abs=1e-3)
     assert cosines[2] == pytest.approx(1, abs=1e-12)
+    assert score_pairs(e.mu, kappas, first[:0], second[:0], radius=32.0).vmf.shape == (0,)
 
 
 def test_a_set_pairs_its_neighbouring_images():
@@ -45,14 +50,14 @@ def random_protocol(count=40, templates=(900, 17, -4), media=(5, 6, 10**9), pair
                             rng.random(count).astype(np.float32), np.array(pairs), np.arange(len(pairs)) % 2 == 0, EncodedImages([b""] * count))
 
 
-def loop_over_templates(e, protocol, weights):
-    """Direction and length by template id, by the definition: the sum over media of the medium's mean."""
+def loop_over_templates(e, protocol, weights, by_media=True):
+    """Direction and length by template id, by the definition: the sum over media of the medium's mean, or over all images."""
     pooled = {}
     for template in set(protocol.template_ids.tolist()):
         total = np.zeros(e.features.shape[1])
         for medium in set(protocol.media_ids[protocol.template_ids == template].tolist()):
             rows = np.flatnonzero((protocol.template_ids == template) & (protocol.media_ids == medium))
-            total += sum(e.mu[row].double().numpy() * weights[row] for row in rows) / len(rows)
+            total += sum(e.mu[row].double().numpy() * weights[row] for row in rows) / (len(rows) if by_media else 1)
         pooled[template] = total / np.linalg.norm(total), np.linalg.norm(total)
     return pooled
 
@@ -60,14 +65,14 @@ def loop_over_templates(e, protocol, weights):
 def test_templates_against_a_loop():
     protocol, e = random_protocol(), random_embeddings(40)
     expected_weights = {"average": np.ones(40), "norm": e.feature_norm, "detector": protocol.detector_score,
-                        "norm_detector": e.feature_norm * protocol.detector_score, "kappa": e.kappa}
+                        "norm_detector": e.feature_norm * protocol.detector_score, "kappa_images": e.kappa, "kappa": e.kappa}
     pooled = dict(protocols.pool_every_way(e, protocol))
     assert pooled.keys() == expected_weights.keys()
-    for name, pooling in pooled.items():
-        expected = loop_over_templates(e, protocol, expected_weights[name])
+    for name, weights in expected_weights.items():
+        pooling, expected = pooled[name], loop_over_templates(e, protocol, weights, name != "kappa_images")
         scores = protocols.score_templates(pooling, protocol, radius=64.0)
         np.testing.assert_allclose(scores.cosine, [expected[a][0] @ expected[b][0] for a, b in protocol.pair_template_ids], atol=1e-6)
-        assert (scores.vmf is None) == (name != "kappa")
+        assert (scores.vmf is None) == (not name.startswith("kappa"))
     for (a, b), score in zip(protocol.pair_template_ids.tolist(), scores.vmf):
         (mu1, kappa1), (mu2, kappa2) = ((torch.tensor(mu)[None], torch.tensor([kappa])) for mu, kappa in (expected[a], expected[b]))
         assert score == pytest.approx(vmf_similarity(mu1, kappa1, mu2, kappa2).item(), abs=1e-4)
@@ -77,6 +82,27 @@ def test_templates_against_a_loop():
         assert quality["kappa"][row] == pytest.approx(expected[template][1], rel=1e-6)
         assert quality["feature_norm"][row] == pytest.approx(e.feature_norm[members].mean())
         assert quality["detector"][row] == pytest.approx(protocol.detector_score[members].mean())
+
+
+def test_eqn_13_is_best_at_the_concentration_that_made_the_images():
+    """Images drawn around their subject's direction with known kappa, pooled by Eqn (14): the likelihood ratio separates better than the
+    cosine, and loses that where kappa is half or twice what it was."""
+    rng = np.random.default_rng(0)
+    subjects, dim = 60, 128
+    centers = rng.normal(size=(subjects, dim))
+    template_ids = np.concatenate([np.arange(4 * subjects), rng.integers(0, 4 * subjects, 8 * subjects)])
+    kappa = np.exp(rng.uniform(np.log(10), np.log(100), len(template_ids)))
+    mu = [vonmises_fisher(center / np.linalg.norm(center), k, seed=rng).rvs(1)[0] for center, k in zip(centers[template_ids % subjects], kappa)]
+    directions, kappas = pool_templates(torch.from_numpy(np.array(mu)), torch.from_numpy(kappa), torch.from_numpy(template_ids))
+    first, second = np.triu_indices(4 * subjects, 1)
+    same = first % subjects == second % subjects
+
+    def separation(factor):
+        cosine, vmf = score_pairs(directions, factor * kappas, torch.from_numpy(first), torch.from_numpy(second), 64.0)
+        return metrics.area_under_roc(cosine, same), metrics.area_under_roc(vmf, same)
+
+    cosine, exact = separation(1.0)
+    assert exact > cosine + 0.02 and exact > separation(0.5)[1] + 0.01 and exact > separation(2.0)[1] + 0.03
 
 
 def test_equal_detector_scores_are_left_out():
@@ -100,7 +126,8 @@ def test_search_against_brute_force(monkeypatch, score):
     gallery_subjects, probe_subjects = rng.permutation(100)[:15], rng.integers(0, 100, 40)
     gallery, probes = random_embeddings(15, seed=1), random_embeddings(40, seed=2)
     kappas = [torch.from_numpy(e.kappa) if score == "vmf" else None for e in (gallery, probes)]
-    searches = protocols.search(gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects, radius=64.0)
+    faces = gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects
+    searches, shallow = protocols.search(*faces, radius=64.0, depth=15), protocols.search(*faces, radius=64.0, depth=3)
     assert 0 < searches.mated.sum() < 40
     for q in range(40):
         values = []
@@ -117,43 +144,31 @@ def test_search_against_brute_force(monkeypatch, score):
         if own:
             assert searches.mate_score[q] == pytest.approx(own[0], abs=1e-6)
             assert searches.mate_rank[q] == 1 + sum(value > own[0] for value in others)
+            assert shallow.mate_rank[q] == min(searches.mate_rank[q], 4)
+    np.testing.assert_array_equal(shallow.best_other, searches.best_other)
 
 
-def write_lines(path, *lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines))
+def test_a_gallery_of_one():
+    gallery, probes = random_embeddings(1, seed=1), random_embeddings(2, seed=2)
+    searches = protocols.search(gallery.mu, None, np.array([7]), probes.mu, None, np.array([7, 8]))
+    assert searches.mate_rank.tolist() == [1, 0] and searches.best_other[0] == -np.inf and np.isfinite(searches.best_other[1])
 
 
-HEADER = "TEMPLATE_ID,SUBJECT_ID,FILENAME"
-
-
-def test_galleries_of_the_released_layout(tmp_path):
-    protocol, meta = random_protocol(templates=(1, 2, 3, 4, 5)), tmp_path / "meta"
-    assert protocols.read_galleries(tmp_path, protocol) == []
-    write_lines(meta / "ijbc_1N_gallery_G1.csv", HEADER, "1,70,img/a.jpg", "1,70,img/b.jpg", "2,71,img/c.jpg")
-    write_lines(meta / "ijbc_1N_gallery_G2.csv", HEADER, "3,72,img/d.jpg")
-    write_lines(meta / "ijbc_1N_probe_mixed.csv", HEADER, "4,70,frames/e.png", "5,72,img/f.jpg")
-    first, second = protocols.read_galleries(tmp_path, protocol)
-    assert (first.name, second.name) == ("G1", "G2")
-    assert first.gallery_ids.tolist() == [1, 2] and first.gallery_subjects.tolist() == [70, 71]
-    assert second.probe_ids.tolist() == [4, 5] and second.probe_subjects.tolist() == [70, 72]
-
-
-@pytest.mark.parametrize(("gallery", "probes", "message"), [
-    (["1,70"], None, "found 1 and 0"),
-    (["1,70"], ["x,70"], "line 2 must start with a template id"),
-    (["1,70"], ["4"], "line 2 must start with a template id"),
-    (["1,70", "1,71"], ["4,70"], "line 3 gives template 1 to subject 71, an earlier one to 70"),
-    (["1,70", "2,70"], ["4,70"], "several of 1 subjects, the first 70"),
-    (["1,70", "99,71", "98,72"], ["4,70"], "names 2 templates without images, the first 99"),
-    ([], ["4,70"], "is empty"),
-])
-def test_galleries_that_are_refused(tmp_path, gallery, probes, message):
-    write_lines(tmp_path / "meta" / "ijbc_1N_gallery_G1.csv", HEADER, *gallery)
-    if probes is not None:
-        write_lines(tmp_path / "meta" / "ijbc_1N_probe_mixed.csv", HEADER, *probes)
-    with pytest.raises(ValueError, match=message):
-        protocols.read_galleries(tmp_path, random_protocol(templates=(1, 2, 3, 4, 5)))
+def test_score_histogram_counts_every_comparison():
+    rng = np.random.default_rng(0)
+    gallery_subjects, probe_subjects = rng.permutation(30)[:15], rng.integers(0, 30, 40)
+    gallery, probes = random_embeddings(15, seed=1), random_embeddings(40, seed=2)
+    kappas = torch.from_numpy(gallery.kappa), torch.from_numpy(probes.kappa)
+    histogram = protocols.score_histogram(gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects)
+    radius = neutral_radius(8)
+    scores = np.array([[vmf_similarity(gallery.mu[g:g + 1].double(), kappas[0][g:g + 1], probes.mu[q:q + 1].double(), kappas[1][q:q + 1], radius).item()
+                        for g in range(15)] for q in range(40)])
+    same = probe_subjects[:, None] == gallery_subjects
+    for counts, kind in (histogram.genuine, same), (histogram.impostor, ~same):
+        np.testing.assert_array_equal(counts, np.histogram(scores[kind], histogram.edges)[0])
+        assert counts.sum() == kind.sum()
+    # The range is that of the scores, to a bin of the range that they could have had.
+    assert histogram.edges[0] <= scores.min() and scores.max() <= histogram.edges[-1] < scores.max() + 0.01 * np.ptp(scores) + 1
 
 
 def test_searches_without_unmated_ones_have_no_open_set():
@@ -224,12 +239,14 @@ def test_severity_by_name(tmp_path):
     ("", "columns name and severity"),
     ("name,severity\na,low\n", "line 2: severity must be a number"),
     ("name,severity\na\n", "line 2: severity must be a number"),
+    ("name,severity\na," + "9" * 200_000, "severity must be a number"),  # more than the CSV reader takes
+    ("name,severity\n\xff,0.5\n", "lacks 1 of 1 images, the first a"),
     ("name,severity\na,nan\n", "must lie in .* got nan for a"),
     ("name,severity\na,1.5\n", "must lie in .* got 1.5 for a"),
     ("name,severity\nb,0.5\n", "lacks 1 of 1 images, the first a"),
 ])
 def test_severity_files_that_are_refused(tmp_path, text, message):
     path = tmp_path / "severity.csv"
-    path.write_text(text)
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         protocols.read_severity(path, "name", ["a"])
