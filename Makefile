@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint chaos clean
+.PHONY: demo test lint bench chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scf_fast.demo
@@ -13,6 +13,10 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+
+# The report is written even where a section failed.
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m bench.suite; status=$$?; $(BIN)/python -m bench.report && exit $$status
 
 chaos: $(VENV)/.installed
 	$(BIN)/python -m bench.chaos

@@ -1,8 +1,10 @@
 """What a measurement ran on, to be written beside every number."""
 
+import os
 import platform
 import re
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # what benchmarks run on
 _ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"  # holds a folder for each device, named by `device_slug`
 
 
 def _output_of(*command):
@@ -36,6 +39,15 @@ def _triton_version():
     return triton.__version__
 
 
+def command():
+    """The command that runs, as one would type it; of a path outside the project only the name."""
+    spec = sys.modules["__main__"].__spec__
+    program = f"-m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
+    words = [(os.path.relpath(word, _ROOT) if Path(word).is_relative_to(_ROOT) else os.path.basename(word)) if os.path.isabs(word) else word
+             for word in sys.argv[1:]]
+    return " ".join(["python", program, *words])
+
+
 def environment(device):
     """Hardware, versions and revision as a flat dict of strings, numbers and None (not there, or not to be found out).
 
@@ -43,6 +55,7 @@ def environment(device):
     """
     on_gpu = torch.device(device).type == "cuda"
     return {
+        "command": command(),
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,

@@ -1,7 +1,9 @@
 """Time, memory and launches of one call, measured the same way in every benchmark."""
 
+import contextlib
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -52,17 +54,40 @@ def interleaved_seconds(calls, buffers, device, rounds, clock=time.perf_counter)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def copy_bandwidth(device):
-    """Bytes read and written per second by a tensor-to-tensor copy far larger than any cache."""
-    source = torch.rand(2**28 if torch.device(device).type == "cuda" else 2**25, device=device)
-    target = torch.empty_like(source)
-    median = interleaved_seconds({"copy": target.copy_}, [(source,)], device, rounds=5)["copy"]
-    return 2 * source.nbytes / median
+def sampled_seconds(call, buffers, device, budget):
+    """Seconds of one call after another on buffers in turn, for about ``budget`` seconds: 5 to 200, 3 where a call takes seconds itself."""
+    remaining = itertools.cycle(buffers)
+    call(*next(remaining))  # compilation
+    once = _seconds(call, next(remaining), device)
+    for _ in range(_WARMUP_CALLS if once < budget else 0):
+        call(*next(remaining))
+    rounds = max(5 if once < 2 else 3, min(200, int(budget / once)))
+    return [_seconds(call, next(remaining), device) for _ in range(rounds)]
 
 
-def footprint(call, args, device):
+def write_json(path, content):
+    """Replace the file whole or not at all, so that whoever reads it, or is interrupted here, finds one of its states."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def _trace_path(kept):
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "trace.json"
+
+
+def footprint(call, args, device, trace=None):
     """What one call costs besides time; it must have run before, so that nothing is compiled or set up in it.
 
+    Args:
+        trace: file to keep the profiler's trace in, for chrome://tracing or Perfetto.
     Returns:
         dict: peak_mib, the most it held at once from PyTorch's allocators beyond its inputs; operators, PyTorch operators dispatched;
         kernels and copies, device kernels launched and transfers made, and device_us, the device time of both (None on the CPU).
@@ -75,8 +100,7 @@ def footprint(call, args, device):
         result = call(*args)
         synchronize(device)
     del result
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
+    with _trace_path(trace) as path:
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     device_type = 1 if on_gpu else 0  # as c10::DeviceType numbers them

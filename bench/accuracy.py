@@ -1,6 +1,6 @@
 """Largest errors by dimension, ours and others', against 60-digit arithmetic: a table, a JSON file and a plot.
 
-    python -m bench.accuracy [--device cpu] [--out bench/results]
+    python -m bench.accuracy [--device cpu] [--out bench/results/<device>]
 
 Exact values are those of tests/kernels/reference.json (kappa from 1e-6 to 1e7, 40 to a dimension). The float32 columns look at
 DENSE_COUNT further kappas, where the float64 kernel serves as exact: its own columns show what that is worth.
@@ -20,7 +20,7 @@ import scipy.special
 import torch
 from mpmath import mp, mpf
 
-from bench._environment import DEVICE, device_slug, environment
+from bench._environment import DEVICE, RESULTS, device_slug, environment
 from bench.baselines.published_normalizer import OFFSET, published_log_bessel_i
 from kernels import inverse_mean_resultant_length, log_bessel_i, log_vmf_normalizer, mean_resultant_length
 
@@ -273,8 +273,9 @@ def plot(path, entries, others, device):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=DEVICE, help="where our functions run (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON file and the plot")
+    parser.add_argument("--out", type=Path, help="folder for the JSON file and the plot (default: bench/results/<device>)")
     options = parser.parse_args(arguments)
+    options.out = options.out or RESULTS / device_slug(options.device)
     reference = load_reference()
     ours = {dim: our_errors(dim, entries, options.device) for dim, entries in reference.items()}
     others = {dim: other_errors(dim, options.device) for dim in reference}

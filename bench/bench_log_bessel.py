@@ -1,10 +1,10 @@
 """The log-Bessel family at d = 512: ours, the published scipy way, plain PyTorch, and that compiled.
 
-    python -m pytest bench/bench_log_bessel.py --benchmark-json=bench/results/log_bessel-<device>-<date>.json
+    python -m bench.suite --sections log_bessel
+    python -m pytest bench/bench_log_bessel.py --benchmark-json=bench/results/<device>/log_bessel-<date>.json
 
 "value" is the forward pass of a tensor that asks for a gradient, so ours also writes the derivative; "value_and_gradient" adds the
-backward pass. `gb_per_s` divides by the time the bytes that either must move: 12 an element (kappa in, value and derivative out), and 12
-more to go back (gradient and derivative in, gradient out). `share_of_copy` sets it against a device copy timed in the same run.
+backward pass.
 """
 
 from functools import partial
@@ -14,18 +14,18 @@ import pytest
 import scipy.special
 import torch
 
-from bench._environment import DEVICE, environment
-from bench._measure import buffer_count, footprint, time_case
+from bench import roofline
+from bench._case import Case, NotMeasured, benchmark_case
+from bench._environment import DEVICE
+from bench._measure import buffer_count
 from bench.baselines.compiled import compiled_log_bessel_i, compiled_log_vmf_normalizer
 from bench.baselines.eager import eager_log_bessel_i, eager_log_vmf_normalizer
 from bench.baselines.published_normalizer import OFFSET, published_log_bessel_i, published_log_vmf_normalizer
 from kernels import inverse_mean_resultant_length, log_bessel_i, log_vmf_normalizer, mean_resultant_length
 
-pytestmark = pytest.mark.timeout(1800)  # seconds; the published way with 2^26 values needs a few minutes
-
 DIM = 512
 ORDER = DIM / 2 - 1
-SIZES = [2**power for power in range(10, 28 if DEVICE == "cuda" else 21, 2)]
+MOST_PUBLISHED = 2**20  # elements; beyond it a call through the host takes seconds to a minute
 # Each function of kappa alone, in every way there is.
 FAMILY = {
     "log_bessel_i": {
@@ -53,7 +53,7 @@ def value_and_gradient(function, kappa):
     return torch.autograd.grad(result, kappa, torch.ones_like(result))
 
 
-PASSES = {"value": (value, 12), "value_and_gradient": (value_and_gradient, 24)}
+PASSES = {"value": value, "value_and_gradient": value_and_gradient}
 
 
 def fresh_kappas(size, device):
@@ -94,33 +94,39 @@ def check(quantity, name, kappa):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=0 if quantity == "mean_resultant_length" else 1e-5)
 
 
-def measure(benchmark, call, buffers, device, least_bytes, copy_bytes_per_second):
-    size = buffers[0].numel()
-    seconds = time_case(benchmark, call, [(kappa,) for kappa in buffers], device)
-    benchmark.extra_info.update(
-        environment(device), shape=[size], dtype="float32", dim=DIM, **footprint(call, (buffers[0],), device),
-        gb_per_s=least_bytes * size / seconds / 1e9, copy_gb_per_s=copy_bytes_per_second / 1e9,
-        share_of_copy=least_bytes * size / seconds / copy_bytes_per_second,
-    )
-
-
-@pytest.mark.parametrize(("quantity", "name"), [(quantity, name) for quantity, ways in FAMILY.items() for name in ways])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("direction", PASSES)
-def test_log_bessel_family(benchmark, device, copy_bytes_per_second, direction, size, quantity, name):
-    benchmark.group = f"{quantity}, {direction}, {size} elements"
+def prepare(quantity, name, direction, size, device):
+    if name == "published" and size > MOST_PUBLISHED:
+        raise NotMeasured("seconds to a minute a call")
     buffers = fresh_kappas(size, device)
     check(quantity, name, buffers[0])
-    run, least_bytes = PASSES[direction]
-    measure(benchmark, partial(run, FAMILY[quantity][name]), buffers, device, least_bytes, copy_bytes_per_second)
+    return partial(PASSES[direction], FAMILY[quantity][name]), [(kappa,) for kappa in buffers]
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_inverse(benchmark, device, copy_bytes_per_second, size):
-    benchmark.group = f"inverse_mean_resultant_length, value, {size} elements"
+def prepare_inverse(size, device):
     kappas = [kappa.detach() for kappa in fresh_kappas(size, device)]
     buffers = [mean_resultant_length(kappa, DIM) for kappa in kappas]
     found = inverse_mean_resultant_length(buffers[0], DIM)
     # A rounding of rho moves kappa by rho / (kappa A') of it: tenfold at kappa = 5000.
     torch.testing.assert_close(found, kappas[0], rtol=1e-5, atol=0)
-    measure(benchmark, partial(inverse_mean_resultant_length, dim=DIM), buffers, device, 8, copy_bytes_per_second)
+    return partial(inverse_mean_resultant_length, dim=DIM), [(rho,) for rho in buffers]
+
+
+def cases(device, tiny=False):
+    """Every function, size and direction."""
+    powers = (8,) if tiny else (10, 14, 18, 22, 26) if device == "cuda" else (10, 14, 18)
+    found = []
+    for size in (2**power for power in powers):
+        facts = {"size": size, "dim": DIM, "dtype": "float32"}
+        for direction in PASSES:
+            least = roofline.log_bessel(size, backward=direction != "value")
+            for quantity, ways in FAMILY.items():
+                work = f"{quantity}, {direction}, {size} values"
+                found += [Case(work, name, partial(prepare, quantity, name, direction, size, device), least, (size, "values"), facts) for name in ways]
+        found.append(Case(f"inverse_mean_resultant_length, value, {size} values", "scf_fast", partial(prepare_inverse, size, device),
+                          roofline.Work(nbytes=2 * roofline.FLOAT * size), (size, "values"), facts))
+    return found
+
+
+@pytest.mark.parametrize("case", cases(DEVICE), ids=str)
+def test_log_bessel(benchmark, case, device, machine):
+    benchmark_case(benchmark, case, device, machine)

@@ -1,10 +1,10 @@
 """The whole SCF loss at d = 512: ours ("scf_fast_published" with the published normaliser), the published composition, plain PyTorch, and that compiled.
 
-    python -m pytest bench/bench_scf_loss.py --benchmark-json=bench/results/scf_loss-<device>-<date>.json
+    python -m bench.suite --sections scf_loss
+    python -m pytest bench/bench_scf_loss.py --benchmark-json=bench/results/<device>/scf_loss-<date>.json
 
 "confidence" asks for the gradient of log_kappa alone, as stage 2 does with its backbone frozen; "finetune" also for that of the
-features. `least_mib` counts what any implementation must read and write: each feature row and its class center once, and the feature
-gradient once where it is asked for. The published code scales its class centers to the radius on load, so that is not timed.
+features. The published code scales its class centers to the radius on load, so that is not timed.
 """
 
 from functools import partial
@@ -12,8 +12,10 @@ from functools import partial
 import pytest
 import torch
 
-from bench._environment import DEVICE, environment
-from bench._measure import buffer_count, footprint, time_case
+from bench import roofline
+from bench._case import Case, benchmark_case
+from bench._environment import DEVICE
+from bench._measure import buffer_count
 from bench.baselines.compiled import compiled_scf_loss
 from bench.baselines.eager import eager_scf_loss
 from bench.baselines.published_scf_loss import published_scf_loss
@@ -22,8 +24,7 @@ from kernels import scf_loss
 DIM = 512
 RADIUS = 64.0
 BATCHES = (256, 1024, 4096, 16384, 65536)
-# Identities of MS1M; and a million, 2 GB of class centers, where a GPU is there to generate them.
-CLASSES = (85_742, 1_000_000) if DEVICE == "cuda" else (85_742,)
+MS1M, MILLION = 85_742, 1_000_000  # identities; a million are 2 GB of class centers, made only where a GPU makes them
 LOSSES = {
     "scf_fast": lambda *inputs: scf_loss(*inputs, radius=RADIUS),
     "scf_fast_published": lambda *inputs: scf_loss(*inputs, radius=RADIUS, normalizer="published"),
@@ -81,28 +82,26 @@ def check(name, batch):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5 * float(expected_gradient.abs().max()))
 
 
-@pytest.fixture(scope="module", params=CLASSES)
-def class_centers(request, device):
-    return fresh_class_centers(request.param, device)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(
-    ("direction", "gradients"),
-    [("forward", "confidence"), ("forward_backward", "confidence"), ("forward_backward", "finetune")],
-)
-def test_scf_loss(benchmark, device, copy_bytes_per_second, class_centers, direction, gradients, batch, name):
-    benchmark.group = f"scf_loss, {direction} ({gradients}), B = {batch}, C = {len(class_centers)}"
-    finetune = gradients == "finetune"
-    batches = fresh_batches(batch, class_centers, finetune)
+def prepare(name, direction, batch, classes, finetune, device):
+    batches = fresh_batches(batch, fresh_class_centers(classes, device), finetune)
     check(name, batches[0])
+    return partial(PASSES[direction], LOSSES[name]), batches
 
-    call = partial(PASSES[direction], LOSSES[name])
-    seconds = time_case(benchmark, call, batches, device)
-    least_bytes = 4 * batch * DIM * (3 if finetune else 2)
-    benchmark.extra_info.update(
-        environment(device), shape=[batch, DIM], classes=len(class_centers), dtype="float32",
-        **footprint(call, batches[0], device), least_mib=least_bytes / 2**20, gb_per_s=least_bytes / seconds / 1e9,
-        copy_gb_per_s=copy_bytes_per_second / 1e9, share_of_copy=least_bytes / seconds / copy_bytes_per_second,
-    )
+
+def cases(device, tiny=False):
+    """Every loss, batch size and direction."""
+    found = []
+    for classes in (100,) if tiny else (MS1M, MILLION) if device == "cuda" else (MS1M,):
+        for batch in (32,) if tiny else BATCHES if device == "cuda" else (256, 1024, 16384):
+            for direction, finetune in (("forward", False), ("forward_backward", False), ("forward_backward", True)):
+                work = f"scf_loss, {direction} ({'finetune' if finetune else 'confidence'}), B = {batch}, C = {classes}"
+                least = roofline.scf_loss(batch, DIM, finetune)
+                facts = {"batch": batch, "classes": classes, "dim": DIM, "dtype": "float32"}
+                found += [Case(work, name, partial(prepare, name, direction, batch, classes, finetune, device), least, (batch, "images"), facts)
+                          for name in LOSSES]
+    return found
+
+
+@pytest.mark.parametrize("case", cases(DEVICE), ids=str)
+def test_scf_loss(benchmark, case, device, machine):
+    benchmark_case(benchmark, case, device, machine)

@@ -24,6 +24,7 @@ from pathlib import Path
 from bench._environment import environment
 from pipelines.index import open_source
 from scf_fast.demo import launcher
+from scf_fast.feature_cache import layout_of, read_meta
 from scf_fast.launch import STOPPED
 
 IDENTITIES, IMAGES_EACH, BATCH, EPOCHS = 16, 32, 32, 3
@@ -183,13 +184,17 @@ class Chaos:
         return sum(map(bool, memoryview(sums.read_bytes()).cast("I"))) if sums.exists() else 0
 
     def corrupt_cache(self, job, steps):
-        rows = sorted(self.cache.glob("rows-*.bin"))
-        if not rows or not self._cached():
-            return False
-        with open(rows[0], "r+b") as file:
-            file.seek(self.rng.randrange(1000))
+        """A record that is there, while no run is: the mark of the last one, which was killed, makes the next launch check every record."""
+        sums = memoryview((self.cache / "checksums.bin").read_bytes()).cast("I")
+        layout = layout_of(read_meta(self.cache))
+        shard, row = divmod(self.rng.choice([i for i, checksum in enumerate(sums) if checksum]), layout.rows_per_shard)
+        with open(self.cache / f"rows-{shard:05d}.bin", "r+b") as file:
+            file.seek(row * layout.record_bytes + self.rng.randrange(layout.record_bytes - 64))
             file.write(b"\xa5" * 64)
-        return self.kill_all_ranks(job, steps)  # the mark that it leaves makes the next launch check every record
+        (self.cache / "writing-0").touch()
+        found = "1 were damaged"
+        before = Path(f"{job.out}.log").read_text().count(found)
+        return self.kill_all_ranks(job, steps) and Path(f"{job.out}.log").read_text().count(found) == before + 1
 
     def corrupt_checkpoint(self, job, steps):
         def complete():
@@ -222,7 +227,7 @@ class Chaos:
         struck = self._further(job, process, steps) and bool(ranks := job.ranks_of(process))
         if struck:
             os.kill(self.rng.choice(ranks), self.rng.choice([signal.SIGTERM, signal.SIGUSR1]))
-            struck = job.finish(process) in (STOPPED, 0)
+            struck = job.finish(process) == STOPPED
         kill_all(process)
         return struck
 
@@ -233,9 +238,12 @@ class Chaos:
         return self._other_layout(job, steps, 1, self.rng.choice([1, 2, 3]))
 
     def _other_layout(self, job, steps, ranks, zero_stage):
+        while not any((job.out / "checkpoints").glob("step*/state.json")):  # there must be something to go on from
+            process = job.start()
+            wait_until(lambda: any((job.out / "checkpoints").glob("step*/state.json")), process)
+            kill_all(process)
         process = job.start(ranks, zero_stage)
-        started = len(list((job.out / "checkpoints").glob("step*/state.json")))
-        struck = self._further(job, process, steps) and started > 0
+        struck = self._further(job, process, steps)
         kill_all(process)
         return struck
 
@@ -312,8 +320,8 @@ def main() -> int:
     print(f"{IDENTITIES * IMAGES_EACH} images, {len(corrupt)} corrupt; {STEPS} steps a stage, checkpoints every {CHECKPOINT_EVERY}", flush=True)
     stage1 = ["--stage", "backbone", "--network", "ir_small", "--z_dim", 32, "--lr", 0.01, *_COMMON, *data]
     weights = ["--saved_bkb", work / "alone1" / "backbone.pth", "--saved_fc", work / "alone1" / "fc.pth"]
-    stage2 = ["--stage", "confidence", "--confidence_net", "mlp", "--precision", "fp32", "--lr", 1e-4, "--cache_dtype", "fp32", *weights, *_COMMON, *data]
-    results, faults = {}, collections.Counter()
+    stage2 = ["--stage", "confidence", "--confidence_net", "mlp", "--precision", "fp32", "--lr", 3e-5, "--cache_dtype", "fp32", *weights, *_COMMON, *data]
+    results, faults, missed = {}, collections.Counter(), []
     plan = (("stage 1", stage1, EVERYWHERE, "loss"), ("stage 2", stage2, EVERYWHERE + STAGE_2, "total_loss"))
     for stage, arguments, kinds, loss in plan[:options.stages]:
         print(f"{stage}, left alone", flush=True)
@@ -330,6 +338,7 @@ def main() -> int:
         job = Job([*arguments, *(["--feature_cache", cache] if name == "2" else [])], work / f"tormented{name}")
         struck = torment(job, order, Chaos(rng, cache))
         faults += struck
+        missed += [kind for kind in order if not struck[kind]]
         results[stage] = {**compare(job.out, alone.out, corrupt, loss), "tolerance": TOLERANCE[stage], "faults": dict(struck)}
     lost, repeated = (sum(result[what] for result in results.values()) for what in ("lost", "repeated"))
     equal = all(result["largest_difference"] <= result["tolerance"] for result in results.values())
@@ -348,7 +357,9 @@ def main() -> int:
         print(f"Written: {path}")
     if temporary:
         temporary.cleanup()
-    return 0 if equal and not lost and not repeated else 1
+    if missed:
+        print(f"did not strike: {', '.join(missed)}; another --seed may do")
+    return 0 if equal and not lost and not repeated and not missed else 1
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Fixtures of the benchmarks, and an account of the machine that names hardware and versions but no host."""
 
 import pytest
-import torch
 
+from bench._case import fresh
 from bench._environment import DEVICE, environment
-from bench._measure import copy_bandwidth
+from bench.roofline import Machine
 
 
 @pytest.fixture(scope="session")
@@ -13,15 +13,13 @@ def device():
 
 
 @pytest.fixture(scope="session")
-def copy_bytes_per_second():
-    return copy_bandwidth(DEVICE)
+def machine():
+    return Machine.measure(DEVICE)
 
 
 @pytest.fixture(autouse=True)
-def _seed_and_recompile():
-    """Fresh random data, the same in every run; each case compiles anew, so none runs into the limit of recompilations."""
-    torch.manual_seed(0)
-    torch.compiler.reset()
+def _fresh():
+    fresh()
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -1,6 +1,6 @@
 """What the CPU path is held to, in one run: ours against the published way, in turns, medians.
 
-    python -m bench.cpu_claims [--threads 1] [--out bench/results]
+    python -m bench.cpu_claims [--threads 1] [--out DIR]
 
 Held to: the normaliser log C_d of 4096 values with its derivative at least 10 x as fast as the published way through scipy; log I_v, and
 the whole SCF loss, forward and backward, at every batch size, faster than the published. Exit status 1 where one of these is missed.
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bench import bench_log_bessel, bench_scf_loss
-from bench._environment import environment
+from bench._environment import RESULTS, environment
 from bench._measure import interleaved_seconds
 from bench.accuracy import tabulate
 
@@ -52,7 +52,7 @@ def loss_seconds(class_centers, batch, finetune, clock):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_claims", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="threads PyTorch may use (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON file")
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder for the JSON file (default: bench/results/cpu)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def main(arguments=None):
         {"work": f"{quantity}, {NORMALIZER_SIZE} values", "needs": needs, "seconds": normalizer_seconds(quantity, clock)}
         for quantity, needs in SPEEDUPS.items()
     ]
-    class_centers = bench_scf_loss.fresh_class_centers(bench_scf_loss.CLASSES[0], "cpu")
+    class_centers = bench_scf_loss.fresh_class_centers(bench_scf_loss.MS1M, "cpu")
     for finetune in (False, True):
         for batch in bench_scf_loss.BATCHES[: -1 if finetune else None]:  # the largest needs gigabytes and minutes with feature gradients
             work = f"loss, {'finetune' if finetune else 'confidence'}, B = {batch}"

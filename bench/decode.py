@@ -1,10 +1,12 @@
 """From files to batches, in one run: index, source and decoders, ours beside DALI's own MXNet reader on the same file.
 
-    python -m bench.decode [--data DIR] [--images 40000] [--threads 2] [--rounds 5] [--out bench/results]
+    python -m bench.decode [--data DIR] [--images 40000] [--threads 2] [--rounds 9] [--out DIR]
 
-Without --data, a `.rec` of JPEGs the size of faces (112 x 112, about 8 KB) is made in a temporary folder. DALI's reader stops at the header
+Without --data, a `.rec` of JPEGs the size of faces (112 x 112, about 7 KB) is made in a temporary folder. DALI's reader stops at the header
 and identity records of a file as it is distributed, so it is given a `.idx` of the image records alone; it shuffles in a buffer, ours
-over the whole set. Both end in normalised float32 batches, by the same code. Rates are medians over rounds in which all take turns.
+over the whole set. Its pipeline is the leanest one: it mirrors and normalises in one operator, and nothing is copied out of it. All deliver
+float32 images in channels_last and int64 labels. Rates are medians over rounds in which all take turns; so are the ratios to DALI's reader,
+each of one round. Processor time counts all threads of the process, which a machine with other work changes less than the rates.
 """
 
 import argparse
@@ -19,13 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench._environment import DEVICE, device_slug, environment
+from bench._environment import DEVICE, RESULTS, device_slug, environment
 from bench._measure import synchronize
 from bench.accuracy import tabulate
 from pipelines.convert import convert
-from pipelines.images import load_encoded
+from pipelines.images import read_headers
 from pipelines.index import open_source
-from pipelines.loader import Preprocessing, make_loader
+from pipelines.loader import make_loader
 from pipelines.recordio import RecordWriter, write_property
 from pipelines.sampler import EpochSampler
 from pipelines.sources import SelectedImages
@@ -33,6 +35,7 @@ from pipelines.sources import SelectedImages
 DISTINCT = 500  # pictures; the records repeat them
 BUFFER = 32_768  # records that DALI's reader shuffles, arcface_torch's setting
 SHUFFLED = 5_822_653  # images of MS1MV2
+OURS, THEIRS = "ours, DALI", "DALI's MXNet reader"
 
 
 def make_records(folder, count):
@@ -82,38 +85,35 @@ def index_rates(data, scratch, rounds):
     return rates
 
 
-def source_rates(source, rounds):
+def source_rates(source, batch, rounds):
     """{what: images/s} of one thread that reads images in random order from page cache."""
-    order = np.random.default_rng(0).permutation(len(source))[:20_000].tolist()
-    calls = {"stored bytes": source.encoded, "checked for DALI": lambda i: load_encoded(source, i)}
+    order = np.random.default_rng(0).permutation(len(source))[:20_000]
+    batches = np.array_split(order, max(1, len(order) // batch))
+    calls = {"one by one": lambda: [source.encoded(i) for i in order.tolist()],
+             "batches": lambda: [source.read(indices) for indices in batches],
+             "batches, headers checked": lambda: [read_headers(*source.read(indices)) for indices in batches]}
     rates = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            rates[name].append(len(order) / seconds_of(lambda call=call: [call(i) for i in order])[0])
+            rates[name].append(len(order) / seconds_of(call)[0])
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-class MXNetReader:
-    """DALI's own reader: decode, flip by a coin, normalise as our loader does."""
+def mxnet_batches(rec_path, idx_path, batch, threads, prefetch):
+    """DALI's own reader: decode, mirror by a coin, normalise."""
+    from nvidia.dali import fn, pipeline_def, types
 
-    def __init__(self, rec_path, idx_path, batch, threads, prefetch):
-        from nvidia.dali import fn, pipeline_def, types
+    @pipeline_def(enable_conditionals=False)
+    def pipeline():
+        encoded, labels = fn.readers.mxnet(path=[str(rec_path)], index_path=[str(idx_path)], random_shuffle=True, initial_fill=BUFFER, name="reader")
+        faces = fn.decoders.image(encoded, device="mixed" if DEVICE == "cuda" else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True)
+        return fn.crop_mirror_normalize(faces, mirror=fn.random.coin_flip(), dtype=types.FLOAT, output_layout="HWC", mean=[127.5] * 3,
+                                        std=[127.5] * 3), labels
 
-        @pipeline_def(enable_conditionals=False)
-        def pipeline():
-            encoded, labels = fn.readers.mxnet(path=[str(rec_path)], index_path=[str(idx_path)], random_shuffle=True, initial_fill=BUFFER,
-                                               name="reader")
-            faces = fn.decoders.image(encoded, device="mixed" if DEVICE == "cuda" else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True)
-            return fn.flip(faces, horizontal=fn.random.coin_flip()), labels
-
-        self._pipeline = pipeline(batch_size=batch, num_threads=threads, device_id=0 if DEVICE == "cuda" else None, prefetch_queue_depth=prefetch,
-                                  exec_dynamic=True)
-
-    def batches(self):
-        while True:
-            faces, labels = self._pipeline.run()
-            images = Preprocessing().normalize(torch.from_dlpack(faces.as_tensor()).to(DEVICE))
-            yield images, torch.from_dlpack(labels.as_tensor()).to(DEVICE).long().flatten()
+    built = pipeline(batch_size=batch, num_threads=threads, device_id=0 if DEVICE == "cuda" else None, prefetch_queue_depth=prefetch, exec_dynamic=True)
+    while True:
+        faces, labels = built.run()
+        yield torch.from_dlpack(faces.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor()).to(DEVICE).long().flatten()
 
 
 def endless(loader):
@@ -125,30 +125,35 @@ def endless(loader):
 
 
 def decoding_rates(source, scratch, batch, batches, threads, rounds):
-    """{path: images/s}."""
+    """{path: images/s}, {path: microseconds of processor time an image}, {path: its rate over that of DALI's reader in the same round}."""
     idx = scratch / "images.idx"
     idx.write_text("".join(f"{number}\t{offset}\n" for number, offset in enumerate(source.offsets_in(source.rec_paths[0]).tolist())))
     sampler = EpochSampler(len(source), batch)
     block = EpochSampler(len(source), batch, block_size=256)
     options = {"device": DEVICE, "num_workers": threads, "prefetch": 2}
-    loaders = {"ours, DALI": make_loader(source, sampler, backend="dali", on_broken="replace", **options),
+    loaders = {OURS: make_loader(source, sampler, backend="dali", on_broken="replace", **options),
                "ours, DALI, block shuffle": make_loader(source, block, backend="dali", on_broken="replace", **options),
                "ours, PyTorch workers": make_loader(source, sampler, backend="torch", on_broken="replace", **options)}
-    runs = {name: endless(loader) for name, loader in loaders.items()}
-    runs["DALI's MXNet reader"] = MXNetReader(source.rec_paths[0], idx, batch, threads, 2).batches()
-    rates = {name: [] for name in runs}
-    for _ in range(rounds + 1):  # the first fills buffers
-        for name, run in runs.items():
+    runs = {THEIRS: mxnet_batches(source.rec_paths[0], idx, batch, threads, 2), **{name: endless(loader) for name, loader in loaders.items()}}
+    rates, busy = {name: [] for name in runs}, {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items() if number % 2 else reversed(runs.items()):
+            next(run)  # what was decoded ahead in the last turn, and in the first round what fills the buffers
             synchronize(DEVICE)
-            start = time.perf_counter()
+            start, start_busy = time.perf_counter(), time.process_time()
             for _ in range(batches):
                 images, labels = next(run)
             synchronize(DEVICE)
-            rates[name].append(batches * batch / (time.perf_counter() - start))
-            assert images.shape == (batch, 3, 112, 112) and labels.shape == (batch,) and images.abs().max() <= 1
+            if number:
+                rates[name].append(batches * batch / (time.perf_counter() - start))
+                busy[name].append((time.process_time() - start_busy) / (batches * batch) * 1e6)
+            assert images.shape == (batch, 3, 112, 112) and labels.shape == (batch,) and labels.dtype == torch.int64
+            assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last) and images.abs().max() <= 1
     for loader in loaders.values():
         loader.close()
-    return {name: statistics.median(values[1:]) for name, values in rates.items()}
+    ratios = {name: [ours / theirs for ours, theirs in zip(values, rates[THEIRS])] for name, values in rates.items()}
+    del busy["ours, PyTorch workers"]  # its work is in other processes
+    return tuple({name: statistics.median(values) for name, values in table.items()} for table in (rates, busy, ratios))
 
 
 def main(arguments=None):
@@ -158,8 +163,8 @@ def main(arguments=None):
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--batches", type=int, default=20, help="batches a turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads or processes (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON file")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=RESULTS / device_slug(DEVICE), help="folder for the JSON file (default: bench/results/<device>)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # normalisation, beside the decoders
 
@@ -171,15 +176,19 @@ def main(arguments=None):
             make_records(data, options.images)
         source = open_source(data, cache_dir=scratch)
         shuffle_seconds = seconds_of(lambda: EpochSampler(SHUFFLED, 1024).indices(0, 0))[0]
-        rates = {"index": index_rates(data, scratch, options.rounds), "source": source_rates(source, options.rounds),
-                 "decoding": decoding_rates(source, scratch, options.batch, options.batches, options.threads, options.rounds)}
+        rates = {"index": index_rates(data, scratch, options.rounds), "source": source_rates(source, options.batch, options.rounds)}
+        rates["decoding"], busy, ratios = decoding_rates(source, scratch, options.batch, options.batches, options.threads, options.rounds)
         sizes = [len(source.encoded(i)) for i in range(0, len(source), max(1, len(source) // 1000))]
     for title, group in rates.items():
         print(tabulate([title, "images/s"], [[name, f"{rate:,.0f}"] for name, rate in group.items()]))
         print()
+    print(tabulate(["decoding", "processor us an image", "rate over DALI's reader"],
+                   [[name, f"{busy[name]:.1f}" if name in busy else "", f"{ratio:.2f}"] for name, ratio in ratios.items()]))
+    print()
     print(f"global shuffle of {SHUFFLED:,} images, once an epoch: {shuffle_seconds:.2f} s")
     measured = {"environment": environment(DEVICE), "images": len(source), "bytes_an_image": statistics.mean(sizes), "batch": options.batch,
-                "decoding_threads": options.threads, "images_per_second": rates, "shuffle_seconds": shuffle_seconds, "shuffled_images": SHUFFLED}
+                "decoding_threads": options.threads, "images_per_second": rates, "processor_us_an_image": busy, "rate_over_dali_reader": ratios,
+                "shuffle_seconds": shuffle_seconds, "shuffled_images": SHUFFLED}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"decode-{device_slug(DEVICE)}-{measured['environment']['date']}.json"
     path.write_text(json.dumps(measured, indent=1) + "\n")

@@ -130,6 +130,7 @@ class _Plain:
 
     def __init__(self, embeddings, class_centers, labels, rows, scale, compute_dtype, accumulate_dtype):
         self.class_centers, self.labels, self.rows, self.scale = class_centers, labels, rows, scale
+        self.count = _count(class_centers, rows)
         self.compute_dtype, self.dtype = compute_dtype, accumulate_dtype
         self.embedding_norm = _inverse_norm(embeddings.to(accumulate_dtype))
         self.embeddings = embeddings.to(accumulate_dtype) * self.embedding_norm
@@ -172,7 +173,7 @@ class _Plain:
                 center_sum += unit.sum(dim=0)
         return top + torch.log(total), top / self.scale, self.unit_embeddings @ center_sum
 
-    def gradients(self, blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume):
+    def gradients(self, blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume, finish):
         weight, offset = (row_grad * self.scale)[:, None], -log_sum_exp.to(self.dtype)[:, None]
         target_grad = (target_grad + (0 if uniform_grad is None else uniform_grad))[:, None]
         grad_embeddings = torch.zeros_like(self.unit_embeddings)
@@ -184,9 +185,10 @@ class _Plain:
                 grad += uniform_grad[:, None]
             self._put_at_target(grad, start, target_grad)
             grad_embeddings.addmm_(grad, unit)
+            if stop == self.count:
+                finish(_through_norm(grad_embeddings, self.embeddings, self.embedding_norm))
             if consume is not None:
                 consume(start, stop, _through_norm(grad.t() @ self.unit_embeddings, exact, inverse_norm))
-        return _through_norm(grad_embeddings, self.embeddings, self.embedding_norm)
 
 
 def _through_norm(grad_unit, unit, inverse_norm):
@@ -349,6 +351,7 @@ class _Fused:
     def __init__(self, embeddings, class_centers, labels, rows, scale, compute_dtype, accumulate_dtype):
         del accumulate_dtype  # always float32 here
         self.source, self.class_centers, self.rows, self.scale = embeddings.contiguous(), class_centers.contiguous(), rows, scale
+        self.count = _count(class_centers, rows)
         self.dtype = compute_dtype
         self.tiles = _FLOAT_TILES if compute_dtype == torch.float32 else _HALF_TILES
         self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -392,7 +395,7 @@ class _Fused:
         sums = cosine_sum.sum(dim=0)[:batch] if with_cosine_sum else torch.zeros_like(log_sum_exp)
         return log_sum_exp, top.amax(dim=0)[:batch] / (self.scale * _LOG2_E), sums
 
-    def gradients(self, blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume):
+    def gradients(self, blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume, finish):
         # In units of the largest, so that half precision holds them whatever the reduction and the loss scale are.
         largest = torch.stack([row_grad.abs().amax() * self.scale, target_grad.abs().amax()]).amax()
         largest = torch.where(largest > 0, largest, torch.ones_like(largest))
@@ -421,6 +424,8 @@ class _Fused:
             _product_kernel[(row_tiles, column_tiles, splits)](
                 grad, centers, used, grad_embeddings, padded_count, 1, class_tiles, 1, class_tiles, self.padded_batch,
                 ADD=True, ROWS=tiles.rows, INNER=tiles.classes, **shared)
+            if stop == self.count:
+                finish(self._through_norm(grad_embeddings, self.source, None, self.embedding_norm, largest, len(self.source)))
             if consume is not None:
                 grad_centers = torch.empty((padded_count, self.width), dtype=torch.float32, device=self.device)
                 _product_kernel[(class_tiles, column_tiles, 1)](
@@ -429,7 +434,6 @@ class _Fused:
                 source = self.class_centers[start:stop] if self.rows is None else self.class_centers
                 rows = None if self.rows is None else self.rows[start:stop]
                 consume(start, stop, self._through_norm(grad_centers[None], source, rows, inverse_norm, largest, stop - start))
-        return self._through_norm(grad_embeddings, self.source, None, self.embedding_norm, largest, len(self.source))
 
     def _through_norm(self, grad_unit, source, rows, inverse_norm, factor, count):
         out = torch.empty((count, source.shape[1]), dtype=torch.float32, device=self.device)
@@ -495,14 +499,15 @@ def _statistics(embeddings, class_centers, labels, rows, scale, compute_dtype, w
     return MarginSoftmaxStatistics(log_sum_exp, _target_cosine(embeddings, class_centers, labels, rows, dtype), nearest, cosine_sum)
 
 
-def _gradients(embeddings, class_centers, labels, rows, log_sum_exp, grads, scale, compute_dtype, skip_below, triton_kernel, consume):
+def _gradients(embeddings, class_centers, labels, rows, log_sum_exp, grads, scale, compute_dtype, skip_below, triton_kernel, consume, finish):
     row_grad, target_grad, uniform_grad = grads
     if not _count(class_centers, rows) or not len(embeddings):
-        return torch.zeros(embeddings.shape, dtype=_accumulate_dtype(embeddings, class_centers), device=embeddings.device)
+        finish(torch.zeros(embeddings.shape, dtype=_accumulate_dtype(embeddings, class_centers), device=embeddings.device))
+        return
     # Without another class, or without weight, a row has no term here: keep exp(-inf - -inf) out of it.
     log_sum_exp = torch.where((row_grad == 0) | (log_sum_exp == -math.inf), math.inf, log_sum_exp)
     implementation, blocks = _prepare(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel)
-    return implementation.gradients(blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume)
+    implementation.gradients(blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume, finish)
 
 
 @torch.library.custom_op("scf::margin_softmax_statistics", mutates_args=())
@@ -522,9 +527,10 @@ def _gradients_op(embeddings: torch.Tensor, class_centers: torch.Tensor, labels:
                   target_grad: torch.Tensor, uniform_grad: torch.Tensor | None, scale: float, compute_dtype: torch.dtype, skip_below: float,
                   triton_kernel: bool, for_centers: bool) -> tuple[torch.Tensor, torch.Tensor]:
     grad_centers = torch.empty_like(class_centers, memory_format=torch.contiguous_format) if for_centers else class_centers.new_empty(0)
-    grad_embeddings = _gradients(embeddings, class_centers, labels, None, log_sum_exp, (row_grad, target_grad, uniform_grad), scale, compute_dtype,
-                                 skip_below, triton_kernel, (lambda start, stop, grad: grad_centers[start:stop].copy_(grad)) if for_centers else None)
-    return grad_embeddings.to(embeddings.dtype), grad_centers
+    grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
+    _gradients(embeddings, class_centers, labels, None, log_sum_exp, (row_grad, target_grad, uniform_grad), scale, compute_dtype, skip_below, triton_kernel,
+               (lambda start, stop, grad: grad_centers[start:stop].copy_(grad)) if for_centers else None, grad_embeddings.copy_)
+    return grad_embeddings, grad_centers
 
 
 @_gradients_op.register_fake
@@ -577,28 +583,29 @@ def margin_softmax_statistics(embeddings: torch.Tensor, class_centers: torch.Ten
 
 def margin_softmax_gradients(embeddings: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor, log_sum_exp: torch.Tensor,
                              row_grad: torch.Tensor, target_grad: torch.Tensor, uniform_grad: torch.Tensor | None = None, scale: float = 64.0, *,
-                             consume: Callable[[int, int, torch.Tensor], None] | None = None, class_rows: torch.Tensor | None = None,
-                             compute_dtype: torch.dtype | None = None, skip_below: float = 0.0, backend: str = "auto") -> torch.Tensor:
+                             finish: Callable[[torch.Tensor], None], consume: Callable[[int, int, torch.Tensor], None] | None = None,
+                             class_rows: torch.Tensor | None = None, compute_dtype: torch.dtype | None = None, skip_below: float = 0.0,
+                             backend: str = "auto") -> None:
     """The backward pass of `margin_softmax_statistics`, whose arguments it shares.
 
     Args:
         log_sum_exp: (B,), over the other classes of all ranks.
         row_grad, target_grad, uniform_grad: (B,), gradients of the loss in `log_sum_exp`, `target_cosine` and, where it is used, `cosine_sum`.
+        finish: called once with the (B, D) float32 (float64) gradient of embeddings from these classes, before the class centers of the last
+            block get theirs: whoever sends it to other ranks does so while that is computed.
         consume: called as consume(start, stop, gradient) for one block of classes after another, in order, with the finished (stop - start, D)
             float32 gradient of class_centers[start:stop] (of class_centers[class_rows[start:stop]]); the block may be changed there: once
             it has been consumed its class centers are not read again. None: no gradient for class centers.
         skip_below: Triton passes over tiles all of whose dloss/dcos are below this share of the largest one that any row can have,
             max_i(s |row_grad_i|, |target_grad_i|). 0 is exact.
-    Returns:
-        (B, D) float32 (float64) gradient of embeddings from these classes.
     Raises:
         ValueError: as `margin_softmax_statistics`.
     """
     _check(embeddings, class_centers, labels)
     compute_dtype, triton_kernel = _choose(embeddings, class_centers, compute_dtype, backend)
     with torch.no_grad():
-        return _gradients(embeddings, class_centers, labels, class_rows, log_sum_exp, (row_grad, target_grad, uniform_grad), scale, compute_dtype,
-                          skip_below, triton_kernel, consume)
+        _gradients(embeddings, class_centers, labels, class_rows, log_sum_exp, (row_grad, target_grad, uniform_grad), scale, compute_dtype, skip_below,
+                   triton_kernel, consume, finish)
 
 
 def check_margin_softmax(margins: tuple[float, float, float], margin_gradient: str, label_smoothing: float) -> None:

@@ -22,7 +22,7 @@ class TorchLoader(Loader):
         self._decoded = DataLoader(
             _FaceBatches(source, broken.replaces), batch_size=None, sampler=self._requests, num_workers=num_workers,
             pin_memory=device.type == "cuda", prefetch_factor=-(-prefetch // num_workers) if num_workers else None,
-            persistent_workers=num_workers > 0)
+            persistent_workers=num_workers > 0, generator=torch.Generator())  # else each epoch would draw from the generator of dropout
 
     def close(self):
         super().close()

@@ -4,6 +4,10 @@ Every rank holds a contiguous block of rows and its momentum, and computes the l
 
     embeddings, labels  --all-gather-->  statistics of the own rows  --two all-reduces of (B,)-->  loss  --backward, reduce-scatter-->  features
 
+Communication runs beside computation where there is any that does not wait for it: the embeddings are gathered while the labels find their
+rows and the sample is drawn, and the gradient of the features is scattered while the last block of class centers (on a GPU often the only
+one) gets its gradient and its update. The order of sums does not change.
+
 The class centers live outside the DeepSpeed engine, which would give every rank the rows of rank 0. It averages the backbone's gradients
 over ranks, while this loss is already the mean over all ranks' images: the gradient of the features is multiplied by the world size. The
 gradient of the class centers needs neither: it does not see the engine's loss scale and is divided by the accumulation steps here.
@@ -11,7 +15,7 @@ gradient of the class centers needs neither: it does not see the engine's loss s
 Clipping: --max_grad_norm bounds the norm of the backbone's gradient alone, as arcface_torch does. --max_grad_clip bounds each value here too.
 """
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,7 +28,8 @@ from scf_fast.launch import Runtime
 
 _INITIAL_STD = 0.01  # as arcface_torch
 _INITIAL_ROWS = 4096  # rows that one seed makes: the same rows come out at any world size
-_UPDATE_ROWS = 8192  # rows of one step of the unfused update: its temporaries stay small
+_UPDATE_ROWS = 16384  # rows of one step of an update: its temporaries stay small
+_STATES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _EXPORT_BYTES = 64 * 2**20  # of one message to rank 0
 
 
@@ -52,13 +57,14 @@ class ClassCenters:
     """This rank's share of the class centers.
 
     Attributes:
-        weight, momentum: (C_local, D) float32.
+        weight: (C_local, D) float32.
+        momentum: the same, bfloat16 with ``centers_state="bf16"``: rounded stochastically, so that its expectation is that of float32.
         start, stop: the rows' place among all ``num_classes``.
         lr: learning rate of the next update; whoever trains sets it.
         fused: whether the update happens in the backward pass, block by block, so that no (C_local, D) gradient is stored.
     Args:
-        config: reads seed, scale, margins, margin_gradient, label_smoothing, sample_rate, momentum, weight_decay, max_grad_clip,
-            gradient_accumulation_steps and fused_center_update.
+        config: reads seed, scale, margins, margin_gradient, label_smoothing, sample_rate, skip_below, momentum, weight_decay, max_grad_clip,
+            gradient_accumulation_steps, centers_state and fused_center_update.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` for the matrix products; class centers, momentum, cosines and the loss are float32.
     """
 
@@ -68,10 +74,11 @@ class ClassCenters:
         self.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.fused = fuses(config, precision)
         self.lr = config.lr
-        self._draw = 0
+        self._draw = 0  # batches seen: what samples and the rounding are drawn from
+        self._noise = torch.Generator(runtime.device)
         self.weight = torch.empty(self.stop - self.start, width, device=runtime.device)
         self._initialise()
-        self.momentum = torch.zeros_like(self.weight)
+        self.momentum = torch.zeros_like(self.weight, dtype=_STATES[config.centers_state])
         self._gradient = None if self.fused else torch.zeros_like(self.weight)
         self._touched = torch.zeros(len(self.weight), dtype=torch.bool, device=runtime.device) if self._samples and not self.fused else None
 
@@ -96,14 +103,17 @@ class ClassCenters:
             (loss, correct): the scalar loss, equal on all ranks and differentiable in features; (B,) bool whether the own class center is the
             nearest of all (of those sampled). The backward pass also updates the class centers where ``fused``, else adds to their gradient.
         """
-        return _ShardedLoss.apply(features, labels, self)
+        self._noise.manual_seed(((self.config.seed * 1_000_003 + self._draw) * 1_000_003 + self.start) % 2**63)
+        result = _ShardedLoss.apply(features, labels, self)
+        self._draw += 1
+        return result
 
     def step(self, applied: bool = True) -> None:
         """End of an optimiser step: update from the gradients since the last one, or drop them where the engine has skipped its step."""
         if self.fused:
             return
         for rows in self._changed_rows() if applied else ():
-            self._update(rows, self._gradient[rows])
+            self._update_rows(rows, self._gradient[rows])
         self._gradient.zero_()
         if self._touched is not None:
             self._touched.zero_()
@@ -113,16 +123,26 @@ class ClassCenters:
             return (slice(at, at + _UPDATE_ROWS) for at in range(0, len(self.weight), _UPDATE_ROWS))
         return iter(self._touched.nonzero().squeeze(1).split(_UPDATE_ROWS))
 
-    def _update(self, rows: slice | torch.Tensor, gradient: torch.Tensor) -> None:
+    def _update(self, start: int, active: torch.Tensor | None, gradient: torch.Tensor) -> None:
+        """Update the rows from ``start`` on, or those that ``active`` lists from there on, as many as ``gradient`` has."""
+        for at in range(0, len(gradient), _UPDATE_ROWS):
+            piece = gradient[at:at + _UPDATE_ROWS]
+            rows = slice(start + at, start + at + len(piece))
+            self._update_rows(rows if active is None else active[rows], piece)
+
+    def _update_rows(self, rows: slice | torch.Tensor, gradient: torch.Tensor) -> None:
         """SGD with momentum and the L2 term in the gradient, as torch.optim.SGD; ``gradient`` is overwritten. Rows not sampled keep their momentum."""
-        weight, momentum = self.weight[rows], self.momentum[rows]
+        weight, stored = self.weight[rows], self.momentum[rows]
+        momentum = stored.float()
         if self.config.max_grad_clip > 0:
             gradient.clamp_(-self.config.max_grad_clip, self.config.max_grad_clip)
         gradient.add_(weight, alpha=self.config.weight_decay)
         momentum.mul_(self.config.momentum).add_(gradient)
         weight.add_(momentum, alpha=-self.lr)
+        if stored.dtype == torch.bfloat16:
+            stored.copy_(_stochastic_bfloat16(momentum, self._noise))
         if not isinstance(rows, slice):  # copies, then
-            self.weight[rows], self.momentum[rows] = weight, momentum
+            self.weight[rows], self.momentum[rows] = weight, stored
 
     def _active(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(rows that take part in this draw or None for all, position of each label among them or -1)."""
@@ -132,7 +152,6 @@ class ClassCenters:
             return None, local
         active = sampled_classes(self.start, self.stop, self.config.sample_rate, self.config.seed, self._draw, self.weight.device)
         active[local[here]] = True
-        self._draw += 1
         position = torch.cumsum(active, dim=0) - 1
         return active.nonzero().squeeze(1), torch.where(here, position[local], -1) if len(position) else local
 
@@ -231,8 +250,10 @@ class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, labels, centers):
         config, world_size = centers.config, centers.runtime.world_size
-        embeddings, labels = _gather(features.float(), world_size), _gather(labels, world_size)
+        embeddings = _start_gather(features.float(), world_size)
+        labels = _start_gather(labels, world_size)()
         rows, local = centers._active(labels)
+        embeddings = embeddings()
         smoothing = config.label_smoothing > 0
         own = margin_softmax_statistics(embeddings, centers.weight, local, config.scale, class_rows=rows, compute_dtype=centers.compute_dtype,
                                         with_cosine_sum=smoothing)
@@ -255,23 +276,27 @@ class _ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        centers, rows = ctx.centers, ctx.rows
+        centers, rows, world_size = ctx.centers, ctx.rows, ctx.centers.runtime.world_size
+        scattered = None
         embeddings, local, log_sum_exp = ctx.saved_tensors
         accumulation = centers.config.gradient_accumulation_steps
 
         def consume(start, stop, gradient):
-            block = slice(start, stop) if rows is None else rows[start:stop]
             if centers.fused:
-                centers._update(block, gradient)
+                centers._update(start, rows, gradient)
             else:
+                block = slice(start, stop) if rows is None else rows[start:stop]
                 centers._gradient[block] += gradient.div_(accumulation)
                 if rows is not None:
                     centers._touched[block] = True
 
-        grad = margin_softmax_gradients(embeddings, centers.weight, local, log_sum_exp, *ctx.grads, scale=centers.config.scale, consume=consume,
-                                        class_rows=rows, compute_dtype=centers.compute_dtype)
-        world_size = centers.runtime.world_size
-        return _reduce_scatter(grad, world_size) * (grad_loss * world_size), None, None
+        def finish(gradient):
+            nonlocal scattered
+            scattered = _start_reduce_scatter(gradient, world_size)
+
+        margin_softmax_gradients(embeddings, centers.weight, local, log_sum_exp, *ctx.grads, scale=centers.config.scale, finish=finish, consume=consume,
+                                 class_rows=rows, compute_dtype=centers.compute_dtype, skip_below=centers.config.skip_below)
+        return scattered() * (grad_loss * world_size), None, None
 
 
 def _combine(own: MarginSoftmaxStatistics, count: int, world_size: int) -> tuple[MarginSoftmaxStatistics, int | torch.Tensor]:
@@ -291,19 +316,35 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _gather(local: torch.Tensor, world_size: int) -> torch.Tensor:
-    """The ranks' tensors, one after another along the first dimension."""
+def _start_gather(local: torch.Tensor, world_size: int) -> Callable[[], torch.Tensor]:
+    """Start to gather; the call waits for the ranks' tensors, one after another along the first dimension."""
     if world_size == 1:
-        return local
-    gathered = local.new_empty(world_size * len(local), *local.shape[1:])
-    _all_gather(gathered, local.contiguous())
-    return gathered
+        return lambda: local
+    local = local.contiguous()
+    return _started(_all_gather, local.new_empty(world_size * len(local), *local.shape[1:]), local)
 
 
-def _reduce_scatter(whole: torch.Tensor, world_size: int) -> torch.Tensor:
-    """This rank's part of the sum over ranks."""
+def _start_reduce_scatter(whole: torch.Tensor, world_size: int) -> Callable[[], torch.Tensor]:
+    """Start to add up over ranks; the call waits for this rank's part of the sum."""
     if world_size == 1:
-        return whole
-    part = whole.new_empty(len(whole) // world_size, *whole.shape[1:])
-    _scatter_sums(part, whole)
-    return part
+        return lambda: whole
+    return _started(_scatter_sums, whole.new_empty(len(whole) // world_size, *whole.shape[1:]), whole)
+
+
+def _started(collective, output: torch.Tensor, source: torch.Tensor) -> Callable[[], torch.Tensor]:
+    work = collective(output, source, async_op=True)  # it holds both tensors until it is done
+
+    def wait():
+        work.wait()
+        return output
+    return wait
+
+
+def _stochastic_bfloat16(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 rounded to one of its two bfloat16 neighbours, to the nearer with the higher probability: right on average. Overwrites values.
+
+    Rounding to nearest would hold a momentum still once a step changes it by less than 1/512.
+    """
+    bits = values.view(torch.int32)
+    bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    return (bits & -65536).view(torch.float32).bfloat16()

@@ -12,7 +12,7 @@ from scf_fast.checkpoints import CONFIDENCE_FILE, MODEL_FILE
 from scf_fast.confidence import build_confidence_net
 from scf_fast.config import Config
 from scf_fast.engine import full_state_dict
-from scf_fast.features import FeatureBatch, FeatureStream, open_stream
+from scf_fast.features import FeatureBatch, FeatureStream, open_stream, pixel_convention
 from scf_fast.launch import Runtime
 from scf_fast.model import save_model
 
@@ -43,15 +43,11 @@ class ConfidenceStage:
             only = "only " if source.num_classes > classes else ""
             raise ValueError(f"--data {config.data} has {source.num_classes} identities but --saved_fc {config.saved_fc} {only}{classes} class centers; "
                              f"train stage 2 on the identities of stage 1{way_out}")
-        self._pixels = "as --normalization says"
-        if config.normalization is None:  # the resolved value goes into the configuration, as every other default does
-            self._pixels = f"as {'noted in --saved_fc' if 'normalization' in fc.facts else f'the {BACKBONES[self.name].family} family is trained with'}"
-            config.normalization = fc.facts.get("normalization", BACKBONES[self.name].normalization)
+        # The resolved value goes into the configuration, as every other default does.
+        config.normalization, self._pixels = pixel_convention(config, self.name, fc.facts)
 
     def build(self, runtime: Runtime, precision: str) -> nn.Module:
         """The module for the engine: the confidence net alone. The frozen backbone and the class centers stay outside."""
-        if runtime.is_main:
-            published.write_hparams(self.config, self.z_dim, BACKBONES[self.name].convf_dim)
         log.info("backbone: %s; pixels: %s, %s", self.name, self.config.normalization, self._pixels)
         self.class_centers = self.class_centers.to(runtime.device)
         self.net_dtype = torch.float32 if precision == "fp32" else None  # None: autocast takes what comes
@@ -65,7 +61,7 @@ class ConfidenceStage:
 
     def loss(self, engine, batch: FeatureBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of one micro-batch and what to log of it, all on the device. Tags are those of the published code."""
-        features, convf, labels = batch
+        features, convf, labels, _ = batch
         return self._scf_loss(features, engine(convf.to(self.net_dtype or convf.dtype)), labels)
 
     def _scf_loss(self, features, log_kappa, labels) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -85,6 +81,7 @@ class ConfidenceStage:
         optimizer_state = published.adam_state_dict(engine) if self.config.published_checkpoints else None
         files = [folder / CONFIDENCE_FILE, folder / MODEL_FILE]
         if is_main:
+            published.write_hparams(self.config, self.z_dim, BACKBONES[self.name].convf_dim)
             checkpoints.save_file({"uncer_net_state_dict": net_state, **progress}, files[0])
             save_model(files[1], trained_backbone or self.backbone_state, net_state, radius=self.config.radius, normalization=self.config.normalization,
                        normalizer=self.config.normalizer, **progress)

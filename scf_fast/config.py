@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import os
 import sys
 import types
 import typing
@@ -19,6 +18,7 @@ import yaml
 
 from pipelines.augmentation import PRESETS
 from scf_fast.backbones import ALIASES, BACKBONES
+from scf_fast.checkpoints import write_whole
 from scf_fast.confidence import CONFIDENCE_NETS
 
 STAGES = ("backbone", "confidence")
@@ -129,6 +129,10 @@ class Config:
     cache_dtype: str = option("bf16", "type of the cached feature map", choices=("fp32", "fp16", "bf16", "fp8", "int8"), stage="confidence", group="system")
     cache_budget: float = option(0.0, "most GB (10^9 bytes) that the cache may take; what does not fit is computed anew in every epoch; 0: no limit",
                                  stage="confidence", group="system")
+    centers_state: str = option("fp32", "type of the class centers' momentum; bf16 halves it, with stochastic rounding", choices=("fp32", "bf16"),
+                                stage="backbone", group="system")
+    skip_below: float = option(0.0, "on a GPU the backward pass over the class centers leaves out tiles whose gradient is below this share of the largest "
+                                    "possible, in [0, 1); 0 is exact, 0.000244 (2^-12) is under bf16's rounding", stage="backbone", group="system")
     fused_center_update: bool | None = option(None, "update class centers inside the backward pass, without storing their gradient; default: unless "
                                                     "there is accumulation or fp16", stage="backbone", group="system")
     zero_stage: int = option(PerStage(1, 2), "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3), group="system")
@@ -144,6 +148,8 @@ class Config:
                                                 group="system")
     max_skipped_steps: int = option(10, "end the run after so many steps in a row whose loss is not finite; each is skipped, its images are named",
                                     group="system")
+    record_samples: bool = option(False, "write the images of each step to OUTPUT/samples_rank*.jsonl: positions in the data, of what was shown",
+                                  group="system")
     profile: bool = option(False, "write a PyTorch profiler trace of five steps to OUTPUT/profile", group="system")
     max_steps: int = option(0, "stop after this many optimiser steps, checkpointed; 0 is off", group="system")
     tensorboard: bool = option(True, "write TensorBoard event files to OUTPUT/runs", group="system")
@@ -201,6 +207,7 @@ class Config:
         require(self.warmup_epochs <= self.epochs, "warmup_epochs", f"at most --epochs ({self.epochs})")
         require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         require(0 < self.sample_rate <= 1, "sample_rate", "in (0, 1]")
+        require(0 <= self.skip_below < 1, "skip_below", "in [0, 1)")
         require(not self.fused_center_update or (self.gradient_accumulation_steps == 1 and self.precision != "fp16"), "fused_center_update",
                 "off with --gradient_accumulation_steps or fp16: the gradient is not complete, or may not count, in the backward pass")
         require(self.initial_kappa is None or self.initial_kappa > 0, "initial_kappa", "positive")
@@ -350,9 +357,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 def save(config: Config, path: Path, versions: dict) -> None:
     """Write the resolved configuration and versions as YAML, complete or not at all."""
     text = yaml.safe_dump({"config": config.as_dict(), "command": " ".join(sys.argv), "versions": versions}, sort_keys=False)
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def load_saved(path: Path) -> dict:
@@ -364,4 +369,5 @@ def load_saved(path: Path) -> dict:
     try:
         return yaml.safe_load(path.read_text())["config"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is no saved configuration ({type(error).__name__}); give --overwrite to start anew") from None
+        raise ValueError(f"{path}: is no saved configuration ({type(error).__name__}); to go on with the "
+                         "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts anew") from None

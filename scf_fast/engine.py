@@ -1,5 +1,6 @@
 """The DeepSpeed engine: its configuration from ours, and full weights back out of it under any ZeRO stage."""
 import contextlib
+import ctypes
 import difflib
 import json
 from pathlib import Path
@@ -51,6 +52,9 @@ def load_deepspeed_config(path: str) -> dict:
             raise ValueError(f"--deepspeed_config {path}: {key!r} is set by our flags (--optimizer, --lr, --lr_scheduler ...); leave it out")
         if key in ("fp16", "bf16", "amp", "torch_autocast"):
             raise ValueError(f"--deepspeed_config {path}: {key!r} is set by --precision, which keeps parameters in float32; leave it out")
+    offload = values.get("zero_optimization", {}).get("offload_optimizer", {}) if isinstance(values.get("zero_optimization"), dict) else {}
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise ValueError(f"--deepspeed_config {path}: optimiser states on NVMe cannot be checkpointed here; use --offload_optimizer cpu")
     return values
 
 
@@ -84,9 +88,27 @@ def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict:
     return _merge(generated, load_deepspeed_config(config.deepspeed_config)) if config.deepspeed_config else generated
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
+_LARGE_NETWORK = 1 << 30  # bytes of parameters
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what the process frees, where it is glibc.
+
+    It gives large blocks back to the kernel at once, so that every step maps its activations and gradients in anew, page by page: on a CPU a
+    quarter of the time of stage 1 on a small backbone.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
 def initialise_engine(module: nn.Module, optimizer, config: Config, runtime: Runtime, precision: str):
     """The DeepSpeed engine around ``module``; ``engine.loss_scaler`` is a :class:`LossScaler` under ZeRO in fp16, else None."""
     import deepspeed
+    if runtime.device.type == "cpu" and sum(parameter.nbytes for parameter in module.parameters()) < _LARGE_NETWORK:  # fragments would cost more memory
+        keep_freed_memory()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, runtime, precision))
     engine.loss_scaler = LossScaler(engine.optimizer) if precision == "fp16" and engine.zero_optimization() else None
     return engine

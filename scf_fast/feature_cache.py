@@ -1,6 +1,6 @@
 """What the frozen backbone makes of each image, on disk: computed once, read in every later epoch and by later runs.
 
-    folder/meta.json         what the rows are and which backbone, preprocessing and data they come from
+    folder/meta.json         what the rows are, which backbone, preprocessing, arithmetic and data they come from, what their dtype loses
     folder/rows-NNNNN.bin    fixed-size records, one an image: both orientations, features float32, convf in the cache's dtype
     folder/checksums.bin     uint32 an image: CRC-32 of its record, 0 where it is missing
     folder/writing-R         there while rank R has the cache open for writing
@@ -11,10 +11,12 @@ mark, and the next one to open the cache then checks every record. ``python -m s
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +25,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from scf_fast import launch
+
 CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _LARGEST = {"fp8": 448.0, "int8": 127.0}  # the value that the largest magnitude of a record is scaled to
-_SHARD_BYTES = 1 << 30
+_SHARD_BYTES = 1 << 34  # Glint360K's 1.8 TB are 110 files, all open at once
 _ALIGN = 64
-_FORMAT = 1
+_WRITE_BEHIND = 2  # batches
+_THREADS = 8  # reads under way at once, so that a disk has a queue
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,12 @@ def decode(layout: CacheLayout, packed: torch.Tensor) -> tuple[torch.Tensor, tor
     return features, convf.view(rows, h, w, c).permute(0, 3, 1, 2)
 
 
+def encoding_error(layout: CacheLayout, features: torch.Tensor, convf: torch.Tensor) -> float:
+    """What the cache's dtype loses of convf (B, C, H, W), relative, in the Frobenius norm; features lose nothing."""
+    stored, exact = decode(layout, encode(layout, features, convf))[1].double(), convf.double()
+    return ((stored - exact).norm() / exact.norm()).item()
+
+
 class FeatureCache:
     """A cache folder, open for reading and writing by one rank; several ranks may have it open for different images.
 
@@ -108,19 +120,25 @@ class FeatureCache:
     def __init__(self, folder: Path, layout: CacheLayout, rank: int):
         self.folder, self.layout = folder, layout
         self._mark = folder / f"writing-{rank}"
-        shards = -(-layout.num_images // layout.rows_per_shard)
-        self._shards = [np.memmap(folder / f"rows-{i:05d}.bin", dtype=np.uint8, mode="r+").reshape(-1, layout.record_bytes) for i in range(shards)]
+        self._shards = [os.open(folder / f"rows-{i:05d}.bin", os.O_RDWR) for i in range(-(-layout.num_images // layout.rows_per_shard))]
+        for shard in self._shards:
+            os.posix_fadvise(shard, 0, 0, os.POSIX_FADV_RANDOM)  # or the kernel would read neighbours that nothing has asked for
         self._checksums = np.memmap(folder / "checksums.bin", dtype=np.uint32, mode="r+")
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="feature-cache")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="feature-cache")
+        self._writer, self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-cache-writer"), deque()
         self.refresh()
 
     @classmethod
-    def create_or_check(cls, folder: Path, key: dict, layout: CacheLayout) -> None:
+    def create_or_check(cls, folder: Path, key: dict, layout: CacheLayout, convf_error: float = 0.0) -> None:
         """Make the folder's files, or check that they hold what this run needs; by one rank, before the others :meth:`open` it.
 
+        Args:
+            convf_error: to be noted in a new cache, see :func:`encoding_error`.
         Raises:
-            ValueError: the folder belongs to another backbone, preprocessing, data set or layout, or the disk is too small.
+            ValueError: the folder belongs to another backbone, preprocessing, data set or layout, the disk is too small, or the dtype's range is.
         """
+        if not math.isfinite(convf_error):
+            raise ValueError(f"--cache_dtype {layout.dtype}: cannot hold the last map of this backbone, whose values are too large for it; use bf16")
         meta_file = folder / "meta.json"
         if meta_file.exists():
             meta = read_meta(folder)
@@ -147,7 +165,7 @@ class FeatureCache:
             _allocate(folder / f"rows-{start // layout.rows_per_shard:05d}.bin", rows * layout.record_bytes)
         _allocate(folder / "checksums.bin", 4 * layout.num_images)
         part = folder / "meta.json.part"
-        part.write_text(json.dumps({"format": _FORMAT, "key": key, "layout": _plain(layout)}, indent=2) + "\n")
+        part.write_text(json.dumps({"format": _FORMAT, "key": key, "layout": _plain(layout), "convf_error": convf_error}, indent=2) + "\n")
         os.replace(part, meta_file)
 
     @classmethod
@@ -158,36 +176,71 @@ class FeatureCache:
         return cache
 
     def refresh(self) -> None:
-        """Take a new look at what is present."""
+        """Take a new look at what is present, once everything given to :meth:`write` is."""
+        self.flush()
         self.present = np.asarray(self._checksums) != 0
 
     def write(self, indices: np.ndarray, views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Store images: ``views`` holds (features, convf) of the plain and of the mirrored images. Images beyond the rows are left out."""
-        packed = torch.cat([encode(self.layout, *view) for view in views], dim=1).cpu().numpy()
-        keep = np.flatnonzero(indices < self.layout.num_images)
+        """Store images, in the background: ``views`` holds (features, convf) of the plain and of the mirrored images. Images beyond the rows
+        are left out.
+
+        Raises:
+            OSError: an earlier batch could not be written.
+        """
+        packed = torch.cat([encode(self.layout, *view) for view in views], dim=1)
+        copied = None
+        if packed.is_cuda:
+            packed = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True).copy_(packed, non_blocking=True)
+            copied = torch.cuda.current_stream().record_event()
+        self._writing.append(self._writer.submit(self._write, indices, packed, copied))
+        self.flush(but=_WRITE_BEHIND)
+
+    def _write(self, indices, packed, copied):
+        if copied is not None:
+            copied.synchronize()
+        rows = packed.numpy()
 
         def store(row):
-            shard, place = divmod(int(indices[row]), self.layout.rows_per_shard)
-            self._shards[shard][place] = packed[row]
-            self._checksums[indices[row]] = zlib.crc32(packed[row]) or 1  # 0 means missing
+            shard, offset = self._place(indices[row])
+            os.pwrite(shard, rows[row], offset)
+            self._checksums[indices[row]] = zlib.crc32(rows[row]) or 1  # 0 means missing
 
-        list(self._threads.map(store, keep))
+        list(self._threads.map(store, np.flatnonzero(indices < self.layout.num_images)))
 
-    def read(self, indices: np.ndarray, flips: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """features (B, z_dim), convf (B, C, H, W) of present images in the orientation asked for, on ``device``."""
+    def flush(self, but: int = 0) -> None:
+        """Wait for the batches that are being written, except for the newest so many."""
+        while len(self._writing) > but:
+            self._writing.popleft().result()
+
+    def read(self, indices: np.ndarray, flips: np.ndarray, pin_memory: bool = False) -> torch.Tensor:
+        """(B, view_bytes) uint8 on the CPU, for :func:`decode`: present images in the orientation asked for.
+
+        Raises:
+            OSError: a file is shorter than it was.
+        """
         size = self.layout.view_bytes
-        packed = torch.empty(len(indices), size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        out = packed.numpy()
-        shards, places = np.divmod(indices, self.layout.rows_per_shard)
-        for row, (shard, place, flip) in enumerate(zip(shards.tolist(), places.tolist(), flips.tolist())):
-            out[row] = self._shards[shard][place, size * flip:size * (flip + 1)]
-        return decode(self.layout, packed.to(device, non_blocking=True))
+        packed = torch.empty(len(indices), size, dtype=torch.uint8, pin_memory=pin_memory)
+        rows = packed.numpy()
+
+        def fill(part):
+            for row in part:
+                shard, offset = self._place(indices[row])
+                if os.preadv(shard, [rows[row]], offset + size * int(flips[row])) != size:
+                    raise OSError(f"--feature_cache {self.folder}: image {indices[row]} lies beyond the end of its file; delete the folder and build it anew")
+
+        list(self._threads.map(fill, np.array_split(np.arange(len(indices)), _THREADS)))
+        return packed
+
+    def _place(self, index) -> tuple[int, int]:
+        """File and offset of an image's record."""
+        shard, place = divmod(int(index), self.layout.rows_per_shard)
+        return self._shards[shard], place * self.layout.record_bytes
 
     def verify(self, progress: bool = True) -> int:
         """Check every record against its checksum; damaged ones become missing. Returns how many there were."""
         def damaged(index):
-            shard, place = divmod(int(index), self.layout.rows_per_shard)
-            if (zlib.crc32(self._shards[shard][place]) or 1) == self._checksums[index]:
+            shard, offset = self._place(index)
+            if (zlib.crc32(os.pread(shard, self.layout.record_bytes, offset)) or 1) == self._checksums[index]:
                 return False
             self._checksums[index] = 0
             return True
@@ -199,9 +252,14 @@ class FeatureCache:
 
     def close(self) -> None:
         """Write everything out and take the mark away."""
-        self._threads.shutdown()
+        try:
+            self.flush()
+        finally:
+            self._writer.shutdown()
+            self._threads.shutdown()
         for shard in self._shards:
-            shard.flush()
+            os.fsync(shard)
+            os.close(shard)
         self._checksums.flush()
         self._mark.unlink(missing_ok=True)
 
@@ -245,21 +303,24 @@ def _allocate(path: Path, size: int) -> None:
 def _build(arguments, flags) -> None:
     """One pass over the data, no training."""
     from pipelines.sampler import EpochSampler
-    from scf_fast import checkpoints, launch
-    from scf_fast.backbones import BACKBONES, identify_backbone
+    from scf_fast import checkpoints
     from scf_fast.config import parse
-    from scf_fast.features import open_stream
+    from scf_fast.features import open_stream, pixel_convention
     from scf_fast.inputs import open_data
 
     folder = str(arguments.folder)
     config = parse(["--stage", "confidence", "--output_dir", folder, "--saved_fc", "none", "--batch_size", "256", *flags, "--feature_cache", folder])
-    source, state = open_data(config), checkpoints.backbone_state(config.saved_bkb)
-    if config.normalization is None:
-        config.normalization = BACKBONES[identify_backbone(state)[0]].normalization
+    source, backbone = open_data(config), checkpoints.read(config.saved_bkb, "--saved_bkb")
+    beside = Path(config.saved_bkb).with_name(checkpoints.CENTERS_FILE)
+    fc = config.saved_fc if config.saved_fc != "none" else beside if beside.exists() else None
+    facts = checkpoints.read(fc, "--saved_fc").facts if fc else backbone.facts
+    config.normalization, origin = pixel_convention(config, backbone.network()[0], facts)
     runtime = launch.start()
+    if runtime.is_main:
+        print(f"pixels: {config.normalization}, {origin}", flush=True)
     size = max(min(config.batch_size, len(source)) // runtime.world_size, 1) * runtime.world_size
     sampler = EpochSampler(len(source), size, rank=runtime.rank, world_size=runtime.world_size, shuffle=False, last_batch="partial")
-    with open_stream(config, state, source, sampler, runtime) as stream, \
+    with open_stream(config, backbone.backbone, source, sampler, runtime) as stream, \
             tqdm(total=len(source), unit="img", unit_scale=True, desc="features", disable=not runtime.is_main) as bar:
         for batch, _ in enumerate(stream.batches(0)):
             bar.update(min(size, len(source) - batch * size))
@@ -273,6 +334,7 @@ def _info(arguments, _) -> None:
     print(f"images     {present} of {layout.num_images} ({100 * present / layout.num_images:.1f} %), both orientations")
     print(f"record     features {layout.z_dim} float32, convf {'x'.join(map(str, layout.convf_shape))} {layout.dtype}, {layout.record_bytes} bytes")
     print(f"size       {layout.total_bytes / 1e9:.2f} GB")
+    print(f"difference {meta['convf_error']:.1e} of convf, relative to what the backbone gives")
     for name, value in meta["key"].items():
         print(f"{name:<10} {value}")
     if list(arguments.folder.glob("writing-*")):
@@ -311,3 +373,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    launch.leave(0)

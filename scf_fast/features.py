@@ -2,8 +2,9 @@
 import contextlib
 import dataclasses
 import logging
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -14,17 +15,17 @@ import torch.distributed as dist
 
 from pipelines.loader import Loader, Preprocessing, make_loader
 from pipelines.sampler import EpochSampler
-from scf_fast.backbones import Backbone, identify_backbone
+from scf_fast.backbones import BACKBONES, Backbone, identify_backbone
 from scf_fast.config import Config
-from scf_fast.feature_cache import CacheLayout, FeatureCache, cache_key
-from scf_fast.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions
+from scf_fast.feature_cache import CacheLayout, FeatureCache, cache_key, decode, encoding_error, read_meta
+from scf_fast.frozen import CHECK_IMAGES, DTYPES, FrozenBackbone, frozen_precisions
 from scf_fast.inputs import image_loader
 from scf_fast.launch import Runtime
 
 log = logging.getLogger(__name__)
 
 _READ_AHEAD = 2  # batches
-_CPU_COMPILE_IMAGES = 30_000  # compiling takes about 12 s on a CPU core, and saves about half of 1/500 s an image
+_CPU_COMPILE_IMAGES = 50_000  # compiling takes about 12 s on a CPU core, and saves a quarter of a millisecond an image of ir_small
 
 
 class FeatureBatch(NamedTuple):
@@ -32,6 +33,31 @@ class FeatureBatch(NamedTuple):
     features: torch.Tensor  # (B, z_dim), unnormalised
     convf: torch.Tensor  # (B, C, 7, 7)
     labels: torch.Tensor  # (B,) int64
+    indices: torch.Tensor  # (B,) int64 on the CPU, positions in the data of what is shown
+
+
+def one_ahead(batches: Iterator[FeatureBatch], making: torch.cuda.Stream) -> Iterator[FeatureBatch]:
+    """The same batches, each made on the stream ``making`` while its predecessor is trained on, on the current one.
+
+    A batch is launched before its predecessor is handed out: where the optimiser step waits for the device, the backbone's work is under way
+    already. The caller's stream waits for each batch, and memory of a batch is used again only after what the caller has launched on it.
+    """
+    training = torch.cuda.current_stream(making.device)
+    making.wait_stream(training)  # for the backbone's weights
+
+    def make():
+        with torch.cuda.stream(making):
+            return next(batches, None), making.record_event()
+
+    batch, ready = make()
+    while batch is not None:
+        following = make()
+        training.wait_event(ready)
+        for tensor in batch:
+            if tensor.is_cuda:
+                tensor.record_stream(training)
+        yield batch
+        batch, ready = following
 
 
 class _Missing:
@@ -54,7 +80,7 @@ class FeatureStream:
     """Features of the sampler's images, batch by batch, in the orientation of the sampler's coin.
 
     Has the interface of :class:`pipelines.loader.Loader` and gives the same batches with and without a cache. With one, an image that
-    is missing is computed in both orientations and stored.
+    is missing is computed in both orientations and stored. On CUDA the work on a batch overlaps the training on the one before.
 
     Args:
         make_images: ``make_images(sampler, flip)`` gives a loader of images; closed when the stream is.
@@ -70,23 +96,64 @@ class FeatureStream:
                  device: torch.device, cache: FeatureCache | None = None):
         self._make_images, self._sampler, self._labels, self._backbone = make_images, sampler, labels, backbone
         self._flip, self._device, self._cache = flip, device, cache
+        self._making = torch.cuda.Stream(device) if device.type == "cuda" else None  # one for all epochs: the backbone's graph has one memory
         self._images, self._loader = None, None
+        self._seconds = {"data": 0.0, "backbone": 0.0}
+        self._timed = deque()  # pairs of CUDA events around what the backbone did
 
     @property
     def broken(self):
         """The broken images that the newest loader met, see ``pipelines.broken``; empty while no image was loaded."""
         return () if self._loader is None else self._loader.broken
 
-    def batches(self, epoch: int, start_batch: int = 0):
-        """The batches of one epoch from ``start_batch`` on, as :class:`FeatureBatch`."""
-        if self._cache is not None:
-            yield from self._cached(epoch, start_batch)
-            return
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Where the time went so far: ``"data"``, the host waiting for images or for the cache; ``"backbone"``, the frozen backbone, on CUDA by
+        its stream's own time, which overlaps the training's. Waits for that stream."""
+        self._collect(wait=True)
+        return dict(self._seconds)
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[FeatureBatch]:
+        """The batches of one epoch from ``start_batch`` on."""
+        made = (self._computed if self._cache is None else self._cached)(epoch, start_batch)
+        with contextlib.closing(made):
+            yield from one_ahead(made, self._making) if self._making else made
+
+    def _computed(self, epoch, start_batch):
         if self._images is None:
             self._images = self._loader = self._make_images(self._sampler, self._flip)
         with contextlib.closing(self._images.batches(epoch, start_batch)) as batches:
-            for images, labels, _ in batches:
-                yield FeatureBatch(*self._backbone(images), labels)
+            while (batch := self._wait(lambda: next(batches, None))) is not None:
+                yield FeatureBatch(*self._run(batch.images), batch.labels, batch.indices)
+
+    def _wait(self, what):
+        """What a call returns; its time is data's."""
+        began = time.perf_counter()
+        result = what()
+        self._seconds["data"] += time.perf_counter() - began
+        return result
+
+    def _run(self, images):
+        """features and convf, in memory of their own."""
+        if self._device.type != "cuda":
+            began = time.perf_counter()
+            result = self._backbone(images)
+            self._seconds["backbone"] += time.perf_counter() - began
+            return result
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        result = tuple(value.clone() for value in self._backbone(images))  # the graph's next run writes over its outputs
+        ended.record()
+        self._timed.append((began, ended))
+        self._collect(wait=False)
+        return result
+
+    def _collect(self, wait):
+        """Add up the events that have passed."""
+        while self._timed and (wait or self._timed[0][1].query()):
+            began, ended = self._timed.popleft()
+            ended.synchronize()
+            self._seconds["backbone"] += began.elapsed_time(ended) / 1000
 
     def _cached(self, epoch, start_batch):
         self._cache.refresh()
@@ -104,42 +171,50 @@ class FeatureStream:
             for batch in wanted:
                 while len(ahead) < _READ_AHEAD and batch + len(ahead) in wanted:
                     ahead.append(reader.submit(self._read, epoch, batch + len(ahead), present))
-                hits, found = ahead.popleft().result()
-                yield self._assemble(epoch, batch, hits, found, None if images is None else next(images))
+                hits, packed = self._wait(ahead.popleft().result)
+                found = None if packed is None else decode(self._cache.layout, packed.to(self._device, non_blocking=True))
+                missing = None if images is None else self._wait(lambda: next(images))
+                made = self._assemble(epoch, batch, hits, found, missing)
+                if batch == wanted[-1]:
+                    self._cache.flush()  # before a step that no rank finishes alone: the next epoch finds everything, whichever rank has made it
+                yield made
 
     def _read(self, epoch, batch, present):
-        """Which images of a batch the cache has, and their features."""
+        """Which images of a batch the cache has, and their rows."""
         indices = self._sampler.indices(epoch, batch)
         hits = present[indices]
         flips = self._sampler.flips(epoch, indices) & self._flip
-        return hits, self._cache.read(indices[hits], flips[hits], self._device) if hits.any() else None
+        return hits, self._cache.read(indices[hits], flips[hits], pin_memory=self._device.type == "cuda") if hits.any() else None
 
     def _assemble(self, epoch, batch, hits, found, missing):
         """One batch in the sampler's order from what the cache had and from ``missing``, the images that it had not."""
         indices = self._sampler.indices(epoch, batch)
         labels = torch.from_numpy(self._labels[indices]).to(self._device, non_blocking=True)
+        shown = torch.from_numpy(indices.copy())
         if hits.all():
-            return FeatureBatch(*found, labels)
+            return FeatureBatch(*found, labels, shown)
         computed = self._compute(indices[~hits], (self._sampler.flips(epoch, indices) & self._flip)[~hits], missing)
-        labels[torch.from_numpy(~hits).to(self._device)] = missing.labels  # a broken image has been replaced, label and all
+        places = torch.from_numpy(np.flatnonzero(~hits))  # a mask on the device would make the host wait for it
+        labels[places.to(self._device)] = missing.labels  # a broken image has been replaced, label and all
+        shown[places] = missing.indices
         if not hits.any():
-            return FeatureBatch(*computed, labels)
+            return FeatureBatch(*computed, labels, shown)
         places = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(hits), np.flatnonzero(~hits)]))).to(self._device)
-        return FeatureBatch(*(torch.cat([old.to(new.dtype), new])[places] for old, new in zip(found, computed)), labels)
+        return FeatureBatch(*(torch.cat([old.to(new.dtype), new])[places] for old, new in zip(found, computed)), labels, shown)
 
     def _compute(self, indices, flips, batch):
         """Features of images in the orientation that ``flips`` says; both orientations of those that the cache has room for go there."""
         images, shown = batch.images, batch.indices.numpy()
         mirror = torch.from_numpy(flips).to(images.device)[:, None, None, None]
         mirrored = images.flip(3)
-        wanted = tuple(value.clone() for value in self._backbone(torch.where(mirror, mirrored, images)))  # the next call may overwrite them
+        wanted = self._run(torch.where(mirror, mirrored, images))
         room = (indices < self._cache.layout.num_images) & (indices == shown)  # what stands in for a broken image is not that image
         if room.any():
-            other = self._backbone(torch.where(mirror, images, mirrored))
+            other = self._run(torch.where(mirror, images, mirrored))
             choose = mirror.flatten()
             plain, turned = ([torch.where(choose.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(first, second)]
                              for first, second in ((wanted, other), (other, wanted)))
-            keep = torch.from_numpy(room).to(images.device)
+            keep = torch.from_numpy(np.flatnonzero(room)).to(images.device)
             self._cache.write(indices[room], [tuple(value[keep] for value in view) for view in (plain, turned)])
         return wanted
 
@@ -157,6 +232,20 @@ class FeatureStream:
         self.close()
 
 
+def pixel_convention(config: Config, network: str, facts: dict) -> tuple[str, str]:
+    """The pixel convention of a backbone's images, a name that pipelines.loader.Preprocessing knows, and in words where it is from.
+
+    Args:
+        network: a key of BACKBONES.
+        facts: what the class centers' file notes, see :class:`scf_fast.checkpoints.Weights`.
+    """
+    if config.normalization is not None:
+        return config.normalization, "as --normalization says"
+    if "normalization" in facts:
+        return facts["normalization"], "as noted in --saved_fc"
+    return BACKBONES[network].normalization, f"as the {BACKBONES[network].family} family is trained with"
+
+
 def open_stream(config: Config, backbone_state: dict[str, torch.Tensor], source, sampler: EpochSampler, runtime: Runtime) -> FeatureStream:
     """The stream that a configuration describes: backbone from ``backbone_state``, with the cache of ``--feature_cache``; collective.
 
@@ -166,7 +255,6 @@ def open_stream(config: Config, backbone_state: dict[str, torch.Tensor], source,
     name, z_dim = identify_backbone(backbone_state)
     backbone = Backbone(name, z_dim)
     backbone.load_state_dict(backbone_state)
-    precisions = frozen_precisions(config.precision, runtime.device)
     passes = 2 if config.feature_cache else config.epochs
     pays = runtime.device.type == "cuda" or passes * len(source) / runtime.world_size > _CPU_COMPILE_IMAGES
 
@@ -176,20 +264,33 @@ def open_stream(config: Config, backbone_state: dict[str, torch.Tensor], source,
         with make_loader(source, sample, preprocessing, backend="torch", num_workers=0, on_broken="replace") as loader:
             return next(loader.batches(0)).images
 
+    precisions, cache = frozen_precisions(config.precision, runtime.device), None
+    if config.feature_cache:
+        cache, precision = _open_cache(config, backbone, backbone_state, source, precisions, calibration, runtime)
+        precisions = (precision,)  # what is still missing is computed as the rest was
     frozen = FrozenBackbone(backbone, runtime.device, precisions, compile=pays if config.compile is None else config.compile, calibration=calibration)
-    cache = _open_cache(config, backbone, backbone_state, source, precisions, runtime) if config.feature_cache else None
     return FeatureStream(lambda sampler, flip: image_loader(config, source, sampler, runtime, flip), sampler, source.labels, frozen,
                          flip=config.flip, device=runtime.device, cache=cache)
 
 
-def _open_cache(config, backbone, backbone_state, source, precisions, runtime) -> FeatureCache:
+def _open_cache(config, backbone, backbone_state, source, precisions, calibration, runtime) -> tuple[FeatureCache, str]:
+    """The cache, new or as it was left, and the precision that its rows are computed in; collective."""
     folder, architecture = Path(config.feature_cache), backbone.architecture
     layout = CacheLayout(len(source), backbone.z_dim, (architecture.widths[-1], architecture.map_size, architecture.map_size), config.cache_dtype)
     if config.cache_budget:
         layout = dataclasses.replace(layout, num_images=min(len(source), int(config.cache_budget * 1e9 / (layout.record_bytes + 4))))
     if runtime.is_main:
-        FeatureCache.create_or_check(folder, cache_key(backbone_state, source, config.normalization, ",".join(precisions)), layout)
-        log.info("feature cache: %s has room for %d of %d images in %s, %.2f GB", folder, layout.num_images, len(source), layout.dtype,
-                 layout.total_bytes / 1e9)
+        error = 0.0
+        if (folder / "meta.json").exists():
+            held = read_meta(folder)["key"]["precision"]
+            acceptable = DTYPES if config.precision == "auto" else precisions  # each was found accurate before it was taken
+            precision = held if held in acceptable else " or ".join(acceptable)
+        else:
+            frozen, images = FrozenBackbone(backbone, runtime.device, precisions), calibration().to(runtime.device)
+            precision, error = frozen.choose(images), encoding_error(layout, *frozen(images))
+        FeatureCache.create_or_check(folder, cache_key(backbone_state, source, config.normalization, precision), layout, error)
+        meta = read_meta(folder)
+        log.info("feature cache: %s has room for %d of %d images in %s, %.2f GB; computed in %s, of which the dtype loses %.1e", folder, layout.num_images,
+                 len(source), layout.dtype, layout.total_bytes / 1e9, meta["key"]["precision"], meta["convf_error"])
     dist.barrier()
-    return FeatureCache.open(folder, layout, runtime.rank)
+    return FeatureCache.open(folder, layout, runtime.rank), read_meta(folder)["key"]["precision"]

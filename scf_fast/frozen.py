@@ -6,6 +6,9 @@ A BatchNorm is y = a x + b for each channel, with a = weight / sqrt(var + eps) a
     before a padded one:        conv(pad(a x + b), w) = conv(pad(x), w a) + conv(pad(b 1), w)
 
 The padding of the second is zero in y, not in x, so its constant term differs at the border: a map over positions, computed once.
+
+In bf16 and fp16 the weights and what passes from layer to layer are rounded; constants, slopes and sums between two layers are float32.
+That costs nothing where the pointwise work is fused, and rounding the constants alone moves the features as much as rounding the filters.
 """
 import copy
 import logging
@@ -35,14 +38,15 @@ def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class FoldedConv(nn.Module):
-    """[BN -] conv [- BN] as one convolution and one addition.
+    """[BN -] conv [- BN] as one convolution and one addition: x (B, C, H, W) in ``dtype`` -> (B, C', H', W') float32, or float64 as the module.
 
     Args:
         before, conv, after: the modules, in evaluation mode; the BatchNorms may be None.
-        size: side of the input map, to which the bias map belongs.
+        size: side of the input map, to which the constant term belongs.
+        dtype: of the weights.
     """
 
-    def __init__(self, before: nn.Module | None, conv: nn.Conv2d, after: nn.Module | None, size: int):
+    def __init__(self, before: nn.Module | None, conv: nn.Conv2d, after: nn.Module | None, size: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.stride, self.padding = conv.stride, conv.padding
         weight = conv.weight.double()
@@ -55,61 +59,64 @@ class FoldedConv(nn.Module):
             a, b = _affine(after)
             weight = weight * a[:, None, None, None]
             constant = constant * a[None, :, None, None] + b[None, :, None, None]
-        per_channel = constant.shape[-1] == 1
-        self.register_buffer("weight", weight.float())
-        self.register_buffer("bias", constant.float().flatten() if per_channel else None)
-        self.register_buffer("bias_map", None if per_channel else constant.float())
+        # The inner constant takes part in the convolution's own sum, before that is rounded; the addition has the rest of it.
+        middle = constant.shape[-1] // 2
+        bias = constant[0, :, middle, middle].to(dtype)
+        rest = constant - bias.double()[:, None, None]
+        self.register_buffer("weight", weight.to(dtype))
+        self.register_buffer("bias", bias)
+        self.register_buffer("rest", None if dtype == torch.float32 and rest.shape[-1] == 1 else rest.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        return y if self.bias_map is None else y + self.bias_map
+        return y if self.rest is None else y + self.rest
 
 
 class FoldedUnit(nn.Module):
-    """An IR unit with its BatchNorms folded."""
+    """An IR unit with its BatchNorms folded; map in, map out in ``dtype``."""
 
-    def __init__(self, unit: nn.Module, size: int):
+    def __init__(self, unit: nn.Module, size: int, dtype: torch.dtype):
         super().__init__()
         layers = list(unit.res_layer)
         first_norm, conv1, *rest = layers
         middle = rest.pop(0) if isinstance(rest[0], nn.BatchNorm2d) else None
         prelu, conv2, last_norm, *gate = rest
-        self.conv1 = FoldedConv(first_norm, conv1, middle, size)
+        self.conv1 = FoldedConv(first_norm, conv1, middle, size, dtype)
         self.register_buffer("slope", prelu.weight.detach().float())
-        self.conv2 = FoldedConv(None, conv2, last_norm, size)
-        self.gate = copy.deepcopy(gate[0]) if gate else None  # a change of dtype here must not reach the model it came from
+        self.conv2 = FoldedConv(None, conv2, last_norm, size, dtype)
+        self.gate = copy.deepcopy(gate[0]).to(dtype) if gate else None  # a change of dtype here must not reach the model it came from
         if isinstance(unit.shortcut_layer, nn.MaxPool2d):
             self.shortcut, self.step = None, unit.shortcut_layer.stride
         else:
             conv, norm = unit.shortcut_layer
-            self.shortcut, self.step = FoldedConv(None, conv, norm, size), 1
+            self.shortcut, self.step = FoldedConv(None, conv, norm, size, dtype), 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.conv2(F.prelu(self.conv1(x), self.slope))
+        y = self.conv2(F.prelu(self.conv1(x), self.slope).to(x.dtype))
         if self.gate is not None:
-            y = self.gate(y)
+            y = self.gate(y.to(x.dtype))
         if self.shortcut is not None:
-            return y + self.shortcut(x)
-        return y + (x if self.step == 1 else x[:, :, ::self.step, ::self.step])
+            return (y + self.shortcut(x)).to(x.dtype)
+        return (y + (x if self.step == 1 else x[:, :, ::self.step, ::self.step])).to(x.dtype)
 
 
 class FoldedBackbone(nn.Module):
-    """images (B, 3, 112, 112) -> features (B, z_dim) unnormalised, convf (B, C, 7, 7), in the weights' dtype, channels_last.
+    """images (B, 3, 112, 112) in ``dtype`` -> features (B, z_dim) float32, unnormalised, and convf (B, C, 7, 7) in ``dtype``, channels_last.
 
     The embedding layer (BN - flatten - linear - BN) is one linear map. Its weight is stored in the order of the channels_last map, so that
     flattening the map copies nothing.
     """
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Backbone, dtype: torch.dtype = torch.float32):
         super().__init__()
         conv, norm, prelu = backbone.input_layer
         size = IMAGE_SIZE
-        self.stem = FoldedConv(None, conv, norm, size)
+        self.stem = FoldedConv(None, conv, norm, size, dtype)
         self.register_buffer("slope", prelu.weight.detach().float())
         size = -(-size // conv.stride[0])
         units = []
         for unit in backbone.body:
-            folded = FoldedUnit(unit, size)
+            folded = FoldedUnit(unit, size, dtype)
             units.append(folded)
             size = -(-size // folded.conv2.stride[0])
         self.body = nn.ModuleList(units)
@@ -118,14 +125,14 @@ class FoldedBackbone(nn.Module):
         weight = linear.weight.double().unflatten(1, (-1, size, size))
         bias = linear.bias.double() + (weight * b_in[:, None, None]).sum((1, 2, 3))
         weight = (weight * a_in[:, None, None] * a_out[:, None, None, None]).permute(0, 2, 3, 1)  # (z_dim, H, W, C)
-        self.register_buffer("weight", weight.flatten(1).float().contiguous())
+        self.register_buffer("weight", weight.flatten(1).to(dtype).contiguous())
         self.register_buffer("bias", (bias * a_out + b_out).float())
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = F.prelu(self.stem(images), self.slope)
+        x = F.prelu(self.stem(images), self.slope).to(images.dtype)
         for unit in self.body:
             x = unit(x)
-        return F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight, self.bias), x
+        return F.linear(x.permute(0, 2, 3, 1).flatten(1), self.weight) + self.bias, x
 
 
 def frozen_precisions(precision: str, device: torch.device) -> tuple[str, ...]:
@@ -147,6 +154,8 @@ class FrozenBackbone(nn.Module):
         compile: fuse the pointwise work with torch.compile; on CUDA as one graph a batch size, whose outputs are overwritten by the next call.
         calibration: gives the images (B, 3, 112, 112) that the precisions are judged on; by default those of the first call. Ranks that
             must decide alike give the same images.
+    Attributes:
+        dtype: of weights and activations; None until :meth:`choose` or the first call has settled it.
     """
 
     def __init__(self, backbone: Backbone, device: torch.device | str = "cpu", precisions: tuple[str, ...] = ("fp32",), compile: bool = False,
@@ -159,13 +168,13 @@ class FrozenBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, 112, 112) normalised RGB -> features (B, z_dim), convf (B, C, 7, 7), both in ``self.dtype``, which the first call sets.
+        """(B, 3, 112, 112) normalised RGB -> features (B, z_dim) float32, convf (B, C, 7, 7) in ``self.dtype``, which the first call sets.
 
         Raises:
             RuntimeError: on the first call only: no precision is accurate enough.
         """
         if self._call is None:
-            self._choose((images if self._calibration is None else self._calibration().to(self._device))[:CHECK_IMAGES])
+            self.choose(images if self._calibration is None else self._calibration().to(self._device))
         images = images.to(self.dtype, memory_format=torch.channels_last)
         try:
             return self._call(images)
@@ -176,12 +185,18 @@ class FrozenBackbone(nn.Module):
             self._call = self._folded
             return self._call(images)
 
-    def _choose(self, images):
-        """Take the first precision that agrees with the float32 model on these images, then let go of that model."""
+    @torch.no_grad()
+    def choose(self, images: torch.Tensor) -> str:
+        """Take the first precision that agrees with the float32 model on some of these images, and return it; lets go of that model.
+
+        Raises:
+            RuntimeError: no precision is accurate enough.
+        """
+        images = images[:CHECK_IMAGES]
         expected, expected_map = self._reference(images.float())
         for precision in self._precisions:
             self.dtype = DTYPES[precision]
-            self._folded = FoldedBackbone(self._reference).to(self._device, self.dtype, memory_format=torch.channels_last)
+            self._folded = FoldedBackbone(self._reference, self.dtype).to(self._device, memory_format=torch.channels_last)
             features, convf = self._folded(images.to(self.dtype, memory_format=torch.channels_last))
             cosine = F.cosine_similarity(features.float(), expected).min().item()
             error = ((convf.float() - expected_map).norm() / expected_map.norm()).item()
@@ -193,6 +208,6 @@ class FrozenBackbone(nn.Module):
                 self._call = self._folded
                 if self._compile:
                     self._call = torch.compile(self._folded, mode="reduce-overhead" if self._device.type == "cuda" else None, dynamic=False)
-                return
+                return precision
         raise RuntimeError(f"the frozen backbone differs from the float32 model in every precision of {', '.join(self._precisions)}: cosine must be >= "
                            f"{MIN_COSINE} and the relative error of convf <= {MAX_CONVF_ERROR[precision]:.0e}; the weights may be damaged")

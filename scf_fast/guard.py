@@ -71,7 +71,7 @@ class StepGuard:
         self._in_a_row = 0
         self._skip = False
         self._buffers = [buffer for buffer in engine.module.buffers() if buffer.is_floating_point()]
-        self._kept: list[torch.Tensor] = []
+        self._kept = [buffer.clone() for buffer in self._buffers]
         self._losses: list[torch.Tensor] = []
         step = engine.basic_optimizer.step
         engine.basic_optimizer.step = lambda *args, **kwargs: None if self._skip else step(*args, **kwargs)
@@ -79,7 +79,7 @@ class StepGuard:
     def before_step(self) -> None:
         """Remember the statistics that the forward pass is about to change."""
         self._skip, self._losses = False, []
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        _copy(self._kept, self._buffers)
 
     def see(self, loss: torch.Tensor) -> None:
         """Take note of a micro-batch's loss."""
@@ -110,8 +110,7 @@ class StepGuard:
         self._own = own
         self._skip = not_finite
         if not_finite:
-            for buffer, kept in zip(self._buffers, self._kept):
-                buffer.copy_(kept)
+            _copy(self._buffers, self._kept)
         return Votes(not_finite, stop, writing)
 
     def count(self, votes: Votes, step: int, images: Callable[[], list[str]]) -> None:
@@ -136,3 +135,8 @@ class StepGuard:
         if self._in_a_row >= self.limit:
             raise FloatingPointError(f"the loss had no finite value in any of the steps {step - self.limit + 1} to {step}; their images are in "
                                      f"{self.report.parent}/not_finite_rank*.jsonl; look at these, lower --lr, or --resume from the last checkpoint")
+
+
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

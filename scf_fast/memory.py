@@ -43,6 +43,8 @@ class MemoryForecast:
         if self.total <= self.available:
             return
         ways = ["more ranks (the class centers are divided among them)"]
+        if self.center_momentum == self.class_centers:
+            ways.append("--centers_state bf16 (half their momentum)")
         if self.center_gradient:
             ways.append("--fused_center_update with --gradient_accumulation_steps 1 (no gradient of the class centers)")
         ways += ["a smaller --batch_size", "a higher --zero_stage" if self.backbone > self.class_centers else "a smaller --z_dim"]
@@ -67,7 +69,8 @@ def forecast(config: Config, num_classes: int, world_size: int, precision: str) 
         kilobytes = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
         available = kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     micro_batch = config.batch_size // (world_size * config.gradient_accumulation_steps)
-    return MemoryForecast(sum(shares) + master, centers, centers, 0 if fuses(config, precision) else centers, an_image * micro_batch, available)
+    momentum = centers // 2 if config.centers_state == "bf16" else centers
+    return MemoryForecast(sum(shares) + master, centers, momentum, 0 if fuses(config, precision) else centers, an_image * micro_batch, available)
 
 
 def _kept_for_backward(backbone: Backbone, batch: int, precision: str) -> int:

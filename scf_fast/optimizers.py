@@ -38,7 +38,9 @@ def _apex(rule, parameters, lr, momentum, weight_decay, device):
 def _deepspeed(rule, parameters, lr, momentum, weight_decay, device):
     if rule == "sgd":
         raise RuntimeError("has no fused SGD")
-    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    if device.type == "cpu":
+        return DeepSpeedCPUAdam(parameters, lr=lr, weight_decay=weight_decay, adamw_mode=False)
     return FusedAdam(parameters, lr=lr, weight_decay=weight_decay, adam_w_mode=False)  # compiles its extension at the first use
 
 
@@ -57,10 +59,13 @@ def build_optimizer(rule: str, parameters, config: Config, device: torch.device)
     Args:
         rule: ``"sgd"`` or ``"adam"``.
         parameters: what ``torch.optim`` accepts.
+        device: where training runs; with ``--offload_optimizer cpu`` the optimiser runs on the CPU all the same.
     Raises:
         ValueError: ``--optimizer`` names one implementation and it is not usable.
     """
     parameters = list(parameters)
+    if config.offload_optimizer == "cpu":
+        device = torch.device("cpu")
     # On a CPU DeepSpeed's extension takes a minute to compile and is no faster than torch's fused one, so auto leaves it out there.
     names = [config.optimizer] if config.optimizer != "auto" else ["apex", "deepspeed", "torch"] if device.type == "cuda" else ["torch"]
     problems = []
@@ -129,3 +134,5 @@ class LearningRate:
     def load_state_dict(self, state: dict) -> None:
         if self.plateau:
             self.plateau.load_state_dict(state)
+            for group, rate in zip(self.optimizer.param_groups, state["_last_lr"]):  # before_step takes the rate from there
+                group["lr"] = rate

@@ -39,7 +39,8 @@ def shared_state(engine) -> dict:
     optimizer = engine.basic_optimizer
     first = next(iter(optimizer.state.values()), {})
     counters = {key: value for key, value in first.items() if not (torch.is_tensor(value) and value.dim())}
-    return {"counters": {key: value.cpu() if torch.is_tensor(value) else value for key, value in counters.items()},
+    # Copies: the optimiser goes on counting while a checkpoint is being written.
+    return {"counters": {key: value.to("cpu", copy=True) if torch.is_tensor(value) else value for key, value in counters.items()},
             "group_steps": [group.get("step") for group in optimizer.param_groups],
             "loss_scaler": _scaler(engine).state_dict() if _scaler(engine) else {}, "skipped_steps": engine.skipped_steps}
 
@@ -55,9 +56,7 @@ def restore(engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
     for flat in {id(flat): flat for _, _, _, flat, _ in _places(engine, 0, 1)}.values():
         counters = {key: value.to(flat.device, copy=True) if torch.is_tensor(value) else value for key, value in shared["counters"].items()}
         optimizer.state[flat] = {**{key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in keys}, **counters}
-    by_name: dict[str, list[Piece]] = {}
-    for piece in saved:
-        by_name.setdefault(piece.name, []).append(piece)
+    by_name = _by_name(saved)
     for piece in _pieces(engine, 0, 1):
         for key in keys:
             _fill(piece.values[key], piece.start, by_name[piece.name], key)
@@ -75,9 +74,7 @@ def load_weights(module: nn.Module, saved: Iterable[Piece], buffers: dict[str, t
     Raises:
         ValueError: the pieces are of another network.
     """
-    by_name: dict[str, list[Piece]] = {}
-    for piece in saved:
-        by_name.setdefault(piece.name, []).append(piece)
+    by_name = _by_name(saved)
     state = module.state_dict()
     different = (by_name.keys() | buffers.keys()) ^ state.keys()
     if different:
@@ -90,6 +87,13 @@ def load_weights(module: nn.Module, saved: Iterable[Piece], buffers: dict[str, t
         state[name].copy_(whole.view(state[name].shape))
     for name, value in buffers.items():
         state[name].copy_(value)
+
+
+def _by_name(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    grouped: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        grouped.setdefault(piece.name, []).append(piece)
+    return grouped
 
 
 def _fill(target: torch.Tensor, start: int, saved: list[Piece], key: str) -> None:

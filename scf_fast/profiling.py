@@ -42,18 +42,27 @@ class StepProfile:
         if self._runtime.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._began
-        self._profiler.stop()
+        profiler = self._profiler
+        self.close()
         on_device = self._runtime.device.type == "cuda"
         # A collective has one event where it is called and one where it runs: on a GPU its kernel.
-        spans = [(event.time_range.start, event.time_range.end) for event in self._profiler.events() if event.name.startswith(_COLLECTIVES)
+        spans = [(event.time_range.start, event.time_range.end) for event in profiler.events() if event.name.startswith(_COLLECTIVES)
                  and (event.device_type == torch.autograd.DeviceType.CUDA) == on_device]
         self.communication = min(1.0, _covered(spans) / 1e6 / seconds)
         if self._trace:
-            self._trace.mkdir(parents=True, exist_ok=True)
             path = self._trace / f"steps{self._steps[0]}-{step}_rank{self._runtime.rank}.json"
-            self._profiler.export_chrome_trace(str(path))
-            log.info("trace of steps %d to %d: %s", self._steps[0], step, path)
-        self._profiler = None
+            try:
+                self._trace.mkdir(parents=True, exist_ok=True)
+                profiler.export_chrome_trace(str(path))
+                log.info("trace of steps %d to %d: %s", self._steps[0], step, path)
+            except (OSError, RuntimeError) as error:
+                log.error("%s could not be written: %s", path, error)
+
+    def close(self) -> None:
+        """End the profiling, if it is going on."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

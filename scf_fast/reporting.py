@@ -1,6 +1,9 @@
 """What a run tells: log lines, progress bar, metrics, TensorBoard, one JSON line for every event, and where the time went."""
+import errno
 import json
 import logging
+import logging.handlers
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,30 +32,46 @@ class _EventHandler(logging.FileHandler):
         return json.dumps(fields)
 
 
-def set_up_logging(folder: Path | None, is_main: bool) -> None:
-    """Log lines to stderr, on the main rank also to the run's files; from the other ranks errors alone."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if is_main and folder is not None:
-        handlers += [logging.FileHandler(folder / LOG_FILE), _EventHandler(folder / EVENTS_FILE)]
+_early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)  # what was said before the run's folder was there
+
+
+def set_up_logging(is_main: bool) -> None:
+    """Log lines to stderr; from the other ranks errors alone, and what they know of broken images."""
     logging.raiseExceptions = False  # a disk that is full must not fill the terminal with tracebacks of lines it could not take
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers, force=True)
+    _early.buffer.clear()
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True,
+                        handlers=[logging.StreamHandler(sys.stderr), _early])
+    logging.getLogger("pipelines.broken").setLevel(logging.WARNING)
+
+
+def log_to_files(folder: Path) -> None:
+    """What has been logged and will be, in the run's files too."""
+    root = logging.getLogger()
+    for handler in (logging.FileHandler(folder / LOG_FILE), _EventHandler(folder / EVENTS_FILE)):
+        handler.setFormatter(root.handlers[0].formatter)
+        for record in _early.buffer:
+            handler.handle(record)
+        root.addHandler(handler)
+    root.removeHandler(_early)
 
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the lines of later steps from a file of :class:`StepLines`: a run that died had made them after its last checkpoint, and makes them again."""
     if path.exists():
         with open(path, "r+b") as file:
-            kept = [line for line in file if line.endswith(b"}\n") and json.loads(line)["step"] <= step]
-            file.seek(0)
-            file.truncate()
-            file.writelines(kept)
+            kept = 0
+            for line in file:
+                if not line.endswith(b"}\n") or json.loads(line)["step"] > step:
+                    break
+                kept += len(line)
+            file.truncate(kept)
 
 
 class StepLines:
     """A file of JSON lines, one a step, that survives a full disk: what could not be written is written with the next line."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "ab")
+        self._file = open(path, "ab", buffering=0)  # a buffer would try again by itself, and write twice
         self._pending, self._size, self._warned = [], self._file.tell(), False
 
     def add(self, record: dict) -> None:
@@ -62,8 +81,8 @@ class StepLines:
     def _flush(self) -> None:
         data = b"".join(self._pending)
         try:
-            self._file.write(data)
-            self._file.flush()
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._file.truncate(self._size)
             if not self._warned:
@@ -182,6 +201,13 @@ class Breakdown:
             self.seconds[part] = self.seconds.get(part, 0.0) + self._last.elapsed_time(event) / 1000
             self._last = event
         self._events = []
+
+    def split(self, part: str, pieces: dict[str, float]) -> None:
+        """Put what a part consists of in its place, in proportion."""
+        total = sum(pieces.values())
+        if total > 0:
+            whole = self.seconds.pop(part, 0.0)
+            self.seconds = {**{name: whole * seconds / total for name, seconds in pieces.items()}, **self.seconds}
 
     def __str__(self) -> str:
         total = max(sum(self.seconds.values()), 1e-9)

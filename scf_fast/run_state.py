@@ -73,7 +73,7 @@ class Checkpoints:
         self.finish()
         pieces = [Piece(name, start, {key: value.to("cpu", copy=True) for key, value in values.items()})
                   for name, start, values in partitions.owned_pieces(engine)]
-        finite = all(bool(piece.values[partitions.WEIGHT].isfinite().all()) for piece in pieces)
+        finite = all(bool(torch.stack(torch.aminmax(piece.values[partitions.WEIGHT])).isfinite().all()) for piece in pieces)  # NaN goes through aminmax
         if not self._all_ranks(finite):
             raise FloatingPointError(f"step {state['step']}: weights are not finite; --resume continues from {self.written or 'the start'}; lower --lr")
         content = {"pieces": [tuple(piece) for piece in pieces], "shared": partitions.shared_state(engine), "random": _random_state()}
@@ -122,8 +122,11 @@ class Checkpoints:
                       str(error).splitlines()[0], self.written or "the beginning", extra={"event": "checkpoint_failed", "step": state["step"]})
         if complete:
             self.written = tag
-        elif self.runtime.is_main:
-            shutil.rmtree(self.folder / tag, ignore_errors=True)
+        if self.runtime.is_main:
+            if complete:
+                self._prune()
+            else:
+                _delete(self.folder / tag)
 
     def _complete(self, tag: str, state: dict) -> None:
         parts = [self.folder / tag / f"rank{rank}.json" for rank in range(self.runtime.world_size)]
@@ -133,29 +136,28 @@ class Checkpoints:
         for part in parts:
             part.unlink()
         log.info("checkpoint: %s, %.2f GB", tag, sum(size for size, _ in files.values()) / 1e9, extra={"event": "checkpoint", "step": state["step"]})
-        self._prune()
 
     def _prune(self) -> None:
         complete = _complete_ones(self.folder)
         kept = complete[:self.keep]
         if self.keep_best:
-            rated = [(state["metric"], tag) for tag, state in ((tag, _read_state(self.folder / tag)) for tag in complete) if state["metric"] is not None]
-            kept += [tag for _, tag in sorted(rated)[:1]]
+            metrics = {tag: _metric(self.folder / tag) for tag in complete}
+            kept += sorted((tag for tag in complete if metrics[tag] is not None), key=metrics.get)[:1]
         for tag in complete:
             if tag not in kept:
-                (self.folder / tag / _STATE).unlink()  # first, so that what an interrupted deletion leaves is not taken for complete
-                shutil.rmtree(self.folder / tag)
+                _delete(self.folder / tag)
 
     def resume_from(self, tag: str | None) -> None:
-        """Forget what a run that died has left after ``tag``: incomplete folders go, complete ones that are damaged are set aside."""
+        """Forget what a run that died has left after ``tag``: incomplete folders go, complete ones are set aside."""
         if self.runtime.is_main:
             for folder in self.folder.glob("step*"):
                 if not (folder / _STATE).exists():
                     shutil.rmtree(folder)
                 elif tag is None or folder.name > tag:
-                    log.warning("checkpoint %s is set aside as damaged-%s, which can be deleted", folder, folder.name)
-                    shutil.rmtree(folder.with_name(f"damaged-{folder.name}"), ignore_errors=True)
-                    folder.rename(folder.with_name(f"damaged-{folder.name}"))
+                    aside = folder.with_name(f"aside-{folder.name}")
+                    log.warning("checkpoint %s, which this run does not start from, is now %s and can be deleted", folder, aside.name)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    folder.rename(aside)
         self.written = tag
         dist.barrier()
 
@@ -241,6 +243,23 @@ def _complete_ones(folder: Path) -> list[str]:
 
 def _read_state(folder: Path) -> dict:
     return json.loads((folder / _STATE).read_text())
+
+
+def _metric(folder: Path) -> float | None:
+    """The metric of a complete checkpoint; None too where it is damaged."""
+    try:
+        return _read_state(folder)["metric"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _delete(folder: Path) -> None:
+    """As far as can be; one that cannot be deleted is no reason to end a run."""
+    try:
+        (folder / _STATE).unlink(missing_ok=True)  # first, so that what an interrupted deletion leaves is not taken for complete
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        log.warning("checkpoint %s could not be deleted: %s", folder, error)
 
 
 def _fingerprint(path: Path) -> list[int]:

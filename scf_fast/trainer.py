@@ -1,5 +1,6 @@
 """The training loop that both stages share: input, engine, steps, logs, checkpoints, resume."""
 import contextlib
+import fcntl
 import importlib.metadata
 import itertools
 import logging
@@ -7,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,20 +22,23 @@ from scf_fast.backbone_stage import BackboneStage
 from scf_fast.confidence_stage import ConfidenceStage
 from scf_fast.config import Config
 from scf_fast.engine import average_batchnorm_statistics, initialise_engine, load_deepspeed_config, resolve_precision, take_step
+from scf_fast.features import FeatureStream
 from scf_fast.finetune_stage import FinetuneStage
 from scf_fast.guard import StepGuard, StopSignal, Votes
 from scf_fast.inputs import epoch_sampler, open_data
 from scf_fast.optimizers import LearningRate, build_optimizer
 from scf_fast.profiling import StepProfile
-from scf_fast.reporting import Breakdown, Reporter, StepLines, forget_after, set_up_logging
+from scf_fast.reporting import Breakdown, Reporter, StepLines, forget_after, log_to_files, set_up_logging
 from scf_fast.run_state import Checkpoints
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+_LOCK_SECONDS = 15  # workers of a run that was killed notice within 5
 # A run may be continued with other hardware settings, a longer schedule or another cadence of logs, but these make it another run.
 _IDENTITY = ("stage", "data", "batch_size", "seed", "network", "z_dim", "loss", "margins", "saved_bkb", "saved_fc", "finetune_bkb", "confidence_net",
-             "normalizer", "radius", "label_smoothing", "sample_rate")
+             "normalizer", "radius", "label_smoothing", "sample_rate", "scale", "margin_gradient", "dropout", "augmentation", "flip", "shuffle", "data_weights",
+             "images_per_identity", "max_images_per_identity")
 
 
 def versions() -> dict:
@@ -61,6 +66,8 @@ def _claim_output(config: Config) -> tuple[str, dict] | None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder}: is a file; give a folder")
     old = folder / CONFIG_FILE
+    if not old.exists() and config.resume and (folder / "checkpoints").is_dir():
+        return run_state.newest_intact(folder / "checkpoints")
     if not old.exists():
         if folder.exists() and any(folder.iterdir()) and not config.overwrite:
             raise ValueError(f"--output_dir {folder}: holds files that are no run of this program; give another folder, or --overwrite to delete them")
@@ -84,10 +91,10 @@ def _check_world(config: Config, world_size: int) -> None:
                          f"{config.gradient_accumulation_steps}; nearest: {max(1, round(config.batch_size / parts)) * parts}")
 
 
-def _check_identities(config: Config, source, state: dict | None) -> None:
-    if state and state["num_classes"] != source.num_classes:
-        raise ValueError(f"--resume: the checkpoint was trained on {state['num_classes']} identities, but --data {config.data} now has "
-                         f"{source.num_classes}; give the data set of that run")
+def _check_data(config: Config, source, state: dict | None) -> None:
+    for what, before, now in (("identities", state["num_classes"], source.num_classes), ("images", state["num_images"], len(source))) if state else ():
+        if before != now:
+            raise ValueError(f"--resume: the checkpoint was trained on {before} {what}, but --data {config.data} now has {now}; give the data set of that run")
 
 
 def _open(config: Config):
@@ -126,43 +133,99 @@ def train(config: Config) -> str | None:
     rank, world_size = launch.environment()
     launched = "RANK" in os.environ
     folder = Path(config.output_dir)
-    set_up_logging(None, rank == 0)
+    set_up_logging(rank == 0)
     resumed = source = stage = None
-    if rank == 0:  # checked by one rank before the group forms: the others must not see files that this one has just written
-        with _input_errors():
-            if config.deepspeed_config:
-                load_deepspeed_config(config.deepspeed_config)
-            resumed = _claim_output(config)
-            _check_world(config, world_size)
-            source, stage = _open(config)
-            _check_identities(config, source, resumed[1] if resumed else None)
-            epoch_sampler(config, source, rank, world_size)
-    runtime = launch.start()
-    with _input_errors():
-        if runtime.is_main:
-            if config.overwrite and folder.exists():
-                shutil.rmtree(folder)
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            configuration.save(config, folder / CONFIG_FILE, versions())
+    with contextlib.ExitStack() as held:
+        if rank == 0:  # checked by one rank before the group forms: the others must not see files that this one has just written
+            with _input_errors():
+                if config.deepspeed_config:
+                    load_deepspeed_config(config.deepspeed_config)
+                locked = folder.is_dir()
+                if locked:
+                    held.enter_context(_only_run_in(folder))
+                resumed = _claim_output(config)
+                _check_world(config, world_size)
+                source, stage = _open(config)
+                _check_data(config, source, resumed[1] if resumed else None)
+                epoch_sampler(config, source, rank, world_size)
+        runtime = launch.start()
         resumed = _from_main(resumed)
-        if not runtime.is_main:
-            source, stage = _open(config)
-        set_up_logging(folder, runtime.is_main)
         for note in published.flag_notes(config, launched):
             log.info(note)
         torch.manual_seed(config.seed)  # the same weights on every rank
         precision = resolve_precision(config, runtime.device)
         log.info("precision: %s (%s)", precision, "auto" if config.precision == "auto" else "as given")
-        module = stage.build(runtime, precision)
-        if resumed:
-            run_state.load_weights(module, folder / "checkpoints" / resumed[0], resumed[1])
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(stage.optimizer_rule, trained, config, runtime.device)
-    engine = initialise_engine(module, optimizer, config, runtime, precision)
-    torch.manual_seed(config.seed + 1000 * (runtime.rank + 1))  # other dropout on every rank
-    stopped_by = _Run(config, runtime, engine, stage, source, folder, resumed).train()
-    launch.finish(engine)
-    return stopped_by
+        with _input_errors_of_all(runtime):
+            if not runtime.is_main:
+                source, stage = _open(config)
+            module = stage.build(runtime, precision)
+            if resumed:
+                run_state.load_weights(module, folder / "checkpoints" / resumed[0], resumed[1])
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            optimizer = build_optimizer(stage.optimizer_rule, trained, config, runtime.device)
+        with _input_errors_of_all(runtime):  # from here on the folder changes
+            if runtime.is_main:
+                if config.overwrite and folder.exists():
+                    _empty(folder)
+                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                if not locked:
+                    held.enter_context(_only_run_in(folder))
+                configuration.save(config, folder / CONFIG_FILE, versions())
+        if runtime.is_main:
+            log_to_files(folder)
+        engine = initialise_engine(module, optimizer, config, runtime, precision)
+        torch.manual_seed(config.seed + 1000 * (runtime.rank + 1))  # other dropout on every rank
+        stopped_by = _Run(config, runtime, engine, stage, source, folder, resumed).train()
+        launch.finish(engine)
+        return stopped_by
+
+
+@contextlib.contextmanager
+def _input_errors_of_all(runtime: launch.Runtime):
+    """What goes wrong on any rank ends all of them, with its message; collective."""
+    problem = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * runtime.world_size
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise InputError(found if rank == 0 or found == problem else f"rank {rank}: {found}")
+
+
+@contextlib.contextmanager
+def _only_run_in(folder: Path):
+    """Hold the folder against a second launch, which would delete what the first is writing.
+
+    Raises:
+        ValueError: another process holds it for longer than the workers of a dead run live.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for attempt in range(_LOCK_SECONDS + 1):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == _LOCK_SECONDS:
+                    raise ValueError(f"--output_dir {folder}: another run is writing to it; wait for its end, or stop its ranks: pkill -f train.py") from None
+                time.sleep(1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(handle)
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a folder, which stays: it is locked."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _from_main(value):
@@ -230,6 +293,7 @@ class _Run:
         if self.first_step >= self.last_step:
             self._export(self.first_step)  # a run that died after its last checkpoint may not have
             log.info("nothing to do: the run is at step %d of %d", self.first_step, self.last_step)
+            self._check_written()
             return None
         loader = self.stage.make_loader(self.source, self.sampler, runtime)
         batches = (batch for epoch in itertools.count(self.first_step // self.per_epoch)
@@ -238,7 +302,8 @@ class _Run:
         profile = StepProfile(runtime, self.first_step, self.last_step, self.folder / "profile" if config.profile else None)
         self.engine.train()
         self.clock = Breakdown(runtime.device)
-        with StopSignal() as signal, loader, contextlib.closing(reporter), contextlib.closing(batches), contextlib.closing(self.checkpoints):
+        with StopSignal() as signal, loader, contextlib.closing(reporter), contextlib.closing(batches), contextlib.closing(self.checkpoints), \
+                contextlib.closing(profile), contextlib.closing(self.samples or contextlib.ExitStack()):
             for step in range(self.first_step + 1, self.last_step + 1):  # counted from 1: the step that is being made
                 profile.before(step)
                 rate = self.schedule.before_step(step - 1)
@@ -249,14 +314,18 @@ class _Run:
                 reporter.advance(config.batch_size)
                 if self.samples:
                     self.samples.add({"step": step, "images": batch.indices.tolist()})
-                self.guard.count(votes, step, lambda: self._names(step))  # noqa: B023 -- called before the next step
+                try:
+                    self.guard.count(votes, step, lambda: self._names(step))  # noqa: B023 -- called before the next step
+                except FloatingPointError:  # on all ranks
+                    self.checkpoints.finish()
+                    raise
                 self._log(step, result, votes, rate, reporter)
                 if self.checkpoints.pending and not votes.writing:
                     self.checkpoints.finish()
-                epoch_ends = step % self.per_epoch == 0 or step == self.last_step
-                if epoch_ends or votes.stop or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                epoch_ends = step % self.per_epoch == 0
+                if epoch_ends or step == self.last_step or votes.stop or (config.checkpoint_every and step % config.checkpoint_every == 0):
                     self._save(step, epoch_ends)
-                if epoch_ends:
+                if epoch_ends or step == self.last_step:
                     self._export(step)
                 self.clock.mark("checkpoints and logs")
                 if votes.stop and step < self.last_step:
@@ -264,9 +333,15 @@ class _Run:
             self.checkpoints.finish()
         stopped_by = _from_main(signal.name or "a signal") if votes.stop and step < self.last_step else None
         self._summarise(step, reporter, loader, profile, stopped_by)
-        if stopped_by is None and (self.checkpoints.failed or self.unwritten):
-            raise Incomplete(f"{self.unwritten or 'the last checkpoint could not be written'}; free some space and --resume: only the files are missing")
+        if stopped_by is None:
+            self._check_written()
         return stopped_by
+
+    def _check_written(self) -> None:
+        if self.checkpoints.failed:
+            raise Incomplete(f"the last checkpoint could not be written; free some space and --resume, from {self.checkpoints.written or 'the beginning'}")
+        if self.unwritten:
+            raise Incomplete(f"{self.unwritten}; free some space and --resume: only the files are missing")
 
     def _step(self, batch, stop: bool) -> tuple[_StepLog, Votes]:
         """One optimiser step, or none where the loss has no finite value on any rank."""
@@ -321,7 +396,8 @@ class _Run:
         if epoch_ends:
             self.epoch_loss.zero_()
         self.checkpoints.save(self.engine, {"step": step, "schedule": self.schedule.state_dict(), "num_classes": self.source.num_classes,
-                                            "metric": total / count if epoch_ends and count else None, "epoch_loss": self.epoch_loss.tolist()}, self.centers)
+                                            "num_images": len(self.source), "metric": total / count if epoch_ends and count else None,
+                                            "epoch_loss": self.epoch_loss.tolist()}, self.centers)
 
     def _export(self, step: int) -> None:
         try:
@@ -336,10 +412,10 @@ class _Run:
     def _summarise(self, step: int, reporter: Reporter, loader, profile: StepProfile, stopped_by: str | None) -> None:
         self.clock.collect()
         seconds = sum(self.clock.seconds.values())
+        self.clock.split("data", loader.seconds if isinstance(loader, FeatureStream) else {})
+        broken = torch.tensor(float(len(loader.broken)), device=self.runtime.device)
         counts = {"steps": step - self.first_step, "skipped_not_finite": self.guard.skipped, "skipped_by_loss_scale": self.scaler_skips,
-                  "broken_images": len(loader.broken)}
-        if len(loader.broken):
-            log.warning("%d broken images on this rank were replaced by others; they are named above", len(loader.broken))
+                  "broken_images": round(launch.average_over_ranks(broken).item() * self.runtime.world_size)}
         lost = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps")
         rate = counts["steps"] * self.config.batch_size / seconds
         communication = "" if profile.communication is None else f"; communication {100 * profile.communication:.0f} % of a step, partly beside these"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import _measure, bench_log_bessel, bench_scf_loss
+from bench import _measure, bench_log_bessel, bench_scf_loss, bench_scoring
 from bench._environment import environment
 
 ROOT = Path(__file__).parents[2]
@@ -86,12 +86,25 @@ def test_a_wrong_loss_is_not_timed(monkeypatch):
         bench_scf_loss.check("scf_fast", batch)
 
 
+@pytest.mark.parametrize("name, wrong", [
+    ("scf_fast", lambda *faces: bench_scoring.vmf_similarity_matrix(*faces) + 0.01),
+    ("scf_fast_top_10", lambda *faces: (bench_scoring.vmf_similarity_matrix(*faces).topk(11).values[:, 1:], None)),
+    ("scf_fast_histogram", lambda *faces: bench_scoring.histogram(*faces).roll(3, dims=1))])
+def test_wrong_scores_are_not_timed(monkeypatch, name, wrong):
+    torch.manual_seed(0)
+    faces = (*bench_scoring.fresh_faces(40, "cpu"), *bench_scoring.fresh_faces(40, "cpu"))
+    bench_scoring.check(name, faces)
+    monkeypatch.setitem(bench_scoring.MATRICES if name == "scf_fast" else bench_scoring.REDUCED, name, wrong)
+    with pytest.raises(AssertionError):
+        bench_scoring.check(name, faces)
+
+
 def test_benchmarks_run_when_named(tmp_path):
     """One small case of each file; naming it makes pytest import the file and work out all of its cases."""
     results = tmp_path / "results.json"
     cases = [
-        "bench/bench_log_bessel.py::test_log_bessel_family[value-1024-log_bessel_i-eager]",
-        "bench/bench_scf_loss.py::test_scf_loss[85742-forward-confidence-256-eager]",
+        "bench/bench_log_bessel.py::test_log_bessel[log_bessel_i,-value,-1024-values,-eager]",
+        "bench/bench_scf_loss.py::test_scf_loss[scf_loss,-forward-(confidence),-B-=-256,-C-=-85742,-eager]",
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases, f"--benchmark-json={results}"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # or pytest-benchmark times nothing
@@ -101,4 +114,24 @@ def test_benchmarks_run_when_named(tmp_path):
     timed = json.loads(results.read_text())["benchmarks"]
     assert {case["group"].split(",")[0] for case in timed} == {"log_bessel_i", "scf_loss"}
     for case in timed:
-        assert {"device", "driver", "torch", "triton", "commit", "shape", "dtype", "peak_mib", "kernels", "gb_per_s"} <= set(case["extra_info"])
+        assert {"device", "driver", "torch", "triton", "commit", "command", "dtype", "peak_mib", "kernels", "floor_seconds"} <= set(case["extra_info"])
+
+
+def test_samples_are_many_where_calls_are_short_and_few_where_they_are_long(monkeypatch):
+    for seconds, count in ((1e-4, 200), (0.1, 10), (0.5, 5), (3.0, 3)):
+        monkeypatch.setattr(_measure, "_seconds", lambda *_, seconds=seconds: seconds)
+        assert _measure.sampled_seconds(lambda: None, [()], "cpu", budget=1.0) == [seconds] * count
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    _measure.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        _measure.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1} and [file.name for file in path.parent.iterdir()] == ["a.json"]
+
+
+def test_command_names_no_place_on_the_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/else", "--out", "/home/me/runs", str(ROOT / "bench" / "results"), "--batch", "3"])
+    found = environment("cpu")["command"]
+    assert found.startswith("python ") and found.endswith(" --out runs bench/results --batch 3") and "/home" not in found

@@ -104,6 +104,26 @@ def test_no_loss_without_labels_and_none_without_other_classes(place):
     assert (empty.log_sum_exp == -math.inf).all() and (empty.nearest_other == -math.inf).all() and not empty.target_cosine.any()
 
 
+def gradient_of_embeddings(*arguments, **options):
+    finished = []
+    margin_softmax_gradients(*arguments, finish=finished.append, **options)
+    (gradient,) = finished
+    return gradient
+
+
+def test_embeddings_have_their_gradient_before_the_last_block_of_class_centers(place, small_blocks):
+    backend, device = place
+    e, w, labels = batch(6, 9, 12, device=device)
+    e, w, order = e.detach(), w.detach(), []
+    statistics = margin_softmax_statistics(e, w, labels, backend=backend)
+    margin_softmax_gradients(e, w, labels, statistics.log_sum_exp, torch.rand(6, device=device), torch.rand(6, device=device), backend=backend,
+                             finish=lambda gradient: order.append("embeddings"), consume=lambda start, stop, gradient: order.append(stop))
+    assert order[-2:] == ["embeddings", 9] and order.count("embeddings") == 1
+    margin_softmax_gradients(e, w[:0], labels.fill_(-1), torch.zeros(6, device=device), torch.zeros(6, device=device), torch.zeros(6, device=device),
+                             backend=backend, finish=lambda gradient: order.append(gradient.abs().sum().item()))
+    assert order[-1] == 0
+
+
 def test_shards_combine_to_the_whole(place, small_blocks):
     """Statistics and gradients of two ranks' classes, and of a sample of them, against all classes at once."""
     backend, device = place
@@ -114,7 +134,7 @@ def test_shards_combine_to_the_whole(place, small_blocks):
     row_grad, target_grad = torch.rand(2, 6, device=device)
     target_grad = torch.where(labels >= 0, target_grad, 0.0)
     expected = torch.zeros_like(w)
-    grad_e = margin_softmax_gradients(e, w, labels, whole.log_sum_exp, row_grad, target_grad, consume=lambda a, b, g: expected[a:b].copy_(g), **options)
+    grad_e = gradient_of_embeddings(e, w, labels, whole.log_sum_exp, row_grad, target_grad, consume=lambda a, b, g: expected[a:b].copy_(g), **options)
 
     parts, sums, found = [], torch.zeros_like(e), torch.zeros_like(w)
     for rows in (torch.arange(0, 4, device=device), torch.tensor([8, 6, 5, 4, 7], device=device)):
@@ -127,7 +147,7 @@ def test_shards_combine_to_the_whole(place, small_blocks):
         def consume(start, stop, grad, rows=rows, consumed=consumed):
             consumed.extend(range(start, stop))
             found[rows[start:stop]] = grad
-        sums += margin_softmax_gradients(e, w, local, whole.log_sum_exp, row_grad, own_target, class_rows=rows, consume=consume, **options)
+        sums += gradient_of_embeddings(e, w, local, whole.log_sum_exp, row_grad, own_target, class_rows=rows, consume=consume, **options)
         assert consumed == list(range(len(rows)))
     torch.testing.assert_close(torch.logaddexp(parts[0].log_sum_exp, parts[1].log_sum_exp), whole.log_sum_exp)
     torch.testing.assert_close(parts[0].target_cosine + parts[1].target_cosine, whole.target_cosine)
@@ -145,8 +165,8 @@ def test_skipped_tiles_leave_out_less_than_the_threshold(triton_device, small_bl
 
     def gradients(skip_below):
         centers = torch.zeros_like(w)
-        return margin_softmax_gradients(e, w, labels, statistics.log_sum_exp, row_grad, -64 * row_grad, skip_below=skip_below, backend="triton",
-                                        consume=lambda a, b, g: centers[a:b].copy_(g)), centers
+        return gradient_of_embeddings(e, w, labels, statistics.log_sum_exp, row_grad, -64 * row_grad, skip_below=skip_below, backend="triton",
+                                      consume=lambda a, b, g: centers[a:b].copy_(g)), centers
 
     exact, skipped, nothing = gradients(0.0), gradients(0.5), gradients(1.01)
     assert not torch.equal(exact[1], skipped[1]) and not nothing[0].any() and not nothing[1].any()

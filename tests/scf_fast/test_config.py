@@ -77,7 +77,7 @@ def test_network_names_of_insightface_and_pixels_of_each_family():
     ([*STAGE1, "--margins", "1,2"], "three numbers m1,m2,m3"),
     ([*STAGE1, "--radius", "32"], "--radius belongs to stage confidence"),
     ([*STAGE1, "--resume", "--overwrite"], "one continues the old run, the other deletes it"),
-    ([*STAGE1, "--precision", "fp16"], "Use bf16, or --zero_stage 0"),
+    ([*STAGE1, "--offload_optimizer", "cpu", "--zero_stage", "0"], "--offload_optimizer must be none with --zero_stage 0"),
     (["--data", "d", "--output_dir", "o"], "--stage must be one of backbone, confidence, got None"),
     ([*STAGE1, "--images_per_identity", "2", "--data_weights", "1,2"], "only one of them can say what an epoch holds"),
     ([*STAGE2, "--augmentation", "strong", "--feature_cache", "c"], "the cache holds one picture an image"),

@@ -1,11 +1,14 @@
 import json
+import os
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
 
-from scf_fast.feature_cache import CacheLayout, FeatureCache, cache_key, decode, encode, layout_of, read_meta
+from scf_fast.feature_cache import CacheLayout, FeatureCache, cache_key, decode, encode, encoding_error, layout_of, main, read_meta
+from scf_fast.launch import free_port
 
 KEY = {"backbone": "b", "data": "d", "normalization": "insightface", "precision": "fp32"}
 BOUND = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4, "int8": 0.5 / 127}  # fp8: of the value; int8: of the largest value
@@ -59,7 +62,7 @@ def test_write_then_read_both_orientations_in_any_order(small, monkeypatch):
     assert again.present.nonzero()[0].tolist() == sorted(indices)
     order = np.array([2, 0, 4])
     flips = np.array([False, True, True])
-    features, convf = again.read(indices[order], flips, torch.device("cpu"))
+    features, convf = decode(layout, again.read(indices[order], flips))
     for row, (place, flip) in enumerate(zip(order, flips)):
         expected = (turned if flip else plain)
         assert torch.equal(features[row], expected[0][place]) and torch.equal(convf[row], expected[1][place])
@@ -87,6 +90,7 @@ def test_a_cache_left_open_is_checked_before_it_is_used(small):
     folder, layout = small
     cache = FeatureCache.open(folder, layout, 1)
     cache.write(np.arange(3), views(layout, 3))
+    cache.refresh()
     cache._checksums[2] += 1  # a record half written when the machine died
     cache._checksums.flush()
     assert (folder / "writing-1").exists()
@@ -141,3 +145,58 @@ def test_key_follows_weights_and_data():
     changed = Source()
     changed.shift = 1
     assert cache_key(state, changed, "published", "bf16")["data"] != key["data"]
+
+
+def test_built_in_advance_by_two_ranks_and_used_by_another_head_rate_radius_and_normaliser(faces, stage1, tmp_path, flags, run_command, monkeypatch, capsys):
+    """The pixels are normalised as stage 1 notes beside the backbone, so that training finds its own cache, and computes nothing."""
+    folder, weights = tmp_path / "cache", stage1[0] / "backbone.pth"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "-m"]
+    status, output = run_command([*launcher, "scf_fast.feature_cache", "build", folder, "--data", faces / "train", "--saved_bkb", weights,
+                                  "--precision", "fp32", "--cache_dtype", "int8", "--num_workers", 1])
+    assert status == 0 and output.count("pixels: published, as noted in --saved_fc") == 1, output
+    other = ["--confidence_net", "mlp", "--lr", "1e-4", "--radius", 32, "--normalizer", "published", "--precision", "auto", "--cache_dtype", "int8"]
+    status, output = run_command([sys.executable, "train.py", *flags["stage2"], *other, "--saved_bkb", weights, "--saved_fc", stage1[0] / "fc.pth",
+                                  "--data", faces / "train", "--feature_cache", folder, "--output_dir", tmp_path / "run", "--max_steps", 2])
+    assert status == 0 and "computed in fp32" in output and "frozen backbone" not in output, output
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["feature_cache", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+    said = command("info", folder)
+    assert "128 of 128 (100.0 %), both orientations" in said and "convf 128x7x7 int8" in said and "precision  fp32" in said
+    assert 1e-4 < float(said.split("difference ")[1].split()[0]) < 2e-2
+    assert command("verify", folder).startswith("128 intact records, 0 damaged")
+    with open(folder / "rows-00000.bin", "r+b") as file:
+        file.write(b"\0\0\0\0")
+    with pytest.raises(SystemExit):
+        command("verify", folder)
+    assert capsys.readouterr().out.startswith("127 intact records, 1 damaged")
+
+
+def test_a_file_cut_short_is_said(small):
+    folder, layout = small
+    cache = FeatureCache.open(folder, layout, 0)
+    cache.write(np.arange(50), views(layout, 50))
+    cache.refresh()
+    os.truncate(folder / "rows-00000.bin", 49 * layout.record_bytes + 5)
+    with pytest.raises(OSError, match="image 49 lies beyond the end of its file"):
+        cache.read(np.array([3, 49]), np.array([False, True]))
+    cache.close()
+
+
+@pytest.mark.parametrize("dtype, bound", [("fp32", 0.0), ("bf16", 2.0**-8), ("int8", 0.02)])
+def test_what_the_dtype_loses_is_measured(dtype, bound):
+    layout = CacheLayout(1, 8, (4, 3, 3), dtype)
+    (features, convf), _ = views(layout, 16)
+    error = encoding_error(layout, features, convf)
+    assert error == 0 if bound == 0 else bound / 20 < error < bound
+
+
+def test_a_map_that_the_dtype_cannot_hold_is_refused(tmp_path):
+    layout = CacheLayout(1, 8, (4, 3, 3), "fp16")
+    (features, convf), _ = views(layout, 16)
+    error = encoding_error(layout, features, 1e5 * convf)
+    with pytest.raises(ValueError, match="--cache_dtype fp16: cannot hold the last map"):
+        FeatureCache.create_or_check(tmp_path / "c", KEY, layout, error)
+    assert not (tmp_path / "c").exists()

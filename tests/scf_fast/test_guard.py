@@ -36,7 +36,7 @@ def run(zero_stage, bad_steps):
     net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.PReLU(), nn.Linear(3, 1))
     engine = initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32")
     guard = StepGuard(engine, runtime, 3, Path(sys.argv[1]) / f"not_finite_rank{runtime.rank}.jsonl")
-    applied = 0
+    applied, early = 0, None
     for step in range(len(bad_steps)):
         guard.before_step()
         value = loss(engine, 0 if bad_steps[step] else applied, bad_steps[step])
@@ -48,6 +48,8 @@ def run(zero_stage, bad_steps):
         take_step(engine)
         guard.count(votes, step, lambda: ["first.jpg", "second.jpg"])
         applied += not bad_steps[step]
+        early = early or partitions.shared_state(engine)  # as a checkpoint that is written while the steps go on
+    assert early["counters"]["step"] == 1, early
     pieces = {(p.name, p.start): {k: v.clone() for k, v in p.values.items()} for p in partitions.owned_pieces(engine)}
     buffers = {k: v.clone() for k, v in net.named_buffers() if v.is_floating_point()}
     counters = partitions.shared_state(engine)["counters"]

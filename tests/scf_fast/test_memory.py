@@ -21,6 +21,7 @@ def test_class_centers_and_backbone_are_counted_by_what_each_rank_holds():
         found = forecast(make_config(zero_stage=zero_stage), CLASSES, RANKS, "fp32")
         assert found.backbone == pytest.approx(copies * size, abs=8)
         assert (found.class_centers, found.center_momentum, found.center_gradient) == (centers, centers, 0)
+    assert forecast(make_config(centers_state="bf16"), CLASSES, RANKS, "fp32").center_momentum == centers // 2
     assert forecast(make_config(gradient_accumulation_steps=2), CLASSES, RANKS, "fp32").center_gradient == centers
 
 
@@ -52,9 +53,9 @@ def test_activations_are_what_autograd_keeps():
 def test_what_cannot_fit_is_refused_with_the_way_out():
     found = MemoryForecast(10, 4_000, 4_000, 4_000, 100, 20_000)
     found.check()
-    with pytest.raises(ValueError, match=r"does not fit into memory .*more ranks.*--fused_center_update.*smaller --batch_size"):
+    with pytest.raises(ValueError, match=r"does not fit into memory .*more ranks.*--centers_state bf16.*--fused_center_update.*smaller --batch_size"):
         dataclasses.replace(found, available=12_000).check()
     with pytest.raises(ValueError) as error:
-        dataclasses.replace(found, center_gradient=0, available=8_000).check()
-    assert "--fused_center_update" not in str(error.value)
+        dataclasses.replace(found, center_momentum=2_000, center_gradient=0, available=6_000).check()
+    assert "--fused_center_update" not in str(error.value) and "--centers_state" not in str(error.value)
     assert str(forecast(make_config(), 10_000_000, 1, "fp32")).startswith("memory a rank, in GB: backbone 0.01, class centers 1.28, their momentum 1.28, act")

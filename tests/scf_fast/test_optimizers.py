@@ -1,3 +1,4 @@
+import json
 import logging
 import subprocess
 import sys
@@ -106,3 +107,6 @@ def test_plateau_follows_the_loss_and_resumes():
     assert again.before_step(0) == 1.0
     again.plateau.step(1.0)
     assert again.before_step(0) == pytest.approx(0.1)
+    fresh = LearningRate(c, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0), 10)
+    fresh.load_state_dict(json.loads(json.dumps(again.state_dict())))  # as a checkpoint holds it
+    assert fresh.before_step(0) == pytest.approx(0.1)

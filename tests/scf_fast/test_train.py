@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from scf_fast import launch
 from scf_fast.backbones import identify_backbone
 from scf_fast.checkpoints import backbone_state, class_centers
 from scf_fast.demo import launcher
@@ -161,6 +162,32 @@ BAD = {
     "a different run": (lambda f, s, t: ["--data", f, "--output_dir", s, "--seed", "5", "--resume"], "holds a different run (seed 777 -> 5)"),
     "a run without resume": (lambda f, s, t: ["--data", f, "--output_dir", s], "give --resume to continue it"),
 }
+
+
+def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkeypatch, capsys):
+    import train
+    from scf_fast import trainer
+    monkeypatch.setattr(trainer, "_LOCK_SECONDS", 1)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", stage1[0], "--resume"])])
+    before = snapshot(stage1[0])
+    with trainer._only_run_in(stage1[0]):
+        assert train.main() == 2
+    assert "another run is writing to it" in capsys.readouterr().err
+    assert snapshot(stage1[0]) == before
+
+
+def test_overwrite_deletes_nothing_while_the_input_is_bad(faces, stage1, flags, monkeypatch, capsys):
+    """An optimiser that is not installed shows late, when the module is there."""
+    import train
+    before = snapshot(stage1[0])
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage1"], "--optimizer", "apex", "--data", faces / "train", "--output_dir", stage1[0],
+                                                            "--overwrite"])])
+    try:
+        assert train.main() == 2
+    finally:
+        launch.finish()
+    assert "cannot be used here" in capsys.readouterr().err
+    assert snapshot(stage1[0]) == before
 
 
 def snapshot(folder):

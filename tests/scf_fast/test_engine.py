@@ -1,0 +1,177 @@
+"""The engine on one and two ranks: every ZeRO stage, with and without offload, in float32 and float16, against plain PyTorch."""
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import scf_loss
+from scf_fast.confidence import MLPConfidence
+from scf_fast.config import Config
+from scf_fast.engine import LossScaler, deepspeed_config, take_step
+from scf_fast.launch import Runtime, free_port
+from scf_fast.optimizers import build_optimizer
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, BATCH, CHANNELS, MAP, CLASSES, WIDTH = 10, 24, 4, 3, 7, 16
+CASES = [{"zero_stage": stage, "offload_optimizer": offload} for stage in range(4) for offload in ("none", "cpu")[:1 + (stage > 0)]]
+CASES += [{"zero_stage": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 1e-3}, *({"zero_stage": stage, "precision": "fp16"} for stage in (1, 2, 3))]
+TOO_LARGE = 2.0**18  # a loss scale whose gradients no float16 holds
+
+
+def make_config(**options):
+    return Config(**{"stage": "confidence", "data": "-", "output_dir": "-", "saved_bkb": "-", "saved_fc": "-", "batch_size": BATCH, "lr": 1e-2,
+                     "max_grad_norm": 1.0, "precision": "fp32", **options})
+
+
+def make_net():
+    torch.manual_seed(0)
+    return MLPConfidence(CHANNELS, MAP)
+
+
+def make_batch(step):
+    """(features, convf, class centers, labels) of a whole step."""
+    generator = torch.Generator().manual_seed(step)
+    centers = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(CLASSES, (BATCH,), generator=generator)
+    features = centers[labels] + torch.randn(BATCH, WIDTH, generator=generator)
+    return features, torch.randn(BATCH, CHANNELS, MAP, MAP, generator=generator), centers, labels
+
+
+def train(options, runtime):
+    """Losses of a run, averaged over ranks, and the loss scales if there are any."""
+    from scf_fast.engine import initialise_engine
+    from scf_fast.launch import average_over_ranks
+    config, net = make_config(**options), make_net()
+    engine = initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, config.precision)
+    if engine.loss_scaler:
+        engine.loss_scaler.load_state_dict({"scale": TOO_LARGE, "good_steps": 1999})
+    losses, scales, parts = [], [], runtime.world_size * config.gradient_accumulation_steps
+    for step in range(STEPS):
+        features, convf, centers, labels = make_batch(step)
+        total = torch.zeros(())
+        for part in range(runtime.rank * config.gradient_accumulation_steps, (runtime.rank + 1) * config.gradient_accumulation_steps):
+            rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+            loss = scf_loss(features[rows], engine(convf[rows]), centers, labels[rows], radius=1.0)
+            engine.backward(loss)
+            take_step(engine)
+            total += loss.detach() / config.gradient_accumulation_steps
+        losses.append(average_over_ranks(total).item())
+        if engine.loss_scaler:
+            scales.append(engine.loss_scaler.scale)
+    engine.destroy()
+    return losses, scales
+
+
+def work(folder):
+    """What each rank of a launch does; rank 0 writes down what came of it."""
+    from scf_fast import launch
+    runtime = launch.start()
+    results = [train(options, runtime) for options in CASES]
+    if runtime.is_main:
+        (folder / f"{runtime.world_size}.json").write_text(json.dumps(results))
+    launch.finish()
+    launch.leave(0)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of one rank and of two: what came of each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for world_size in (1, 2):
+        environment = {**os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": str(ROOT)}
+        processes = [subprocess.Popen([sys.executable, __file__, str(folder)], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                     for rank in range(world_size)]
+        try:
+            assert [process.wait(timeout=180) for process in processes] == [0] * world_size
+        finally:
+            for process in processes:
+                process.kill()
+    return {world_size: json.loads((folder / f"{world_size}.json").read_text()) for world_size in (1, 2)}
+
+
+def plain_losses(max_grad_norm=1.0, skipped=()):
+    """The same run without an engine, and without the optimiser in some steps."""
+    config, net, losses = make_config(), make_net(), []
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    for step in range(STEPS):
+        features, convf, centers, labels = make_batch(step)
+        loss = scf_loss(features, net(convf), centers, labels, radius=1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), max_grad_norm)
+        if step not in skipped:
+            optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(map(str, options.values())) for options in CASES])
+def test_every_zero_stage_trains_what_one_process_does(case, world_size, results):
+    options, (losses, scales) = CASES[case], results[world_size][case]
+    if options.get("precision") == "fp16":
+        skipped = [step for step, (before, after) in enumerate(zip([TOO_LARGE, *scales], scales)) if after == before / 2]
+        assert 0 in skipped and len(skipped) < STEPS - 2
+        assert losses == pytest.approx(plain_losses(skipped=skipped), rel=1e-3, abs=5e-4)
+    else:
+        expected = plain_losses(options.get("max_grad_norm", 1.0))
+        assert expected[-1] < 0.7 * expected[0]
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_scale_follows_torchs_own_rule():
+    """On the same history of overflows as a torch.amp.GradScaler."""
+    class Optimizer:
+        def override_loss_scale(self, scale):
+            self.scale = scale
+
+    ours, theirs = LossScaler(Optimizer()), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for step in range(4100):
+        overflow = step in (3, 4, 2500)
+        theirs.scale(weight.sum() * (float("inf") if overflow else 1.0)).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        ours.update(overflow)
+        assert ours._optimizer.scale == ours.scale == theirs.get_scale()
+    assert ours.scale == 2.0**14
+    again = LossScaler(Optimizer())
+    again.load_state_dict(ours.state_dict())
+    assert (again.scale, again.good_steps) == (ours.scale, ours.good_steps)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such switch")
+def test_freed_memory_is_not_mapped_in_again():
+    """By page faults of a process that takes and frees 40 MB again and again."""
+    code = """if True:
+        import resource, sys, torch
+        from scf_fast.engine import keep_freed_memory
+        if sys.argv[1] == "keep":
+            keep_freed_memory()
+        for turn in range(32):
+            if turn == 8:  # the heap has grown
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(10_000_000)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    keep, give = (int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+                  for how in ("keep", "give"))
+    assert keep < give / 3
+
+
+def test_offload_is_passed_on_and_needs_zero():
+    generated = deepspeed_config(make_config(offload_optimizer="cpu"), Runtime(0, 1, torch.device("cpu")), "fp32")
+    assert generated["zero_optimization"]["offload_optimizer"]["device"] == "cpu" and not generated["zero_force_ds_cpu_optimizer"]
+    with pytest.raises(ValueError, match="--offload_optimizer must be none with --zero_stage 0"):
+        make_config(offload_optimizer="cpu", zero_stage=0)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
