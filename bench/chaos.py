@@ -180,14 +180,17 @@ class Chaos:
         return struck
 
     def _cached(self) -> int:
+        return len(self._present())
+
+    def _present(self) -> list[int]:
         sums = self.cache / "checksums.bin"
-        return sum(map(bool, memoryview(sums.read_bytes()).cast("I"))) if sums.exists() else 0
+        views = memoryview(sums.read_bytes()).cast("I") if sums.exists() else []
+        return [i for i in range(len(views) // 2) if views[2 * i] and views[2 * i + 1]]
 
     def corrupt_cache(self, job, steps):
         """A record that is there, while no run is: the mark of the last one, which was killed, makes the next launch check every record."""
-        sums = memoryview((self.cache / "checksums.bin").read_bytes()).cast("I")
         layout = layout_of(read_meta(self.cache))
-        shard, row = divmod(self.rng.choice([i for i, checksum in enumerate(sums) if checksum]), layout.rows_per_shard)
+        shard, row = divmod(self.rng.choice(self._present()), layout.rows_per_shard)
         with open(self.cache / f"rows-{shard:05d}.bin", "r+b") as file:
             file.seek(row * layout.record_bytes + self.rng.randrange(layout.record_bytes - 64))
             file.write(b"\xa5" * 64)

@@ -10,11 +10,9 @@ import functools
 from dataclasses import asdict, dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench._measure import sampled_seconds
-from scf_fast.backbones import IMAGE_SIZE, Backbone
-from scf_fast.confidence import build_confidence_net
+from scf_fast.floor import network_counts
 
 FLOAT = 4  # bytes of a float32
 ADAM_BYTES, SGD_BYTES = 7 * FLOAT, 5 * FLOAT  # a parameter's gradient read, weight and states (two, one) read and written
@@ -93,22 +91,6 @@ def similarity_matrix(rows, columns, dim, dtype="float32", stored=True):
 def pooling(images, dim):
     """Every image's embedding read."""
     return Work(nbytes=FLOAT * images * dim)
-
-
-@functools.cache
-def network_counts(network, confidence_net, z_dim=512):
-    """(FLOP of the backbone's forward pass for an image, its parameters, FLOP of the confidence net's, its parameters); no memory is used."""
-    with torch.device("meta"):
-        backbone = Backbone(network, z_dim).eval()
-        with FlopCounterMode(display=False) as whole:
-            _, convf = backbone(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-        parameters = sum(parameter.numel() for parameter in backbone.parameters())
-        if confidence_net is None:
-            return whole.get_total_flops(), parameters, 0, 0
-        net = build_confidence_net(confidence_net, backbone.architecture.widths[-1], backbone.architecture.map_size).eval()
-        with FlopCounterMode(display=False) as head:
-            net(convf)
-        return whole.get_total_flops(), parameters, head.get_total_flops(), sum(parameter.numel() for parameter in net.parameters())
 
 
 def stage1_step(network, batch, classes, dtype, z_dim=512):

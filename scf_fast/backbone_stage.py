@@ -46,6 +46,10 @@ class BackboneStage:
         self.centers = ClassCenters(self.num_classes, self.config.z_dim, self.config, runtime, precision)
         return Backbone(self.config.network, self.config.z_dim, self.config.dropout).to(runtime.device)
 
+    def network(self) -> tuple[str, int]:
+        """Name and embedding width of the backbone."""
+        return self.config.network, self.config.z_dim
+
     def make_loader(self, source, sampler, runtime: Runtime) -> Loader:
         """Batches of images."""
         return image_loader(self.config, source, sampler, runtime, self.config.flip)

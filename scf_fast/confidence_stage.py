@@ -55,6 +55,10 @@ class ConfidenceStage:
         net = build_confidence_net(self.config.confidence_net, architecture.widths[-1], architecture.map_size, self.config.initial_kappa)
         return net.to(runtime.device)
 
+    def network(self) -> tuple[str, int]:
+        """Name and embedding width of the backbone."""
+        return self.name, self.z_dim
+
     def make_loader(self, source, sampler, runtime: Runtime) -> FeatureStream:
         """Batches of features."""
         return open_stream(self.config, self.backbone_state, source, sampler, runtime)

@@ -2,10 +2,11 @@
 
     folder/meta.json         what the rows are, which backbone, preprocessing, arithmetic and data they come from, what their dtype loses
     folder/rows-NNNNN.bin    fixed-size records, one an image: both orientations, features float32, convf in the cache's dtype
-    folder/checksums.bin     uint32 an image: CRC-32 of its record, 0 where it is missing
+    folder/checksums.bin     two uint32 an image: CRC-32 of each orientation's half of the record, 0 where it is missing
     folder/writing-R         there while rank R has the cache open for writing
 
-A record counts as present only when its checksum has been stored, after the record itself. A run that dies leaves its ``writing``
+A record counts as present only when its checksums have been stored, after the record itself, and is compared with them when a run first
+reads it. A run that dies leaves its ``writing``
 mark, and the next one to open the cache then checks every record. ``python -m scf_fast.feature_cache --help`` builds, shows and checks.
 """
 import argparse
@@ -33,7 +34,7 @@ _SHARD_BYTES = 1 << 34  # Glint360K's 1.8 TB are 110 files, all open at once
 _ALIGN = 64
 _WRITE_BEHIND = 2  # batches
 _THREADS = 8  # reads under way at once, so that a disk has a queue
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class CacheLayout:
 
     @property
     def total_bytes(self) -> int:
-        return self.num_images * (self.record_bytes + 4)
+        return self.num_images * (self.record_bytes + 8)
 
     @property
     def rows_per_shard(self) -> int:
@@ -123,7 +124,8 @@ class FeatureCache:
         self._shards = [os.open(folder / f"rows-{i:05d}.bin", os.O_RDWR) for i in range(-(-layout.num_images // layout.rows_per_shard))]
         for shard in self._shards:
             os.posix_fadvise(shard, 0, 0, os.POSIX_FADV_RANDOM)  # or the kernel would read neighbours that nothing has asked for
-        self._checksums = np.memmap(folder / "checksums.bin", dtype=np.uint32, mode="r+")
+        self._checksums = np.memmap(folder / "checksums.bin", dtype=np.uint32, mode="r+").reshape(-1, 2)
+        self._sound = np.zeros(self._checksums.shape, dtype=bool)  # compared with its checksum by this process
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="feature-cache")
         self._writer, self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-cache-writer"), deque()
         self.refresh()
@@ -163,7 +165,7 @@ class FeatureCache:
         for start in range(0, layout.num_images, layout.rows_per_shard):
             rows = min(layout.rows_per_shard, layout.num_images - start)
             _allocate(folder / f"rows-{start // layout.rows_per_shard:05d}.bin", rows * layout.record_bytes)
-        _allocate(folder / "checksums.bin", 4 * layout.num_images)
+        _allocate(folder / "checksums.bin", 8 * layout.num_images)
         part = folder / "meta.json.part"
         part.write_text(json.dumps({"format": _FORMAT, "key": key, "layout": _plain(layout), "convf_error": convf_error}, indent=2) + "\n")
         os.replace(part, meta_file)
@@ -178,7 +180,7 @@ class FeatureCache:
     def refresh(self) -> None:
         """Take a new look at what is present, once everything given to :meth:`write` is."""
         self.flush()
-        self.present = np.asarray(self._checksums) != 0
+        self.present = (np.asarray(self._checksums) != 0).all(axis=1)
 
     def write(self, indices: np.ndarray, views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Store images, in the background: ``views`` holds (features, convf) of the plain and of the mirrored images. Images beyond the rows
@@ -203,7 +205,7 @@ class FeatureCache:
         def store(row):
             shard, offset = self._place(indices[row])
             os.pwrite(shard, rows[row], offset)
-            self._checksums[indices[row]] = zlib.crc32(rows[row]) or 1  # 0 means missing
+            self._checksums[indices[row]] = self._checksums_of(rows[row])
 
         list(self._threads.map(store, np.flatnonzero(indices < self.layout.num_images)))
 
@@ -217,6 +219,7 @@ class FeatureCache:
 
         Raises:
             OSError: a file is shorter than it was.
+            ValueError: a record is not what was written; it is missing from then on, so that the next run makes it anew.
         """
         size = self.layout.view_bytes
         packed = torch.empty(len(indices), size, dtype=torch.uint8, pin_memory=pin_memory)
@@ -227,9 +230,19 @@ class FeatureCache:
                 shard, offset = self._place(indices[row])
                 if os.preadv(shard, [rows[row]], offset + size * int(flips[row])) != size:
                     raise OSError(f"--feature_cache {self.folder}: image {indices[row]} lies beyond the end of its file; delete the folder and build it anew")
+                view = (indices[row], int(flips[row]))
+                if not self._sound[view]:
+                    if _checksum(rows[row]) != self._checksums[view]:
+                        self._checksums[indices[row]] = 0
+                        raise ValueError(f"--feature_cache {self.folder}: the record of image {indices[row]} is damaged; start again with --resume, which "
+                                         "makes it anew; python -m scf_fast.feature_cache verify looks for more")
+                    self._sound[view] = True
 
         list(self._threads.map(fill, np.array_split(np.arange(len(indices)), _THREADS)))
         return packed
+
+    def _checksums_of(self, record) -> list[int]:
+        return [_checksum(record[start:start + self.layout.view_bytes]) for start in (0, self.layout.view_bytes)]
 
     def _place(self, index) -> tuple[int, int]:
         """File and offset of an image's record."""
@@ -240,12 +253,12 @@ class FeatureCache:
         """Check every record against its checksum; damaged ones become missing. Returns how many there were."""
         def damaged(index):
             shard, offset = self._place(index)
-            if (zlib.crc32(os.pread(shard, self.layout.record_bytes, offset)) or 1) == self._checksums[index]:
+            if self._checksums_of(os.pread(shard, self.layout.record_bytes, offset)) == self._checksums[index].tolist():
                 return False
             self._checksums[index] = 0
             return True
 
-        rows = np.flatnonzero(np.asarray(self._checksums))
+        rows = np.flatnonzero((np.asarray(self._checksums) != 0).all(axis=1))
         bad = sum(tqdm(self._threads.map(damaged, rows, chunksize=64), total=len(rows), desc="checking", unit="img", unit_scale=True, disable=not progress))
         self.refresh()
         return bad
@@ -262,6 +275,10 @@ class FeatureCache:
             os.close(shard)
         self._checksums.flush()
         self._mark.unlink(missing_ok=True)
+
+
+def _checksum(view) -> int:
+    return zlib.crc32(view) or 1  # 0 means missing
 
 
 def read_meta(folder: Path) -> dict:
@@ -330,7 +347,7 @@ def _build(arguments, flags) -> None:
 def _info(arguments, _) -> None:
     meta = read_meta(arguments.folder)
     layout = layout_of(meta)
-    present = int(np.count_nonzero(np.fromfile(arguments.folder / "checksums.bin", np.uint32)))
+    present = int(np.count_nonzero(np.fromfile(arguments.folder / "checksums.bin", np.uint32).reshape(-1, 2).all(axis=1)))
     print(f"images     {present} of {layout.num_images} ({100 * present / layout.num_images:.1f} %), both orientations")
     print(f"record     features {layout.z_dim} float32, convf {'x'.join(map(str, layout.convf_shape))} {layout.dtype}, {layout.record_bytes} bytes")
     print(f"size       {layout.total_bytes / 1e9:.2f} GB")

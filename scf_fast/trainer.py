@@ -24,6 +24,7 @@ from scf_fast.config import Config
 from scf_fast.engine import average_batchnorm_statistics, initialise_engine, load_deepspeed_config, resolve_precision, take_step
 from scf_fast.features import FeatureStream
 from scf_fast.finetune_stage import FinetuneStage
+from scf_fast.floor import flop_per_image, peak_flops
 from scf_fast.guard import StepGuard, StopSignal, Votes
 from scf_fast.inputs import epoch_sampler, open_data
 from scf_fast.optimizers import LearningRate, build_optimizer
@@ -126,7 +127,7 @@ def train(config: Config) -> str | None:
     Returns:
         The name of the signal that stopped the run after a checkpoint; None at its end.
     Raises:
-        InputError: bad input, before any training; nothing has been written or deleted then.
+        InputError: bad input. Before any training: nothing has been written or deleted then. Or later: data or a cache that cannot be read.
         FloatingPointError: the loss stays without a finite value, or the weights have lost theirs.
         Incomplete: the last checkpoint or the exported files could not be written.
     """
@@ -175,7 +176,7 @@ def train(config: Config) -> str | None:
             log_to_files(folder)
         engine = initialise_engine(module, optimizer, config, runtime, precision)
         torch.manual_seed(config.seed + 1000 * (runtime.rank + 1))  # other dropout on every rank
-        stopped_by = _Run(config, runtime, engine, stage, source, folder, resumed).train()
+        stopped_by = _Run(config, runtime, engine, stage, source, folder, precision, resumed).train()
         launch.finish(engine)
         return stopped_by
 
@@ -249,7 +250,9 @@ class _StepLog(NamedTuple):
 class _Run:
     """The steps of one stage, from a checkpoint or from the start."""
 
-    def __init__(self, config: Config, runtime: launch.Runtime, engine, stage, source, folder: Path, resumed: tuple[str, dict] | None):
+    def __init__(self, config: Config, runtime: launch.Runtime, engine, stage, source, folder: Path, precision: str,
+                 resumed: tuple[str, dict] | None):
+        self.precision = precision
         self.config, self.runtime, self.engine, self.stage, self.source, self.folder = config, runtime, engine, stage, source, folder
         self.sampler = epoch_sampler(config, source, runtime.rank, runtime.world_size)
         self.per_epoch = self.sampler.batches_per_epoch
@@ -307,7 +310,8 @@ class _Run:
             for step in range(self.first_step + 1, self.last_step + 1):  # counted from 1: the step that is being made
                 profile.before(step)
                 rate = self.schedule.before_step(step - 1)
-                batch = next(batches)
+                with _input_errors():
+                    batch = next(batches)
                 self.clock.mark("data")
                 result, votes = self._step(batch, bool(signal.name))
                 profile.after(step)
@@ -418,9 +422,13 @@ class _Run:
                   "broken_images": round(launch.average_over_ranks(broken).item() * self.runtime.world_size)}
         lost = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps")
         rate = counts["steps"] * self.config.batch_size / seconds
+        peak = peak_flops(torch.cuda.get_device_name()) if self.runtime.device.type == "cuda" and self.precision != "fp32" else None
+        flops = rate * flop_per_image(self.config, *self.stage.network(), self.source.num_classes)
+        floor = flops / (peak * self.runtime.world_size) if peak else None
         communication = "" if profile.communication is None else f"; communication {100 * profile.communication:.0f} % of a step, partly beside these"
-        log.info("%s: %d steps in %s, %.0f img/s%s; %s%s", f"stopped by {stopped_by} after step {step}, --resume continues" if stopped_by else "done",
-                 counts["steps"], tqdm.format_interval(seconds), rate, f"; {lost}" if lost else "", self.clock, communication,
+        log.info("%s: %d steps in %s, %.0f img/s%s%s; %s%s", f"stopped by {stopped_by} after step {step}, --resume continues" if stopped_by else "done",
+                 counts["steps"], tqdm.format_interval(seconds), rate, f" ({100 * floor:.0f} % of the device's peak)" if peak else "",
+                 f"; {lost}" if lost else "", self.clock, communication,
                  extra={"event": "stopped" if stopped_by else "done", "step": step, "counts": counts,
                         "seconds": {part: round(value, 3) for part, value in self.clock.seconds.items()},
-                        "rates": {"images_per_second": rate, "communication": profile.communication}})
+                        "rates": {"images_per_second": rate, "flops": flops, "share_of_peak": floor, "communication": profile.communication}})

@@ -83,7 +83,29 @@ def test_damaged_record_becomes_missing_and_only_that(small):
     assert cache.verify(progress=False) == 1
     assert (~cache.present[:10]).nonzero()[0].tolist() == [4]
     stored = np.fromfile(folder / "rows-00000.bin", np.uint8).reshape(-1, layout.record_bytes)
-    assert np.fromfile(folder / "checksums.bin", np.uint32)[3] == zlib.crc32(stored[3].tobytes())
+    halves = [zlib.crc32(stored[3, start:start + layout.view_bytes].tobytes()) for start in (0, layout.view_bytes)]
+    assert np.fromfile(folder / "checksums.bin", np.uint32).reshape(-1, 2)[3].tolist() == halves
+
+
+def test_a_damaged_record_is_refused_when_it_is_read_and_made_anew(small):
+    folder, layout = small
+    cache = FeatureCache.open(folder, layout, 0)
+    cache.write(np.arange(10), views(layout, 10))
+    cache.close()
+    with open(folder / "rows-00000.bin", "r+b") as file:
+        file.seek(4 * layout.record_bytes + layout.view_bytes + 20)  # in the mirrored half
+        file.write(b"\xa5\xa5")
+    cache = FeatureCache.open(folder, layout, 0)
+    cache.read(np.arange(10), np.zeros(10, dtype=bool))
+    with pytest.raises(ValueError, match="the record of image 4 is damaged; start again with --resume"):
+        cache.read(np.arange(10), np.ones(10, dtype=bool))
+    cache.close()
+    cache = FeatureCache.open(folder, layout, 0)
+    assert (~cache.present[:10]).nonzero()[0].tolist() == [4]
+    cache.write(np.array([4]), [tuple(value[4:5] for value in view) for view in views(layout, 10)])
+    cache.refresh()
+    cache.read(np.arange(10), np.ones(10, dtype=bool))
+    cache.close()
 
 
 def test_a_cache_left_open_is_checked_before_it_is_used(small):
