@@ -10,8 +10,10 @@ reads it. A run that dies leaves its ``writing``
 mark, and the next one to open the cache then checks every record. ``python -m scf_fast.feature_cache --help`` builds, shows and checks.
 """
 import argparse
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,6 +29,8 @@ import torch
 from tqdm import tqdm
 
 from scf_fast import launch
+
+log = logging.getLogger(__name__)
 
 CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _LARGEST = {"fp8": 448.0, "int8": 127.0}  # the value that the largest magnitude of a record is scaled to
@@ -125,6 +129,7 @@ class FeatureCache:
         for shard in self._shards:
             os.posix_fadvise(shard, 0, 0, os.POSIX_FADV_RANDOM)  # or the kernel would read neighbours that nothing has asked for
         self._checksums = np.memmap(folder / "checksums.bin", dtype=np.uint32, mode="r+").reshape(-1, 2)
+        self.problem: OSError | None = None
         self._sound = np.zeros(self._checksums.shape, dtype=bool)  # compared with its checksum by this process
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="feature-cache")
         self._writer, self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-cache-writer"), deque()
@@ -184,11 +189,10 @@ class FeatureCache:
 
     def write(self, indices: np.ndarray, views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Store images, in the background: ``views`` holds (features, convf) of the plain and of the mirrored images. Images beyond the rows
-        are left out.
-
-        Raises:
-            OSError: an earlier batch could not be written.
+        are left out. Where the disk refuses one, ``problem`` says why and nothing more is stored: what is missing can be computed anew.
         """
+        if self.problem is not None:
+            return
         packed = torch.cat([encode(self.layout, *view) for view in views], dim=1)
         copied = None
         if packed.is_cuda:
@@ -204,10 +208,17 @@ class FeatureCache:
 
         def store(row):
             shard, offset = self._place(indices[row])
-            os.pwrite(shard, rows[row], offset)
+            if os.pwrite(shard, rows[row], offset) < len(rows[row]):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._checksums[indices[row]] = self._checksums_of(rows[row])
 
-        list(self._threads.map(store, np.flatnonzero(indices < self.layout.num_images)))
+        try:
+            list(self._threads.map(store, np.flatnonzero(indices < self.layout.num_images)))
+        except OSError as error:
+            if self.problem is None:
+                log.error("feature cache: %s cannot be written (%s); what is not in it is computed anew in every epoch", self.folder, error.strerror,
+                          extra={"event": "cache_failed"})
+            self.problem = error
 
     def flush(self, but: int = 0) -> None:
         """Wait for the batches that are being written, except for the newest so many."""
@@ -342,6 +353,8 @@ def _build(arguments, flags) -> None:
         for batch, _ in enumerate(stream.batches(0)):
             bar.update(min(size, len(source) - batch * size))
     launch.finish()
+    if stream.cache.problem is not None:
+        raise ValueError(f"--feature_cache {folder}: cannot be written ({stream.cache.problem.strerror}); what is there is good, the same command goes on")
 
 
 def _info(arguments, _) -> None:

@@ -89,13 +89,13 @@ class FeatureStream:
         backbone: FrozenBackbone.
         flip: whether images are mirrored at random.
         device: where the batches go.
-        cache: FeatureCache, or None; closed when the stream is.
+        cache: FeatureCache, or None; closed when the stream is. Also an attribute.
     """
 
     def __init__(self, make_images: Callable[..., Loader], sampler: EpochSampler, labels: np.ndarray, backbone: FrozenBackbone, *, flip: bool,
                  device: torch.device, cache: FeatureCache | None = None):
         self._make_images, self._sampler, self._labels, self._backbone = make_images, sampler, labels, backbone
-        self._flip, self._device, self._cache = flip, device, cache
+        self._flip, self._device, self.cache = flip, device, cache
         self._making = torch.cuda.Stream(device) if device.type == "cuda" else None  # one for all epochs: the backbone's graph has one memory
         self._images, self._loader = None, None
         self._seconds = {"data": 0.0, "backbone": 0.0}
@@ -115,7 +115,7 @@ class FeatureStream:
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[FeatureBatch]:
         """The batches of one epoch from ``start_batch`` on."""
-        made = (self._computed if self._cache is None else self._cached)(epoch, start_batch)
+        made = (self._computed if self.cache is None else self._cached)(epoch, start_batch)
         with contextlib.closing(made):
             yield from one_ahead(made, self._making) if self._making else made
 
@@ -156,9 +156,9 @@ class FeatureStream:
             self._seconds["backbone"] += began.elapsed_time(ended) / 1000
 
     def _cached(self, epoch, start_batch):
-        self._cache.refresh()
+        self.cache.refresh()
         present = np.zeros(self._sampler.num_samples, dtype=bool)
-        present[:len(self._cache.present)] = self._cache.present
+        present[:len(self.cache.present)] = self.cache.present
         wanted = range(start_batch, self._sampler.batches_per_epoch)
         complete = all(present[self._sampler.indices(epoch, batch)].all() for batch in wanted)
         with contextlib.ExitStack() as stack:
@@ -172,11 +172,11 @@ class FeatureStream:
                 while len(ahead) < _READ_AHEAD and batch + len(ahead) in wanted:
                     ahead.append(reader.submit(self._read, epoch, batch + len(ahead), present))
                 hits, packed = self._wait(ahead.popleft().result)
-                found = None if packed is None else decode(self._cache.layout, packed.to(self._device, non_blocking=True))
+                found = None if packed is None else decode(self.cache.layout, packed.to(self._device, non_blocking=True))
                 missing = None if images is None else self._wait(lambda: next(images))
                 made = self._assemble(epoch, batch, hits, found, missing)
                 if batch == wanted[-1]:
-                    self._cache.flush()  # before a step that no rank finishes alone: the next epoch finds everything, whichever rank has made it
+                    self.cache.flush()  # before a step that no rank finishes alone: the next epoch finds everything, whichever rank has made it
                 yield made
 
     def _read(self, epoch, batch, present):
@@ -184,7 +184,7 @@ class FeatureStream:
         indices = self._sampler.indices(epoch, batch)
         hits = present[indices]
         flips = self._sampler.flips(epoch, indices) & self._flip
-        return hits, self._cache.read(indices[hits], flips[hits], pin_memory=self._device.type == "cuda") if hits.any() else None
+        return hits, self.cache.read(indices[hits], flips[hits], pin_memory=self._device.type == "cuda") if hits.any() else None
 
     def _assemble(self, epoch, batch, hits, found, missing):
         """One batch in the sampler's order from what the cache had and from ``missing``, the images that it had not."""
@@ -208,22 +208,22 @@ class FeatureStream:
         mirror = torch.from_numpy(flips).to(images.device)[:, None, None, None]
         mirrored = images.flip(3)
         wanted = self._run(torch.where(mirror, mirrored, images))
-        room = (indices < self._cache.layout.num_images) & (indices == shown)  # what stands in for a broken image is not that image
+        room = (indices < self.cache.layout.num_images) & (indices == shown)  # what stands in for a broken image is not that image
         if room.any():
             other = self._run(torch.where(mirror, images, mirrored))
             choose = mirror.flatten()
             plain, turned = ([torch.where(choose.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(first, second)]
                              for first, second in ((wanted, other), (other, wanted)))
             keep = torch.from_numpy(np.flatnonzero(room)).to(images.device)
-            self._cache.write(indices[room], [tuple(value[keep] for value in view) for view in (plain, turned)])
+            self.cache.write(indices[room], [tuple(value[keep] for value in view) for view in (plain, turned)])
         return wanted
 
     def close(self) -> None:
         """Close the images and the cache."""
         if self._images is not None:
             self._images.close()
-        if self._cache is not None:
-            self._cache.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def __enter__(self):
         return self

@@ -87,6 +87,21 @@ def test_damaged_record_becomes_missing_and_only_that(small):
     assert np.fromfile(folder / "checksums.bin", np.uint32).reshape(-1, 2)[3].tolist() == halves
 
 
+def test_a_full_disk_leaves_what_is_stored_and_the_rest_missing(small, monkeypatch, caplog):
+    folder, layout = small
+    cache = FeatureCache.open(folder, layout, 0)
+    cache.write(np.arange(3), views(layout, 3))
+    cache.refresh()
+    monkeypatch.setattr("os.pwrite", lambda file, data, offset: len(data) // 2)  # as on a disk with room for half a record
+    for _ in range(3):
+        cache.write(np.arange(3, 6), views(layout, 3))
+        cache.refresh()
+    cache.close()
+    assert caplog.text.count("cannot be written (No space left on device)") == 1 and cache.problem is not None
+    monkeypatch.undo()
+    assert FeatureCache(folder, layout, 0).present.nonzero()[0].tolist() == [0, 1, 2]
+
+
 def test_a_damaged_record_is_refused_when_it_is_read_and_made_anew(small):
     folder, layout = small
     cache = FeatureCache.open(folder, layout, 0)

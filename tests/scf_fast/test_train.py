@@ -176,6 +176,16 @@ def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkey
     assert snapshot(stage1[0]) == before
 
 
+def test_an_output_folder_that_cannot_be_made_is_one_line(faces, flags, monkeypatch, capsys):
+    import train
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", "/proc/no_room_for_a_run"])])
+    try:
+        assert train.main() == 2
+    finally:
+        launch.finish()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: error: ") and not Path("/proc/no_room_for_a_run").exists()
+
+
 def test_overwrite_deletes_nothing_while_the_input_is_bad(faces, stage1, flags, monkeypatch, capsys):
     """An optimiser that is not installed shows late, when the module is there."""
     import train
