@@ -73,6 +73,25 @@ try:
 except FloatingPointError as error:
     if runtime.is_main:
         print("ended:", error, flush=True)
+
+def fp16(zero_stage):
+    config = Config(stage="confidence", data="d", output_dir="o", saved_bkb="b", saved_fc="f", batch_size=16, zero_stage=zero_stage, precision="fp16")
+    net = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 1))
+    return initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp16")
+
+for stage in (0, 2):  # without ZeRO the scale is PyTorch's, with it our own
+    before, after = fp16(stage), fp16(stage)
+    scaler = lambda engine: engine.loss_scaler or engine.torch_autocast_z0_gradscaler
+    scaler(before).load_state_dict({**scaler(before).state_dict(), "scale": 2.0**10})
+    before.backward(loss(before, 0, False))
+    take_step(before)
+    parts = [None, None]
+    torch.distributed.all_gather_object(parts, [tuple(piece) for piece in partitions.owned_pieces(before)])
+    saved = [partitions.Piece(*piece) for part in parts for piece in part]
+    partitions.restore(after, saved, partitions.shared_state(before), 1)
+    assert scaler(after).state_dict() == scaler(before).state_dict() and scaler(after).state_dict()["scale"] == 2.0**10
+    if runtime.is_main:
+        print("loss scale resumed", flush=True)
 launch.finish()
 launch.leave(0)
 """
@@ -85,6 +104,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path, 
     status, output = run_command(start, PYTHONPATH=".")
     assert status == 0, output
     assert [line.split()[1] for line in output.splitlines() if line.startswith("stage")] == list("0123")
+    assert output.count("loss scale resumed") == 2
     assert "ended: the loss had no finite value in any of the steps 1 to 3" in output
     records = [json.loads(line) for line in (tmp_path / "not_finite_rank1.jsonl").read_text().splitlines()]
     assert len(records) == 4 * 3 + 3 and records[0]["step"] == 1 and records[0]["rank"] == 1 and records[0]["images"] == ["first.jpg", "second.jpg"]
