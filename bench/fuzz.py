@@ -4,7 +4,7 @@
     python -m bench.fuzz TARGET --replay FILE
 
 A target is fed mutated files. Good are data and a ValueError; any other exception, more than 10 s or more than 4 GB is a finding, which
-is written to OUT with its traceback. An input that reaches a new pair of successive lines in pipelines/ joins the corpus, in OUT too, where
+is written to OUT with its traceback. An input that reaches a new pair of successive lines in pipelines/ or scf_fast/ joins the corpus, in OUT too, where
 the next run finds it. OUT/TARGET.running holds the input at work: after a crash of the interpreter it is the cause. Exit status 1 on findings.
 """
 
@@ -30,15 +30,17 @@ import numpy as np
 from PIL import Image
 
 import pipelines
+import scf_fast
 from pipelines.files import map_arrays
 from pipelines.images import decode_face, read_header, read_headers
 from pipelines.index import describe, open_source
 from pipelines.recordio import pack_record, read_num_classes, whole_records
 from pipelines.verification_set import read_verification_set
+from scf_fast.feature_cache import layout_of, read_meta
 
 TIMEOUT = 10.0  # seconds an input may take; tracing makes Python some ten times as slow
 MEMORY = 4 << 30  # bytes that the process may grow by
-_CODE = str(Path(pipelines.__file__).parent)
+_CODE = tuple(str(Path(module.__file__).parent) for module in (pipelines, scf_fast))
 _NUMBERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 512, 1 << 15, 1 << 16, (1 << 29) - 1, 1 << 29, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, (1 << 63) - 1)
 
 
@@ -109,6 +111,13 @@ def _verification(content):
             pairs.source.encoded(i)
 
 
+def _cache(content):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "meta.json").write_bytes(content)
+        layout = layout_of(read_meta(Path(folder)))
+        assert layout.total_bytes > 0 and layout.rows_per_shard > 0
+
+
 def _property(content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "property"
@@ -153,6 +162,8 @@ TARGETS = {  # name: (what is done with a file, files to start from)
     "tar": (lambda content: _open("a.tar", content), [_tar(form) for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]),
     "list": (lambda content: _open("list.txt", content), [b"a.jpg 0\n\n b c.jpg\t12\r\n/d/e.png 3"]),
     "index": (_index, [_index_seed()]),
+    "cache": (_cache, [b'{"format": 3, "key": {"data": "d"}, "convf_error": 0.0, "layout": '
+                       b'{"num_images": 5, "z_dim": 8, "convf_shape": [4, 7, 7], "dtype": "bf16"}}']),
     "property": (_property, [b"85742,112,112\n"]),
     "image": (_image, [_encode("JPEG"), _encode("JPEG", progressive=True), _encode("PNG"), _encode("WEBP"), _encode("GIF"), _encode("TIFF"), _encode("BMP"),
                        _encode("PPM")]),

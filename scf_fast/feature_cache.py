@@ -299,13 +299,18 @@ def read_meta(folder: Path) -> dict:
         ValueError: there is none, or it is damaged or of another format.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        layout = meta["layout"]
-        if meta["format"] != _FORMAT or layout["dtype"] not in CACHE_DTYPES:
-            raise KeyError(f"format {meta['format']}")
+        meta = json.loads((folder / "meta.json").read_bytes())
+        if meta["format"] != _FORMAT:
+            raise ValueError(f"format {meta['format']}")
+        layout = layout_of(meta)
+        sizes = (layout.num_images, layout.z_dim, *layout.convf_shape)
+        if layout.dtype not in CACHE_DTYPES or len(sizes) != 5 or not all(isinstance(size, int) and 0 < size < 1 << 40 for size in sizes):
+            raise ValueError(f"layout {meta['layout']}")
+        if not isinstance(meta["key"], dict) or not isinstance(meta["convf_error"], float):
+            raise TypeError("key and convf_error")
     except OSError as error:
         raise ValueError(f"--feature_cache {folder}: holds no feature cache ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"--feature_cache {folder}: meta.json is damaged ({error}); delete the folder and build it anew") from None
     return meta
 

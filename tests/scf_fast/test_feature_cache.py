@@ -6,6 +6,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from scf_fast.feature_cache import CacheLayout, FeatureCache, cache_key, decode, encode, encoding_error, layout_of, main, read_meta
 from scf_fast.launch import free_port
@@ -144,6 +146,28 @@ def test_a_cache_of_something_else_is_refused(small, change):
         layout = CacheLayout(**{**layout.__dict__, change: "bf16" if change == "dtype" else 49})
     with pytest.raises(ValueError, match=f"was made for something else \\({change}: cached .*, needed"):
         FeatureCache.create_or_check(folder, key, layout)
+
+
+@given(st.one_of(st.binary(), st.recursive(st.none() | st.integers() | st.text() | st.floats(), lambda inner: st.lists(inner) | st.dictionaries(
+    st.sampled_from(["format", "key", "layout", "convf_error", "num_images", "z_dim", "convf_shape", "dtype"]), inner)).map(lambda v: json.dumps(v).encode())),
+    st.dictionaries(st.sampled_from(["num_images", "z_dim", "convf_shape", "dtype"]), st.integers() | st.lists(st.integers()) | st.text() | st.none()))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_meta_is_read_or_refused(small, content, changes):
+    folder, _ = small
+    good = (folder / "meta.json").read_bytes()
+    changed = json.loads(good)
+    changed["layout"].update(changes)
+    try:
+        for text in (content, json.dumps(changed).encode()):
+            (folder / "meta.json").write_bytes(text)
+            try:
+                layout = layout_of(read_meta(folder))
+            except ValueError as error:
+                assert "meta.json is damaged" in str(error)
+            else:
+                assert layout.record_bytes > 0 and layout.rows_per_shard > 0
+    finally:
+        (folder / "meta.json").write_bytes(good)
 
 
 def test_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch):
