@@ -1,14 +1,8 @@
 """The training loop that both stages share: input, engine, steps, logs, checkpoints, resume."""
 import contextlib
-import fcntl
-import importlib.metadata
 import itertools
 import logging
 import os
-import platform
-import shutil
-import subprocess
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +10,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from scf_fast import __version__, launch, published, run_state
 from scf_fast import config as configuration
+from scf_fast import launch, published, run_folder, run_state
 from scf_fast.backbone_stage import BackboneStage
 from scf_fast.confidence_stage import ConfidenceStage
 from scf_fast.config import Config
@@ -33,56 +27,6 @@ from scf_fast.reporting import Breakdown, Reporter, StepLines, forget_after, log
 from scf_fast.run_state import Checkpoints
 
 log = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.yaml"
-_LOCK_SECONDS = 15  # workers of a run that was killed notice within 5
-# A run may be continued with other hardware settings, a longer schedule or another cadence of logs, but these make it another run.
-_IDENTITY = ("stage", "data", "batch_size", "seed", "network", "z_dim", "loss", "margins", "saved_bkb", "saved_fc", "finetune_bkb", "confidence_net",
-             "normalizer", "radius", "label_smoothing", "sample_rate", "scale", "margin_gradient", "dropout", "augmentation", "flip", "shuffle", "data_weights",
-             "images_per_identity", "max_images_per_identity")
-
-
-def versions() -> dict:
-    """What decides a result besides the configuration."""
-    found = {"python": platform.python_version(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"}
-    for package in ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["scf_fast"] = __version__
-    if shutil.which("git"):
-        root = Path(__file__).resolve().parents[1]
-        found["git"] = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip() or None
-    return found
-
-
-def _claim_output(config: Config) -> tuple[str, dict] | None:
-    """Check the output folder against this run, before anything is written; name and state of the checkpoint to resume from, if any.
-
-    Raises:
-        ValueError: the folder holds another run, or this one without --resume.
-    """
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder}: is a file; give a folder")
-    old = folder / CONFIG_FILE
-    if not old.exists() and config.resume and (folder / "checkpoints").is_dir():
-        return run_state.newest_intact(folder / "checkpoints")
-    if not old.exists():
-        if folder.exists() and any(folder.iterdir()) and not config.overwrite:
-            raise ValueError(f"--output_dir {folder}: holds files that are no run of this program; give another folder, or --overwrite to delete them")
-        return None
-    if config.overwrite:
-        return None
-    before, now = configuration.load_saved(old), config.as_dict()
-    different = [key for key in _IDENTITY if before.get(key) != now[key]]
-    if different:
-        what = ", ".join(f"{key} {before.get(key)!r} -> {now[key]!r}" for key in different)
-        raise ValueError(f"--output_dir {folder}: holds a different run ({what}); give another folder, or --overwrite to delete it")
-    if not config.resume:
-        raise ValueError(f"--output_dir {folder}: holds this run already; give --resume to continue it, or --overwrite to delete it")
-    return run_state.newest_intact(folder / "checkpoints")
 
 
 def _check_world(config: Config, world_size: int) -> None:
@@ -143,8 +87,8 @@ def train(config: Config) -> str | None:
                     load_deepspeed_config(config.deepspeed_config)
                 locked = folder.is_dir()
                 if locked:
-                    held.enter_context(_only_run_in(folder))
-                resumed = _claim_output(config)
+                    held.enter_context(run_folder.only_run_in(folder))
+                resumed = run_folder.claim(config)
                 _check_world(config, world_size)
                 source, stage = _open(config)
                 _check_data(config, source, resumed[1] if resumed else None)
@@ -161,17 +105,17 @@ def train(config: Config) -> str | None:
                 source, stage = _open(config)
             module = stage.build(runtime, precision)
             if resumed:
-                run_state.load_weights(module, folder / "checkpoints" / resumed[0], resumed[1])
+                run_state.load_weights(module, folder / run_folder.CHECKPOINTS / resumed[0], resumed[1])
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = build_optimizer(stage.optimizer_rule, trained, config, runtime.device)
         with _input_errors_of_all(runtime):  # from here on the folder changes
             if runtime.is_main:
                 if config.overwrite and folder.exists():
-                    _empty(folder)
-                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                    run_folder.empty(folder)
+                (folder / run_folder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
                 if not locked:
-                    held.enter_context(_only_run_in(folder))
-                configuration.save(config, folder / CONFIG_FILE, versions())
+                    held.enter_context(run_folder.only_run_in(folder))
+                configuration.save(config, folder / run_folder.CONFIG_FILE, run_folder.versions())
         if runtime.is_main:
             log_to_files(folder)
         engine = initialise_engine(module, optimizer, config, runtime, precision)
@@ -194,39 +138,6 @@ def _input_errors_of_all(runtime: launch.Runtime):
     for rank, found in enumerate(problems):
         if found is not None:
             raise InputError(found if rank == 0 or found == problem else f"rank {rank}: {found}")
-
-
-@contextlib.contextmanager
-def _only_run_in(folder: Path):
-    """Hold the folder against a second launch, which would delete what the first is writing.
-
-    Raises:
-        ValueError: another process holds it for longer than the workers of a dead run live.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        for attempt in range(_LOCK_SECONDS + 1):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == _LOCK_SECONDS:
-                    raise ValueError(f"--output_dir {folder}: another run is writing to it; wait for its end, or stop its ranks: pkill -f train.py") from None
-                time.sleep(1)
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        os.close(handle)
-
-
-def _empty(folder: Path) -> None:
-    """Delete what is in a folder, which stays: it is locked."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _from_main(value):
@@ -259,14 +170,14 @@ class _Run:
         self.schedule = LearningRate(config, engine.basic_optimizer, self.per_epoch)
         self.centers = stage.centers if isinstance(stage, BackboneStage) else None
         background = runtime.device.type == "cuda" if config.background_checkpoints is None else config.background_checkpoints
-        self.checkpoints = Checkpoints(folder / "checkpoints", runtime, config.keep_checkpoints, config.keep_best, background)
+        self.checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, runtime, config.keep_checkpoints, config.keep_best, background)
         self.checkpoints.resume_from(resumed[0] if resumed else None)
         self.guard = StepGuard(engine, runtime, config.max_skipped_steps, folder / f"not_finite_rank{runtime.rank}.jsonl")
         self.epoch_loss = torch.zeros(2, device=runtime.device, dtype=torch.float64)  # sum and number of this epoch's steps
         self.first_step, self.scaler_skips, self.unwritten = 0, 0, None
         if resumed:
             tag, state = resumed
-            run_state.load(engine, folder / "checkpoints" / tag, state, self.centers)
+            run_state.load(engine, folder / run_folder.CHECKPOINTS / tag, state, self.centers)
             self.first_step = state["step"]
             self.schedule.load_state_dict(state["schedule"])
             self.epoch_loss.copy_(torch.tensor(state["epoch_loss"]))

@@ -71,11 +71,15 @@ def test_write_then_read_both_orientations_in_any_order(small, monkeypatch):
     again.close()
 
 
-def test_damaged_record_becomes_missing_and_only_that(small):
-    folder, layout = small
+def store_ten(folder, layout):
     cache = FeatureCache.open(folder, layout, 0)
     cache.write(np.arange(10), views(layout, 10))
     cache.close()
+
+
+def test_damaged_record_becomes_missing_and_only_that(small):
+    folder, layout = small
+    store_ten(folder, layout)
     with open(folder / "rows-00000.bin", "r+b") as file:
         file.seek(4 * layout.record_bytes + 20)
         byte = file.read(1)
@@ -106,9 +110,7 @@ def test_a_full_disk_leaves_what_is_stored_and_the_rest_missing(small, monkeypat
 
 def test_a_damaged_record_is_refused_when_it_is_read_and_made_anew(small):
     folder, layout = small
-    cache = FeatureCache.open(folder, layout, 0)
-    cache.write(np.arange(10), views(layout, 10))
-    cache.close()
+    store_ten(folder, layout)
     with open(folder / "rows-00000.bin", "r+b") as file:
         file.seek(4 * layout.record_bytes + layout.view_bytes + 20)  # in the mirrored half
         file.write(b"\xa5\xa5")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from scf_fast import launch
+from scf_fast import launch, run_folder
 from scf_fast.backbones import identify_backbone
 from scf_fast.checkpoints import backbone_state, class_centers
 from scf_fast.demo import launcher
@@ -166,11 +166,10 @@ BAD = {
 
 def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkeypatch, capsys):
     import train
-    from scf_fast import trainer
-    monkeypatch.setattr(trainer, "_LOCK_SECONDS", 1)
+    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 1)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", stage1[0], "--resume"])])
     before = snapshot(stage1[0])
-    with trainer._only_run_in(stage1[0]):
+    with run_folder.only_run_in(stage1[0]):
         assert train.main() == 2
     assert "another run is writing to it" in capsys.readouterr().err
     assert snapshot(stage1[0]) == before
