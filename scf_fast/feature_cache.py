@@ -63,8 +63,13 @@ class CacheLayout:
         return 2 * self.view_bytes
 
     @property
+    def image_bytes(self) -> int:
+        """A record and its checksums."""
+        return self.record_bytes + 8
+
+    @property
     def total_bytes(self) -> int:
-        return self.num_images * (self.record_bytes + 8)
+        return self.num_images * self.image_bytes
 
     @property
     def rows_per_shard(self) -> int:

@@ -278,7 +278,7 @@ def _open_cache(config, backbone, backbone_state, source, precisions, calibratio
     folder, architecture = Path(config.feature_cache), backbone.architecture
     layout = CacheLayout(len(source), backbone.z_dim, (architecture.widths[-1], architecture.map_size, architecture.map_size), config.cache_dtype)
     if config.cache_budget:
-        layout = dataclasses.replace(layout, num_images=min(len(source), int(config.cache_budget * 1e9 / (layout.record_bytes + 4))))
+        layout = dataclasses.replace(layout, num_images=min(len(source), int(config.cache_budget * 1e9 / layout.image_bytes)))
     if runtime.is_main:
         error = 0.0
         if (folder / "meta.json").exists():

@@ -209,7 +209,8 @@ class _Run:
             log.info("nothing to do: the run is at step %d of %d", self.first_step, self.last_step)
             self._check_written()
             return None
-        loader = self.stage.make_loader(self.source, self.sampler, runtime)
+        with _input_errors():  # a feature cache of something else
+            loader = self.stage.make_loader(self.source, self.sampler, runtime)
         batches = (batch for epoch in itertools.count(self.first_step // self.per_epoch)
                    for batch in loader.batches(epoch, start_batch=max(0, self.first_step - epoch * self.per_epoch)))
         reporter = Reporter(self.folder, runtime, self.last_step * config.batch_size, self.first_step * config.batch_size, self.first_step, config.tensorboard)

@@ -175,6 +175,20 @@ def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkey
     assert snapshot(stage1[0]) == before
 
 
+def test_a_damaged_cache_is_one_line(faces, stage1, flags, tmp_path, monkeypatch, capsys):
+    import train
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "meta.json").write_text("{")
+    weights = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth", "--data", faces / "train"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage2"], *weights, "--zero_stage", 0, "--feature_cache", tmp_path / "cache",
+                                                            "--output_dir", tmp_path / "run"])])
+    try:
+        assert train.main() == 2
+    finally:
+        launch.finish()
+    assert "meta.json is damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_an_output_folder_that_cannot_be_made_is_one_line(faces, flags, monkeypatch, capsys):
     import train
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", "/proc/no_room_for_a_run"])])
