@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ def _seconds(call, args, device, clock=time.perf_counter):
 
 
 def interleaved_seconds(calls, buffers, device, rounds, clock=time.perf_counter):
-    """Median seconds by clock of each of calls, a dict from name to function, taken in turns so that a disturbance strikes them alike.
+    """Seconds by clock of ``rounds`` calls of each of calls, a dict from name to function, taken in turns so that a disturbance strikes them alike.
 
     In every round each call runs once untimed on the one buffer, a tuple of arguments, and once timed on the next: what the call before
     it left behind, such as a heap just given back to the system, is not on its account. Rounds begin with each call in turn.
@@ -51,7 +50,7 @@ def interleaved_seconds(calls, buffers, device, rounds, clock=time.perf_counter)
         for name in names[first:] + names[:first]:
             calls[name](*before)
             samples[name].append(_seconds(calls[name], args, device, clock))
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return samples
 
 
 def sampled_seconds(call, buffers, device, budget):

@@ -17,7 +17,7 @@ class Timing:
 
     Attributes:
         low, high: an interval that holds the true median with about 95 % probability: median +- 1.57 IQR / sqrt(n) (McGill, Tukey and
-            Larsen, 1978); None where the file keeps no spread, or fewer than 5 samples.
+            Larsen, 1978); None where there are fewer than 5 samples.
         facts: everything else in the file about it.
     """
 
@@ -41,10 +41,9 @@ def _interval(median, first_quartile, third_quartile, count):
     return median - half, median + half
 
 
-def _from_samples(section, record):
-    samples = record["seconds"]
-    first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(section, record["work"], record["way"], median, *_interval(median, first, third, len(samples)), record)
+def _from_samples(section, work, way, seconds, facts):
+    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(section, work, way, median, *_interval(median, first, third, len(seconds)), facts)
 
 
 def _from_pytest(section, entry):
@@ -59,8 +58,8 @@ def _from_throughput(content):
         runs = [("step", int(batch), rates) for batch, rates in result["steps"].items()] + [("epoch", content["epoch_batch"], result["epochs"])]
         for what, batch, rates in runs:
             facts = {"network": network, "confidence_net": net, "batch": batch, "unit": "images"}
-            found += [Timing("stage2", f"stage 2 {what}, {network}, {net}, B = {batch}", way, batch / rate, None, None, {**facts, "per_second": rate})
-                      for way, rate in rates.items()]
+            found += [_from_samples("stage2", f"stage 2 {what}, {network}, {net}, B = {batch}", way, [batch / rate for rate in samples],
+                                    {**facts, "per_second": statistics.median(samples)}) for way, samples in rates.items()]
     return found
 
 
@@ -79,11 +78,11 @@ class ResultFile:
         """[Timing]; empty for files of another kind, such as errors or memory."""
         content, section = self.content, self.content.get("section", self.path.stem.partition("-")[0])
         if "records" in content:
-            return [_from_samples(section, record) for record in content["records"] if "seconds" in record]
+            return [_from_samples(section, record["work"], record["way"], record["seconds"], record) for record in content["records"] if "seconds" in record]
         if "benchmarks" in content:
             return [_from_pytest(section, entry) for entry in content["benchmarks"]]
         if "cases" in content:
-            return [Timing(section, case["work"], way, seconds, None, None, {}) for case in content["cases"] for way, seconds in case["seconds"].items()]
+            return [_from_samples(section, case["work"], way, seconds, {}) for case in content["cases"] for way, seconds in case["seconds"].items()]
         return _from_throughput(content) if "networks" in content else []
 
 

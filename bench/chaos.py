@@ -200,15 +200,17 @@ class Chaos:
         return self.kill_all_ranks(job, steps) and Path(f"{job.out}.log").read_text().count(found) == before + 1
 
     def corrupt_checkpoint(self, job, steps):
-        def complete():
-            return sorted((job.out / "checkpoints").glob("step*/state.json"))
+        def resumable():
+            latest = job.out / "checkpoints" / "latest"
+            newest = latest.read_text().strip() if latest.exists() else ""
+            return sorted(folder for folder in latest.parent.glob("step*") if folder.name <= newest and (folder / "state.json").exists())
         process = job.start()
         self._further(job, process, steps)
-        wait_until(lambda: len(complete()) > 1, process)
+        wait_until(lambda: len(resumable()) > 1, process)
         kill_all(process)
-        if len(complete()) < 2:
+        if len(resumable()) < 2:
             return False
-        path = self.rng.choice([path for path in complete()[-1].parent.iterdir() if path.suffix == ".pt"])
+        path = self.rng.choice([path for path in resumable()[-1].iterdir() if path.suffix == ".pt"])
         content = bytearray(path.read_bytes())
         content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
         path.write_bytes(content)

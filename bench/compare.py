@@ -15,7 +15,7 @@ from bench._results import read, table
 
 
 def verdict(old, new, tolerance):
-    """"slower", "faster", "same", or "unknown" where a file keeps no spread."""
+    """"slower", "faster", "same", or "unknown" where a file has fewer than 5 samples of it."""
     if None in (old.low, new.low):
         return "unknown"
     if new.low > old.high * (1 + tolerance):

@@ -140,7 +140,7 @@ def cache_layout(backbone, images, dtype):
 
 
 def measure_steps(options, backbone, batch):
-    """Images a second of each way."""
+    """Images a second of each way, step by step."""
     centers = torch.randn(CLASSES, Z_DIM, device=DEVICE)
     buffers = [(torch.randn(batch, 3, 112, 112, device=DEVICE), torch.randint(CLASSES, (batch,), device=DEVICE)) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ def measure_steps(options, backbone, batch):
         }
         seconds = interleaved_seconds(ways, buffers, DEVICE, options.rounds)
     torch.compiler.reset()
-    return {name: batch / value for name, value in seconds.items()}
+    return {name: [batch / value for value in values] for name, values in seconds.items()}
 
 
 class OurRun:
@@ -201,7 +201,7 @@ def published_epoch(options, source, backbone):
 
 
 def measure_epochs(options, runtime, backbone, source, folder):
-    """Images a second of whole epochs of each way."""
+    """Images a second of each way, epoch by epoch, and where the time of our uncached ones went."""
     layout = cache_layout(backbone, len(source), "bf16")
     FeatureCache.create_or_check(folder / "epochs", {}, layout)
     uncached, cached = (OurRun(options, runtime, source, backbone, cache) for cache in (None, FeatureCache.open(folder / "epochs", layout, 0)))
@@ -220,7 +220,13 @@ def measure_epochs(options, runtime, backbone, source, folder):
         split = uncached.stream.seconds
         close()
     torch.compiler.reset()
-    return {name: statistics.median(values[1:]) for name, values in rates.items()}, split  # the first epoch compiles
+    return {name: values[1:] for name, values in rates.items()}, split  # the first epoch compiles
+
+
+def print_rates(what, rates):
+    medians = {way: statistics.median(samples) for way, samples in rates.items()}
+    rows = [[way, f"{rate:.0f}", f"{rate / medians['published']:.2f}", f"{rate / medians['ours']:.2f}"] for way, rate in medians.items()]
+    print(tabulate([what, "images/s", "against published", "against ours"], rows), flush=True)
 
 
 def measure_cache(options, backbone, source):
@@ -274,16 +280,14 @@ def main():
         print(f"{network}, {options.confidence_net} confidence net, {environment(DEVICE)['device']}, images/s", flush=True)
         for batch in options.batches:
             rates = result["steps"][batch] = measure_steps(options, backbone, batch)
-            rows = [[name, f"{rate:.0f}", f"{rate / rates['published']:.2f}", f"{rate / rates['ours']:.2f}"] for name, rate in rates.items()]
-            print(tabulate([f"steps of {batch}", "images/s", "against published", "against ours"], rows), flush=True)
+            print_rates(f"steps of {batch}", rates)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "data").mkdir()
             make_records(Path(folder) / "data", options.images)
             source = open_source(Path(folder) / "data")
             rates, split = measure_epochs(options, runtime, backbone, source, Path(folder))
             result["epochs"], result["seconds"] = rates, split
-            rows = [[name, f"{rate:.0f}", f"{rate / rates['published']:.2f}", f"{rate / rates['ours']:.2f}"] for name, rate in rates.items()]
-            print(tabulate([f"epochs, batch {options.epoch_batch}", "images/s", "against published", "against ours"], rows), flush=True)
+            print_rates(f"epochs, batch {options.epoch_batch}", rates)
             cache = result["cache"] = measure_cache(options, backbone, source)
             rows = [[name, f"{entry['bytes']}", f"{entry['convf']:.1e}", f"{entry['loss']:.1e}"] for name, entry in cache.items()]
             print(tabulate(["cache dtype", "bytes an image", "map", "loss"], rows), flush=True)

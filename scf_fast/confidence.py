@@ -7,6 +7,7 @@ Both end in the published code's floor, log_kappa = log(1e-6 + exp(raw)), so kap
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 LOG_KAPPA_FLOOR = math.log(1e-6)  # the published epsilon; it moves kappa by 1e-6, so it matters only for kappa << 1
@@ -32,6 +33,42 @@ class MLPConfidence(nn.Module):
         return _floor(self._log_kappa(convf.flatten(1)))
 
 
+class _Patches(torch.autograd.Function):
+    """(B, C, H, W) -> (B, H - 2, W - 2, 3, 3, C): what a 3x3 convolution without padding reads for each output position."""
+
+    @staticmethod
+    def forward(ctx, x):
+        batch, channels, height, width = ctx.shape = x.shape
+        x = x.permute(0, 2, 3, 1).contiguous()
+        image, row, pixel, _ = x.stride()
+        return x.as_strided((batch, height - 2, width - 2, 3, 3, channels), (image, row, pixel, row, pixel, 1)).contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        batch, channels, height, width = ctx.shape
+        result = torch.zeros(batch, height, width, channels)  # float32, for nine summands
+        for i in range(3):
+            for j in range(3):
+                result[:, i:i + height - 2, j:j + width - 2] += gradient[:, :, :, i, j]
+        return result.to(gradient.dtype).permute(0, 3, 1, 2)
+
+
+class _Convolution(nn.Conv2d):
+    """``nn.Conv2d(inputs, outputs, 3, bias=False)``. Where a CPU trains in bf16, as one product of matrices: oneDNN has these at twice the rate
+    of its convolutions of so small a map."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 3, bias=False)
+
+    def forward(self, x):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if not (x.is_cpu and self.training and dtype == torch.bfloat16):
+            return super().forward(x)
+        weight = self.weight.to(dtype).permute(0, 2, 3, 1)
+        return F.linear(_Patches.apply(x.to(dtype)).flatten(3), weight.flatten(1)).permute(0, 3, 1, 2)
+
+
 class ConvConfidence(nn.Module):
     """TFace's network: three unpadded 3x3 convolutions on the map, average pool, C - C/2 - C/4 - 1. Keys ``conv_.N``, ``_log_kappa.N``."""
 
@@ -40,9 +77,9 @@ class ConvConfidence(nn.Module):
         if map_size < 7:
             raise ValueError(f"the convolutional confidence net needs a feature map of at least 7 x 7, got {map_size} x {map_size}; use the mlp")
         self.conv_ = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, bias=False), nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 3, bias=False), nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(1))
+            _Convolution(channels, channels), nn.ReLU(inplace=True),
+            _Convolution(channels, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
+            _Convolution(channels, channels), nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(1))
         self._log_kappa = nn.Sequential(nn.Linear(channels, channels // 2), nn.ReLU(inplace=True), nn.Linear(channels // 2, channels // 4),
                                         nn.ReLU(inplace=True), nn.Linear(channels // 4, 1))
 

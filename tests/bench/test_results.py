@@ -59,9 +59,9 @@ def test_every_format_is_read(tmp_path):
     stats = {"median": 0.5, "q1": 0.4, "q3": 0.6, "rounds": 16}
     contents = {
         "pytest": {"machine_info": ENVIRONMENT, "benchmarks": [{"group": "w", "name": "test[eager]", "extra_info": {"way": "eager"}, "stats": stats}]},
-        "claims": {"environment": ENVIRONMENT, "cases": [{"work": "w", "seconds": {"eager": 0.5}}]},
+        "claims": {"environment": ENVIRONMENT, "cases": [{"work": "w", "seconds": {"eager": [0.5] * 4}}]},
         "throughput": {"environment": ENVIRONMENT, "networks": ["n"], "confidence_net": "conv", "epoch_batch": 8,
-                       "results": {"n": {"steps": {"4": {"published": 8.0}}, "epochs": {"ours": 16.0}}}},
+                       "results": {"n": {"steps": {"4": {"published": [8.0, 8.0, 8.0, 8.0, 4.0]}}, "epochs": {"ours": [16.0, 16.0]}}}},
     }
     found = {}
     for name, content in contents.items():
@@ -69,8 +69,8 @@ def test_every_format_is_read(tmp_path):
         found[name] = read(tmp_path / f"{name}.json").timings
     assert [(t.work, t.way, t.median, t.low, t.high) for t in found["pytest"]] == [("w", "eager", 0.5, pytest.approx(0.4215), pytest.approx(0.5785))]
     assert [(t.work, t.way, t.median, t.low) for t in found["claims"]] == [("w", "eager", 0.5, None)]
-    assert [(t.work, t.median, t.ours) for t in found["throughput"]] == [("stage 2 step, n, conv, B = 4", 0.5, False),
-                                                                        ("stage 2 epoch, n, conv, B = 8", 0.5, True)]
+    assert [(t.work, t.median, t.low, t.ours) for t in found["throughput"]] == [("stage 2 step, n, conv, B = 4", 0.5, 0.5, False),
+                                                                               ("stage 2 epoch, n, conv, B = 8", 0.5, None, True)]
 
 
 def test_the_newest_of_each_kind_counts(tmp_path):

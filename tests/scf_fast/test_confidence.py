@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from scf_fast.confidence import build_confidence_net, identify_confidence_net
+from scf_fast.confidence import ConvConfidence, build_confidence_net, identify_confidence_net
 
 
 def test_mlp_is_the_published_network():
@@ -34,6 +35,23 @@ def test_conv_has_tface_parameter_names_and_shapes():
                       "_log_kappa.4.weight": (1, 128), "_log_kappa.4.bias": (1,)}
     assert identify_confidence_net(state) == "conv"
     assert build_confidence_net("conv", 16, 7)(torch.randn(3, 16, 7, 7)).shape == (3,)
+
+
+@pytest.mark.parametrize("size", [7, 9])
+def test_bf16_on_a_cpu_trains_the_same_convolution(size):
+    torch.manual_seed(0)
+    layer, x = ConvConfidence(16, 7).conv_[0], torch.randn(3, 16, size, size, dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(3, 16, size - 2, size - 2, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.backward(gradient)
+    exact = [value.detach().to(torch.bfloat16).double().requires_grad_() for value in (x, layer.weight)]
+    expected = F.conv2d(*exact)
+    expected.backward(gradient.double())
+    assert "Convolution" not in type(y.grad_fn).__name__
+    for ours, theirs in ((y, expected), (x.grad, exact[0].grad), (layer.weight.grad, exact[1].grad)):
+        assert (ours.double() - theirs).norm() < 4e-3 * theirs.norm()
+    assert layer.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("raw, kappa", [(-1000.0, 1e-6), (0.0, 1 + 1e-6), (100.0, math.exp(100.0))])
