@@ -135,7 +135,8 @@ class Config:
                                     "possible, in [0, 1); 0 is exact, 0.000244 (2^-12) is under bf16's rounding", stage="backbone", group="system")
     fused_center_update: bool | None = option(None, "update class centers inside the backward pass, without storing their gradient; default: unless "
                                                     "there is accumulation or fp16", stage="backbone", group="system")
-    zero_stage: int = option(PerStage(1, 2), "DeepSpeed ZeRO stage", choices=(0, 1, 2, 3), group="system")
+    zero_stage: int | None = option(None, "DeepSpeed ZeRO stage; default: 1 in stage 1, 2 in stage 2, and 0 on a single rank, which has nothing to divide",
+                                    choices=(0, 1, 2, 3), group="system")
     offload_optimizer: str = option("none", "where optimiser states and float32 master weights are, and where the optimiser runs: none is the GPU, cpu "
                                             "is host memory, for a network that the GPU cannot hold; needs ZeRO 1 to 3", choices=("none", "cpu"),
                                     group="system")
@@ -217,10 +218,18 @@ class Config:
         require(all(weight > 0 for weight in self.data_weights), "data_weights", "positive numbers")
         require(self.augmentation == "none" or not self.feature_cache, "augmentation", "none with --feature_cache: the cache holds one picture an image")
         require(not (self.finetune_bkb and self.feature_cache), "finetune_bkb", "without --feature_cache: the features change with the backbone")
-        require(self.offload_optimizer == "none" or self.zero_stage > 0, "offload_optimizer", "none with --zero_stage 0: it is ZeRO that offloads")
+        require(self.offload_optimizer == "none" or self.zero_stage != 0, "offload_optimizer", "none with --zero_stage 0: it is ZeRO that offloads")
         if self.stage == "confidence":
             require(self.saved_bkb, "saved_bkb", "given for stage 2: the backbone that stage 1 wrote")
             require(self.saved_fc, "saved_fc", "given for stage 2: the class centers that stage 1 wrote")
+
+    def zero_stage_on(self, world_size: int) -> int:
+        """The ZeRO stage on so many ranks: the one given, or the default."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        if world_size == 1 and self.offload_optimizer == "none":
+            return 0
+        return 1 if self.stage == "backbone" else 2
 
     def as_dict(self) -> dict:
         """Plain values, JSON- and YAML-ready."""

@@ -78,7 +78,8 @@ def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict:
         "gradient_clipping": config.max_grad_norm,  # DeepSpeed clips at 1.0 when the key is absent
         "zero_allow_untested_optimizer": True,  # SGD is elementwise, so it is safe on ZeRO's flat partitions
         # The bucket is allocated whole, twice with overlap: DeepSpeed's default of 500 million values would take more than the network.
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": runtime.device.type == "cuda", "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": config.zero_stage_on(runtime.world_size), "overlap_comm": runtime.device.type == "cuda",
+                              "reduce_bucket_size": 50_000_000},
     }
     if config.offload_optimizer != "none":
         generated["zero_optimization"]["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": runtime.device.type == "cuda"}
@@ -110,6 +111,8 @@ def initialise_engine(module: nn.Module, optimizer, config: Config, runtime: Run
     if runtime.device.type == "cpu" and sum(parameter.nbytes for parameter in module.parameters()) < _LARGE_NETWORK:  # fragments would cost more memory
         keep_freed_memory()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, runtime, precision))
+    if runtime.world_size == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # it would copy all gradients into one buffer and back to sum them over one rank
     engine.loss_scaler = LossScaler(engine.optimizer) if precision == "fp16" and engine.zero_optimization() else None
     return engine
 

@@ -60,7 +60,7 @@ def forecast(config: Config, num_classes: int, world_size: int, precision: str) 
         size = sum(parameter.numel() for parameter in backbone.parameters()) * _FLOAT
         # The difference of two batches, so that what does not grow with the batch drops out.
         an_image = (_kept_for_backward(backbone, 4, precision) - _kept_for_backward(backbone, 2, precision)) // 2
-    stage = config.zero_stage
+    stage = config.zero_stage_on(world_size)
     shares = [size // (world_size if stage >= 3 else 1), size // (world_size if stage >= 2 else 1), size // (world_size if stage >= 1 else 1)]
     master = size // world_size if stage >= 1 else 0  # ZeRO keeps its own partition of float32 weights
     if torch.cuda.is_available():

@@ -183,7 +183,7 @@ class _Run:
             self.epoch_loss.copy_(torch.tensor(state["epoch_loss"]))
             log.info("resumed at step %d (epoch %d)%s", self.first_step, self.first_step // self.per_epoch + 1,
                      f", written by {state['world_size']} ranks with ZeRO {state['zero_stage']}"
-                     if (state["world_size"], state["zero_stage"]) != (runtime.world_size, config.zero_stage) else "",
+                     if (state["world_size"], state["zero_stage"]) != (runtime.world_size, engine.zero_optimization_stage()) else "",
                      extra={"event": "resume", "step": self.first_step})
         self.last_step = config.epochs * self.per_epoch
         if config.max_steps:
@@ -203,7 +203,7 @@ class _Run:
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         log.info("stage %s: %d images, %d identities, %d steps an epoch, %.1f M trained parameters, %d rank%s on %s, ZeRO %d", config.stage,
                  len(self.source), self.source.num_classes, self.per_epoch, parameters / 1e6, runtime.world_size, "s" * (runtime.world_size > 1),
-                 runtime.device.type, config.zero_stage, extra={"event": "start", "step": self.first_step})
+                 runtime.device.type, self.engine.zero_optimization_stage(), extra={"event": "start", "step": self.first_step})
         if self.first_step >= self.last_step:
             self._export(self.first_step)  # a run that died after its last checkpoint may not have
             log.info("nothing to do: the run is at step %d of %d", self.first_step, self.last_step)

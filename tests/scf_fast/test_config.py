@@ -65,6 +65,13 @@ def test_network_names_of_insightface_and_pixels_of_each_family():
     assert parse(STAGE2).normalization is None  # known when --saved_bkb and --saved_fc have been read
 
 
+def test_zero_divides_where_there_is_something_to_divide():
+    for stage, several in ((STAGE1, 1), (STAGE2, 2)):
+        assert [parse(stage).zero_stage_on(ranks) for ranks in (1, 2, 8)] == [0, several, several]
+        assert parse([*stage, "--offload_optimizer", "cpu"]).zero_stage_on(1) == several
+        assert parse([*stage, "--zero_stage", "3"]).zero_stage_on(1) == 3
+
+
 @pytest.mark.parametrize("arguments, expected", [
     ([*STAGE2, "--gpu_ids", "all"], "--gpu_ids must be numbers with commas between, got 'all'"),
     ([*STAGE2, "--finetune_bkb", "--feature_cache", "c"], "--finetune_bkb must be without --feature_cache"),

@@ -19,7 +19,8 @@ from scf_fast.optimizers import build_optimizer
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH, CHANNELS, MAP, CLASSES, WIDTH = 10, 24, 4, 3, 7, 16
 CASES = [{"zero_stage": stage, "offload_optimizer": offload} for stage in range(4) for offload in ("none", "cpu")[:1 + (stage > 0)]]
-CASES += [{"zero_stage": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 1e-3}, *({"zero_stage": stage, "precision": "fp16"} for stage in (1, 2, 3))]
+CASES += [{"zero_stage": stage, "gradient_accumulation_steps": 2, "max_grad_norm": 1e-3} for stage in (0, 2)]
+CASES += [{"zero_stage": stage, "precision": "fp16"} for stage in (1, 2, 3)]
 TOO_LARGE = 2.0**18  # a loss scale whose gradients no float16 holds
 
 
