@@ -15,8 +15,9 @@ class FolderIndex(IndexedImages):
 
     The first folder on the way to an image is its identity, deeper ones do not matter. Identities are numbered in the order of their
     names' bytes; where `path` holds a `property` file, the names are the numbers themselves. Files are images by their suffix; images in
-    `path` itself, which belong to nobody, and empty ones are skipped and counted, hidden files and folders not looked at, links to
-    folders not followed. The index notices added, removed and renamed files; it lies beside `path`.
+    `path` itself, which belong to nobody, and empty ones are skipped and counted, hidden files and folders not looked at. An identity may
+    be a link to a folder elsewhere; deeper links to folders are not followed. The index notices added, removed and renamed files; it lies
+    beside `path`.
     """
 
     FORMAT = "image folder"
@@ -50,7 +51,7 @@ class FolderIndex(IndexedImages):
         try:
             with os.scandir(os.fsencode(path)) as entries:
                 top = sorted(entries, key=lambda entry: entry.name)
-            identities = [entry.name for entry in top if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(b".")]
+            identities = [entry.name for entry in top if entry.is_dir() and not entry.name.startswith(b".")]
             skipped["images outside the folders of identities"] = sum(_is_image(entry) for entry in top)
             numbered = (path / "property").exists()
             for position, identity in enumerate(identities):

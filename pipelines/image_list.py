@@ -1,4 +1,4 @@
-"""Image list files, the layout of the published SCF code: one line `path label` an image."""
+"""Image list files: one line `path label` an image, the layout of the published SCF code; and MXNet's `.lst`."""
 import os
 
 import numpy as np
@@ -14,7 +14,8 @@ _BLOCK = 1 << 14  # lines
 class ListIndex(IndexedImages):
     """The images that a list names; made by `ListIndex.open(list_file, root=folder)`.
 
-    A line is a path, white space, and a label, a whole number from 0 on. The path may hold spaces; empty lines are skipped. Relative
+    A line is a path, white space, and a label, a whole number from 0 on. The path may hold spaces; empty lines are skipped. In a file
+    `.lst`, as MXNet's im2rec writes it, a line is a number, a label, possibly more labels, and a path, between them tabs. Relative
     paths start from `root`, by default the folder of the list. num_classes is the largest label + 1. The index says where in the list
     each path lies, 20 bytes an image, so that millions of paths cost no memory.
     """
@@ -69,6 +70,7 @@ class ListIndex(IndexedImages):
 
     @classmethod
     def _scan(cls, path, progress):
+        parse, layout = (_parse_lst, "number, label and path, between them tabs,") if path.suffix == ".lst" else (_parse_line, "`path label`")
         offsets, lengths, labels, end, reported = [], [], [], 0, 0
         with open(path, "rb") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b""), 1):
@@ -76,21 +78,33 @@ class ListIndex(IndexedImages):
                 if number % _BLOCK == 0:
                     progress(end - reported)
                     reported = end
-                parts = line.rsplit(maxsplit=1)
-                if not parts:
+                if not line.strip():
                     continue
                 try:
-                    label = int(parts[1])
-                except (IndexError, ValueError):
-                    raise ValueError(f"{path} line {number} must be `path label` with a whole number as label, got {_shown(line)}") from None
+                    at, name, label = parse(line)
+                except ValueError:
+                    raise ValueError(f"{path} line {number} must be {layout} with a whole number as label, got {_shown(line)}") from None
                 if not 0 <= label <= LARGEST_LABEL:
                     raise ValueError(f"{path} line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
-                name = parts[0].strip()
-                offsets.append(start + line.index(name))
+                offsets.append(start + at)
                 lengths.append(len(name))
                 labels.append(label)
         labels = np.array(labels, dtype=np.int64)
         return {"offsets": np.array(offsets, dtype=np.int64), "lengths": np.array(lengths, dtype=np.uint32), "labels": labels}, {}
+
+
+def _parse_line(line):
+    """(where the path starts, path, label) of `path label`."""
+    name, label = line.strip().rsplit(maxsplit=1)
+    return line.index(name), name, int(label)
+
+
+def _parse_lst(line):
+    """(where the path starts, path, label) of a line of a `.lst`; im2rec writes labels with six decimals."""
+    _, label, *_, name = line.rstrip().split(b"\t")
+    if not float(label).is_integer():
+        raise ValueError
+    return line.rindex(name), name, int(float(label))
 
 
 def _shown(line):

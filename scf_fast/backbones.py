@@ -228,7 +228,7 @@ def identify_backbone(state_dict: dict[str, torch.Tensor]) -> tuple[str, int]:
     shapes = {_rename(key, theirs_to_ours): tuple(value.shape) for key, value in state_dict.items()}
     embedding = shapes.get("output_layer.3.weight", ())
     if len(embedding) != 2:
-        raise ValueError(f"no backbone: must have 'output_layer.3.weight' (insightface: 'fc.weight'), got keys like {list(state_dict)[:3]}; "
+        raise ValueError(f"no backbone: must have 'output_layer.3.weight' (insightface: 'fc.weight') as IR-ResNets do, got keys like {list(state_dict)[:3]}; "
                          "give the file that stage 1 wrote")
     z_dim = embedding[0]
     units = len({key.split(".")[1] for key in shapes if key.startswith("body.")})

@@ -27,11 +27,12 @@ from scf_fast.backbones import BACKBONES, Architecture, family_state, identify_b
 from scf_fast.confidence import identify_confidence_net
 
 BACKBONE_FILE, CENTERS_FILE, CONFIDENCE_FILE, MODEL_FILE = "backbone.pth", "fc.pth", "confidence.pth", "scf_model.pt"  # what the stages write
-# What a folder may stand for: insightface's shards of all ranks, the model of stage 2, the two files of stage 1.
-_FOLDERS = (("checkpoint_gpu_*.pt",), (MODEL_FILE,), (BACKBONE_FILE, CENTERS_FILE))
+# What a folder may stand for: insightface's shards of all ranks, the model of stage 2, the two files of stage 1. In its releases until 2022
+# insightface put a rank's class centers into a file of their own, beside the backbone.
+_FOLDERS = (("checkpoint_gpu_*.pt",), (MODEL_FILE,), (BACKBONE_FILE, CENTERS_FILE, "rank[:_]*_softmax_weight.pt"))
 _PROGRESS = ("epoch", "global_step")  # as every family counts them: from 0 in the published code and here
 _FACTS = (*_PROGRESS, "radius", "normalization", "normalizer")
-_NOT_WEIGHTS = ("opt_state", "state_optimizer", "optimizer", "state_lr_scheduler")
+_OPTIMIZER = {"state", "param_groups"}  # keys of an optimiser's state_dict, whose moments have the shapes of weights
 _DEFAULT_RADIUS = 64.0  # of the published command line and of TFace: their files do not say
 
 
@@ -198,11 +199,13 @@ def read(spec: str | Path, flag: str = "file") -> Weights:
     """Everything known in a weight file.
 
     A state_dict may be bare or nested, with the ``module.`` prefix of DataParallel or not. Class centers are the published
-    ``['arc_face_state_dict']['weight']``, insightface's ``['state_dict_softmax_fc']['weight']``, or a bare tensor as TFace has it.
+    ``['arc_face_state_dict']['weight']``, insightface's ``['state_dict_softmax_fc']['weight']``, TFace's ``[data set]['kernel']``, in which a
+    column is a class, or a bare tensor.
 
     Args:
         spec: a file; or several that belong together, as a comma-separated list, a pattern or a folder. Class centers of several
-            files are one rank's rows each, as insightface saves them in ``checkpoint_gpu_R.pt``, in the order of the ranks.
+            files are one rank's each, as insightface saves them in ``checkpoint_gpu_R.pt`` and TFace in
+            ``HEAD_Epoch_E_Split_R_checkpoint.pth``, in the order of the ranks.
         flag: what the user named it with, for messages.
     Raises:
         ValueError: a file is missing or no checkpoint, or files do not belong together.
@@ -228,6 +231,10 @@ def read(spec: str | Path, flag: str = "file") -> Weights:
         if rows != sorted(rows, reverse=True) or rows[0] - rows[-1] > 1:
             raise ValueError(f"{flag} {spec}: the ranks' class centers must be in the order of the ranks, each as many rows as the next or one more, got "
                              f"{', '.join(map(str, rows))}; a file is missing or out of order")
+        widths = {shard.shape[1] for shard in shards}
+        if len(widths) > 1:
+            raise ValueError(f"{flag} {spec}: the ranks' class centers must have one width, got {', '.join(map(str, sorted(widths)))}; "
+                             "give the files of one run")
         weights.class_centers = torch.cat(shards) if len(shards) > 1 else shards[0]
     return weights
 
@@ -237,9 +244,10 @@ def _expand(spec: str | Path, flag: str) -> list[str]:
     text = str(spec)
     if os.path.isdir(text):
         for patterns in _FOLDERS:
-            paths = [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(text), pattern))]
+            found = [(glob.glob(os.path.join(glob.escape(text), pattern)), "*" in pattern) for pattern in patterns]
+            paths = [path for some, are_shards in found for path in (_by_rank(some, text, flag) if are_shards else some)]
             if paths:
-                return _by_rank(paths, text, flag) if "*" in patterns[0] else paths
+                return paths
         raise ValueError(f"{flag} {text}: is a folder without {', '.join(name for names in _FOLDERS for name in names)}; give a checkpoint file")
     if not os.path.exists(text) and re.search(r"[*?\[]", text):
         paths = glob.glob(text)
@@ -271,18 +279,40 @@ def _collect(value, weights: Weights) -> None:
             key = key.removeprefix("module.")
             holder = next((name for name in ("backbone", "confidence_net") if key.startswith(f"{name}.")), "class_centers" if key == "class_centers" else "")
             groups.setdefault(holder, {})[key.removeprefix(f"{holder}.")] = entry
-        elif isinstance(entry, dict) and key not in _NOT_WEIGHTS:
+        elif isinstance(entry, dict) and not entry.keys() >= _OPTIMIZER:
             _collect(entry, weights)
     for state in groups.values():
-        matrix = next(iter(state.values()))
+        centers = _class_centers_in(state)
         if "_log_kappa.0.weight" in state:
-            weights.confidence_net = state
+            part, value = "confidence_net", state
         elif "output_layer.3.weight" in state or {"fc.weight", "layer1.0.conv1.weight"} <= state.keys():
-            weights.backbone = native_state(state)
-        elif len(state) == 1 and matrix.ndim == 2:
-            weights.class_centers = matrix
+            part, value = "backbone", native_state(state)
+        elif centers is not None:
+            part, value = "class_centers", centers
         else:
             weights.other.append(state)
+            continue
+        if getattr(weights, part) is not None:
+            raise ValueError(f"{weights.source}: must hold {part.replace('_', ' ')} once, got several; save what is meant in a file of its own")
+        setattr(weights, part, value)
+
+
+def _class_centers_in(state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """(C, z_dim) class centers where a state_dict is one matrix of them, else None.
+
+    TFace's heads have a column for each class, and CurricularFace a running mean ``t`` beside it. Its PartialFC saves the matrix under the
+    name of the data set, as others do theirs under names of their own: then the longer side is that of the classes.
+    """
+    names = {key.rpartition(".")[2]: value for key, value in state.items() if value.ndim == 2}
+    if len(names) != 1 or (len(state) > 1 and state.keys() != {"kernel", "t"}):
+        return None
+    (name, matrix), = names.items()
+    if name in ("weight", "class_centers"):
+        return matrix
+    rows, columns = matrix.shape
+    if name != "kernel" and rows == columns:
+        return None
+    return matrix.T.contiguous() if name == "kernel" or rows < columns else matrix
 
 
 def _same_parameters(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -69,7 +69,7 @@ class Config:
 
     saved_bkb: str | None = option(None, "backbone checkpoint of stage 1: of this program, the published code, TFace or insightface", stage="confidence",
                                    group="model", metavar="FILE")
-    saved_fc: str | None = option(None, "class-center checkpoint of stage 1, of the same; insightface's shards as a folder or as 'checkpoint_gpu_*.pt'",
+    saved_fc: str | None = option(None, "class-center checkpoint of stage 1, of the same; the ranks' shards as a folder or as 'checkpoint_gpu_*.pt'",
                                   stage="confidence", group="model", metavar="FILE")
     finetune_bkb: bool = option(False, "train the backbone too, from --saved_bkb on, jointly with the confidence net", stage="confidence", group="model")
     partial_identities: bool = option(False, "the data hold only some of the identities that --saved_fc has centers for, under the same numbers",
@@ -107,7 +107,7 @@ class Config:
                                              "takes the note in --saved_fc, else what the family of --saved_bkb was trained with",
                                        choices=("insightface", "published"), group="input")
     loader: str = option("auto", "decoder: dali where installed, else torch", choices=("auto", "dali", "torch"), group="input")
-    num_workers: int = option(2, "decoding threads (DALI) or processes (torch) a rank", group="input")
+    num_workers: int = option(2, "decoding threads (DALI, at least one) or processes (torch; 0: none but the rank's own) a rank", group="input")
     flip: bool = option(True, "random horizontal flip", group="input")
     augmentation: str = option("none", "random changes to the images: as arcface_torch has them, or with crops and occlusions too", choices=tuple(PRESETS),
                                group="input")
@@ -194,10 +194,10 @@ class Config:
 
         require(self.data, "data", "given (or --dataset, as the published code has it)")
         require(self.output_dir, "output_dir", "given")
-        for flag in ("batch_size", "gradient_accumulation_steps", "epochs", "step_size", "log_every", "keep_checkpoints", "max_skipped_steps", "num_workers"):
+        for flag in ("batch_size", "gradient_accumulation_steps", "epochs", "step_size", "log_every", "keep_checkpoints", "max_skipped_steps"):
             require(getattr(self, flag) >= 1, flag, "at least 1")
         for flag in ("weight_decay", "momentum", "warmup_epochs", "max_grad_norm", "max_grad_clip", "checkpoint_every", "max_steps", "cache_budget",
-                     "max_images_per_identity", "images_per_identity"):
+                     "max_images_per_identity", "images_per_identity", "num_workers"):
             require(getattr(self, flag) >= 0, flag, "0 or more")
         for flag in ("lr", "scale", "radius", "gamma", "power"):
             require(getattr(self, flag) > 0, flag, "positive")

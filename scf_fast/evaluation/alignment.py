@@ -68,10 +68,14 @@ class AlignedFaces(ImageSource):
         except Exception as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
             reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error  # that error's text is an address
             raise ValueError(f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out") from error
-        return pack_face(np.asarray(face))
+        return pack_face(face)
 
     def _warp(self, image, i):
+        """(112, 112, 3) uint8. In float32: of bytes Pillow cuts the fraction off, which makes faces darker by half a grey level."""
         # Pillow asks for the way back, and has pixel centers at 1/2.
         a = 1 / self._a[i]
         b = -self._b[i] * a + (0.5 + 0.5j) * (1 - a)
-        return image.transform((FACE_SIZE, FACE_SIZE), Image.Transform.AFFINE, (a.real, -a.imag, b.real, a.imag, a.real, b.imag), Image.Resampling.BILINEAR)
+        way_back = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
+        colors = [color.convert("F").transform((FACE_SIZE, FACE_SIZE), Image.Transform.AFFINE, way_back, Image.Resampling.BILINEAR)
+                  for color in image.split()]
+        return np.stack(colors, axis=-1).round().astype(np.uint8)

@@ -31,6 +31,19 @@ def test_identities_in_the_order_of_their_names(tmp_path):
     assert (tmp_path / "data.index").exists()
 
 
+def test_an_identity_may_be_a_link(tmp_path):
+    fill(tmp_path / "elsewhere", {"1.jpg": b"a", "deeper/2.jpg": b"b"})
+    data = fill(tmp_path / "data", {"ann/0.jpg": b"c", "carl/0.jpg": b"d"})
+    (data / "bob").symlink_to(tmp_path / "elsewhere")
+    (data / "carl/loop").symlink_to(data)
+    (data / "gone").symlink_to(tmp_path / "nowhere")
+    source = open_source(data)
+    assert [source.encoded(i).tobytes() for i in range(len(source))] == [b"c", b"a", b"b", b"d"]
+    assert source.labels.tolist() == [0, 1, 1, 2] and source.class_name(1) == "bob"
+    (tmp_path / "elsewhere/3.jpg").write_bytes(b"e")
+    assert len(open_source(data)) == 5
+
+
 def test_names_that_are_no_text(tmp_path):
     folder = os.fsencode(tmp_path) + b"/data/\xff\xfe"
     os.makedirs(folder)

@@ -35,6 +35,22 @@ def test_root(tmp_path):
         open_source(path)
 
 
+def test_lst_of_mxnet(tmp_path):
+    """Lines as `im2rec --list --recursive` writes them, shuffled, the second with two labels."""
+    path = make(tmp_path, [], ["a 5/0.jpg", "5"]).with_suffix(".lst")
+    path.write_text("17\t3.000000\ta 5/0.jpg\n5\t5.000000\t1.500000\t5\n\n")
+    source = open_source(path)
+    assert isinstance(source, ListIndex) and source.labels.tolist() == [3, 5]
+    assert [source.encoded(i).tobytes() for i in range(2)] == [b"a 5/0.jpg", b"5"]
+
+
+@pytest.mark.parametrize("line", ["a.jpg 0", "1\ta.jpg\t0", "1\t0.5\ta.jpg", "1\tnan\ta.jpg", "1\tinf\ta.jpg", "1\t2.0", "1\t-1.0\ta.jpg"])
+def test_bad_lines_of_a_lst_are_named(tmp_path, line):
+    (tmp_path / "train.lst").write_text(f"0\t0.0\ta.jpg\n{line}\n")
+    with pytest.raises(ValueError, match=r"train\.lst line 2 (must be number, label and path, between them tabs, with a whole|has label -1)"):
+        open_source(tmp_path / "train.lst")
+
+
 def test_some_files_may_be_missing(tmp_path):
     source = open_source(make(tmp_path, ["gone.jpg 0\n", "here.jpg 0\n"], ["here.jpg"]))
     assert source.encoded(1).tobytes() == b"here.jpg"
@@ -59,14 +75,15 @@ def test_empty_and_changed_list(tmp_path):
     assert len(open_source(make(tmp_path, ["a.jpg 0\n", "a.jpg 1\n"]))) == 2
 
 
-@given(st.binary(max_size=60))
-def test_any_bytes_are_a_list_or_a_value_error(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("list") / "list.txt"
-    path.write_bytes(b"a.jpg 0\n" + content)
+@pytest.mark.parametrize("name, first", [("list.txt", b"a.jpg 0\n"), ("list.lst", b"7\t0.0\ta.jpg\n")])
+@given(content=st.one_of(st.binary(max_size=60), st.text("0123456789.-\t\n eainf", max_size=40).map(str.encode)))
+def test_any_bytes_are_a_list_or_a_value_error(tmp_path_factory, name, first, content):
+    path = tmp_path_factory.mktemp("list") / name
+    path.write_bytes(first + content)
     path.with_name("a.jpg").write_bytes(b"a")
     try:
         source = ListIndex.open(path)
     except ValueError as error:
-        assert "list.txt" in str(error)
+        assert name in str(error)
     else:
         assert source.name(0).endswith("a.jpg") and all(isinstance(source.name(i), str) for i in range(len(source)))

@@ -96,12 +96,67 @@ def test_class_centers_in_shards(kept, named, expected, tmp_path):
             checkpoints.class_centers(named.format(tmp_path))
 
 
+def tface_head(kind, columns):
+    """What TFace saves of one data set's head: a column for each class; PartialFC is no module there, and is saved as its matrix."""
+    return {"arcface": {"kernel": columns}, "curricularface": {"kernel": columns, "t": torch.zeros(1)}, "partialfc": columns}[kind]
+
+
+@pytest.mark.parametrize("kind", ["arcface", "curricularface", "partialfc"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_heads_of_tface(kind, ranks, tmp_path):
+    centers = torch.randn(101, 32)
+    for rank, shard in enumerate(centers.tensor_split(ranks)):
+        torch.save({"TFR-faces": tface_head(kind, shard.T.contiguous())}, tmp_path / f"HEAD_Epoch_20_Split_{rank}_checkpoint.pth")
+    read_back = checkpoints.class_centers(tmp_path / "HEAD_Epoch_20_Split_*_checkpoint.pth")
+    assert torch.equal(read_back, centers) and read_back.is_contiguous()
+
+
+def test_the_moments_of_an_optimiser_are_no_weights(tmp_path):
+    """Whatever a file calls it: TFace has BACKBONE_OPT, in a file of its own."""
+    net, head = backbone("tface"), torch.nn.Linear(32, 7, bias=False)
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
+    for parameter in [*net.parameters(), *head.parameters()]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.save({"model": family_state(net.state_dict(), net.architecture), "optim": optimizer.state_dict()}, tmp_path / "both")
+    weights = read(tmp_path / "both")
+    assert weights.parts == ("backbone",) and not weights.other and same(weights.backbone, net.state_dict())
+    torch.save({"EPOCH": 20, "BACKBONE_OPT": optimizer.state_dict()}, tmp_path / "META_Epoch_20_checkpoint.pth")
+    assert "must hold a state_dict of tensors or class centers, got dict without tensors" in refused(read, tmp_path / "META_Epoch_20_checkpoint.pth")
+
+
+def test_heads_that_cannot_be_told_are_refused(tmp_path):
+    torch.save({"a": tface_head("arcface", torch.randn(4, 9)), "b": tface_head("arcface", torch.randn(4, 7))}, tmp_path / "two")
+    assert "must hold class centers once, got several" in refused(checkpoints.class_centers, tmp_path / "two")
+    torch.save({"TFR-faces": torch.randn(8, 8)}, tmp_path / "square")
+    assert "must hold class centers, one (classes, width) tensor, got keys like ['TFR-faces']" in refused(checkpoints.class_centers, tmp_path / "square")
+    for rank, width in enumerate((8, 4)):
+        torch.save(torch.randn(9, width), tmp_path / f"wc_{rank}")
+    assert "must have one width, got 4, 8" in refused(checkpoints.class_centers, tmp_path / "wc_*")
+
+
+@pytest.mark.parametrize("colon", [":", "_"])
+def test_a_folder_of_an_old_insightface_release(colon, tmp_path):
+    *_, net, centers = insightface_files(tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    torch.save(family_state(net.state_dict(), net.architecture), tmp_path / "backbone.pth")
+    for rank, shard in enumerate(centers.tensor_split(3)):
+        torch.save(shard.clone(), tmp_path / f"rank{colon}{rank}_softmax_weight.pt")
+        torch.save(torch.zeros_like(shard), tmp_path / f"rank{colon}{rank}_softmax_weight_mom.pt")
+    weights = read(tmp_path)
+    assert same(weights.backbone, net.state_dict()) and torch.equal(weights.class_centers, centers)
+
+
 def test_two_backbones_are_refused(tmp_path):
     net = backbone("published")
     torch.save(net.state_dict(), tmp_path / "a.pt")
     torch.save({key: value + 1 for key, value in net.state_dict().items()}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"must hold one backbone, but .*b.pt has another"):
         read(f"{tmp_path}/a.pt,{tmp_path}/b.pt")
+    torch.save({"state_dict": net.state_dict(), "averaged": net.state_dict()}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"c.pt: must hold backbone once, got several"):
+        read(tmp_path / "c.pt")
 
 
 def test_the_folder_of_a_run_stands_for_its_files(tmp_path):

@@ -50,8 +50,9 @@ def test_the_published_command_word_for_word():
     assert (c.batch_size, c.epochs, c.lr, c.lr_scheduler, c.step_size, c.gamma, c.weight_decay) == (1024, 30, 3e-5, "StepLR", 2, 0.5, 5e-4)
     assert (c.convf_dim, c.z_dim, c.radius, c.max_grad_clip, c.max_grad_norm, c.tensorboard) == (25088, 512, 64.0, 0.0, 0.0, True)
     assert c.published_checkpoints and c.normalizer == "exact" and not c.finetune_bkb
-    c = parse([*README, "--dataroot", "R", "--no_cuda", "--finetune_bkb", "--eval_batch_size", "1", "--no_tensorboard", "--no-published-checkpoints"])
-    assert (c.data, c.dataroot, c.cuda, c.finetune_bkb, c.eval_batch_size) == ("R/list/ms1m_list.txt", "R", False, True, 1)
+    c = parse([*README, "--dataroot", "R", "--no_cuda", "--finetune_bkb", "--eval_batch_size", "1", "--no_tensorboard", "--no-published-checkpoints",
+               "--num_workers", "0"])
+    assert (c.data, c.dataroot, c.cuda, c.finetune_bkb, c.eval_batch_size, c.num_workers) == ("R/list/ms1m_list.txt", "R", False, True, 1, 0)
     assert not c.tensorboard and not c.published_checkpoints
     assert parse([*README, "--data", "own.rec"]).data == "own.rec"
     assert not parse(STAGE2).published_checkpoints and parse([*STAGE2, "--published_checkpoints"]).published_checkpoints
