@@ -47,8 +47,6 @@ def make_data(folder: Path) -> set[int]:
     for i in corrupt:
         start = content.index(source.encoded(i).tobytes())
         content[start:start + 64] = bytes(64)
-    for old in (folder / "train").glob("*.npy"):
-        old.unlink()
     (folder / "train" / "train.rec").write_bytes(content)
     return set(corrupt)
 

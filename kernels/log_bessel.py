@@ -165,7 +165,7 @@ def _inverse_kernel(rho_ptr, kappa_ptr, count, PLAN: tl.constexpr, STEPS: tl.con
     rho = as_compute(tl.load(rho_ptr + at, mask=mask, other=0.5), FP64)
     one_minus_rho = 1.0 - rho
     kappa = rho * (2.0 * PLAN.order[0] + 2.0 - rho * rho) / (one_minus_rho * (1.0 + rho))
-    for _ in range(STEPS):
+    for _iteration in range(STEPS):  # not `_`, whose type Triton 3.4 keeps through the loop
         _, _, ratio, complement, second, third = debye(kappa, PLAN, 1, 3)
         step = tl.where(rho < 0.5, ratio - rho, one_minus_rho - complement) / second
         kappa = kappa - step / (1.0 - 0.5 * step * third / second)

@@ -494,8 +494,9 @@ def _statistics(embeddings, class_centers, labels, rows, scale, compute_dtype, w
     if not _count(class_centers, rows) or not len(embeddings):
         nothing = torch.zeros(len(embeddings), dtype=dtype, device=embeddings.device)
         return MarginSoftmaxStatistics(nothing - math.inf, nothing, nothing - math.inf, nothing.clone())
-    implementation, blocks = _prepare(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel)
-    log_sum_exp, nearest, cosine_sum = implementation.statistics(blocks, with_cosine_sum)
+    with torch.cuda.device_of(embeddings):
+        implementation, blocks = _prepare(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel)
+        log_sum_exp, nearest, cosine_sum = implementation.statistics(blocks, with_cosine_sum)
     return MarginSoftmaxStatistics(log_sum_exp, _target_cosine(embeddings, class_centers, labels, rows, dtype), nearest, cosine_sum)
 
 
@@ -506,8 +507,9 @@ def _gradients(embeddings, class_centers, labels, rows, log_sum_exp, grads, scal
         return
     # Without another class, or without weight, a row has no term here: keep exp(-inf - -inf) out of it.
     log_sum_exp = torch.where((row_grad == 0) | (log_sum_exp == -math.inf), math.inf, log_sum_exp)
-    implementation, blocks = _prepare(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel)
-    implementation.gradients(blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume, finish)
+    with torch.cuda.device_of(embeddings):
+        implementation, blocks = _prepare(embeddings, class_centers, labels, rows, scale, compute_dtype, triton_kernel)
+        implementation.gradients(blocks, row_grad, target_grad, uniform_grad, log_sum_exp, skip_below, consume, finish)
 
 
 @torch.library.custom_op("scf::margin_softmax_statistics", mutates_args=())

@@ -79,10 +79,11 @@ def _pool_templates(
     mu = mu if mu.stride(1) == 1 else mu.contiguous()
     order, offsets = _segments(template_ids, num_templates)
     block_d = triton.next_power_of_2(dim)
-    _pool_kernel[(num_templates,)](
-        mu, mu if kappa is None else kappa.contiguous(), order, offsets, directions, kappas, mu.stride(0),
-        WEIGHTED=kappa is not None, TINY=torch.finfo(dtype).tiny, FP64=dtype == torch.float64, D=dim, ROWS=max(1, min(8, _TILE // block_d)),
-        BLOCK_D=block_d, num_warps=4 if block_d <= 1024 else 8)
+    with torch.cuda.device_of(mu):
+        _pool_kernel[(num_templates,)](
+            mu, mu if kappa is None else kappa.contiguous(), order, offsets, directions, kappas, mu.stride(0),
+            WEIGHTED=kappa is not None, TINY=torch.finfo(dtype).tiny, FP64=dtype == torch.float64, D=dim, ROWS=max(1, min(8, _TILE // block_d)),
+            BLOCK_D=block_d, num_warps=4 if block_d <= 1024 else 8)
     return directions, kappas
 
 

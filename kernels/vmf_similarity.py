@@ -34,6 +34,7 @@ MAX_BINS = 1024  # of a histogram that one program counts in registers
 _KEPT = 16  # best columns of a row that a program keeps in registers
 _KEPT_BLOCK = 64  # rows and columns of a tile beside which they fit
 _PROGRAMS = 8  # for each multiprocessor, into which the columns are cut where there are few rows
+_MOST_PROGRAMS = 65535  # along the second and third dimension of a launch
 
 
 def _log_uniform(dim: int) -> float:
@@ -77,10 +78,10 @@ def vmf_similarity_reference(mu1, kappa1, mu2, kappa2, radius):
 
 @triton.jit
 def _pair_kernel(
-    mu1_ptr, kappa1_ptr, mu2_ptr, kappa2_ptr, score_ptr, mu1_stride, mu2_stride, B, constant,
-    D: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    mu1_ptr, kappa1_ptr, mu2_ptr, kappa2_ptr, score_ptr, mu1_stride, mu2_stride, B,
+    CONSTANT: tl.constexpr, D: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """ROWS pairs a program, read once; float64 throughout."""
+    """ROWS pairs a program, read once; float64 throughout. CONSTANT is known to the compiler, since a launch would round it to float32."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
     inside = rows < B
@@ -98,7 +99,7 @@ def _pair_kernel(
     psi1, tail1, _, _, _, _ = debye(kappa1, PLAN)
     psi2, tail2, _, _, _, _ = debye(kappa2, PLAN)
     psi, tail, _, _, _, _ = debye(kappa_sum, PLAN)
-    tl.store(score_ptr + rows, psi - psi1 - psi2 + constant + (tail - tail1 - tail2), mask=inside)
+    tl.store(score_ptr + rows, psi - psi1 - psi2 + CONSTANT + (tail - tail1 - tail2), mask=inside)
 
 
 def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,10 +118,11 @@ def _vmf_similarity(
         mu1, mu2 = _dense_rows(mu1), _dense_rows(mu2)
         block_d = triton.next_power_of_2(dim)
         tile_rows = max(1, _PAIR_TILE // block_d)
-        _pair_kernel[(triton.cdiv(batch, tile_rows),)](
-            mu1, kappa1.contiguous(), mu2, kappa2.contiguous(), scores, mu1.stride(0), mu2.stride(0), batch,
-            -dim / 2 * math.log(2 * math.pi) - dim * math.log(radius), D=dim, PLAN=debye_plan(dim / 2 - 1, torch.float64), ROWS=tile_rows,
-            BLOCK_D=block_d, num_warps=max(4, block_d // 512), enable_fp_fusion=False)
+        with torch.cuda.device_of(mu1):
+            _pair_kernel[(triton.cdiv(batch, tile_rows),)](
+                mu1, kappa1.contiguous(), mu2, kappa2.contiguous(), scores, mu1.stride(0), mu2.stride(0), batch,
+                CONSTANT=-dim / 2 * math.log(2 * math.pi) - dim * math.log(radius), D=dim, PLAN=debye_plan(dim / 2 - 1, torch.float64),
+                ROWS=tile_rows, BLOCK_D=block_d, num_warps=max(4, block_d // 512), enable_fp_fusion=False)
     return scores
 
 
@@ -355,7 +357,7 @@ def _histogram_kernel(
     D: tl.constexpr, PLAN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Counts of one tile of scores: impostors in the first BINS, genuine pairs in the next."""
-    row_block, col_block = tl.program_id(0), tl.program_id(1)
+    row_block, col_block = tl.program_id(0), tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     if DISTINCT:
         if col_block < row_block:
             return
@@ -443,8 +445,9 @@ def _vmf_similarity_matrix(
             scores[rows] = vmf_similarity_matrix_reference(first.rows(rows), second, radius)
     elif n and m:
         first, second, settings = _launch(mu1, kappa1, mu2, kappa2)
-        _matrix_kernel[(triton.cdiv(n, _BLOCK) * triton.cdiv(m, _BLOCK),)](
-            *first, *second, scores, first[0].stride(0), second[0].stride(0), n, m, _constant(mu1.shape[1], radius), GROUP=_GROUP, **settings)
+        with torch.cuda.device_of(mu1):
+            _matrix_kernel[(triton.cdiv(n, _BLOCK) * triton.cdiv(m, _BLOCK),)](
+                *first, *second, scores, first[0].stride(0), second[0].stride(0), n, m, _constant(mu1.shape[1], radius), GROUP=_GROUP, **settings)
     return scores
 
 
@@ -471,9 +474,12 @@ def _vmf_similarity_histogram(
             counts += torch.bincount(position.long().view(-1), minlength=2 * bins + 1)[:-1].view(2, bins)
     elif n and m:
         first, second, settings = _launch(mu1, kappa1, mu2, kappa2)
-        _histogram_kernel[(triton.cdiv(n, _BLOCK), triton.cdiv(m, _BLOCK))](
-            *first, ids1.contiguous(), *second, ids2.contiguous(), counts, first[0].stride(0), second[0].stride(0), n, m,
-            _constant(mu1.shape[1], radius), low, bins / (high - low), BINS=bins, DISTINCT=distinct, **settings)
+        col_blocks = triton.cdiv(m, _BLOCK)
+        layers = triton.cdiv(col_blocks, _MOST_PROGRAMS)
+        with torch.cuda.device_of(mu1):
+            _histogram_kernel[(triton.cdiv(n, _BLOCK), triton.cdiv(col_blocks, layers), layers)](
+                *first, ids1.contiguous(), *second, ids2.contiguous(), counts, first[0].stride(0), second[0].stride(0), n, m,
+                _constant(mu1.shape[1], radius), low, bins / (high - low), BINS=bins, DISTINCT=distinct, **settings)
     return counts
 
 
@@ -511,8 +517,9 @@ def _top_kept(mu1, kappa1, mu2, kappa2, k):
     blocks = triton.cdiv(col_blocks, min(col_blocks, triton.cdiv(_PROGRAMS * processors, row_blocks)))
     parts = triton.cdiv(col_blocks, blocks)
     kept = torch.empty(n, parts * _KEPT, dtype=torch.int64, device=mu1.device)
-    _top_k_kernel[(row_blocks, parts)](
-        *first, *second, kept, first[0].stride(0), second[0].stride(0), n, m, blocks, KEPT=_KEPT, **settings)
+    with torch.cuda.device_of(mu1):
+        _top_k_kernel[(row_blocks, parts)](
+            *first, *second, kept, first[0].stride(0), second[0].stride(0), n, m, blocks, KEPT=_KEPT, **settings)
     best = torch.topk(kept, k, dim=1).values
     ordered = best >> 32
     bits = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(torch.int32)

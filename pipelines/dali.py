@@ -19,10 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from nvidia.dali import __version__ as dali_version
 from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.images import FACE_SIZE, load_encoded, load_face, read_headers
 from pipelines.loader import Loader, Request
+
+if tuple(map(int, dali_version.split(".")[:2])) < (2, 2):
+    raise ImportError(f"DALI 2.2 or newer is needed, this is {dali_version}, which does not turn every JPEG upright as its EXIF says")
 
 _ALL_VALUES = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1)
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}

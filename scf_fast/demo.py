@@ -20,8 +20,8 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
 def launcher(ranks: int | None = None) -> list[str]:
-    """``deepspeed`` with every GPU, or with ``ranks`` processes on a machine without one; a free port, so that two launches can run at once."""
-    count = [] if torch.cuda.is_available() else ["--num_accelerators", str(ranks or 2)]
+    """``deepspeed`` with so many processes; by default one for each GPU, two on a machine without; a free port, so that two launches can run at once."""
+    count = [] if ranks is None and torch.cuda.is_available() else ["--num_accelerators", str(ranks or 2)]
     return [sys.executable, "-m", "deepspeed.launcher.runner", "-q", *count, "--master_port", str(free_port()), str(ROOT / "train.py")]
 
 

@@ -208,7 +208,8 @@ class FeatureCache:
 
     def _write(self, indices, packed, copied):
         if copied is not None:
-            copied.synchronize()
+            with torch.cuda.device(copied.device):  # a thread starts on GPU 0, where every rank would take some hundred megabytes to wait
+                copied.synchronize()
         rows = packed.numpy()
 
         def store(row):

@@ -184,7 +184,8 @@ class FeatureStream:
         indices = self._sampler.indices(epoch, batch)
         hits = present[indices]
         flips = self._sampler.flips(epoch, indices) & self._flip
-        return hits, self.cache.read(indices[hits], flips[hits], pin_memory=self._device.type == "cuda") if hits.any() else None
+        wanted = hits.any() or not len(hits)  # a rank's share of a last batch can be empty
+        return hits, self.cache.read(indices[hits], flips[hits], pin_memory=self._device.type == "cuda") if wanted else None
 
     def _assemble(self, epoch, batch, hits, found, missing):
         """One batch in the sampler's order from what the cache had and from ``missing``, the images that it had not."""
@@ -195,17 +196,17 @@ class FeatureStream:
             return FeatureBatch(*found, labels, shown)
         computed = self._compute(indices[~hits], (self._sampler.flips(epoch, indices) & self._flip)[~hits], missing)
         places = torch.from_numpy(np.flatnonzero(~hits))  # a mask on the device would make the host wait for it
-        labels[places.to(self._device)] = missing.labels  # a broken image has been replaced, label and all
+        labels[places.to(self._device, non_blocking=True)] = missing.labels  # a broken image has been replaced, label and all
         shown[places] = missing.indices
         if not hits.any():
             return FeatureBatch(*computed, labels, shown)
-        places = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(hits), np.flatnonzero(~hits)]))).to(self._device)
+        places = torch.from_numpy(np.argsort(np.concatenate([np.flatnonzero(hits), np.flatnonzero(~hits)]))).to(self._device, non_blocking=True)
         return FeatureBatch(*(torch.cat([old.to(new.dtype), new])[places] for old, new in zip(found, computed)), labels, shown)
 
     def _compute(self, indices, flips, batch):
         """Features of images in the orientation that ``flips`` says; both orientations of those that the cache has room for go there."""
         images, shown = batch.images, batch.indices.numpy()
-        mirror = torch.from_numpy(flips).to(images.device)[:, None, None, None]
+        mirror = torch.from_numpy(flips).to(images.device, non_blocking=True)[:, None, None, None]
         mirrored = images.flip(3)
         wanted = self._run(torch.where(mirror, mirrored, images))
         room = (indices < self.cache.layout.num_images) & (indices == shown)  # what stands in for a broken image is not that image
@@ -214,7 +215,7 @@ class FeatureStream:
             choose = mirror.flatten()
             plain, turned = ([torch.where(choose.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(first, second)]
                              for first, second in ((wanted, other), (other, wanted)))
-            keep = torch.from_numpy(np.flatnonzero(room)).to(images.device)
+            keep = torch.from_numpy(np.flatnonzero(room)).to(images.device, non_blocking=True)
             self.cache.write(indices[room], [tuple(value[keep] for value in view) for view in (plain, turned)])
         return wanted
 
@@ -268,7 +269,8 @@ def open_stream(config: Config, backbone_state: dict[str, torch.Tensor], source,
     if config.feature_cache:
         cache, precision = _open_cache(config, backbone, backbone_state, source, precisions, calibration, runtime)
         precisions = (precision,)  # what is still missing is computed as the rest was
-    frozen = FrozenBackbone(backbone, runtime.device, precisions, compile=pays if config.compile is None else config.compile, calibration=calibration)
+    frozen = FrozenBackbone(backbone, runtime.device, precisions, compile=pays if config.compile is None else config.compile, calibration=calibration,
+                            batch_size=sampler.global_batch_size // sampler.world_size)
     return FeatureStream(lambda sampler, flip: image_loader(config, source, sampler, runtime, flip), sampler, source.labels, frozen,
                          flip=config.flip, device=runtime.device, cache=cache)
 

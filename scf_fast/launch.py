@@ -53,6 +53,7 @@ def start() -> Runtime:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32 in convolutions too, as matrix products are by default
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return Runtime(dist.get_rank(), dist.get_world_size(), device)
 

@@ -26,8 +26,9 @@ _IDENTITY = ("stage", "data", "batch_size", "seed", "network", "z_dim", "loss", 
 
 def versions() -> dict:
     """What decides a result besides the configuration."""
-    found = {"python": platform.python_version(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"}
-    for package in ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "numpy"):
+    found = {"python": platform.python_version(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+             "torch": str(torch.__version__)}  # with the CUDA that it is built for, which the metadata of some wheels leaves out
+    for package in ("triton", "deepspeed", "nvidia-dali-cuda130", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

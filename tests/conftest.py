@@ -14,9 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(command, timeout=240, **environment):
-    """A command in its own process group: (exit status, stdout + stderr); nothing of it is left running."""
+    """A command in its own process group, on the CPU, where any machine has room for several ranks: (exit status, stdout + stderr); nothing of it
+    is left running.
+    """
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               env={**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1", **environment})
+                               env={**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                                    **environment})
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:

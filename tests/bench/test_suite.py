@@ -76,6 +76,12 @@ def test_a_section_out_of_time_is_ended(tmp_path, monkeypatch):
     assert suite.run_section("scf_loss", options(tmp_path))["status"] == "out of time"
 
 
+@pytest.mark.parametrize("module", ["no_such_package", "no_such_package.part", "torch.no_such_part"])
+def test_a_section_that_needs_what_is_not_there_is_left_out(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(suite.SECTIONS, "scf_loss", replace(suite.SECTIONS["scf_loss"], needs=("json", module)))
+    assert suite.run_section("scf_loss", options(tmp_path))["status"] == f"left out: needs {module}" and not list(tmp_path.iterdir())
+
+
 def test_every_section_says_what_it_runs():
     for name, section in suite.SECTIONS.items():
         assert section.limit < 480 and (section.commands is None or set(section.commands) == {"tiny", "cpu", "cuda"})

@@ -10,7 +10,7 @@ import pytest
 
 CASES = [  # kernel, type of mu, dim, architecture
     ("matrix", "*bf16", 512, 90), ("matrix", "*fp32", 512, 80), ("histogram", "*bf16", 512, 100), ("top_k", "*fp32", 512, 80), ("top_k", "*bf16", 512, 90),
-    ("pairs", "*fp32", 512, 80), ("pairs", "*fp32", 8192, 90), ("pool", "*fp32", 512, 100), ("pool", "*fp32", 8192, 80),
+    ("pairs", "*fp64", 512, 80), ("pairs", "*fp32", 8192, 90), ("pool", "*fp32", 512, 100), ("pool", "*fp32", 8192, 80),
 ]
 # In a process of its own: kernels that were imported for the interpreter cannot be compiled.
 PROGRAM = """
@@ -38,8 +38,10 @@ def compile_case(name, dtype, dim, arch):
     elif name == "top_k":
         kernel, constants = vmf_similarity._top_k_kernel, dict(tile, KEPT=vmf_similarity._KEPT, BLOCK=vmf_similarity._KEPT_BLOCK)
     elif name == "pairs":
-        kernel, types["constant"] = vmf_similarity._pair_kernel, "fp64"
-        constants = dict(D=dim, PLAN=debye_plan(dim / 2 - 1, torch.float64), ROWS=max(1, vmf_similarity._PAIR_TILE // block_d), BLOCK_D=block_d)
+        kernel = vmf_similarity._pair_kernel
+        types |= dict.fromkeys(("kappa1_ptr", "kappa2_ptr", "score_ptr"), dtype)
+        rows = max(1, vmf_similarity._PAIR_TILE // block_d)
+        constants = dict(CONSTANT=-2600.1, D=dim, PLAN=debye_plan(dim / 2 - 1, torch.float64), ROWS=rows, BLOCK_D=block_d)
         options = dict(num_warps=max(4, block_d // 512), enable_fp_fusion=False)
     else:
         kernel = template_pooling._pool_kernel
@@ -55,7 +57,8 @@ def compile_case(name, dtype, dim, arch):
         file.flush()
         tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"))
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage)} | {"shared": compiled.metadata.shared}
+    types = sorted(set(re.findall(r"\\bf\\d\\d", compiled.asm["ttir"])))
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", usage)} | {"shared": compiled.metadata.shared, "types": types}
 
 print(json.dumps([compile_case(*case) for case in json.loads(sys.argv[1])]))
 """
@@ -75,3 +78,7 @@ def test_fits_in_registers(usages, case):
     usage = usages[case]
     assert usage["STACK"] == usage["LOCAL"] == 0 and 0 < usage["REG"] <= 255
     assert usage["shared"] <= 163 * 1024  # of an sm_80, the least of the three
+
+
+def test_float64_pairs_touch_no_narrower_type(usages):
+    assert usages["pairs", "*fp64", 512, 80]["types"] == ["f64"]

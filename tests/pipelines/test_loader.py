@@ -335,6 +335,14 @@ def test_close_ends_workers(source, backend):
     assert list(batches) == []
 
 
+@pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
+def test_dali_that_leaves_faces_lying_on_their_side_is_refused(source, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
+    monkeypatch.setattr("nvidia.dali.__version__", "2.1.1")
+    with pytest.raises(ValueError, match=r"2\.2 or newer is needed, this is 2\.1\.1"):
+        make_loader(source, EpochSampler(NUM_IMAGES, 4), backend="dali")
+
+
 def test_torch_takes_over_where_dali_is_missing(source, monkeypatch, caplog):
     def no_dali(name, *rest, import_module=builtins.__import__):
         if name.startswith("nvidia.dali"):

@@ -114,6 +114,21 @@ def test_ranks_fill_one_cache_together(faces, backbone, tmp_path):
     assert np.fromfile(tmp_path / "c" / "checksums.bin", np.uint32).all()
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_rank_may_have_no_image_of_the_last_batch(cached, faces, backbone, tmp_path):
+    good = open_source(faces / "train")
+    source = EncodedImages([bytes(good.encoded(i)) for i in range(9)], good.labels[:9])
+    layout = CacheLayout(9, 16, (128, 7, 7), "fp32")
+    FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
+    shares = []
+    for rank in range(2):
+        sampler = EpochSampler(9, 8, rank=rank, world_size=2, shuffle=False, last_batch="partial")
+        cache = FeatureCache.open(tmp_path / "c", layout, rank) if cached else None
+        with FeatureStream(Images(source), sampler, source.labels, backbone, flip=True, device=CPU, cache=cache) as made:
+            shares += [[len(tensor) for tensor in batch] for epoch in range(2) for batch in made.batches(epoch)]
+    assert sorted(shares) == [[0] * 4] * 2 + [[1] * 4] * 2 + [[4] * 4] * 4
+
+
 def test_a_broken_image_is_replaced_label_and_all_and_never_cached(faces, backbone, tmp_path):
     good = open_source(faces / "train")
     images = [bytes(good.encoded(i)) for i in range(40)]

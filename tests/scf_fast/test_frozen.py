@@ -97,3 +97,40 @@ def test_order_of_precisions():
     assert frozen_precisions("bf16", cuda) == ("bf16", "fp32")
     assert frozen_precisions("fp32", cpu) == ("fp32",)
     assert frozen_precisions("auto", cpu)[-1] == "fp32"
+
+
+class Compiled(nn.Module):
+    """Stands in for torch.compile: the network as it is, and the batch sizes that it was asked for."""
+
+    def __init__(self, network, **_):
+        super().__init__()
+        self.network, self.sizes = network, []
+
+    def forward(self, images):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        self.sizes.append(len(images))
+        return self.network(images)
+
+
+def test_few_batch_sizes_are_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", Compiled)
+    network = lively(Backbone("ir_tiny", 8))
+    compiled, plain = (FrozenBackbone(network, "cpu", compile=compile) for compile in (True, False))
+    images = torch.randn(9, 3, 112, 112)
+    for count in (9, 1, 2, 3, 4, 7, 8, 0):
+        for ours, theirs in zip(compiled(images[:count]), plain(images[:count]), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert compiled._call.sizes == [9, 3, 3, 3, 6, 9, 9]  # none for an empty batch
+    beforehand = FrozenBackbone(network, "cpu", compile=True, batch_size=9)
+    beforehand(images[:2]), beforehand(images[:5])
+    assert beforehand._call.sizes == [3, 6]
+
+
+def test_float32_is_no_tf32(monkeypatch):
+    seen = []
+    convolve = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *arguments: (seen.append(torch.backends.cudnn.allow_tf32), convolve(*arguments))[1])
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    network = FrozenBackbone(lively(Backbone("ir_tiny", 8)))
+    network(torch.randn(2, 3, 112, 112))
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32
