@@ -3,6 +3,8 @@ import contextlib
 import ctypes
 import difflib
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +29,8 @@ def resolve_precision(config: Config, device: torch.device) -> str:
     """``"fp32"``, ``"bf16"`` or ``"fp16"``."""
     if config.precision != "auto":
         return config.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    # Older GPUs emulate bf16, slower than float32.
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def load_deepspeed_config(path: str) -> dict:
@@ -106,37 +109,52 @@ def keep_freed_memory() -> None:
 
 
 def initialise_engine(module: nn.Module, optimizer, config: Config, runtime: Runtime, precision: str):
-    """The DeepSpeed engine around ``module``; ``engine.loss_scaler`` is a :class:`LossScaler` under ZeRO in fp16, else None."""
+    """The DeepSpeed engine around ``module``; ``engine.loss_scaler`` is a :class:`LossScaler` in fp16, else None.
+
+    Under every ZeRO stage and in every precision a step whose gradients are not all finite is left out: see :func:`take_step`.
+
+    Raises:
+        ValueError: DeepSpeed is older than 0.19.8.
+    """
     import deepspeed
+    if tuple(map(int, re.findall(r"\d+", deepspeed.__version__)[:3])) < (0, 19, 8):
+        raise ValueError(f"DeepSpeed 0.19.8 or newer is needed, this is {deepspeed.__version__}, whose ZeRO does not leave out every step "
+                         "whose gradients are not finite; pip install --upgrade deepspeed")
     if runtime.device.type == "cpu" and sum(parameter.nbytes for parameter in module.parameters()) < _LARGE_NETWORK:  # fragments would cost more memory
         keep_freed_memory()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, runtime, precision))
-    if runtime.world_size == 1 and not engine.zero_optimization():
-        engine.enable_backward_allreduce = False  # it would copy all gradients into one buffer and back to sum them over one rank
-    engine.loss_scaler = LossScaler(engine.optimizer) if precision == "fp16" and engine.zero_optimization() else None
+    engine.loss_scaler = LossScaler() if precision == "fp16" else None
+    if engine.zero_optimization():
+        if engine.loss_scaler:
+            engine.optimizer.torch_autocast_gradscaler = None  # it never hears of an overflow, since ZeRO skips the step before it asks
+            engine.loss_scaler.tell(engine.optimizer.override_loss_scale)  # honoured in the backward pass, in clipping and in the update
+    else:
+        engine.torch_autocast_z0_gradscaler = _StepWithoutZero(engine.loss_scaler)
+        if runtime.world_size == 1:
+            engine.enable_backward_allreduce = False  # it would copy all gradients into one buffer and back to sum them over one rank
     return engine
 
 
 class LossScaler:
-    """Dynamic loss scaling for fp16 autocast under ZeRO 1 to 3, by the rule of ``torch.amp.GradScaler``.
-
-    ZeRO's own scaler for autocast never hears of an overflow, since ZeRO skips the step before it asks; the scale then stays too large and
-    every later step is skipped as well. A scale given from outside is honoured in the backward pass, in clipping and in the update.
+    """Dynamic loss scaling for fp16 autocast under every ZeRO stage, by the rule of ``torch.amp.GradScaler``.
 
     Attributes:
         scale: what the next loss is multiplied by. It halves after a step that overflowed and doubles after 2000 in a row that did not.
         good_steps: how many have not in a row.
     """
 
-    def __init__(self, optimizer):
-        self._optimizer = optimizer
-        optimizer.torch_autocast_gradscaler = None
-        self.good_steps = 0
-        self._set(2.0**16)
+    def __init__(self):
+        self.scale, self.good_steps = 2.0**16, 0
+        self._listener = lambda scale: None
+
+    def tell(self, listener: Callable[[float], None]) -> None:
+        """Call it with the scale, now and whenever it changes."""
+        self._listener = listener
+        listener(self.scale)
 
     def _set(self, scale: float) -> None:
         self.scale = scale
-        self._optimizer.override_loss_scale(scale)
+        self._listener(scale)
 
     def update(self, overflow: bool) -> None:
         """After each optimiser step."""
@@ -155,20 +173,47 @@ class LossScaler:
         self._set(state["scale"])
 
 
-def take_step(engine) -> bool:
-    """``engine.step()``, and whether it changed the weights.
+class _StepWithoutZero:
+    """Stands where the engine without ZeRO has ``torch.amp.GradScaler``, and does as ZeRO does: it leaves out the steps whose gradients are not
+    all finite, in every precision.
 
-    Under fp16 autocast without ZeRO DeepSpeed's own answer knows nothing of the steps that its gradient scaler skips; a lower scale after
-    the step does.
+    PyTorch's scaler leaves it to a fused optimiser to unscale and to skip. Values are then clipped while they are scaled, and SGD whose first
+    step is skipped goes on from a momentum that nothing has filled.
     """
-    scaler = engine.torch_autocast_z0_gradscaler
-    scale = scaler.get_scale() if scaler else 0.0
+
+    def __init__(self, loss_scaler: LossScaler | None):
+        self._loss_scaler, self._unscaled = loss_scaler, False
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * self._loss_scaler.scale if self._loss_scaler else loss
+
+    def unscale_(self, optimizer) -> None:
+        """The engine asks for it before it clips the norm."""
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+        if self._loss_scaler:
+            torch._foreach_mul_(gradients, 1 / self._loss_scaler.scale)
+        optimizer.overflow = not torch.nn.utils.get_total_norm(gradients).isfinite()  # where the engine looks for it
+        self._unscaled = True
+
+    def step(self, optimizer) -> None:
+        if not self._unscaled:
+            self.unscale_(optimizer)
+        self._unscaled = False
+        if not optimizer.overflow:
+            optimizer.step()
+
+    def update(self) -> None:
+        """:func:`take_step` does it, as under ZeRO."""
+
+
+def take_step(engine) -> bool:
+    """``engine.step()``, and whether it changed the weights: not where a gradient is not finite, and then the loss scale falls."""
     boundary = engine.is_gradient_accumulation_boundary()
     engine.step()
     applied = engine.was_step_applied()
     if engine.loss_scaler and boundary:
         engine.loss_scaler.update(overflow=not applied)
-    return applied and (scaler is None or scaler.get_scale() >= scale)
+    return applied
 
 
 def average_batchnorm_statistics(module: nn.Module) -> None:

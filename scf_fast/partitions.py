@@ -37,12 +37,12 @@ def _pieces(engine, share: int, shares: int) -> list[Piece]:
 def shared_state(engine) -> dict:
     """What belongs to no element and is the same on every rank: step counters and the loss scale."""
     optimizer = engine.basic_optimizer
-    first = next(iter(optimizer.state.values()), {})
-    counters = {key: value for key, value in first.items() if not (torch.is_tensor(value) and value.dim())}
+    *_, last = [{}, *optimizer.state.values()]  # DeepSpeed's fused Adam counts its steps in the last parameter's state alone
+    counters = {key: value for key, value in last.items() if not (torch.is_tensor(value) and value.dim())}
     # Copies: the optimiser goes on counting while a checkpoint is being written.
     return {"counters": {key: value.to("cpu", copy=True) if torch.is_tensor(value) else value for key, value in counters.items()},
             "group_steps": [group.get("step") for group in optimizer.param_groups],
-            "loss_scaler": _scaler(engine).state_dict() if _scaler(engine) else {}, "skipped_steps": engine.skipped_steps}
+            "loss_scaler": engine.loss_scaler.state_dict() if engine.loss_scaler else {}, "skipped_steps": engine.skipped_steps}
 
 
 def restore(engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
@@ -63,8 +63,8 @@ def restore(engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
     for group, count in zip(optimizer.param_groups, shared["group_steps"]):
         if count is not None:
             group["step"] = count
-    if _scaler(engine) and shared["loss_scaler"].keys() == _scaler(engine).state_dict().keys():  # else the scale begins anew
-        _scaler(engine).load_state_dict(shared["loss_scaler"])
+    if engine.loss_scaler and shared["loss_scaler"]:  # else the scale begins anew
+        engine.loss_scaler.load_state_dict(shared["loss_scaler"])
     engine.global_steps, engine.skipped_steps = step, shared["skipped_steps"]
 
 
@@ -132,7 +132,3 @@ def _places(engine, share: int, shares: int):
 
 def _elementwise(state: dict):
     return [(key, value) for key, value in state.items() if torch.is_tensor(value) and value.dim()]
-
-
-def _scaler(engine):
-    return engine.loss_scaler or engine.torch_autocast_z0_gradscaler

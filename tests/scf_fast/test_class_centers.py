@@ -144,7 +144,7 @@ def skipped_steps(runtime):
     config = make_config(zero_stage=0, precision="fp16", max_grad_norm=1.0)
     module = backbone()
     engine = initialise_engine(module, torch.optim.SGD(module.parameters(), lr=config.lr), config, runtime, "fp16")
-    engine.torch_autocast_z0_gradscaler = torch.amp.GradScaler(runtime.device.type, init_scale=2.0**40, backoff_factor=2.0**-16)
+    engine.loss_scaler.load_state_dict({"scale": 2.0**18, "good_steps": 0})
     centers, changes = ClassCenters(CLASSES, WIDTH, config, runtime, "fp16"), []
     for step in range(4):
         before = module.weight.detach().clone(), centers.weight.clone()
@@ -186,7 +186,8 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in (3, 2):
         environment = {**os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": str(ROOT)}
+                       "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": str(ROOT),
+                       "CUDA_VISIBLE_DEVICES": ""}
         started = [subprocess.Popen([sys.executable, __file__, str(folder)], cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(world_size)]
         try:

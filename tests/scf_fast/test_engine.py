@@ -1,5 +1,6 @@
 """The engine on one and two ranks: every ZeRO stage, with and without offload, in float32 and float16, against plain PyTorch."""
 import json
+import math
 import os
 import platform
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from kernels import scf_loss
 from scf_fast.confidence import MLPConfidence
 from scf_fast.config import Config
-from scf_fast.engine import LossScaler, deepspeed_config, take_step
+from scf_fast.engine import LossScaler, deepspeed_config, resolve_precision, take_step
 from scf_fast.launch import Runtime, free_port
 from scf_fast.optimizers import build_optimizer
 
@@ -20,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH, CHANNELS, MAP, CLASSES, WIDTH = 10, 24, 4, 3, 7, 16
 CASES = [{"zero_stage": stage, "offload_optimizer": offload} for stage in range(4) for offload in ("none", "cpu")[:1 + (stage > 0)]]
 CASES += [{"zero_stage": stage, "gradient_accumulation_steps": 2, "max_grad_norm": 1e-3} for stage in (0, 2)]
-CASES += [{"zero_stage": stage, "precision": "fp16"} for stage in (1, 2, 3)]
+CASES += [{"zero_stage": stage, "precision": "fp16"} for stage in range(4)]
+GRADIENTS = (math.inf, 3.0, math.nan, 0.125)  # the first step's is not finite: the optimiser has no state yet
+NOT_FINITE = [(rule, {"zero_stage": stage, "precision": precision, "max_grad_norm": 0.0, "max_grad_clip": 0.25, "weight_decay": 0.0})
+              for stage in range(4) for rule, precision in (("sgd", "fp16"), ("adam", "fp16"), ("sgd", "fp32"), ("adam", "bf16"))]
 TOO_LARGE = 2.0**18  # a loss scale whose gradients no float16 holds
 
 
@@ -68,11 +72,46 @@ def train(options, runtime):
     return losses, scales
 
 
+class Steep(torch.autograd.Function):
+    """x, with a gradient of ``factor`` in place of 1."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+def train_on_gradients(rule, options, runtime):
+    """The weight after steps on GRADIENTS, and which of them were applied; the losses are finite."""
+    from scf_fast.engine import full_state_dict, initialise_engine
+    config, net = make_config(**options), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(net.weight)
+    engine = initialise_engine(net, build_optimizer(rule, net.parameters(), config, runtime.device), config, runtime, config.precision)
+    if engine.loss_scaler:
+        engine.loss_scaler.load_state_dict({"scale": 2.0**10, "good_steps": 0})  # under which 3 is no overflow
+    applied = []
+    for gradient in GRADIENTS:
+        engine.backward(Steep.apply(engine(torch.ones(1, 1)).float(), gradient).sum())
+        applied.append(take_step(engine))
+    weight = full_state_dict(engine, net)["weight"].item()
+    engine.destroy()
+    return weight, applied
+
+
 def work(folder):
     """What each rank of a launch does; rank 0 writes down what came of it."""
     from scf_fast import launch
     runtime = launch.start()
-    results = [train(options, runtime) for options in CASES]
+    jobs = [(train, (options,)) for options in CASES] + [(train_on_gradients, case) for case in NOT_FINITE]
+    results = [None] * len(jobs)
+    # fp16 last: DeepSpeed remembers it, and would give every later engine of the process a loss scale.
+    for number in sorted(range(len(jobs)), key=lambda number: jobs[number][1][-1].get("precision") == "fp16"):
+        function, arguments = jobs[number]
+        results[number] = function(*arguments, runtime)
     if runtime.is_main:
         (folder / f"{runtime.world_size}.json").write_text(json.dumps(results))
     launch.finish()
@@ -85,7 +124,8 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in (1, 2):
         environment = {**os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": str(ROOT)}
+                       "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": str(ROOT),
+                       "CUDA_VISIBLE_DEVICES": ""}
         processes = [subprocess.Popen([sys.executable, __file__, str(folder)], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
                      for rank in range(world_size)]
         try:
@@ -126,13 +166,25 @@ def test_every_zero_stage_trains_what_one_process_does(case, world_size, results
         assert losses == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", range(len(NOT_FINITE)), ids=[f"{rule} {options['precision']} {options['zero_stage']}" for rule, options in NOT_FINITE])
+def test_a_gradient_that_is_not_finite_changes_nothing(case, world_size, results):
+    """And --max_grad_clip clips the others without the loss scale."""
+    rule, options = NOT_FINITE[case]
+    weight, applied = results[world_size][len(CASES) + case]
+    assert applied == [False, True, False, True]
+    plain, config = torch.nn.Parameter(torch.ones(1, 1)), make_config(**options)
+    optimizer = torch.optim.SGD([plain], config.lr, config.momentum) if rule == "sgd" else torch.optim.Adam([plain], config.lr)
+    for gradient in (0.25, 0.125):
+        plain.grad = torch.full_like(plain, gradient)
+        optimizer.step()
+    assert weight == pytest.approx(plain.item(), rel=1e-6)
+
+
 def test_loss_scale_follows_torchs_own_rule():
     """On the same history of overflows as a torch.amp.GradScaler."""
-    class Optimizer:
-        def override_loss_scale(self, scale):
-            self.scale = scale
-
-    ours, theirs = LossScaler(Optimizer()), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    told, ours, theirs = [], LossScaler(), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    ours.tell(told.append)
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     for step in range(4100):
@@ -142,9 +194,9 @@ def test_loss_scale_follows_torchs_own_rule():
         theirs.update()
         optimizer.zero_grad()
         ours.update(overflow)
-        assert ours._optimizer.scale == ours.scale == theirs.get_scale()
+        assert told[-1] == ours.scale == theirs.get_scale()
     assert ours.scale == 2.0**14
-    again = LossScaler(Optimizer())
+    again = LossScaler()
     again.load_state_dict(ours.state_dict())
     assert (again.scale, again.good_steps) == (ours.scale, ours.good_steps)
 
@@ -167,6 +219,13 @@ def test_freed_memory_is_not_mapped_in_again():
     assert keep < give / 3
 
 
+def test_deepspeed_that_takes_steps_that_are_not_finite_is_refused(monkeypatch):
+    from scf_fast.engine import initialise_engine
+    monkeypatch.setattr("deepspeed.__version__", "0.19.7")
+    with pytest.raises(ValueError, match=r"0\.19\.8 or newer is needed, this is 0\.19\.7"):
+        initialise_engine(make_net(), None, make_config(), Runtime(0, 1, torch.device("cpu")), "fp32")
+
+
 def test_offload_is_passed_on_and_needs_zero():
     generated = deepspeed_config(make_config(offload_optimizer="cpu"), Runtime(0, 1, torch.device("cpu")), "fp32")
     assert generated["zero_optimization"]["offload_optimizer"]["device"] == "cpu" and not generated["zero_force_ds_cpu_optimizer"]
@@ -176,3 +235,9 @@ def test_offload_is_passed_on_and_needs_zero():
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("has_bf16, expected", [(True, "bf16"), (False, "fp32")])
+def test_emulated_bf16_is_not_taken(has_bf16, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_bf16)
+    assert resolve_precision(make_config(precision="auto"), torch.device("cuda")) == expected

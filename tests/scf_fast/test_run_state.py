@@ -3,6 +3,7 @@ import json
 import resource
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from scf_fast.checkpoints import save_file
 from scf_fast.demo import launcher
 from scf_fast.launch import Runtime
+from scf_fast.partitions import shared_state
 from scf_fast.reporting import StepLines, forget_after
 from scf_fast.run_state import Checkpoints, newest_intact
 
@@ -53,6 +55,16 @@ def test_latest_chooses_where_it_names_one(folder):
         assert newest_intact(folder)[0] == "step00000008"
     (folder / "latest").unlink()
     assert newest_intact(folder)[0] == "step00000008"
+
+
+def test_steps_are_read_where_deepspeeds_fused_adam_counts_them():
+    """Of the states of a group's parameters it counts on in the last one alone."""
+    states = {name: {"step": step, "exp_avg": torch.zeros(3)} for name, step in (("first", 0), ("last", 7))}
+    optimizer = SimpleNamespace(state=states, param_groups=[{"step": 0}])
+    engine = SimpleNamespace(basic_optimizer=optimizer, loss_scaler=None, skipped_steps=0)
+    assert shared_state(engine)["counters"] == {"step": 7}
+    optimizer.state = {}
+    assert shared_state(engine)["counters"] == {}
 
 
 def test_none_and_none_that_is_intact(folder, tmp_path):
