@@ -55,7 +55,7 @@ def _from_pytest(section, entry):
 def _from_throughput(content):
     found, net = [], content["confidence_net"]
     for network, result in content["results"].items():
-        runs = [("step", int(batch), rates) for batch, rates in result["steps"].items()] + [("epoch", content["epoch_batch"], result["epochs"])]
+        runs = [("step", int(batch), rates) for batch, rates in result["steps"].items()] + [("epoch", content["epoch_batch"], result.get("epochs", {}))]
         for what, batch, rates in runs:
             facts = {"network": network, "confidence_net": net, "batch": batch, "unit": "images"}
             found += [_from_samples("stage2", f"stage 2 {what}, {network}, {net}, B = {batch}", way, [batch / rate for rate in samples],

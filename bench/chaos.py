@@ -13,7 +13,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -315,8 +314,9 @@ def main() -> int:
     options = parser.parse_args()
     temporary = None if options.work else tempfile.TemporaryDirectory()
     work = options.work or Path(temporary.name)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    if any(work.iterdir()):
+        parser.error(f"--work {work} must be empty or missing")
     began, rng = time.monotonic(), random.Random(options.seed)
     corrupt = make_data(work / "faces")
     data = ["--data", work / "faces" / "train"]

@@ -22,6 +22,7 @@ has to meet are not applied.
 import argparse
 import contextlib
 import copy
+import importlib.util
 import itertools
 import statistics
 import tempfile
@@ -41,7 +42,7 @@ from kernels import scf_loss
 from pipelines.index import open_source
 from pipelines.loader import Preprocessing, make_loader
 from pipelines.sampler import EpochSampler
-from scf_fast import frozen
+from scf_fast import frozen, launch
 from scf_fast.backbones import BACKBONES, Backbone
 from scf_fast.confidence import CONFIDENCE_NETS, build_confidence_net
 from scf_fast.config import Config
@@ -65,9 +66,9 @@ def make_backbone(network):
     return backbone.eval()
 
 
-def make_head(options, architecture):
+def make_head(options, architecture, initial_kappa=None):
     torch.manual_seed(1)
-    return build_confidence_net(options.confidence_net, architecture.widths[-1], architecture.map_size).to(DEVICE)
+    return build_confidence_net(options.confidence_net, architecture.widths[-1], architecture.map_size, initial_kappa).to(DEVICE)
 
 
 def published_step(options, backbone, centers, autocast):
@@ -236,7 +237,7 @@ def measure_cache(options, backbone, source):
         batches = [(*backbone(batch.images), batch.labels) for batch in itertools.islice(loader.batches(0), CACHED_BATCHES)]
     for dtype in CACHE_DTYPES:
         layout = cache_layout(backbone, len(source), dtype)
-        net = make_head(options, backbone.architecture)
+        net = make_head(options, backbone.architecture, initial_kappa=100.0)  # from where the loss depends on the map at once
         optimizer = torch.optim.Adam(net.parameters(), lr=CACHE_LEARNING_RATE, weight_decay=5e-4)
         losses = []
         for features, convf, labels in itertools.islice(itertools.cycle(batches), CACHE_STEPS):
@@ -271,9 +272,10 @@ def main():
     options = parser.parse_args()
     frozen.MIN_COSINE, frozen.MAX_CONVF_ERROR["bf16"] = 0.9, 1.0
 
-    from scf_fast import launch
-    runtime = launch.start()
-    results = {}
+    path, results = options.out / f"throughput-{'-'.join(options.networks)}-{options.confidence_net}.json", {}
+    content = {"section": "throughput", "environment": environment(DEVICE), **{key: value for key, value in vars(options).items() if key != "out"},
+               "results": results}
+    runtime = None
     for network in options.networks:
         backbone = make_backbone(network)
         result = results[network] = {"steps": {}}
@@ -281,6 +283,11 @@ def main():
         for batch in options.batches:
             rates = result["steps"][batch] = measure_steps(options, backbone, batch)
             print_rates(f"steps of {batch}", rates)
+            write_json(path, content)
+        if importlib.util.find_spec("deepspeed") is None:
+            print("epochs: left out, DeepSpeed is not installed", flush=True)
+            continue
+        runtime = runtime or launch.start()
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "data").mkdir()
             make_records(Path(folder) / "data", options.images)
@@ -291,11 +298,10 @@ def main():
             cache = result["cache"] = measure_cache(options, backbone, source)
             rows = [[name, f"{entry['bytes']}", f"{entry['convf']:.1e}", f"{entry['loss']:.1e}"] for name, entry in cache.items()]
             print(tabulate(["cache dtype", "bytes an image", "map", "loss"], rows), flush=True)
-    launch.finish()
-    settings = {key: value for key, value in vars(options).items() if key != "out"}
-    write_json(options.out / f"throughput-{'-'.join(options.networks)}-{options.confidence_net}.json",
-               {"section": "throughput", "environment": environment(DEVICE), **settings, "results": results})
-    launch.leave(0)
+            write_json(path, content)
+    if runtime is not None:
+        launch.finish()
+        launch.leave(0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import types
 import typing
@@ -42,10 +43,10 @@ class Config:
     """Everything that decides a run. ``None`` means "not set"; the checks name the flag, what arrived and what to do."""
 
     stage: str | None = option(None, "which stage to train; implied to be 'confidence' by --saved_bkb", choices=STAGES, group="task")
-    data: str | None = option(None, "a .rec file or its folder, .tar shards, an image list (lines of `path label`), or a folder of folders", group="task",
+    data: str | None = option(None, "a .rec file or its folder, .tar or .tfrecord shards, a list of images or TFRecords, or a folder of folders", group="task",
                               metavar="PATH")
     dataset: str | None = option(None, "instead of --data, as the published code has it: trains on DATAROOT/list/NAME_list.txt", group="task", metavar="NAME")
-    dataroot: str | None = option(None, "folder that relative paths of an image list start from; default: with --dataset the current folder, else "
+    dataroot: str | None = option(None, "folder that relative paths and names in a list start from; default: with --dataset the current folder, else "
                                         "the list's own", group="task", metavar="DIR")
     output_dir: str | None = option(None, "where the run's files go", group="task", metavar="DIR")
     resume: bool = option(False, "continue from the newest checkpoint in --output_dir, or start if there is none", group="task")
@@ -201,6 +202,12 @@ class Config:
             require(getattr(self, flag) >= 0, flag, "0 or more")
         for flag in ("lr", "scale", "radius", "gamma", "power"):
             require(getattr(self, flag) > 0, flag, "positive")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(not isinstance(value, float) or math.isfinite(value), field.name, "finite")
+        require(abs(self.seed) < 1 << 63, "seed", "between -2^63 and 2^63")
+        require(self.lr_scheduler != "MultiStep" or self.milestones, "milestones", "given for --lr_scheduler MultiStep, as in 10,18,24")
+        require(self.lr_scheduler != "ReduceLROnPlateau" or not self.warmup_epochs, "warmup_epochs", "0 with --lr_scheduler ReduceLROnPlateau")
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
         require(self.gpu_ids is None or all(part.strip().isdigit() for part in str(self.gpu_ids).split(",")), "gpu_ids", "numbers with commas between")
         require(self.z_dim is None or self.z_dim >= 2, "z_dim", "at least 2")
@@ -259,10 +266,13 @@ def _coerce(field, value, source):
             if isinstance(value, bool):
                 return value
             raise ValueError
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return kind(float(value)) if kind is int else kind(value)
-    except (TypeError, ValueError):
+        if kind is int:
+            number = int(value) if str(value).strip().lstrip("+-").isdigit() else float(value)  # 1e5 is whole, and a long seed no float
+            if int(number) != number:
+                raise ValueError
+            return int(number)
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
         expected = f"comma-separated {kind.__name__}s" if is_tuple else {bool: "true or false"}.get(kind, kind.__name__)
         raise ValueError(f"{source}: {field.name} must be {expected}, got {value!r}") from None
 

@@ -53,11 +53,17 @@ def load_deepspeed_config(path: str) -> dict:
             raise ValueError(f"--deepspeed_config {path}: DeepSpeed has no key {key!r} and would ignore it{f'; did you mean {close[0]}?' if close else ''}")
         if key in ("optimizer", "scheduler"):
             raise ValueError(f"--deepspeed_config {path}: {key!r} is set by our flags (--optimizer, --lr, --lr_scheduler ...); leave it out")
+        if key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            raise ValueError(f"--deepspeed_config {path}: {key!r} is set by --batch_size and --gradient_accumulation_steps; leave it out")
         if key in ("fp16", "bf16", "amp", "torch_autocast"):
             raise ValueError(f"--deepspeed_config {path}: {key!r} is set by --precision, which keeps parameters in float32; leave it out")
-    offload = values.get("zero_optimization", {}).get("offload_optimizer", {}) if isinstance(values.get("zero_optimization"), dict) else {}
-    if isinstance(offload, dict) and offload.get("device") == "nvme":
-        raise ValueError(f"--deepspeed_config {path}: optimiser states on NVMe cannot be checkpointed here; use --offload_optimizer cpu")
+    zero = values.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer", {}) if isinstance(zero, dict) else None
+    if not isinstance(offload, dict):
+        raise ValueError(f"--deepspeed_config {path}: 'zero_optimization', and 'offload_optimizer' in it, must be JSON objects")
+    for flag, given in (("zero_stage", "stage" in zero), ("offload_optimizer", "device" in offload)):  # memory and resume are planned by these
+        if given:
+            raise ValueError(f"--deepspeed_config {path}: --{flag} sets it; leave out {'stage' if flag == 'zero_stage' else 'device'!r}")
     return values
 
 

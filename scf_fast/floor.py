@@ -1,5 +1,6 @@
 """The computation that a training step cannot do without, and what devices can do: how far a run is from its floor."""
 import functools
+import re
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,5 +46,5 @@ def flop_per_image(config: Config, network: str, z_dim: int, num_classes: int) -
 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of a device in bf16 or fp16; None where it is not known."""
-    known = [name for name in PEAKS if name.lower() in device_name.lower().replace("-", " ")]
+    known = [name for name in PEAKS if re.search(rf"\b{name}\b", device_name.replace("-", " "), re.IGNORECASE)]
     return PEAKS[max(known, key=len)] if known else None

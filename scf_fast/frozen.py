@@ -187,7 +187,7 @@ class FrozenBackbone(nn.Module):
         """(B, 3, 112, 112) normalised RGB -> features (B, z_dim) float32, convf (B, C, 7, 7) in ``self.dtype``, which the first call sets.
 
         Raises:
-            RuntimeError: on the first call only: no precision is accurate enough.
+            ValueError: on the first call only: no precision is accurate enough.
         """
         if self._call is None:
             self.choose(images if self._calibration is None else self._calibration().to(self._device))
@@ -214,7 +214,7 @@ class FrozenBackbone(nn.Module):
         """Take the first precision that agrees with the float32 model on some of these images, and return it; lets go of that model.
 
         Raises:
-            RuntimeError: no precision is accurate enough.
+            ValueError: no precision is accurate enough.
         """
         images = images[:CHECK_IMAGES]
         expected, expected_map = self._reference(images.float())
@@ -233,5 +233,5 @@ class FrozenBackbone(nn.Module):
                 if self._compile:
                     self._call = torch.compile(self._folded, mode="reduce-overhead" if self._device.type == "cuda" else None, dynamic=False)
                 return precision
-        raise RuntimeError(f"the frozen backbone differs from the float32 model in every precision of {', '.join(self._precisions)}: cosine must be >= "
+        raise ValueError(f"the frozen backbone differs from the float32 model in every precision of {', '.join(self._precisions)}: cosine must be >= "
                            f"{MIN_COSINE} and the relative error of convf <= {MAX_CONVF_ERROR[precision]:.0e}; the weights may be damaged")

@@ -45,10 +45,11 @@ def start() -> Runtime:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # the deepspeed launcher sets no limit, and every rank would take every core
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's library says on every rank that it starts and stops
     import deepspeed
 
     # Used for inference only, this op takes 30 s to compile and leaves 66 MiB a rank in shared memory for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False  # set, not asked for: that would try every op's compiler
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

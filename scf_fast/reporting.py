@@ -1,4 +1,5 @@
 """What a run tells: log lines, progress bar, metrics, TensorBoard, one JSON line for every event, and where the time went."""
+import contextlib
 import errno
 import json
 import logging
@@ -60,10 +61,11 @@ def forget_after(path: Path, step: int) -> None:
     if path.exists():
         with open(path, "r+b") as file:
             kept = 0
-            for line in file:
-                if not line.endswith(b"}\n") or json.loads(line)["step"] > step:
-                    break
-                kept += len(line)
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line ends the file
+                for line in file:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                        break
+                    kept += len(line)
             file.truncate(kept)
 
 

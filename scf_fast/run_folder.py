@@ -21,7 +21,8 @@ _LOCK_SECONDS = 15  # workers of a run that was killed notice within 5
 # A run may be continued with other hardware settings, a longer schedule or another cadence of logs, but these make it another run.
 _IDENTITY = ("stage", "data", "batch_size", "seed", "network", "z_dim", "loss", "margins", "saved_bkb", "saved_fc", "finetune_bkb", "confidence_net",
              "normalizer", "radius", "label_smoothing", "sample_rate", "scale", "margin_gradient", "dropout", "augmentation", "flip", "shuffle", "data_weights",
-             "images_per_identity", "max_images_per_identity")
+             "images_per_identity", "max_images_per_identity", "normalization")
+_READ = ("data", "dataroot", "saved_bkb", "saved_fc", "feature_cache", "index_dir", "deepspeed_config")  # files that a run needs and does not make
 
 
 def versions() -> dict:
@@ -49,6 +50,8 @@ def claim(config: Config) -> tuple[str, dict] | None:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder}: is a file; give a folder")
+    if config.overwrite:
+        _check_nothing_else_is_lost(config)
     old = folder / CONFIG_FILE
     if not old.exists() and config.resume and (folder / CHECKPOINTS).is_dir():
         return run_state.newest_intact(folder / CHECKPOINTS)
@@ -59,13 +62,31 @@ def claim(config: Config) -> tuple[str, dict] | None:
     if config.overwrite:
         return None
     before, now = configuration.load_saved(old), config.as_dict()
-    different = [key for key in _IDENTITY if before.get(key) != now[key]]
+    different = [key for key in _IDENTITY if not _same(key, before.get(key), now[key])]
     if different:
         what = ", ".join(f"{key} {before.get(key)!r} -> {now[key]!r}" for key in different)
         raise ValueError(f"--output_dir {folder}: holds a different run ({what}); give another folder, or --overwrite to delete it")
     if not config.resume:
         raise ValueError(f"--output_dir {folder}: holds this run already; give --resume to continue it, or --overwrite to delete it")
     return run_state.newest_intact(folder / CHECKPOINTS)
+
+
+def _check_nothing_else_is_lost(config: Config) -> None:
+    """What --overwrite deletes must hold neither what this run reads nor the folder that it is started in."""
+    folder = os.path.realpath(config.output_dir)
+    named = [(f"--{flag}", path) for flag in _READ for path in str(getattr(config, flag) or "").split(",") if path]
+    for what, path in [("the current folder", "."), *named]:
+        if os.path.commonpath([folder, os.path.realpath(path)]) == folder:
+            raise ValueError(f"--overwrite would delete all of {config.output_dir}, and {what} {path} lies in it; give another --output_dir")
+
+
+def _same(key: str, before, now) -> bool:
+    """Whether an option has the value that it had, however a path is spelled."""
+    if key == "normalization" and now is None:  # stage 2 finds it out later
+        return True
+    if key in _READ and before and now:
+        before, now = ([os.path.realpath(path) for path in value.split(",")] for value in (before, now))
+    return before == now
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ def _check_world(config: Config, world_size: int) -> None:
     if config.batch_size % parts:
         raise ValueError(f"--batch_size {config.batch_size} must be divisible by ranks x --gradient_accumulation_steps = {world_size} x "
                          f"{config.gradient_accumulation_steps}; nearest: {max(1, round(config.batch_size / parts)) * parts}")
+    if config.batch_size == parts and (config.stage == "backbone" or config.finetune_bkb):
+        raise ValueError(f"--batch_size must be at least {2 * parts}, two images a rank and micro-batch, got {parts}: the backbone's BatchNorm needs two")
 
 
 def _check_data(config: Config, source, state: dict | None) -> None:
@@ -110,7 +112,7 @@ def train(config: Config) -> str | None:
             optimizer = build_optimizer(stage.optimizer_rule, trained, config, runtime.device)
         with _input_errors_of_all(runtime):  # from here on the folder changes
             if runtime.is_main:
-                if config.overwrite and folder.exists():
+                if config.overwrite and locked:
                     run_folder.empty(folder)
                 (folder / run_folder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
                 if not locked:

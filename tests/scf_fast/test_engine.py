@@ -13,7 +13,7 @@ import torch
 from kernels import scf_loss
 from scf_fast.confidence import MLPConfidence
 from scf_fast.config import Config
-from scf_fast.engine import LossScaler, deepspeed_config, resolve_precision, take_step
+from scf_fast.engine import LossScaler, deepspeed_config, load_deepspeed_config, resolve_precision, take_step
 from scf_fast.launch import Runtime, free_port
 from scf_fast.optimizers import build_optimizer
 
@@ -224,6 +224,17 @@ def test_deepspeed_that_takes_steps_that_are_not_finite_is_refused(monkeypatch):
     monkeypatch.setattr("deepspeed.__version__", "0.19.7")
     with pytest.raises(ValueError, match=r"0\.19\.8 or newer is needed, this is 0\.19\.7"):
         initialise_engine(make_net(), None, make_config(), Runtime(0, 1, torch.device("cpu")), "fp32")
+
+
+@pytest.mark.parametrize("content, expected", [
+    ({"train_batch_size": 80}, "'train_batch_size' is set by --batch_size"), ({"bf16": {"enabled": True}}, "'bf16' is set by --precision"),
+    ({"zero_optimization": 3}, "must be JSON objects"), ({"zero_optimization": {"offload_optimizer": True}}, "must be JSON objects"),
+    ({"zero_optimization": {"stage": 3}}, "--zero_stage sets it"),
+    ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "--offload_optimizer sets it")])
+def test_what_our_flags_say_is_no_business_of_a_deepspeed_file(content, expected, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=expected):
+        load_deepspeed_config(tmp_path / "ds.json")
 
 
 def test_offload_is_passed_on_and_needs_zero():

@@ -17,6 +17,6 @@ def test_a_step_counts_what_it_cannot_do_without():
 
 
 @pytest.mark.parametrize("name, peak", [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165e12),
-                                        ("NVIDIA L40S", 362e12), ("NVIDIA T4", None)])
+                                        ("NVIDIA L40S", 362e12), ("NVIDIA T4", None), ("NVIDIA RTX A1000", None), ("NVIDIA L40", None)])
 def test_peak_by_name(name, peak):
     assert peak_flops(name) == peak

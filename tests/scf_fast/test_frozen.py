@@ -87,7 +87,7 @@ def test_bf16_stays_close(backbone, monkeypatch):
 
 def test_damaged_weights_are_an_error(backbone):
     backbone.output_layer[3].weight.data[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="differs from the float32 model in every precision of fp32"):
+    with pytest.raises(ValueError, match="differs from the float32 model in every precision of fp32"):
         FrozenBackbone(backbone, "cpu", ("fp32",))(torch.randn(2, 3, 112, 112))
 
 

@@ -158,6 +158,7 @@ BAD = {
     "batch larger than the data": (lambda f, s, t: ["--data", f, "--batch_size", "512"], "--batch_size 512 is more than the 128 images"),
     "accumulation does not divide": (lambda f, s, t: ["--data", f, "--gradient_accumulation_steps", "3"], "must be divisible by ranks"),
     "unknown deepspeed key": (lambda f, s, t: ["--data", f, "--deepspeed_config", t / "ds.json"], "did you mean gradient_clipping?"),
+    "one image a BatchNorm": (lambda f, s, t: ["--data", f, "--batch_size", "8", "--gradient_accumulation_steps", "8"], "must be at least 16"),
     "folder of something else": (lambda f, s, t: ["--data", f, "--output_dir", t], "holds files that are no run of this program"),
     "a different run": (lambda f, s, t: ["--data", f, "--output_dir", s, "--seed", "5", "--resume"], "holds a different run (seed 777 -> 5)"),
     "a run without resume": (lambda f, s, t: ["--data", f, "--output_dir", s], "give --resume to continue it"),
