@@ -35,6 +35,8 @@ from pipelines.files import map_arrays
 from pipelines.images import decode_face, read_header, read_headers
 from pipelines.index import describe, open_source
 from pipelines.recordio import pack_record, read_num_classes, whole_records
+from pipelines.tfrecord import frame
+from pipelines.tfrecord import pack_record as pack_tfrecord
 from pipelines.verification_set import read_verification_set
 from scf_fast.feature_cache import layout_of, read_meta
 
@@ -92,6 +94,24 @@ def _recordio(content):
     starts, end = whole_records(np.frombuffer(content, dtype=np.uint8))
     assert len(starts) <= end <= len(content)
     _open("train.rec", content)
+
+
+def _tfrecord(content):
+    """As a shard, else as the message in a record, since no mutation would get a checksum right."""
+    try:
+        _open("a.tfrecord", content)
+    except ValueError:
+        _open("a.tfrecord", pack_tfrecord(b"face", 1) + frame(content))
+
+
+def _tfrecord_list(content):
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "a" / "a-00000.tfrecord"
+        shard.parent.mkdir()
+        shard.write_bytes(pack_tfrecord(b"first", 0) + frame(b"no message") + pack_tfrecord(b"x" * 600, 300))
+        path = Path(folder) / "list.txt"
+        path.write_bytes(content)
+        _look_at(open_source(path))
 
 
 def _image(content):
@@ -161,6 +181,8 @@ TARGETS = {  # name: (what is done with a file, files to start from)
     "recordio": (_recordio, [_records()]),
     "tar": (lambda content: _open("a.tar", content), [_tar(form) for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]),
     "list": (lambda content: _open("list.txt", content), [b"a.jpg 0\n\n b c.jpg\t12\r\n/d/e.png 3"]),
+    "tfrecord": (_tfrecord, [pack_tfrecord(b"first", 0) + pack_tfrecord(b"x" * 600, 300), pack_tfrecord(b"image", 3)[12:-4]]),
+    "tfrecord_list": (_tfrecord_list, [b"a\t0\t0\t2\na\t0\t54\t1\na\t0\t80\t0\n"]),
     "index": (_index, [_index_seed()]),
     "cache": (_cache, [b'{"format": 3, "key": {"data": "d"}, "convf_error": 0.0, "layout": '
                        b'{"num_images": 5, "z_dim": 8, "convf_shape": [4, 7, 7], "dtype": "bf16"}}']),

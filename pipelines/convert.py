@@ -1,7 +1,9 @@
-"""Write a data set in another format: `python -m pipelines.convert SRC DST --to recordio|tar|folder`.
+"""Write a data set in another format: `python -m pipelines.convert SRC DST --to recordio|tar|tfrecord|folder`.
 
     recordio    DST/train.rec, train.idx, property      as MS1M and Glint360K are shipped
     tar         DST/shard-NNNNNN.tar, property          WebDataset: NNNNNNNNN.jpg and .cls an image
+    tfrecord    DST/NAME-NNNNN.tfrecord, NAME.txt, property
+                                                    features "image" and "label"; NAME is DST's own, NAME.txt an index as TFace's
     folder      DST/LABEL/NNNNNNNNN.jpg, property       one folder an identity, named by its number
 
 Image files are copied byte for byte, identities keep their numbers, images are sorted by identity. Images that
@@ -26,8 +28,10 @@ from pipelines.index import open_source
 from pipelines.recordio import pack_record, whole_records, write_property
 from pipelines.sources import SelectedImages
 from pipelines.tar_shards import shard_name, write_shard
+from pipelines.tfrecord import TFRecordIndex
+from pipelines.tfrecord import write_shard as write_tfrecords
 
-FORMATS = ("recordio", "tar", "folder")
+FORMATS = ("recordio", "tar", "tfrecord", "folder")
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tiff", "GIF": ".gif"}
 _STATE = ".conversion.json"
 _EXACT_IN_FLOAT = 1 << 24  # RecordIO stores labels as float32
@@ -40,7 +44,7 @@ def convert(source, dst, to, shard_images=10_000):
         source: ImageSource with labels.
         dst: folder; empty, missing, or with an unfinished conversion of the same source.
         to: one of FORMATS.
-        shard_images: images a tar shard.
+        shard_images: images a tar or TFRecord shard.
     Returns:
         int, images written in all.
     Raises:
@@ -52,7 +56,7 @@ def convert(source, dst, to, shard_images=10_000):
     if source.labels.min(initial=0) < 0:
         raise ValueError("every image must have a label to be converted; this source has images without")
     if to == "recordio" and source.num_classes > _EXACT_IN_FLOAT:
-        raise ValueError(f"RecordIO holds labels up to {_EXACT_IN_FLOAT} exactly, the source has {source.num_classes} classes; use tar or folder")
+        raise ValueError(f"RecordIO holds labels up to {_EXACT_IN_FLOAT} exactly, the source has {source.num_classes} classes; use another format")
     order = np.argsort(source.labels, kind="stable")
     images = SelectedImages(source, order[~np.isin(order, source.broken)])
     state = {"to": to, "images": len(images), "classes": source.num_classes, "shard_images": shard_images, "source": _digest(images)}
@@ -60,7 +64,7 @@ def convert(source, dst, to, shard_images=10_000):
         return len(images)
     write_property(dst, source.num_classes)
     with tqdm(total=len(images), desc=f"writing {to}", unit="img", unit_scale=True, disable=None) as bar:
-        {"recordio": _write_records, "tar": _write_shards, "folder": _write_files}[to](images, dst, shard_images, bar.update)
+        {"recordio": _write_records, "tar": _write_tar, "tfrecord": _write_tfrecord, "folder": _write_files}[to](images, dst, shard_images, bar.update)
     _compare(images, dst)
     _save_state(dst, {**state, "complete": True})
     return len(images)
@@ -131,19 +135,39 @@ def _map(path):
     return np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if os.path.getsize(path) else np.empty(0, dtype=np.uint8)
 
 
-def _write_shards(images, dst, shard_images, progress):
-    def members(first, last):
-        for i in range(first, last):
+def _missing_shards(images, name, shard_images, progress):
+    """(path, which images) of the shards name(0), name(1), ... that are not there yet."""
+    for number, first in enumerate(range(0, len(images), shard_images)):
+        members = range(first, min(first + shard_images, len(images)))
+        if name(number).exists():
+            progress(len(members))
+        else:
+            yield name(number), members
+
+
+def _write_tar(images, dst, shard_images, progress):
+    def entries(members):
+        for i in members:
             encoded = images.encoded(i)
             yield f"{i:09d}", _suffix(images, i, encoded), encoded, int(images.labels[i])
             progress(1)
 
-    for number, first in enumerate(range(0, len(images), shard_images)):
-        last = min(first + shard_images, len(images))
-        if shard_name(dst, number).exists():
-            progress(last - first)
-        else:
-            write_shard(shard_name(dst, number), members(first, last))
+    for path, members in _missing_shards(images, lambda number: shard_name(dst, number), shard_images, progress):
+        write_shard(path, entries(members))
+
+
+def _write_tfrecord(images, dst, shard_images, progress):
+    def entries(members):
+        for i in members:
+            yield images.encoded(i), int(images.labels[i])
+            progress(1)
+
+    name = dst.resolve().name
+    for path, members in _missing_shards(images, lambda number: dst / f"{name}-{number:05d}.tfrecord", shard_images, progress):
+        write_tfrecords(path, entries(members))
+    files, offsets = TFRecordIndex.open(dst).places()
+    with atomic_output(dst / f"{name}.txt") as file:
+        file.writelines(b"%b\t%d\t%d\t%d\n" % (os.fsencode(name), *place) for place in zip(files.tolist(), offsets.tolist(), images.labels.tolist()))
 
 
 def _write_files(images, dst, _, progress):
@@ -180,8 +204,8 @@ def main(arguments=None):
     parser.add_argument("src", metavar="SRC", nargs="+", help="data set in any format; several become one, each with its own identities")
     parser.add_argument("dst", metavar="DST", help="folder to write")
     parser.add_argument("--to", choices=FORMATS, required=True)
-    parser.add_argument("--root", metavar="DIR", help="where relative paths in an image list start (default: the list's folder)")
-    parser.add_argument("--shard-images", type=int, default=10_000, metavar="N", help="images a tar shard (default %(default)s)")
+    parser.add_argument("--root", metavar="DIR", help="where names and relative paths in a list start (default: the list's folder)")
+    parser.add_argument("--shard-images", type=int, default=10_000, metavar="N", help="images a tar or TFRecord shard (default %(default)s)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -22,10 +22,6 @@ class FolderIndex(IndexedImages):
 
     FORMAT = "image folder"
 
-    def __init__(self, path, index_path, root=None):
-        self._property = path / "property" if (path / "property").exists() else None
-        super().__init__(path, index_path, root)
-
     def encoded(self, i):
         return read_image_file(self._file(i))
 
@@ -39,6 +35,10 @@ class FolderIndex(IndexedImages):
 
     def _file(self, i):
         return os.path.join(os.fsencode(self._path), _name(self._arrays, "files", i))
+
+    @classmethod
+    def _property_of(cls, path):
+        return path / "property" if (path / "property").exists() else None
 
     @classmethod
     def _scan_size(cls, path):

@@ -71,24 +71,17 @@ class ListIndex(IndexedImages):
     @classmethod
     def _scan(cls, path, progress):
         parse, layout = (_parse_lst, "number, label and path, between them tabs,") if path.suffix == ".lst" else (_parse_line, "`path label`")
-        offsets, lengths, labels, end, reported = [], [], [], 0, 0
-        with open(path, "rb") as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b""), 1):
-                start, end = end, end + len(line)
-                if number % _BLOCK == 0:
-                    progress(end - reported)
-                    reported = end
-                if not line.strip():
-                    continue
-                try:
-                    at, name, label = parse(line)
-                except ValueError:
-                    raise ValueError(f"{path} line {number} must be {layout} with a whole number as label, got {_shown(line)}") from None
-                if not 0 <= label <= LARGEST_LABEL:
-                    raise ValueError(f"{path} line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
-                offsets.append(start + at)
-                lengths.append(len(name))
-                labels.append(label)
+        offsets, lengths, labels = [], [], []
+        for number, start, line in read_lines(path, progress):
+            try:
+                at, name, label = parse(line)
+            except ValueError:
+                raise ValueError(f"{path} line {number} must be {layout} with a whole number as label, got {shown(line)}") from None
+            if not 0 <= label <= LARGEST_LABEL:
+                raise ValueError(f"{path} line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
+            offsets.append(start + at)
+            lengths.append(len(name))
+            labels.append(label)
         labels = np.array(labels, dtype=np.int64)
         return {"offsets": np.array(offsets, dtype=np.int64), "lengths": np.array(lengths, dtype=np.uint32), "labels": labels}, {}
 
@@ -107,6 +100,25 @@ def _parse_lst(line):
     return line.rindex(name), name, int(float(label))
 
 
-def _shown(line):
+def read_lines(path, progress):
+    """(number, start, line) of the lines of a text file that are not empty; a line beyond 64 KB comes in pieces.
+
+    Args:
+        path: Path.
+        progress: called with the number of bytes passed since its last call.
+    """
+    end = reported = 0
+    with open(path, "rb") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b""), 1):
+            start, end = end, end + len(line)
+            if number % _BLOCK == 0:
+                progress(end - reported)
+                reported = end
+            if line.strip():
+                yield number, start, line
+
+
+def shown(line):
+    """A line for an error message."""
     text = line.decode(errors="replace").strip()
     return repr(text if len(text) <= 80 else text[:77] + "...")

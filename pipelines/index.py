@@ -17,10 +17,12 @@ from pipelines.images import load_face, read_header
 from pipelines.record_index import RecordIndex
 from pipelines.sources import ConcatenatedSources
 from pipelines.tar_shards import TarIndex
+from pipelines.tfrecord import TFRecordIndex, TFRecordList, is_tfrecord_list
 
 _SAMPLE = 2000  # images whose headers the report reads where not all are decoded
 _CHUNK = 256  # images a task of --verify
 _SHOWN = 20  # broken images named in the report
+_KINDS = {".rec": RecordIndex, ".tar": TarIndex, ".tfrecord": TFRecordIndex}  # a folder of several kinds is the first of them
 
 
 def open_source(path, root=None, cache_dir=None):
@@ -30,10 +32,11 @@ def open_source(path, root=None, cache_dir=None):
         path: one of
             a `.rec` file, or a folder with `train.rec`, or with other `.rec` files that are parts of one set (RecordIndex);
             a `.tar` file, or a folder of them (TarIndex);
-            a text file with lines `path label` (ListIndex);
+            a `.tfrecord` file, or a folder of them, with labels in the records (TFRecordIndex);
+            a text file with lines `name shard offset label` between tabs (TFRecordList), or with lines `path label` (ListIndex);
             a folder of one folder of image files for each identity (FolderIndex);
             or a list or tuple of such paths: several data sets, each with its own identities (ConcatenatedSources).
-        root: folder that relative paths in a text file start from; by default its own.
+        root: folder that names and relative paths in a text file start from; by default its own.
         cache_dir: folder for the index; by default beside the data, see IndexedImages.open.
     Returns:
         ImageSource.
@@ -46,25 +49,25 @@ def open_source(path, root=None, cache_dir=None):
         sources = [open_source(one, root, cache_dir) for one in path]
         return sources[0] if len(sources) == 1 else ConcatenatedSources(sources)
     path = Path(path)
-    if not path.exists() and path.suffix not in (".rec", ".tar"):
+    if not path.exists() and path.suffix not in _KINDS:
         raise ValueError(f"there is no data set at {path}; check the path")
     return _kind(path).open(path, cache_dir, root)
 
 
 def _kind(path):
     if not path.is_dir():
-        return {".rec": RecordIndex, ".tar": TarIndex}.get(path.suffix, ListIndex)
+        return _KINDS.get(path.suffix) or (TFRecordList if is_tfrecord_list(path) else ListIndex)
     try:
         with os.scandir(path) as entries:
             entries = list(entries)
     except OSError as error:
         raise ValueError(f"cannot list {path}: {os.strerror(error.errno)}; check its permissions") from error
-    for suffix, kind in ((".rec", RecordIndex), (".tar", TarIndex)):
+    for suffix, kind in _KINDS.items():
         if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
             return kind
     if any(entry.is_dir() for entry in entries):
         return FolderIndex
-    raise ValueError(f"{path} must hold train.rec, .tar shards, or a folder of images for each identity; to use an image list, give the file; "
+    raise ValueError(f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; to use an image list, give the file; "
                      "check the path")
 
 
@@ -131,6 +134,7 @@ def _broken_from(start):
     found = {}
     for i in range(start, min(start + _CHUNK, len(_source))):
         try:
+            _source.check(i)
             load_face(_source, i)
         except ValueError as error:
             found[i] = str(error)
@@ -158,9 +162,9 @@ def _check_offsets_file(source, rec_path):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m pipelines.index", description="Index a face data set and say what is in it.")
-    parser.add_argument("data", metavar="DATA", help="a .rec file or a folder with train.rec; .tar shards or their folder; an image list; or a folder of "
-                                                     "one folder of images for each identity")
-    parser.add_argument("--root", metavar="DIR", help="where relative paths in an image list start (default: the list's folder)")
+    parser.add_argument("data", metavar="DATA", help="a .rec file or a folder with train.rec; .tar or .tfrecord shards or their folder; a list of images "
+                                                     "or of TFRecords; or a folder of one folder of images for each identity")
+    parser.add_argument("--root", metavar="DIR", help="where names and relative paths in a list start (default: the list's folder)")
     parser.add_argument("--cache-dir", metavar="DIR", help="where the index goes (default: beside the data)")
     parser.add_argument("--verify", action="store_true", help="decode every image and record the broken ones, which training then replaces; "
                                                               "exit status 1 if there are any")

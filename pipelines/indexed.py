@@ -19,7 +19,7 @@ _VERSION = 1  # of the arrays in an index; another number, and it is made anew
 _PRINTED_FILES = 64  # files of one data set whose first bytes count: a stat is enough for the thousandth shard
 _PRINTED_BYTES = 4096  # of each
 LARGEST_LABEL = (1 << 31) - 1
-_LARGEST_OFFSET = 1 << 62  # bytes
+LARGEST_OFFSET = 1 << 62  # bytes
 _SMALL_GAP = 4096  # bytes
 _KEPT_OPEN = 256  # files; of more, each is opened when it is read: a process may often hold just 1024
 
@@ -33,10 +33,10 @@ class IndexedImages(ImageSource):
     """
 
     FORMAT: str  # what the data is called in messages
-    _property = None  # file that says how many classes there are
 
     def __init__(self, path, index_path, root=None):
         self._path, self._index_path, self._root = Path(path), Path(index_path), root
+        self._property = self._property_of(self._path)
         meta, arrays = map_arrays(index_path, check=False)  # checked by open
         self._arrays, self.labels, self.broken = arrays, arrays["labels"], arrays["broken"]
         self.skipped = meta["skipped"]  # {what: how many entries of the data are no image for that reason}
@@ -146,6 +146,11 @@ class IndexedImages(ImageSource):
         return [*places, Path(cache_dir) / folder / beside.name]
 
     @classmethod
+    def _property_of(cls, path):
+        """The file that says how many classes the data has, None where there is none."""
+        return None
+
+    @classmethod
     def _beside(cls, path):
         """Path of the index beside the data."""
         return path.with_name(f"{path.name}.index")
@@ -171,12 +176,10 @@ class PackedImages(IndexedImages):
     images first[f]..first[f + 1] - 1 lie in file f of `_files(path)`."""
 
     def __init__(self, path, index_path, root=None):
-        self._names = self._files(Path(path))
-        property_file = Path(self._names[0]).with_name("property")
-        self._property = property_file if property_file.exists() else None
-        self._descriptors = [_open(name) for name in self._names] if len(self._names) <= _KEPT_OPEN else None
         super().__init__(path, index_path, root)
         self._offsets, self._lengths, self._first = self._arrays["offsets"], self._arrays["lengths"], self._arrays["first"]
+        self._names = self._indexed_files()
+        self._descriptors = [_open(name) for name in self._names] if len(self._names) <= _KEPT_OPEN else None
 
     def __del__(self):
         for descriptor in self.__dict__.get("_descriptors") or ():
@@ -207,19 +210,27 @@ class PackedImages(IndexedImages):
     def _file_of(self, i):
         return 0 if len(self._names) == 1 else int(np.searchsorted(self._first, i, side="right")) - 1
 
+    def _indexed_files(self):
+        """The files that hold the images, as `first` counts them."""
+        return self._files(self._path)
+
     def _stored(self, i, before=0):
-        """Entry i of the index and as many bytes before it. Read, not mapped: a page fault would hold up all threads for the disk, and where
-        the disk is gone it would end the process."""
-        file, start, length = self._file_of(i), int(self._offsets[i]) - before, int(self._lengths[i]) + before
-        if length - before > LARGEST_FILE:
-            raise ValueError(f"image {i} in {self._names[file]} must have at most {LARGEST_FILE} bytes and has {length - before}; replace it or leave it out")
+        """Entry i of the index and as many bytes before it."""
+        return self._bytes_at(i, -before, int(self._lengths[i]) + before)
+
+    def _bytes_at(self, i, start, length):
+        """`length` bytes from byte `start` of entry i on. Read, not mapped: a page fault would hold up all threads for the disk, and where the disk
+        is gone it would end the process."""
+        file = self._file_of(i)
+        if start + length > LARGEST_FILE:
+            raise ValueError(f"image {i} in {self._names[file]} must have at most {LARGEST_FILE} bytes and has {start + length}; replace it or leave it out")
         try:
             with self._opened(file) as descriptor:
-                data = os.pread(descriptor, length, start)
+                data = os.pread(descriptor, length, int(self._offsets[i]) + start)
         except OSError as error:
             raise ValueError(f"cannot read image {i} in {self._names[file]}: {os.strerror(error.errno)}; check that the data is still there") from error
         if len(data) != length:
-            raise ValueError(f"{self._names[file]} changed while in use: it ends inside image {i}; start again")
+            raise ValueError(f"{self._names[file]} ends inside image {i}: it is truncated, or changed while in use; copy it again, or start again")
         return data
 
     def read(self, indices):
@@ -251,11 +262,16 @@ class PackedImages(IndexedImages):
                     os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
     @classmethod
+    def _property_of(cls, path):
+        beside = Path(cls._files(path)[0]).with_name("property")
+        return beside if beside.exists() else None
+
+    @classmethod
     def _is_sound(cls, meta, arrays):
         offsets, lengths, first = arrays["offsets"], arrays["lengths"], arrays["first"]
         return super()._is_sound(meta, arrays) and (
             offsets.dtype == first.dtype == np.int64 and lengths.dtype == np.uint32 and offsets.shape == lengths.shape == arrays["labels"].shape
-            and 0 <= offsets.min() and offsets.max() <= _LARGEST_OFFSET and first.ndim == 1 and len(first) > 1
+            and 0 <= offsets.min() and offsets.max() <= LARGEST_OFFSET and first.ndim == 1 and len(first) > 1
             and first[0] == 0 and first[-1] == len(offsets) and (np.diff(first) >= 0).all())
 
     @classmethod

@@ -55,6 +55,13 @@ class ImageSource(abc.ABC):
         lengths = np.array([len(file) for file in files], dtype=np.int64)
         return np.concatenate([_NO_BYTES, *files]), np.cumsum(lengths) - lengths, lengths
 
+    def check(self, i):  # noqa: B027 -- most formats keep no checksums
+        """Compare image i with the checksum stored beside it, where its format keeps one.
+
+        Raises:
+            ValueError: they differ, or it cannot be read; the message names it.
+        """
+
     @abc.abstractmethod
     def name(self, i):
         """What to call image i in a message, e.g. 'train.rec record 123'."""
@@ -133,6 +140,9 @@ class SelectedImages(ImageSource):
     def read(self, indices):
         return self._source.read(self._indices[indices])
 
+    def check(self, i):
+        self._source.check(int(self._indices[i]))
+
     def name(self, i):
         return self._source.name(int(self._indices[i]))
 
@@ -173,6 +183,10 @@ class ConcatenatedSources(ImageSource):
             parts.append(data)
             end += len(data)
         return np.concatenate(parts), starts, lengths
+
+    def check(self, i):
+        source, i = self._find(i)
+        source.check(i)
 
     def name(self, i):
         source, i = self._find(i)

@@ -86,7 +86,7 @@ def test_file_that_is_gone_is_named(tmp_path):
 
 
 def test_folders_without_identities(tmp_path):
-    with pytest.raises(ValueError, match=r"must hold train\.rec, \.tar shards, or a folder of images for each identity"):
+    with pytest.raises(ValueError, match=r"must hold train\.rec, \.tar or \.tfrecord shards, or a folder of images for each identity"):
         open_source(fill(tmp_path / "flat", {"1.jpg": b"a"}))
     with pytest.raises(ValueError, match=r"it holds no image; .*skipped 1 images outside the folders of identities"):
         open_source(fill(tmp_path / "flat", {"empty/readme.txt": b"a"}))

@@ -148,7 +148,7 @@ def test_missing_and_unknown_paths(tmp_path):
         RecordIndex.open(tmp_path)
     with pytest.raises(ValueError, match=r"there is no data set at .*nowhere; check the path"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"must hold train\.rec, \.tar shards, or a folder of images for each identity"):
+    with pytest.raises(ValueError, match=r"must hold train\.rec, \.tar or \.tfrecord shards, or a folder of images for each identity"):
         open_source(tmp_path)
 
 
