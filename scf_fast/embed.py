@@ -1,7 +1,7 @@
 """Images -> direction mu and concentration kappa, as fast as the machine allows: `python -m scf_fast.embed IMAGES... --model M --out FILE`.
 
 The images are aligned faces; those of another size than 112 x 112 are resized whole. OUT.npz holds mu (N, d) float32, kappa (N,) float32
-and path (N,); OUT.parquet the same columns, which needs the extra `embed` (pyarrow).
+and path (N,); OUT.parquet the same columns, which needs the extra `embed` (pyarrow). A backbone alone gives no kappa.
 """
 import argparse
 import hashlib
@@ -21,12 +21,12 @@ from pipelines.files import atomic_output
 from pipelines.images import IMAGE_SUFFIXES
 from pipelines.loader import Preprocessing, make_loader
 from pipelines.sources import ImageFiles, ImageSource
-from scf_fast.frozen import CHECK_IMAGES, DTYPES, FrozenBackbone, frozen_precisions
-from scf_fast.model import SCF, load_model
+from scf_fast.frozen import CHECK_IMAGES, DTYPES, FrozenBackbone, frozen_precisions, full_float32
+from scf_fast.model import SCF
 
 
 class Embedder:
-    """A model set up for inference alone: images -> features and log kappa, float32.
+    """A model set up for inference alone: images -> features and log kappa, float32, the latter None of a backbone alone.
 
     Args:
         model: left as it is.
@@ -36,6 +36,7 @@ class Embedder:
         flip: embed the mirror image too, as insightface's protocols do: the features are added, the two log kappa averaged.
     Attributes:
         radius, normalization, embedding_dim: the model's.
+        gives_kappa: whether it has a confidence net.
         key: digest of everything here that decides the numbers.
     Raises:
         ValueError: weights that are not finite.
@@ -53,7 +54,8 @@ class Embedder:
         self.key = weights.hexdigest()
         self._precisions = ("fp32",) if precision == "auto" and self.device.type == "cpu" else frozen_precisions(precision, self.device)
         self._model_backbone, self._backbone = model.backbone, None
-        self._confidence_net = model.confidence_net.to(self.device)
+        self.gives_kappa = model.confidence_net is not None
+        self._confidence_net = model.confidence_net.to(self.device) if self.gives_kappa else None
         self._batch_size = 0
 
     @property
@@ -77,9 +79,7 @@ class Embedder:
             backbone, failure = FrozenBackbone(self._model_backbone, self.device, (precision,), self.device.type == "cuda", lambda: images), None
             try:
                 backbone(self._padded(images))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+            except ValueError as error:
                 failure = error
             if on_every_rank(failure is None):
                 self._backbone = backbone
@@ -91,8 +91,8 @@ class Embedder:
         return F.pad(images, (0, 0) * 3 + (0, self._batch_size - len(images))) if self.device.type == "cuda" else images
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, 112, 112) normalised RGB on the device -> features (B, d) unnormalised, log kappa (B,).
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, 3, 112, 112) normalised RGB on the device -> features (B, d) unnormalised, log kappa (B,) or None.
 
         Raises:
             ValueError: as in settle, on the first call.
@@ -102,14 +102,28 @@ class Embedder:
         features, log_kappa = self._embed(images)
         if self.flip:
             mirrored_features, mirrored_log_kappa = self._embed(images.flip(3))
-            features, log_kappa = features + mirrored_features, (log_kappa + mirrored_log_kappa) / 2
+            features, log_kappa = features + mirrored_features, (log_kappa + mirrored_log_kappa) / 2 if self.gives_kappa else None
         return features, log_kappa
 
+    @full_float32()
     def _embed(self, images):
         count, self._batch_size = len(images), max(self._batch_size, len(images))
         features, convf = self._backbone(self._padded(images))
         # A copy: the next call may write over the compiled backbone's output.
-        return features[:count].to(torch.float32, copy=True), self._confidence_net(convf[:count].float())
+        log_kappa = self._confidence_net(convf[:count].float()) if self.gives_kappa else None
+        return features[:count].to(torch.float32, copy=True), log_kappa
+
+
+def room_for(embedder: Embedder, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Features (count, d) and log kappa (count,), or None where the embedder gives none, for :func:`put` to fill."""
+    return torch.empty(count, embedder.embedding_dim), torch.empty(count) if embedder.gives_kappa else None
+
+
+def put(into: tuple[torch.Tensor, torch.Tensor | None], rows, features: torch.Tensor, log_kappa: torch.Tensor | None) -> None:
+    """Write some rows, a slice or (B,) indices, of what :func:`room_for` made."""
+    into[0][rows] = features
+    if into[1] is not None:
+        into[1][rows] = log_kappa
 
 
 def on_every_rank(flag: bool) -> bool:
@@ -154,21 +168,23 @@ def load_batches(embedder: Embedder, source: ImageSource, batches: list[np.ndarr
 
 
 def embed_batches(embedder: Embedder, source: ImageSource, batches: list[np.ndarray], **loading,
-                  ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-    """Yields (indices, features, log kappa), on the CPU; the rest as in load_batches."""
+                  ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
+    """Yields (indices, features, log kappa or None), on the CPU; the rest as in load_batches."""
     for indices, images in load_batches(embedder, source, batches, **loading):
         features, log_kappa = embedder(images)
-        yield indices, features.cpu(), log_kappa.cpu()
+        yield indices, features.cpu(), None if log_kappa is None else log_kappa.cpu()
 
 
-def check_usable(features: torch.Tensor, log_kappa: torch.Tensor, source: ImageSource, indices: np.ndarray) -> None:
+def check_usable(features: torch.Tensor, log_kappa: torch.Tensor | None, source: ImageSource, indices: np.ndarray) -> None:
     """Refuses what no distribution can be made of.
 
     Raises:
         ValueError: a feature is not finite or all zero, or kappa is not finite and positive in float32; the message names the first image.
     """
-    kappa = log_kappa.exp()
-    usable = features.isfinite().all(dim=1) & features.any(dim=1) & kappa.isfinite() & (kappa > 0)
+    usable = features.isfinite().all(dim=1) & features.any(dim=1)
+    if log_kappa is not None:
+        kappa = log_kappa.exp()
+        usable &= kappa.isfinite() & (kappa > 0)
     if not usable.all():
         bad = indices[~usable.numpy()]
         raise ValueError(f"features must be finite and not zero, and kappa finite and positive; {len(bad)} of {len(indices)} images are not so, the "
@@ -177,6 +193,7 @@ def check_usable(features: torch.Tensor, log_kappa: torch.Tensor, source: ImageS
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of every command that embeds images."""
+    add_normalization_argument(parser)
     parser.add_argument("--flip", action="store_true", help="embed mirror images too, as insightface does: features added, log kappa averaged")
     parser.add_argument("--device", type=_device, help="default: this rank's GPU where there is one, else cpu")
     parser.add_argument("--precision", default="auto", choices=("auto", *DTYPES), help="of the backbone; auto: half precision on a GPU where accurate")
@@ -184,6 +201,11 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loader", default="auto", choices=("auto", "dali", "torch"), help="decoder: dali where installed, else torch")
     parser.add_argument("--num-workers", "--num_workers", type=int, default=2, metavar="N",
                         help="decoding threads or processes (default: %(default)s)")
+
+
+def add_normalization_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--normalization", choices=("insightface", "published"), help="pixel convention, where the model's files do not tell it; else as the "
+                        "fc.pth beside a backbone notes it, else what the backbone's family is trained with")
 
 
 def default_device() -> torch.device:
@@ -220,15 +242,15 @@ def find_images(paths: list[Path]) -> list[Path]:
     return found
 
 
-def _write(path: Path, mu: np.ndarray, kappa: np.ndarray, paths: list[str]) -> None:
+def _write(path: Path, mu: np.ndarray, kappa: dict[str, np.ndarray], paths: list[str]) -> None:
     with atomic_output(path) as file:
         if path.suffix == ".npz":
-            np.savez(file, mu=mu, kappa=kappa, path=np.array(paths))
+            np.savez(file, mu=mu, **kappa, path=np.array(paths))
             return
         import pyarrow
         import pyarrow.parquet
         directions = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(mu.ravel()), mu.shape[1])
-        pyarrow.parquet.write_table(pyarrow.table({"path": paths, "kappa": kappa, "mu": directions}), file)
+        pyarrow.parquet.write_table(pyarrow.table({"path": paths, **kappa, "mu": directions}), file)
 
 
 def _check_output(path: Path) -> None:
@@ -245,29 +267,32 @@ def _check_output(path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scf_fast.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="image files, or folders of them, searched all the way down")
-    parser.add_argument("--model", required=True, metavar="M", help="output folder of a stage-2 run, or weight files as SCF.from_checkpoint takes them")
+    parser.add_argument("--model", required=True, metavar="M", help="output folder of a run, or weight files of any family")
     parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), metavar="FILE", help=".npz or .parquet (default: %(default)s)")
     add_loading_arguments(parser)
     options = parser.parse_args(arguments)
     try:
         _check_output(options.out)
         paths = find_images(options.images)
-        embedder = Embedder(load_model(options.model), options.device or default_device(), options.precision, options.flip)
+        model = SCF.from_checkpoint(options.model, normalization=options.normalization, backbone_alone=True)
+        embedder = Embedder(model, options.device or default_device(), options.precision, options.flip)
         source = ImageFiles(paths)
-        features, log_kappa = torch.empty(len(source), embedder.embedding_dim), torch.empty(len(source))
+        features, log_kappa = embeddings = room_for(embedder, len(source))
         batches = np.split(np.arange(len(source)), range(options.batch_size, len(source), options.batch_size))
         began = time.perf_counter()
         with tqdm(total=len(source), desc="embedding", unit=" images", mininterval=1) as progress:
-            for indices, some_features, some_log_kappa in embed_batches(embedder, source, batches, loader=options.loader, num_workers=options.num_workers):
-                features[indices], log_kappa[indices] = some_features, some_log_kappa
+            for indices, *values in embed_batches(embedder, source, batches, loader=options.loader, num_workers=options.num_workers):
+                put(embeddings, indices, *values)
                 progress.update(len(indices))
         seconds = time.perf_counter() - began
         check_usable(features, log_kappa, source, np.arange(len(source)))
-        _write(options.out, F.normalize(features).numpy(), log_kappa.exp().numpy(), list(map(str, paths)))
+        kappa = {"kappa": log_kappa.exp().numpy()} if embedder.gives_kappa else {}
+        _write(options.out, F.normalize(features).numpy(), kappa, list(map(str, paths)))
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {len(source)} images, {len(source) / seconds:.0f} images/s")
+    without = "" if embedder.gives_kappa else f"; no kappa: {options.model} is a backbone alone"
+    print(f"{options.out}: {len(source)} images, {len(source) / seconds:.0f} images/s{without}")
     return 0
 
 

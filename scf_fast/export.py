@@ -4,6 +4,7 @@
     .pt2          the same as a program of torch.export: torch.export.load(OUT).module()(images)
     .safetensors  the weights with radius and pixel convention, as SCF.from_checkpoint reads them
 
+A backbone alone has one output, its features (B, d), unnormalised, as insightface's own tools take them.
 images are (B, 3, 112, 112) float32 RGB scaled as the model says, or, with --preprocess, (B, 112, 112, 3) uint8 RGB. Programs hold the
 backbone with every BatchNorm folded, in float32. Before the command says that it is done, the file has been read back and its output
 compared with PyTorch's.
@@ -26,10 +27,11 @@ from torch import nn
 from pipelines.images import FACE_SIZE
 from pipelines.loader import Preprocessing
 from scf_fast import checkpoints
+from scf_fast.embed import add_normalization_argument
 from scf_fast.frozen import FoldedBackbone
-from scf_fast.model import SCF, load_model
+from scf_fast.model import SCF
 
-TOLERANCE = 1e-4  # of mu absolutely, of kappa relatively
+TOLERANCE = 1e-4  # of mu absolutely, of kappa, or the length of features, relatively
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
 _OPSET = 18
 _ONE_FILE = 2_000_000_000  # bytes of weights: a protobuf message, and so an .onnx file, ends at 2^31
@@ -37,7 +39,7 @@ _CHECKED_BATCHES = (1, 5)
 
 
 class ServedModel(nn.Module):
-    """images -> (mu, kappa) for export: folded backbone, and preprocessing where it belongs inside.
+    """images -> (mu, kappa), or of a backbone alone the features, for export: folded backbone, and preprocessing where it belongs inside.
 
     Args:
         model: left as it is, on the CPU.
@@ -50,11 +52,16 @@ class ServedModel(nn.Module):
         self._preprocessing = Preprocessing(model.normalization) if preprocess else None
         self.eval()
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         if self._preprocessing is not None:
             images = self._preprocessing.normalize(images)
         features, convf = self.backbone(images)
-        return F.normalize(features), self.confidence_net(convf).exp()
+        return features if self.confidence_net is None else (F.normalize(features), self.confidence_net(convf).exp())
+
+
+def outputs(model: SCF) -> list[str]:
+    """Names of what its program gives."""
+    return ["features"] if model.confidence_net is None else ["mu", "kappa"]
 
 
 def export(model: SCF, out: Path, *, preprocess: bool = False, opset: int = _OPSET) -> None:
@@ -118,7 +125,7 @@ def _write_onnx(model, path, preprocess, opset):
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     module, arguments, shapes = _program(model, preprocess)
     program = torch.onnx.export(module, arguments, dynamo=True, dynamic_shapes=shapes, opset_version=opset, input_names=["images"],
-                                output_names=["mu", "kappa"], verbose=False)
+                                output_names=outputs(model), verbose=False)
     facts = {"radius": model.radius, "normalization": "none: uint8 RGB" if preprocess else model.normalization}
     program.model.metadata_props["scf_fast"] = json.dumps(facts)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -131,26 +138,41 @@ def _run_onnx(path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: tuple(map(torch.from_numpy, session.run(["mu", "kappa"], {"images": np.ascontiguousarray(images.numpy())})))
+
+    def run(images):
+        found = tuple(map(torch.from_numpy, session.run(None, {"images": np.ascontiguousarray(images.numpy())})))
+        return found if len(found) > 1 else found[0]
+    return run
 
 
 def _write_weights(model, path, preprocess, opset):
-    weights = checkpoints.Weights(str(path), backbone=model.backbone.state_dict(), confidence_net=model.confidence_net.state_dict(),
+    net_state = None if model.confidence_net is None else model.confidence_net.state_dict()
+    weights = checkpoints.Weights(str(path), backbone=model.backbone.state_dict(), confidence_net=net_state,
                                   facts={"radius": model.radius, "normalization": model.normalization})
     checkpoints.write(weights, path, "safetensors")
 
 
 def _run_weights(path):
-    return load_model(path)
+    return _answer(SCF.from_checkpoint(path, backbone_alone=True))
+
+
+def _answer(model: SCF) -> Callable:
+    """What its program is to give."""
+    return (lambda images: model.embed(images)[0]) if model.confidence_net is None else model
+
+
+def _direction_and_size(found: tuple[torch.Tensor, torch.Tensor] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """mu and kappa; of features their directions and lengths."""
+    return (F.normalize(found), torch.linalg.vector_norm(found, dim=1)) if isinstance(found, torch.Tensor) else found
 
 
 @torch.no_grad()
 def _compare(model: SCF, run: Callable, preprocess: bool, out: Path) -> None:
     for count in _CHECKED_BATCHES:
         images = _example(preprocess, count)
-        mu, kappa = run(images)
-        expected_mu, expected_kappa = model(Preprocessing(model.normalization).normalize(images) if preprocess else images)
-        error = max((mu - expected_mu).abs().max().item(), (kappa / expected_kappa - 1).abs().max().item())
+        normalised = Preprocessing(model.normalization).normalize(images) if preprocess else images
+        (mu, size), (expected_mu, expected_size) = _direction_and_size(run(images)), _direction_and_size(_answer(model)(normalised))
+        error = max((mu - expected_mu).abs().max().item(), (size / expected_size - 1).abs().max().item())
         if not error <= TOLERANCE:  # NaN is no agreement
             raise ValueError(f"{out}: its output differs from PyTorch's by {error:.1e} with {count} images, more than {TOLERANCE:.0e}, so it is not "
                              "kept; try another --opset or format")
@@ -158,9 +180,10 @@ def _compare(model: SCF, run: Callable, preprocess: bool, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scf_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="output folder of a stage-2 run, or weight files as SCF.from_checkpoint takes them")
+    parser.add_argument("model", metavar="MODEL", help="output folder of a run, or weight files of any family")
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write; its suffix says the format")
     parser.add_argument("--preprocess", action="store_true", help="take uint8 RGB images (B, 112, 112, 3) and scale them inside")
+    add_normalization_argument(parser)
     parser.add_argument("--opset", type=int, default=_OPSET, help="of ONNX (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
     options = parser.parse_args(arguments)
@@ -168,15 +191,18 @@ def main(arguments: list[str] | None = None) -> int:
         check_request(options.out, options.preprocess)
         if options.out.exists() and not options.overwrite:
             raise ValueError(f"{options.out}: exists; give another name, or --overwrite")
-        model = load_model(options.model)
+        model = SCF.from_checkpoint(options.model, normalization=options.normalization, backbone_alone=True)
         export(model, options.out, preprocess=options.preprocess, opset=options.opset)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    takes = "weights" if options.out.suffix == ".safetensors" else (
-        f"(B, {FACE_SIZE}, {FACE_SIZE}, 3) uint8 RGB" if options.preprocess else f"(B, 3, {FACE_SIZE}, {FACE_SIZE}) float32 RGB, {model.normalization} scaling")
-    opset = f", opset {options.opset}" if options.out.suffix == ".onnx" else ""
-    print(f"{options.out}: {takes}{opset}; output within {TOLERANCE:.0e} of PyTorch's")
+    if options.out.suffix == ".safetensors":
+        what = f"weights, {model.normalization} scaling"
+    else:
+        scaled = f"(B, 3, {FACE_SIZE}, {FACE_SIZE}) float32 RGB, {model.normalization} scaling"
+        takes = f"(B, {FACE_SIZE}, {FACE_SIZE}, 3) uint8 RGB" if options.preprocess else scaled
+        what = f"{takes} -> {' and '.join(outputs(model))}" + (f", opset {options.opset}" if options.out.suffix == ".onnx" else "")
+    print(f"{options.out}: {what}; output within {TOLERANCE:.0e} of PyTorch's")
     return 0
 
 

@@ -13,7 +13,7 @@ from scf_fast.embed import Embedder, add_loading_arguments, default_device
 from scf_fast.evaluation import datasets, report
 from scf_fast.evaluation.embeddings import EmbeddingStore
 from scf_fast.evaluation.evaluate import Evaluation, Identification, Risk, Templates, Verification, everything, measure_all
-from scf_fast.model import load_model
+from scf_fast.model import SCF
 
 _EPILOG = """\
 Embeddings are kept in --cache by model and data: what an interrupted run has computed is not computed again, and one command uses what another
@@ -29,8 +29,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, summary: str, open_data) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=_EPILOG)
-        sub.add_argument("--model", required=True, nargs="+", metavar="[NAME=]M", help="output folder of a stage-2 run, or weight files as "
-                         "SCF.from_checkpoint takes them; several are shown side by side")
+        sub.add_argument("--model", required=True, nargs="+", metavar="[NAME=]M", help="output folder of a run, or weight files of any family, of a "
+                         "backbone alone too: then what needs kappa is left out; several are shown side by side")
         sub.add_argument("--out", type=Path, required=name == "report", help="report folder")
         sub.add_argument("--overwrite", action="store_true", help="replace another report in OUT")
         sub.add_argument("--cache", type=Path, help="folder of the embeddings (default: evaluation_features beside the model)")
@@ -116,7 +116,7 @@ def _request(options, models: dict[str, str]) -> dict:
     def plain(value):
         return [str(item) for item in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
 
-    deciding = ("data", "pairs", "seed", "gallery", "probe", "far", "score", "align", "flip")
+    deciding = ("data", "pairs", "seed", "gallery", "probe", "far", "score", "align", "flip", *(["normalization"] if options.normalization else []))
     return {"command": options.command, "model": list(models.values()), **{key: plain(getattr(options, key)) for key in deciding if hasattr(options, key)}}
 
 
@@ -134,7 +134,10 @@ def main(arguments: list[str] | None = None) -> int:
         results, figures, notes, files = {}, {}, [], {}
         for name, path in models.items():
             started = time.perf_counter()
-            embedder = Embedder(load_model(path), options.device or default_device(), options.precision, options.flip)
+            model = SCF.from_checkpoint(path, normalization=options.normalization, backbone_alone=True)
+            embedder = Embedder(model, options.device or default_device(), options.precision, options.flip)
+            if not embedder.gives_kappa and any(evaluation.needs_kappa for evaluation in evaluations):
+                raise ValueError(f"--score vmf needs kappa, and --model {path} is a backbone alone; take --score cosine")
             store = EmbeddingStore(embedder, _cache(options, path), batch_size=options.batch_size, loader=options.loader,
                                    num_workers=options.num_workers, rank=rank, world_size=world_size)
             for source, description in (source for evaluation in evaluations for source in evaluation.sources):
@@ -145,7 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
                 measured = measure_all(evaluations, store)
                 results[name] = {"model": path} | measured.results | {"seconds": {"evaluation": time.perf_counter() - started}}
                 figures[name] = measured.figures
-                notes = list(dict.fromkeys([*notes, *measured.notes]))
+                without = [] if embedder.gives_kappa else [f"{name} is a backbone alone ({embedder.normalization} pixels), so what needs κ is left out."]
+                notes = list(dict.fromkeys([*notes, *without, *measured.notes]))
                 files |= measured.files
         if rank == 0:
             if options.out is not None:

@@ -16,11 +16,12 @@ from tqdm import tqdm
 from kernels import vmf_similarity_from_cosine
 from pipelines.files import atomic_output
 from pipelines.sources import ImageFiles, ImageSource
-from scf_fast.embed import check_usable, embed_batches, load_batches, on_every_rank
+from scf_fast.embed import check_usable, embed_batches, load_batches, on_every_rank, put, room_for
 from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.frozen import CHECK_IMAGES
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
+_PIXELS = 2  # counts the changes in how files become pixels, after which stored embeddings are made anew
 _PAIRS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 17}  # 8 and 512 MiB for each of two float64 copies of 512-wide rows; IJB-C has 15.7 M pairs
 _SCORES_AT_ONCE = 1 << 22  # 32 MiB of float64
 _CELLS_PER_PAIR = 64  # of a matrix product, which cost less than to fetch the two rows of a pair (measured at d = 512: about 100)
@@ -31,7 +32,7 @@ class Embeddings:
     """What a model says of N images, on the CPU."""
 
     features: torch.Tensor  # (N, D) float32, unnormalised
-    log_kappa: torch.Tensor  # (N,) float32
+    log_kappa: torch.Tensor | None  # (N,) float32; None of a backbone alone
 
     @cached_property
     def mu(self) -> torch.Tensor:
@@ -39,9 +40,9 @@ class Embeddings:
         return F.normalize(self.features)
 
     @cached_property
-    def kappa(self) -> np.ndarray:
-        """(N,) float64."""
-        return self.log_kappa.double().exp().numpy()
+    def kappa(self) -> np.ndarray | None:
+        """(N,) float64, or None."""
+        return None if self.log_kappa is None else self.log_kappa.double().exp().numpy()
 
     @cached_property
     def feature_norm(self) -> np.ndarray:
@@ -54,7 +55,7 @@ class EmbeddingStore:
 
     Args:
         embedder: scf_fast.embed.Embedder.
-        folder: made if missing. A data set takes 4 (D + 1) bytes an image under a name that digests model, settings and data.
+        folder: made if missing. A data set takes 4 (D + 1) bytes an image, without kappa 4 D, under a name that digests model, settings and data.
         batch_size: images at once.
         loader, num_workers: see pipelines.loader.make_loader.
         rank, world_size: this process and how many share the work.
@@ -89,33 +90,32 @@ class EmbeddingStore:
         stream = embed_batches(self.embedder, source, batches, **self._loading)
         with contextlib.closing(stream), tqdm(total=sum(map(len, mine)), desc=description, unit=" images", mininterval=1, disable=self._rank > 0) as progress:
             for part in mine:
-                features, log_kappa = torch.empty(len(part), self.embedder.embedding_dim), torch.empty(len(part))
+                features, log_kappa = embeddings = room_for(self.embedder, len(part))
                 done = 0
                 while done < len(part):
-                    indices, batch_features, batch_log_kappa = next(stream)
-                    rows = slice(done, done + len(indices))
-                    features[rows], log_kappa[rows] = batch_features, batch_log_kappa
-                    done = rows.stop
+                    indices, *values = next(stream)
+                    put(embeddings, slice(done, done + len(indices)), *values)
+                    done += len(indices)
                     progress.update(len(indices))
                 check_usable(features, log_kappa, source, np.arange(part.start, part.stop))
                 with atomic_output(_path(folder, part)) as file:
-                    np.savez(file, features=features.numpy(), log_kappa=log_kappa.numpy())
+                    np.savez(file, features=features.numpy(), **({} if log_kappa is None else {"log_kappa": log_kappa.numpy()}))
 
     def load(self, source: ImageSource, description: str) -> Embeddings:
         """What the store has of a source, all of it; fills it first where this process is the only one."""
         if self._world_size == 1:
             self.fill(source, description)
         folder = self._data_folder(source)
-        features, log_kappa = torch.empty(len(source), self.embedder.embedding_dim), torch.empty(len(source))
+        embeddings = room_for(self.embedder, len(source))
         for part in _parts(source):
             with np.load(_path(folder, part)) as stored:
-                rows = slice(part.start, part.stop)
-                features[rows], log_kappa[rows] = torch.from_numpy(stored["features"]), torch.from_numpy(stored["log_kappa"])
-        return Embeddings(features, log_kappa)
+                log_kappa = torch.from_numpy(stored["log_kappa"]) if self.embedder.gives_kappa else None
+                put(embeddings, slice(part.start, part.stop), torch.from_numpy(stored["features"]), log_kappa)
+        return Embeddings(*embeddings)
 
     def _data_folder(self, source):
         digest = _digest(source)
-        digest.update(self.embedder.key.encode())
+        digest.update(f"{self.embedder.key} {_PIXELS}".encode())
         return self._folder / digest.hexdigest()[:24]
 
 

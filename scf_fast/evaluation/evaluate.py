@@ -35,9 +35,11 @@ class Evaluation(abc.ABC):
 
     Attributes:
         sources: (ImageSource, description) of everything it embeds.
+        needs_kappa: whether nothing is left of it without kappa; else what needs kappa is left out.
     """
 
     sources: list
+    needs_kappa = False
 
     @abc.abstractmethod
     def measure(self, store: EmbeddingStore) -> Measured:
@@ -66,7 +68,8 @@ class Verification(Evaluation):
             scores = protocols.score_verification_set(store.load(pairs.source, name), store.embedder.radius, store.embedder.device)
             summaries[name] = protocols.summarise_verification(scores, pairs.same)
             for label, values in zip((report.COSINE, report.VMF), scores):
-                curves[name, label] = plots.roc_points(values, pairs.same)
+                if values is not None:
+                    curves[name, label] = plots.roc_points(values, pairs.same)
         drawn = {f"pairs-{name}.txt": pairs for name, pairs in self._sets.items() if pairs.drawn}
         return Measured({"verification": _headline("set", summaries, self._first)},
                         {report.ROC: plots.plot_roc("Verification", curves), report.DET: plots.plot_det("Verification", curves)},
@@ -166,32 +169,42 @@ class Identification(Evaluation):
         numbers = np.unique(np.concatenate([subjects, self._probe.names]), return_inverse=True)[1]  # of all subjects, enrolled or not
         numbers, probe_subjects = np.split(numbers, [len(subjects)])
         device, radius = store.embedder.device, store.embedder.radius
-        probe_mu, probe_kappa = probes.mu.to(device), torch.from_numpy(probes.kappa).float().to(device)
+        probe_mu, figures = probes.mu.to(device), {}
         results = {"galleries": ["gallery"], "enrolled": len(subjects), "searches": len(probes.mu)}
-        for name, weights in ("average", None), ("kappa", torch.from_numpy(gallery.kappa).float()):
-            directions, kappas = pool_templates(gallery.mu, weights, torch.from_numpy(row), len(subjects))
-            directions, kappas = directions.to(device), kappas.to(device)
-            results[name] = protocols.summarise_searches(protocols.search(directions, None, numbers, probe_mu, None, probe_subjects))
-            if weights is not None:
-                results[f"{name}_vmf"] = protocols.summarise_searches(
-                    protocols.search(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects, radius))
-        histogram = protocols.score_histogram(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects)
-        results["comparisons"] = histogram.summary()
-        return Measured({"identification": _headline("protocol", {"gallery": results}, "gallery")},
-                        {report.SCORES: plots.plot_scores("All comparisons of 1:N", histogram)})
+
+        def enrol(weights):
+            return (pooled.to(device) for pooled in pool_templates(gallery.mu, weights, torch.from_numpy(row), len(subjects)))
+
+        def search_by_cosine(directions):
+            return protocols.summarise_searches(protocols.search(directions, None, numbers, probe_mu, None, probe_subjects))
+
+        directions, _ = enrol(None)
+        results["average"] = search_by_cosine(directions)
+        if gallery.kappa is not None:
+            directions, kappas = enrol(torch.from_numpy(gallery.kappa).float())
+            probe_kappa = torch.from_numpy(probes.kappa).float().to(device)
+            results["kappa"] = search_by_cosine(directions)
+            results["kappa_vmf"] = protocols.summarise_searches(
+                protocols.search(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects, radius))
+            histogram = protocols.score_histogram(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects)
+            results["comparisons"] = histogram.summary()
+            figures[report.SCORES] = plots.plot_scores("All comparisons of 1:N", histogram)
+        return Measured({"identification": _headline("protocol", {"gallery": results}, "gallery")}, figures)
 
 
 class Risk(Evaluation):
     """Error versus reject on one set, score and threshold fixed on all its pairs; and what kappa says of its images.
 
     Args:
-        data: pairs of images, or of templates: these have the kappa of Eqn (14), the mean feature norm and the mean detector score.
+        data: pairs of images, or of templates: these have the kappa of Eqn (14), the mean feature norm and the mean detector score. Without a
+            kappa templates are averages.
         far: false accept rate of the threshold; None puts it at equal error rates.
         score: "cosine" or "vmf".
     """
 
     def __init__(self, data: PairSet | TemplateSet, far: float | None = None, score: str = "cosine"):
         self._data, self._far, self._score = data, far, score
+        self.needs_kappa = score == "vmf"
         self.sources = [(data.source, data.name)]
 
     def measure(self, store):
@@ -205,19 +218,23 @@ class Risk(Evaluation):
         else:
             same, protocol = data.protocol.pair_labels, data.protocol
             # The length of a sum over media is no concentration that Eqn (13) could take.
-            pooled = protocols.Pooling(*protocols.pool_protocol(embeddings, protocol, embeddings.kappa, device, by_media=self._score == "cosine"))
+            weights = np.ones(len(protocol.names)) if embeddings.kappa is None else embeddings.kappa
+            directions, kappas = protocols.pool_protocol(embeddings, protocol, weights, device, by_media=self._score == "cosine")
+            pooled = protocols.Pooling(directions, None if embeddings.kappa is None else kappas)
             scores = protocols.score_templates(pooled, protocol, radius)
             rows = protocols.template_rows(protocol, protocol.pair_template_ids).numpy()
             quality = {name: values[rows].min(axis=1) for name, values in protocols.template_quality(embeddings, protocol).items()}
         values, label = (scores.cosine, report.COSINE) if self._score == "cosine" else (scores.vmf, report.VMF)
         rejection = protocols.reject_by_quality(values, same, quality, self._far)
         summary = protocols.summarise_quality(embeddings, data.severity)
-        figures = {report.REJECT: plots.plot_rejection(rejection, label), report.HISTOGRAM: plots.plot_kappa_histogram(quality["kappa"], same),
-                   report.FACES: plots.plot_faces(data.source, embeddings.kappa, data.severity)}
+        figures = {report.REJECT: plots.plot_rejection(rejection, label)}
+        if embeddings.kappa is not None:
+            figures[report.HISTOGRAM] = plots.plot_kappa_histogram(quality["kappa"], same)
+            figures[report.FACES] = plots.plot_faces(data.source, embeddings.kappa, data.severity)
+            if data.severity is not None:
+                figures[report.SEVERITY] = plots.plot_severity(embeddings.kappa, data.severity, summary["kappa"]["severity_spearman"])
         if isinstance(data, PairSet):
             figures[report.PAIRS] = plots.plot_pairs(data.source, values, same, embeddings.kappa, label)
-        if data.severity is not None:
-            figures[report.SEVERITY] = plots.plot_severity(embeddings.kappa, data.severity, summary["kappa"]["severity_spearman"])
         errors = {order: [curve.error_at(fraction) for fraction in report.REJECTED] for order, curve in rejection.curves.items()}
         return Measured(summary | {
             "reject_area": {order: curve.area for order, curve in rejection.curves.items()},

@@ -157,8 +157,8 @@ def plot_faces(source: ImageSource, kappa: np.ndarray, severity: np.ndarray | No
     return _png(figure)
 
 
-def plot_pairs(source: ImageSource, scores: np.ndarray, same: np.ndarray, kappa: np.ndarray, score: str, columns: int = 5) -> bytes:
-    """The best and worst pairs of either kind: a pair is two faces side by side, kappa under each and the score above both."""
+def plot_pairs(source: ImageSource, scores: np.ndarray, same: np.ndarray, kappa: np.ndarray | None, score: str, columns: int = 5) -> bytes:
+    """The best and worst pairs of either kind: a pair is two faces side by side, kappa under each (None: nothing) and the score above both."""
     order = np.argsort(scores, kind="stable")
     genuine, impostor = order[same[order]], order[~same[order]]
     kinds = {"worst genuine": genuine, "worst impostor": impostor[::-1], "best genuine": genuine[::-1], "best impostor": impostor}
@@ -166,6 +166,6 @@ def plot_pairs(source: ImageSource, scores: np.ndarray, same: np.ndarray, kappa:
     for row, (kind, pairs) in zip(grid, kinds.items()):
         for column, pair in enumerate(pairs[:columns]):
             for axes, i in zip(row[2 * column:], (2 * pair, 2 * pair + 1)):
-                _show(axes, source, i, f"κ {kappa[i]:.3g}")
+                _show(axes, source, i, "" if kappa is None else f"κ {kappa[i]:.3g}")
             row[2 * column].set_title(f"{kind}: {scores[pair]:.3f}" if column == 0 else f"{scores[pair]:.3f}", fontsize=8, loc="left")
     return _png(figure)

@@ -29,7 +29,8 @@ _BINS = 512  # of a score histogram
 def score_verification_set(embeddings: Embeddings, radius: float, device: torch.device | str = "cpu") -> PairScores:
     """Scores of pairs k = images 2k and 2k + 1."""
     first = torch.arange(0, len(embeddings.mu), 2)
-    return score_pairs(embeddings.mu.to(device), torch.from_numpy(embeddings.kappa).to(device), first, first + 1, radius)
+    kappa = None if embeddings.kappa is None else torch.from_numpy(embeddings.kappa).to(device)
+    return score_pairs(embeddings.mu.to(device), kappa, first, first + 1, radius)
 
 
 def tar_table(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
@@ -39,9 +40,11 @@ def tar_table(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
 
 
 def summarise_verification(scores: PairScores, same: np.ndarray) -> dict:
-    """Ten-fold accuracy, equal error rate, area under the ROC and TAR at FAR by cosine, and (`..._vmf`) by Eqn (13)."""
+    """Ten-fold accuracy, equal error rate, area under the ROC and TAR at FAR by cosine, and (`..._vmf`) by Eqn (13) where there is a kappa."""
     summary = {"pairs": len(same)}
     for suffix, values in ("", scores.cosine), ("_vmf", scores.vmf):
+        if values is None:
+            continue
         accuracy = metrics.k_fold_accuracy(values, same)
         summary |= {f"accuracy{suffix}": accuracy.mean, f"accuracy{suffix}_std": accuracy.std, f"eer{suffix}": metrics.equal_error_rate(values, same),
                     f"auc{suffix}": metrics.area_under_roc(values, same), f"tar_at_far{suffix}": tar_table(values, same)}
@@ -60,11 +63,15 @@ class Pooling(NamedTuple):
 
 def pooling_weights(embeddings: Embeddings, protocol: TemplateProtocol) -> dict[str, np.ndarray]:
     """(N,) weights of the images by way of pooling. "norm" sums the features as they are; with "norm_detector", insightface's default, they
-    are scaled by the detector's score. Detector scores that are all one value say nothing and are left out."""
+    are scaled by the detector's score. Detector scores that are all one value say nothing and are left out, as is kappa where there is none."""
     weights = {"average": np.ones(len(protocol.names)), "norm": embeddings.feature_norm}
     if np.ptp(protocol.detector_score) > 0:
         weights |= {"detector": protocol.detector_score, "norm_detector": embeddings.feature_norm * protocol.detector_score}
-    return weights | {"kappa": embeddings.kappa}
+    return weights | _kappa_of(embeddings)
+
+
+def _kappa_of(embeddings: Embeddings) -> dict[str, np.ndarray]:
+    return {} if embeddings.kappa is None else {"kappa": embeddings.kappa}
 
 
 def template_ids(protocol: TemplateProtocol) -> np.ndarray:
@@ -90,11 +97,13 @@ def pool_protocol(embeddings: Embeddings, protocol: TemplateProtocol, weights: n
 
 
 def pool_every_way(embeddings: Embeddings, protocol: TemplateProtocol, device: torch.device | str = "cpu"):
-    """Yields (name, Pooling), one way of pooling at a time: by media with each of the weights, then "kappa_images", by kappa over all images."""
+    """Yields (name, Pooling), one way of pooling at a time: by media with each of the weights, then, where there is a kappa, "kappa_images", by
+    kappa over all images."""
     for name, weights in pooling_weights(embeddings, protocol).items():
         directions, kappas = pool_protocol(embeddings, protocol, weights, device)
         yield name, Pooling(directions, kappas if name == "kappa" else None)
-    yield "kappa_images", Pooling(*pool_protocol(embeddings, protocol, embeddings.kappa, device, by_media=False))
+    if embeddings.kappa is not None:
+        yield "kappa_images", Pooling(*pool_protocol(embeddings, protocol, embeddings.kappa, device, by_media=False))
 
 
 def template_rows(protocol: TemplateProtocol, ids: np.ndarray) -> torch.Tensor:
@@ -108,13 +117,14 @@ def score_templates(pooling: Pooling, protocol: TemplateProtocol, radius: float)
 
 
 def template_quality(embeddings: Embeddings, protocol: TemplateProtocol) -> dict[str, np.ndarray]:
-    """(T,) of each measure: kappa of Eqn (14), mean feature norm, mean detector score where that varies."""
+    """(T,) of each measure: kappa of Eqn (14) where there is a kappa, mean feature norm, mean detector score where that varies."""
     _, index, count = np.unique(protocol.template_ids, return_inverse=True, return_counts=True)
 
     def mean(values):
         return np.bincount(index, weights=values) / count
 
-    quality = {"kappa": pool_protocol(embeddings, protocol, embeddings.kappa)[1].double().numpy(), "feature_norm": mean(embeddings.feature_norm)}
+    quality = {name: pool_protocol(embeddings, protocol, kappa)[1].double().numpy() for name, kappa in _kappa_of(embeddings).items()}
+    quality["feature_norm"] = mean(embeddings.feature_norm)
     return quality | ({"detector": mean(protocol.detector_score)} if np.ptp(protocol.detector_score) > 0 else {})
 
 
@@ -243,8 +253,8 @@ def reject_by_quality(scores: np.ndarray, same: np.ndarray, quality: dict[str, n
 
 
 def image_quality(embeddings: Embeddings) -> dict[str, np.ndarray]:
-    """(N,) of each measure."""
-    return {"kappa": embeddings.kappa, "feature_norm": embeddings.feature_norm}
+    """(N,) of each measure that there is."""
+    return _kappa_of(embeddings) | {"feature_norm": embeddings.feature_norm}
 
 
 def lower_of_pair(quality: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def tables(models: dict[str, dict]) -> list[Table]:
     Args:
         models: results by the name of the model.
     """
-    makers = {"verification": _verification, "templates": _templates, "identification": _identification, "kappa": _quality,
+    makers = {"verification": _verification, "templates": _templates, "identification": _identification, "feature_norm": _quality,
               "template_quality": _quality, "reject": _rejection}
     found = dict.fromkeys(maker for key, maker in makers.items() if any(key in results for results in models.values()))
     return [table for maker in found for table in maker(models)]
@@ -98,6 +98,8 @@ def _verification(models: dict[str, dict]) -> list[Table]:
     for name, sets in sections.items():
         for key, summary in sets.items():
             for score, suffix in (COSINE, ""), (VMF, "_vmf"):
+                if f"accuracy{suffix}" not in summary:
+                    continue
                 accuracy = f"{summary[f'accuracy{suffix}']:.4f} ± {summary[f'accuracy{suffix}_std']:.4f}"
                 rows[name].append([key, score, str(summary["pairs"]), accuracy, f"{summary[f'eer{suffix}']:.4f}", f"{summary[f'auc{suffix}']:.4f}",
                                    *(_fraction(summary[f"tar_at_far{suffix}"].get(far)) for far in fars)])
@@ -129,7 +131,8 @@ def _published(sections: dict[str, dict[str, dict]], protocols: list[str]) -> li
     if not columns:
         return []
     rows = [[label, *("–" if key not in section.get(protocol, {}) else _percent(section[protocol][key].get(far)) for protocol, far in columns)]
-            for name, section in sections.items() for label, key in ((name, "average"), ("+ SCF", "kappa"), ("+ SCF, Eqn (13)", "kappa_images_vmf"))]
+            for name, section in sections.items() for label, key in ((name, "average"), ("+ SCF", "kappa"), ("+ SCF, Eqn (13)", "kappa_images_vmf"))
+            if any(key in summary for summary in section.values())]
     return [Table("Templates as in the published table", ["TAR [%]", *(f"{protocol} {float(far):.0e}" for protocol, far in columns)], rows,
                   "The cosine of averaged media; + SCF: of media averaged with κ as weight, Eqn (14); Eqn (13) takes κ summed over every image.")]
 
@@ -161,7 +164,8 @@ def _quality(models: dict[str, dict]) -> list[Table]:
         if "template_quality" in results:
             images |= _sets(results["template_quality"], "protocol")
         rows[name] = [[_ORDERS[key], label, *(f"{quality[key][level]:.4g}" for level in ("p05", "median", "p95")),
-                       _fraction(quality[key]["severity_spearman"])] for label, quality in images.items() for key in ("kappa", "feature_norm")]
+                       _fraction(quality[key]["severity_spearman"])]
+                      for label, quality in images.items() for key in ("kappa", "feature_norm") if key in quality]
     return [Table("Quality", *_named(models, ["quality", "images of", "5 %", "median", "95 %", "Spearman with severity"], rows))]
 
 

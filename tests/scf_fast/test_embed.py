@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipelines.loader import Preprocessing
-from scf_fast import embed
+from scf_fast import checkpoints, embed
 from scf_fast.backbones import Backbone
 from scf_fast.confidence import build_confidence_net
 from scf_fast.embed import Embedder
@@ -56,6 +56,38 @@ def test_command_writes_what_the_model_says(model_file, faces, tmp_path, capsys)
         np.testing.assert_allclose(found["kappa"], kappa.detach(), rtol=1e-4)
         assert found["mu"].dtype == found["kappa"].dtype == np.float32
     assert "7 images, " in capsys.readouterr().out
+
+
+def test_command_on_a_backbone_alone_writes_directions_and_says_so(model_file, faces, tmp_path, capsys):
+    """Of any family; the pixels are those of its family, of the fc.pth beside it, or as told."""
+    model, images = load_model(model_file), torch.from_numpy(faces[1][:6])
+    checkpoints.write(checkpoints.read(model_file).only("backbone"), tmp_path / "backbone.pth")
+    seen = {}
+    for case, words in ("family", []), ("told", ["--normalization", "insightface"]), ("noted", []), ("told again", ["--normalization", "published"]):
+        if case == "noted":
+            torch.save({"arc_face_state_dict": {"weight": torch.ones(3, 24)}, "normalization": "insightface"}, tmp_path / "fc.pth")
+        assert main(faces[0] / "album", "--model", tmp_path / "backbone.pth", "--out", tmp_path / "out.npz", *words, "--flip") == 0
+        assert f"no kappa: {tmp_path / 'backbone.pth'} is a backbone alone" in capsys.readouterr().out
+        with np.load(tmp_path / "out.npz") as found:
+            assert sorted(found) == ["mu", "path"]
+            seen[case] = found["mu"]
+    for case, normalization in ("family", "published"), ("told", "insightface"), ("noted", "insightface"), ("told again", "published"):
+        normalised = Preprocessing(normalization).normalize(images)
+        expected = F.normalize(model.embed(normalised)[0] + model.embed(normalised.flip(3))[0])
+        np.testing.assert_allclose(seen[case], expected, atol=1e-5)
+    assert np.abs(seen["family"] - seen["told"]).max() > 1e-4
+    assert main(faces[0] / "album", "--model", tmp_path, "--out", tmp_path / "out.npz", "--normalization", "published") == 2
+    assert "was trained with normalization 'insightface', got 'published'" in capsys.readouterr().err  # the folder of a stage 1 holds the note
+
+
+def test_a_backbone_alone_is_refused_unless_asked_for(model_file, tmp_path):
+    checkpoints.write(checkpoints.read(model_file).only("backbone"), tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="must hold a confidence net's state_dict of tensors, but holds backbone ir_tiny"):
+        SCF.from_checkpoint(tmp_path / "b.pth")
+    model = SCF.from_checkpoint(tmp_path / "b.pth", backbone_alone=True)
+    mu, kappa = model(torch.zeros(2, 3, 112, 112))
+    assert mu.shape == (2, 24) and kappa is None and Embedder(model).key != Embedder(load_model(model_file)).key
+    assert SCF.from_checkpoint(model_file, backbone_alone=True).confidence_net is not None
 
 
 def test_flip_adds_the_mirror_image(model_file, faces):

@@ -19,7 +19,7 @@ class Counting:
 
     radius, embedding_dim, normalization, device, key = 64.0, 3, "insightface", torch.device("cpu"), "counting"
 
-    settled = True
+    settled = gives_kappa = True
 
     def __init__(self):
         self.seen = 0
@@ -50,6 +50,20 @@ def store(tmp_path, embedder, **share):
 def expected_features():
     colours = np.array([[20 * i, 5, 250 - 20 * i] for i in range(11)], np.float32)
     return torch.from_numpy((colours - 127.5) / 127.5 + 2)
+
+
+def test_a_backbone_alone_has_features_and_no_kappa(tmp_path, files):
+    class Alone(Counting):
+        gives_kappa = False
+
+        def __call__(self, images):
+            return super().__call__(images)[0], None
+
+    for embedder in Alone(), Alone():
+        embeddings = store(tmp_path, embedder).load(ImageFiles(files), "images")
+        torch.testing.assert_close(embeddings.features, expected_features())
+        assert embeddings.log_kappa is None and embeddings.kappa is None
+    assert embedder.seen == 0  # the second reads what the first has left
 
 
 def test_embeddings_are_computed_once_and_in_order(tmp_path, files):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,17 +27,18 @@ class PixelModel:
 
     def __init__(self, model, device, precision, flip):
         self.key = f"pixels {model} {flip}"
+        self.gives_kappa = Path(model).name != "alone"
 
     settled = True
 
     def __call__(self, images):
         features = torch.nn.functional.avg_pool2d(images.float(), 28).flatten(1)
-        return features, 6 + torch.linalg.vector_norm(features, dim=1).log()
+        return features, 6 + torch.linalg.vector_norm(features, dim=1).log() if self.gives_kappa else None
 
 
 @pytest.fixture(autouse=True)
 def pixel_models(monkeypatch):
-    monkeypatch.setattr(command, "load_model", lambda path: path)
+    monkeypatch.setattr(command, "SCF", SimpleNamespace(from_checkpoint=lambda path, **_: path))
     monkeypatch.setattr(command, "Embedder", PixelModel)
 
 
@@ -133,6 +135,48 @@ def test_full_report(data, tmp_path, capsys):
         assert f"({figure})" in (out / "report.md").read_text()
         with Image.open(out / figure) as image:
             assert image.convert("L").getextrema()[0] < 255  # something is drawn on the white
+
+
+def rows_and_figures(out):
+    """Numbers of results.json by their path, without those of time, and the names of the figures."""
+    def flat(value, path=()):
+        return {k: v for key, entry in value.items() for k, v in flat(entry, (*path, key)).items()} if isinstance(value, dict) else {path: value}
+
+    results = json.loads((out / "results.json").read_text())
+    measured = {key: entry for key, entry in results.items() if key not in ("request", "notes", "model", "seconds")}
+    return flat(measured), {path.name for path in out.glob("*.png")}, results["notes"]
+
+
+@pytest.mark.parametrize("words", [["report", "--data", "{data}"], ["identify", "--gallery", "{data}/people/gallery", "--probe", "{data}/people/probe"]])
+def test_a_backbone_alone_has_every_number_that_needs_no_kappa(words, data, tmp_path, capsys):
+    words = [word.format(data=data) for word in words]
+    for name in "whole", "alone":
+        assert run(*words, "--model", tmp_path / name, "--out", tmp_path / "out" / name) == 0
+    printed = capsys.readouterr().out.split(str(tmp_path / "out" / "whole"))[1]
+    (whole, figures, _), (alone, left, notes) = (rows_and_figures(tmp_path / "out" / name) for name in ("whole", "alone"))
+    assert notes == ["alone is a backbone alone (insightface pixels), so what needs κ is left out."] and printed.count(notes[0]) == 1
+    needs_kappa = {path for path in whole if any(word in part for part in path for word in ("kappa", "vmf", "comparisons"))}
+    assert alone == {path: value for path, value in whole.items() if path not in needs_kappa} and len(alone) > 5 and needs_kappa
+    assert figures - left == {report.SCORES} if words[0] == "identify" else {report.SCORES, report.SEVERITY, report.HISTOGRAM, report.FACES}
+    assert "Eqn" not in printed and printed.count("κ") == 1
+
+
+def test_a_backbone_alone_beside_a_model(data, tmp_path, capsys):
+    assert run("report", "--model", tmp_path / "whole", tmp_path / "alone", "--data", data, "--out", tmp_path / "out") == 0
+    page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
+    assert page.count("<figcaption>whole") - page.count("<figcaption>alone") == 4
+    assert printed.count("| whole | mixed | Eqn (13) |") == 1 and printed.count("| alone | mixed | cosine   |") == 1
+
+
+@pytest.mark.parametrize("data_set, areas", [("templates", {"feature_norm", "detector", "random", "oracle"}),
+                                             ("verification/mixed.bin", {"feature_norm", "random", "oracle"})])
+def test_risk_of_a_backbone_alone(data_set, areas, data, tmp_path, capsys):
+    arguments = ["risk", "--model", tmp_path / "alone", "--data", data / data_set, "--far", "0.1", "--cache", tmp_path / "cache"]
+    assert run(*arguments, "--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["reject_area"].keys() == areas
+    capsys.readouterr()
+    assert run(*arguments[:-2], "--cache", tmp_path / "other", "--score", "vmf") == 2
+    assert "alone is a backbone alone; take --score cosine" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_models_side_by_side(data, tmp_path, capsys):
@@ -328,6 +372,9 @@ def test_published_table():
     table = report.tables(models)[-1]
     assert table.header == ["TAR [%]", "IJB-C 1e-05", "IJB-C 1e-04"]
     assert table.rows[:2] == [["ArcFace", "93.15", "95.60"], ["+ SCF", "94.04", "96.09"]] and table.rows[3][0] == "CosFace"
+    for key in "kappa", "kappa_images_vmf":
+        del models["ArcFace"]["templates"][key]  # a backbone alone
+    assert [row[0] for row in report.tables(models)[-1].rows] == ["ArcFace", "CosFace", "+ SCF", "+ SCF, Eqn (13)"]
 
 
 def test_command_guards_the_report(data, tmp_path, capsys):

@@ -69,6 +69,46 @@ def test_onnx(pixels, tmp_path, network, net, preprocess):
     assert '"radius": 32.0' in {entry.key: entry.value for entry in stored.metadata_props}["scf_fast"]
 
 
+def make_backbone():
+    model = make_model()
+    return SCF(model.backbone, None, normalization="published")
+
+
+def test_program_of_a_backbone_alone_gives_its_features(pixels, tmp_path):
+    model = make_backbone()
+    export.export(model, tmp_path / "model.pt2", preprocess=True)
+    found = torch.export.load(tmp_path / "model.pt2").module()(pixels)
+    with torch.no_grad():
+        expected = model.backbone(Preprocessing("published").normalize(pixels))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert expected.norm(dim=1).sub(1).abs().min() > 0.1  # so they are not normalised
+
+
+@needs_onnx
+def test_onnx_of_a_backbone_alone_has_one_output(pixels, tmp_path):
+    import onnxruntime
+
+    model = make_backbone()
+    export.export(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    images = Preprocessing("published").normalize(pixels)
+    assert [(output.name, output.shape) for output in session.get_outputs()] == [("features", ["batch", 24])]
+    with torch.no_grad():
+        expected = model.backbone(images)[0].numpy()
+    np.testing.assert_allclose(session.run(None, {"images": np.ascontiguousarray(images.numpy())})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_command_on_a_backbone_alone(tmp_path, capsys):
+    model = make_backbone()
+    torch.save(model.backbone.state_dict(), tmp_path / "backbone.pth")
+    assert export.main([str(tmp_path / "backbone.pth"), str(tmp_path / "m.safetensors"), "--normalization", "insightface"]) == 0
+    assert "weights, insightface scaling" in capsys.readouterr().out
+    again = SCF.from_checkpoint(tmp_path / "m.safetensors", backbone_alone=True)
+    assert again.confidence_net is None and again.normalization == "insightface"
+    for (name, value), (other, found) in zip(sorted(model.state_dict().items()), sorted(again.state_dict().items()), strict=True):
+        assert name == other and torch.equal(value, found)
+
+
 @needs_onnx
 def test_weights_too_large_for_one_file_lie_beside_it(model, pixels, tmp_path, monkeypatch):
     import onnxruntime
@@ -105,7 +145,7 @@ def test_command(model, tmp_path, capsys):
     save_model(tmp_path / "m.pt", model.backbone.state_dict(), model.confidence_net.state_dict(), radius=32.0, normalization="published")
     arguments = [str(tmp_path / "m.pt"), str(tmp_path / "out" / "m.safetensors")]
     assert export.main(arguments) == 0
-    assert "weights; output within 1e-04 of PyTorch's" in capsys.readouterr().out
+    assert "weights, published scaling; output within 1e-04 of PyTorch's" in capsys.readouterr().out
     assert export.main(arguments) == 2
     assert "exists; give another name, or --overwrite" in capsys.readouterr().err
     assert export.main([*arguments, "--overwrite"]) == 0
