@@ -61,6 +61,9 @@ class BackboneStage:
         loss, correct = self.centers.loss(features.float(), batch.labels)
         return loss, {"loss": loss.detach(), "accuracy": correct.float().mean()}
 
+    def look(self, step: int, means: dict[str, float]) -> None:
+        """At what is logged of a step; there is nothing here to warn of that the loss does not show."""
+
     def export(self, engine, folder: Path, is_main: bool, progress: dict) -> list[Path]:
         """Write the backbone under its family's names, the class centers as the published code has them; collective.
 

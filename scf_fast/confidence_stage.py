@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kernels import scf_loss
+from kernels import inverse_mean_resultant_length, scf_loss
 from scf_fast import checkpoints, published
 from scf_fast.backbones import BACKBONES, family_state
 from scf_fast.checkpoints import CONFIDENCE_FILE, MODEL_FILE
@@ -18,6 +18,29 @@ from scf_fast.model import save_model
 
 log = logging.getLogger(__name__)
 
+_COLLAPSED = 0.01  # of the kappa that training began with, and of the one that fits the cosine
+
+
+class KappaWatch:
+    """Says once in the log that kappa has collapsed: too large a step has thrown it to where the loss is flat.
+
+    The gradient with respect to log kappa is kappa (A_d(kappa) - cos theta), and vanishes with kappa. The published normaliser has no such
+    end: it counts every kappa below 255 (d = 512) as too small.
+    """
+
+    def __init__(self, dim: int):
+        self._dim, self._highest, self._said = dim, 0.0, False
+
+    def look(self, step: int, kappa: float, cos_theta: float) -> None:
+        """At means over a batch."""
+        self._highest = max(self._highest, kappa)
+        fitting = inverse_mean_resultant_length(torch.tensor(max(cos_theta, 0.0), dtype=torch.float64), self._dim).item()
+        if kappa < _COLLAPSED * min(self._highest, fitting) and not self._said:
+            self._said = True
+            log.warning("step %d: kappa has collapsed to %.1e, where its gradient vanishes, though a mean cosine of %.2f asks for %.0f; it will hardly "
+                        "come back: start anew with a lower --lr, with --warmup_epochs, or with another --initial_kappa", step, kappa, cos_theta, fitting,
+                        extra={"event": "kappa_collapsed", "step": step})
+
 
 class ConfidenceStage:
     """What :mod:`scf_fast.trainer` needs to train stage 2."""
@@ -28,6 +51,7 @@ class ConfidenceStage:
         self.config = config
         backbone = checkpoints.read(config.saved_bkb, "--saved_bkb")
         self.name, self.z_dim = backbone.network()
+        self._watch = KappaWatch(self.z_dim)
         self.backbone_state = backbone.backbone
         for flag, given, actual in (("convf_dim", config.convf_dim, BACKBONES[self.name].convf_dim), ("z_dim", config.z_dim, self.z_dim)):
             if given not in (None, actual):
@@ -74,6 +98,10 @@ class ConfidenceStage:
         return loss, {"total_loss": loss.detach(), "kappa": terms.kappa.mean(), "neg_kappa_times_cos_theta": terms.l1.mean(),
                       "neg_dim_scalar_times_log_kappa": terms.l2.mean(), "log_iv_kappa": terms.l3.mean(), "cos_theta": terms.cos.mean(),
                       "kappa_distribution": terms.kappa}
+
+    def look(self, step: int, means: dict[str, float]) -> None:
+        """At what is logged of a step."""
+        self._watch.look(step, means["kappa"], means["cos_theta"])
 
     def export(self, engine, folder: Path, is_main: bool, progress: dict) -> list[Path]:
         """Write the confidence net as the published code names it, and the whole model in one file; collective.

@@ -306,6 +306,7 @@ class _Run:
             plateau.step(means[result.names[0]])
         if due:
             reporter.metrics(step, means, rate, result.distribution)
+            self.stage.look(step, means)
             self.clock.collect()
 
     def _save(self, step: int, epoch_ends: bool) -> None:

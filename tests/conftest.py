@@ -4,11 +4,15 @@ import signal
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,8 +21,9 @@ def run(command, timeout=240, **environment):
     """A command in its own process group, on the CPU, where any machine has room for several ranks: (exit status, stdout + stderr); nothing of it
     is left running.
     """
+    inherited = {key: value for key, value in os.environ.items() if key != "MASTER_PORT"}  # a benchmark in this process may listen there already
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               env={**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                               env={**inherited, "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                                     **environment})
     try:
         output, _ = process.communicate(timeout=timeout)
