@@ -26,12 +26,13 @@ from bench.accuracy import tabulate
 from kernels import scf_loss
 
 WAYS = {
+    "no ZeRO": {"zero_stage": 0},
     "ZeRO 2": {"zero_stage": 2},
     "ZeRO 2, bf16": {"zero_stage": 2, "precision": "bf16"},
     "ZeRO 3": {"zero_stage": 3},
     "ZeRO 2, offload": {"zero_stage": 2, "offload_optimizer": "cpu"},
 }
-RANKS = {"ZeRO 2, offload": 1}  # what it is for; others have two
+RANKS = {"no ZeRO": 1, "ZeRO 2, offload": 1}  # the default of a single rank, and what offload is for; others have two
 CLASSES, Z_DIM, CHANNELS, MAP = 1000, 512, 512, 7
 LEARNING_RATE = 1e-5
 
