@@ -136,8 +136,8 @@ def _log_bessel_backward(ctx, grad_value, grad_slope):
     if grad_value is not None:
         terms.append(grad_value * slope)
     if grad_slope is not None:
-        if derivative == 2:
-            raise NotImplementedError(f"{function} has derivatives up to the third; differentiate less often")
+        if derivative == 2:  # the recurrences of the kernels end here; a Hessian of the loss needs no more
+            raise NotImplementedError(f"{function} has derivatives up to the third, all that its kernels evaluate; differentiate less often")
         terms.append(grad_slope * _log_bessel(kappa, order, function, derivative + 1, triton_kernel, debug)[1])
     return sum(terms).to(kappa.dtype) if terms else None, None, None, None, None, None
 

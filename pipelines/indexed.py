@@ -173,7 +173,9 @@ class IndexedImages(ImageSource):
 
 class PackedImages(IndexedImages):
     """Base of the sources whose images lie in a few large files. Its index holds `offsets`, `lengths` (N,) and `first` (F + 1,), where
-    images first[f]..first[f + 1] - 1 lie in file f of `_files(path)`."""
+    images first[f]..first[f + 1] - 1 lie in file f of `_files(path)`. A file is `path`, or all of a folder that end in `SUFFIX`, by name."""
+
+    SUFFIX: str
 
     def __init__(self, path, index_path, root=None):
         super().__init__(path, index_path, root)
@@ -275,9 +277,13 @@ class PackedImages(IndexedImages):
             and first[0] == 0 and first[-1] == len(offsets) and (np.diff(first) >= 0).all())
 
     @classmethod
-    @abc.abstractmethod
+    def _beside(cls, path):
+        return path / f"{cls.SUFFIX[1:]}.index" if path.is_dir() else super()._beside(path)
+
+    @classmethod
     def _files(cls, path):
         """The large files, in the order of the index; at least one."""
+        return (sorted(path.glob(f"*{cls.SUFFIX}")) or [path / f"*{cls.SUFFIX}"]) if path.is_dir() else [path]
 
     @classmethod
     @abc.abstractmethod

@@ -29,21 +29,13 @@ class TarIndex(PackedImages):
     and links in a shard lead nowhere. Compressed shards are refused. A `property` file beside the shards gives num_classes.
     """
 
-    FORMAT = "tar shards"
+    FORMAT, SUFFIX = "tar shards", ".tar"
 
     def encoded(self, i):
         return np.frombuffer(self._stored(i), dtype=np.uint8)
 
     def _name_in_file(self, i):
         return f"member {self._stored(i, before=_BLOCK)[:100].split(bytes(1))[0].decode(errors='replace')}"
-
-    @classmethod
-    def _beside(cls, path):
-        return path / "tar.index" if path.is_dir() else super()._beside(path)
-
-    @classmethod
-    def _files(cls, path):
-        return (sorted(path.glob("*.tar")) or [path / "*.tar"]) if path.is_dir() else [path]
 
     @classmethod
     def _scan_file(cls, path, progress):

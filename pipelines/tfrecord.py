@@ -88,15 +88,7 @@ class TFRecordIndex(TFRecords):
     "image/class/label". Images of zero bytes are skipped and counted. A `property` file beside the shards gives num_classes.
     """
 
-    FORMAT = "TFRecord"
-
-    @classmethod
-    def _beside(cls, path):
-        return path / "tfrecord.index" if path.is_dir() else super()._beside(path)
-
-    @classmethod
-    def _files(cls, path):
-        return (sorted(path.glob("*.tfrecord")) or [path / "*.tfrecord"]) if path.is_dir() else [path]
+    FORMAT, SUFFIX = "TFRecord", ".tfrecord"
 
     @classmethod
     def _scan_file(cls, path, progress):

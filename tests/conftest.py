@@ -2,6 +2,7 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -38,3 +39,14 @@ def run(command, timeout=240, **environment):
 @pytest.fixture(scope="session")
 def run_command():
     return run
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """``run_ranks(world_size, script, *arguments)``: that many processes of one group, all of which must succeed."""
+    def launch(world_size, *command):
+        from scf_fast.launch import free_port
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world_size, "--master_port", free_port()]
+        status, output = run([*start, *command], PYTHONPATH=str(ROOT))
+        assert status == 0, output
+    return launch

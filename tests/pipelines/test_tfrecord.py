@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.convert import convert
+from pipelines.crc32c import crc32c
 from pipelines.files import map_arrays, write_arrays
 from pipelines.index import main, open_source
 from pipelines.loader import make_loader
@@ -20,12 +21,7 @@ from pipelines.tfrecord import TFRecordIndex, TFRecordList, images_in, pack_reco
 
 
 def masked_crc(data):
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = register >> 1 ^ (0x82F63B78 if register & 1 else 0)
-    register ^= 0xFFFFFFFF
+    register = int(crc32c(np.frombuffer(data, dtype=np.uint8)))  # test_crc32c.py has it against the definition
     return struct.pack("<I", ((register >> 15 | register << 17) + 0xA282EAD8) % (1 << 32))
 
 

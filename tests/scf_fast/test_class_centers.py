@@ -2,8 +2,6 @@
 import functools
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +15,8 @@ from scf_fast.backbone_stage import BackboneStage
 from scf_fast.checkpoints import class_centers
 from scf_fast.class_centers import ClassCenters, rows_of, sampled_classes
 from scf_fast.config import Config
-from scf_fast.launch import Runtime, free_port
+from scf_fast.launch import Runtime
 
-ROOT = Path(__file__).resolve().parents[2]
 ONE_RANK = Runtime(0, 1, torch.device("cpu"))
 STEPS, BATCH, CLASSES, WIDTH, CLIP = 20, 12, 11, 5, 0.5
 SCENARIOS = {
@@ -181,21 +178,11 @@ def work(folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, run_ranks):
     """Folder with the results of three ranks and then of two."""
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in (3, 2):
-        environment = {**os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": str(ROOT),
-                       "CUDA_VISIBLE_DEVICES": ""}
-        started = [subprocess.Popen([sys.executable, __file__, str(folder)], cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(world_size)]
-        try:
-            outputs = [process.communicate(timeout=240)[0] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        assert not any(process.returncode for process in started), "\n".join(outputs)
+        run_ranks(world_size, __file__, folder)
     return folder
 
 

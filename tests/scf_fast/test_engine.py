@@ -1,7 +1,6 @@
 """The engine on one and two ranks: every ZeRO stage, with and without offload, in float32 and float16, against plain PyTorch."""
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from kernels import scf_loss
 from scf_fast.confidence import MLPConfidence
 from scf_fast.config import Config
 from scf_fast.engine import LossScaler, deepspeed_config, load_deepspeed_config, resolve_precision, take_step
-from scf_fast.launch import Runtime, free_port
+from scf_fast.launch import Runtime
 from scf_fast.optimizers import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,20 +118,11 @@ def work(folder):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, run_ranks):
     """Of one rank and of two: what came of each case."""
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in (1, 2):
-        environment = {**os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", "PYTHONPATH": str(ROOT),
-                       "CUDA_VISIBLE_DEVICES": ""}
-        processes = [subprocess.Popen([sys.executable, __file__, str(folder)], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-                     for rank in range(world_size)]
-        try:
-            assert [process.wait(timeout=180) for process in processes] == [0] * world_size
-        finally:
-            for process in processes:
-                process.kill()
+        run_ranks(world_size, __file__, folder)
     return {world_size: json.loads((folder / f"{world_size}.json").read_text()) for world_size in (1, 2)}
 
 
