@@ -20,10 +20,8 @@ from tqdm import tqdm
 
 from pipelines.sampler import EpochSampler
 from scf_fast import checkpoints, launch
-from scf_fast.config import parse
-from scf_fast.features import FeatureBatch, FeatureStream, open_stream, pixel_convention
-from scf_fast.inputs import open_data
-from scf_fast.model import noted_facts
+from scf_fast.feature_pass import FeaturePass
+from scf_fast.features import FeatureBatch, FeatureStream, open_stream
 
 _NAMED = 5  # identities in a message
 
@@ -120,23 +118,18 @@ def main(arguments: list[str] | None = None) -> int:
 def _compute(output: Path, overwrite: bool, flags: list[str]) -> None:
     if output.exists() and not overwrite:
         raise ValueError(f"--output {output}: exists; give another name, or --overwrite")
-    config = parse(["--stage", "confidence", "--output_dir", str(output.parent), "--saved_fc", "none", "--batch_size", "256", *flags])
+    inputs = FeaturePass(flags, output.parent)
+    config, source = inputs.config, inputs.source
     config.epochs = 2 if config.flip else 1
-    source, backbone = open_data(config), checkpoints.read(config.saved_bkb, "--saved_bkb")
     if source.num_classes == 0:
         raise ValueError(f"--data {config.data}: must have identities; give labelled images")
     check_all_have_images(np.bincount(source.labels, minlength=source.num_classes))
-    name, dim = backbone.network()
-    config.normalization, origin = pixel_convention(config, name, noted_facts(backbone, config.saved_bkb) if config.normalization is None else {})
-    runtime = launch.start()
-    if runtime.is_main:
-        print(f"pixels: {config.normalization}, {origin}", flush=True)
-    size = max(min(config.batch_size, len(source)) // runtime.world_size, 1) * runtime.world_size
+    runtime, size = inputs.start()
     sampler = BothOrientations(len(source), size, runtime.rank, runtime.world_size)
-    with open_stream(config, backbone.backbone, source, sampler, runtime) as stream, \
+    with open_stream(config, inputs.backbone.backbone, source, sampler, runtime) as stream, \
             tqdm(total=config.epochs * len(source), unit="img", unit_scale=True, desc="class centers", disable=not runtime.is_main) as bar:
         batches = batches_with_positions(stream, sampler, config.epochs, bar.update)
-        sums, counts = sum_directions(batches, source.num_classes, dim, runtime.device)
+        sums, counts = sum_directions(batches, source.num_classes, inputs.backbone.network()[1], runtime.device)
     centers = mean_directions(sums, counts)
     if runtime.is_main:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -342,24 +342,15 @@ def _allocate(path: Path, size: int) -> None:
 def _build(arguments, flags) -> None:
     """One pass over the data, no training."""
     from pipelines.sampler import EpochSampler
-    from scf_fast import checkpoints
-    from scf_fast.config import parse
-    from scf_fast.features import open_stream, pixel_convention
-    from scf_fast.inputs import open_data
+    from scf_fast.feature_pass import FeaturePass
+    from scf_fast.features import open_stream
 
-    folder = str(arguments.folder)
-    config = parse(["--stage", "confidence", "--output_dir", folder, "--saved_fc", "none", "--batch_size", "256", *flags, "--feature_cache", folder])
-    source, backbone = open_data(config), checkpoints.read(config.saved_bkb, "--saved_bkb")
-    beside = Path(config.saved_bkb).with_name(checkpoints.CENTERS_FILE)
-    fc = config.saved_fc if config.saved_fc != "none" else beside if beside.exists() else None
-    facts = checkpoints.read(fc, "--saved_fc").facts if fc else backbone.facts
-    config.normalization, origin = pixel_convention(config, backbone.network()[0], facts)
-    runtime = launch.start()
-    if runtime.is_main:
-        print(f"pixels: {config.normalization}, {origin}", flush=True)
-    size = max(min(config.batch_size, len(source)) // runtime.world_size, 1) * runtime.world_size
+    folder = arguments.folder
+    inputs = FeaturePass([*flags, "--feature_cache", str(folder)], folder)
+    source = inputs.source
+    runtime, size = inputs.start()
     sampler = EpochSampler(len(source), size, rank=runtime.rank, world_size=runtime.world_size, shuffle=False, last_batch="partial")
-    with open_stream(config, backbone.backbone, source, sampler, runtime) as stream, \
+    with open_stream(inputs.config, inputs.backbone.backbone, source, sampler, runtime) as stream, \
             tqdm(total=len(source), unit="img", unit_scale=True, desc="features", disable=not runtime.is_main) as bar:
         for batch, _ in enumerate(stream.batches(0)):
             bar.update(min(size, len(source) - batch * size))
