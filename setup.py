@@ -9,9 +9,8 @@ setup(
     description="Sphere Confidence Face training with fused Triton kernels, DALI input and DeepSpeed ZeRO",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["kernels*", "pipelines*", "scf_fast*"]),
-    package_data={"scf_fast": ["recipes/*.yaml"]},
-    py_modules=["train"],
+    packages=find_packages(include=["scf_fast*"]),  # through the links to kernels/ and pipelines/
+    package_data={"scf_fast": ["recipes/*.yaml", "py.typed"]},
     python_requires=">=3.10,<3.14",
     install_requires=["torch>=2.8", "triton>=3.4", "deepspeed>=0.19.8", "numpy>=1.26", "scipy>=1.11", "pillow>=10.1", "matplotlib>=3.8",
                       "tensorboard>=2.15", "tqdm>=4.65", "PyYAML>=6.0", "safetensors>=0.4", "setuptools"],

@@ -2,7 +2,7 @@
 
     python -m bench.compare OLD.json NEW.json [--tolerance 0.05]
 
-A case counts as slower where the intervals that hold the two medians with 95 % probability (bench/_results.py) lie apart by more than
+A case counts as slower where the intervals that hold the two medians with 95 % probability (bench/measuring/results.py) lie apart by more than
 the tolerance, which stands for what differs from one process to the next. What the baselines did in the meantime is the control: where
 they changed as much, it was the machine. Exit status 1 where a way of ours has become slower, 0 otherwise, 2 where files do not compare.
 """
@@ -11,7 +11,7 @@ import argparse
 import statistics
 import sys
 
-from bench._results import read, table
+from bench.measuring.results import read, table
 
 
 def verdict(old, new, tolerance):

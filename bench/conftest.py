@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench._case import fresh
-from bench._environment import DEVICE, environment
-from bench.roofline import Machine
+from bench.measuring.case import fresh
+from bench.measuring.environment import DEVICE, environment
+from bench.measuring.roofline import Machine
 
 
 @pytest.fixture(scope="session")

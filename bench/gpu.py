@@ -2,7 +2,7 @@
 
 import sys
 
-from bench._environment import DEVICE
+from bench.measuring.environment import DEVICE
 from bench.suite import main
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from bench import roofline, scaling
-from bench._case import LEFT_OUT
-from bench._environment import RESULTS
-from bench._results import by_device, table
+from bench.measuring import roofline
+from bench.measuring.case import LEFT_OUT
+from bench.measuring.environment import RESULTS
+from bench.measuring.results import by_device, table
+from bench.training import scaling
 
 # images, identities
 DATA_SETS = {"MS1M": (5_800_000, 85_742), "Glint360K": (17_100_000, 360_000), "WebFace42M": (42_500_000, 2_060_000)}

@@ -20,10 +20,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import roofline
-from bench._case import LEFT_OUT, measure
-from bench._environment import DEVICE, RESULTS, device_slug, environment
-from bench._measure import write_json
+from bench.measuring import roofline
+from bench.measuring.case import LEFT_OUT, measure
+from bench.measuring.environment import DEVICE, RESULTS, device_slug, environment
+from bench.measuring.timing import write_json
 
 ROOT = Path(__file__).parents[1]
 FLOORS = "floors"
@@ -52,10 +52,10 @@ SECTIONS = {
     FLOORS: Section("copy bandwidth, matrix rates and launch time of the device", limit=120),
     "accuracy": Section("errors of the log-Bessel family on the device, against 60-digit arithmetic", commands={
         "tiny": [], "cpu": [["bench.accuracy"]], "cuda": [["bench.accuracy"], ["pytest", "-q", "-m", "gpu", "tests/kernels"]]}),
-    "log_bessel": Section("the log-Bessel family, forward and backward", "bench.bench_log_bessel:cases"),
-    "scf_loss": Section("the SCF loss, forward and backward", "bench.bench_scf_loss:cases"),
-    "margin_softmax": Section("margin softmax over up to millions of identities", "bench.bench_margin_softmax:cases"),
-    "stage1": Section("training steps of stage 1 by batch size", "bench.bench_stage1:cases"),
+    "log_bessel": Section("the log-Bessel family, forward and backward", "bench.kernels.log_bessel:cases"),
+    "scf_loss": Section("the SCF loss, forward and backward", "bench.kernels.scf_loss:cases"),
+    "margin_softmax": Section("margin softmax over up to millions of identities", "bench.kernels.margin_softmax:cases"),
+    "stage1": Section("training steps of stage 1 by batch size", "bench.training.stage1:cases"),
     "stage2": Section("training steps of stage 2: frozen backbone switch by switch, feature cache, by batch size", commands={
         "tiny": [["bench.throughput", "--networks", "ir_tiny", "--batches", "4", "--images", "64", "--epoch_batch", "16", "--rounds", "1", "--epochs", "1"]],
         "cpu": [["bench.throughput"]],
@@ -66,7 +66,7 @@ SECTIONS = {
         "tiny": [["bench.decode", "--images", "200", "--batch", "16", "--batches", "1", "--rounds", "1"]],
         "cpu": [["bench.decode", "--images", "20000"]],
         "cuda": [["bench.decode", "--threads", str(os.cpu_count())]]}, needs=("nvidia.dali",)),
-    "scoring": Section("Eqn (13) of all pairs, template pooling", "bench.bench_scoring:cases"),
+    "scoring": Section("Eqn (13) of all pairs, template pooling", "bench.scoring.scoring:cases"),
     "scaling": Section("bytes of the collectives of two ranks, and a model of many GPUs", commands={"tiny": [], "cpu": [["bench.scaling"]], "cuda": []}),
     "center_memory": Section("memory of stage 1's class centers", commands={
         "tiny": [["bench.center_memory", "--classes", "2000", "--batch", "4"]],

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED
+from scf_fast.kernels._common import INTERPRETED
 
 _MAX_TERMS = 13
 # Below this, 1 - A comes from its own expansion and A from it; above, the other way round. The recurrence for 1 - A magnifies its rounding

@@ -2,7 +2,7 @@
 
     log C_d(kappa) = -psi_v(kappa) - (d/2) log(2 pi),  v = d/2 - 1          A_d(kappa) = I_(v+1) / I_v = psi_v'
 
-psi and its derivatives are those of `kernels.debye`, which also says how accurate they are. A function and its derivative come from one
+psi and its derivatives are those of `scf_fast.kernels.debye`, which also says how accurate they are. A function and its derivative come from one
 evaluation: the operator returns the pair (f^(n), f^(n+1)), so the backward pass of the first is a product, and differentiating once more
 raises n by one.
 """
@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import as_compute, check_floating, check_range, compute_dtype, use_triton
-from .debye import debye, debye_plan, debye_reference
+from scf_fast.kernels._common import as_compute, check_floating, check_range, compute_dtype, use_triton
+from scf_fast.kernels.debye import debye, debye_plan, debye_reference
 
 _BLOCK = {torch.float32: 512, torch.float64: 128}  # elements a program: in float32 one 16-byte load a thread; neither spills registers
 _NUM_WARPS = 4

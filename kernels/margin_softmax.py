@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import check_floating, use_triton
+from scf_fast.kernels._common import check_floating, use_triton
 
 SIN_FLOOR = 1e-4  # sin(theta) below it counts as it: bounds the exact gradient s sin(theta + m2)/sin(theta) at theta = 0 and pi; the loss moves by < 1e-4 s
 _NORM_FLOOR = 1e-12  # rows shorter than it count as that long, as in torch.nn.functional.normalize

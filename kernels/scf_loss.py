@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import as_compute, check_floating, compute_dtype, use_triton
-from .debye import debye, debye_plan, debye_reference, exp_kernel, two_sum_kernel
+from scf_fast.kernels._common import as_compute, check_floating, compute_dtype, use_triton
+from scf_fast.kernels.debye import debye, debye_plan, debye_reference, exp_kernel, two_sum_kernel
 
 _MAX_DIM = 8192  # a row and its class center are held in registers
 _TILE_BYTES = 8192  # of a tile of rows; 4 warps hold two of them in 32 registers a thread

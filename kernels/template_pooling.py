@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import as_compute, check_floating, compute_dtype, use_triton
+from scf_fast.kernels._common import as_compute, check_floating, compute_dtype, use_triton
 
 _MAX_DIM = 8192  # a program holds the sum of a template in registers
 _TILE = 4096  # elements of the images that a program reads at a time: enough loads in flight to hide their latency

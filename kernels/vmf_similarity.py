@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import as_compute, check_floating, use_triton
-from .debye import debye, debye_plan, debye_reference
-from .log_bessel import log_vmf_normalizer, mean_resultant_length
+from scf_fast.kernels._common import as_compute, check_floating, use_triton
+from scf_fast.kernels.debye import debye, debye_plan, debye_reference
+from scf_fast.kernels.log_bessel import log_vmf_normalizer, mean_resultant_length
 
 _MAX_DIM = 8192  # a pair's two rows are held in registers
 _PAIR_TILE = 1024  # elements of each of mu1 and mu2 that a program of the pair kernel holds, as float64

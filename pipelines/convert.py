@@ -1,4 +1,4 @@
-"""Write a data set in another format: `python -m pipelines.convert SRC DST --to recordio|tar|tfrecord|folder`.
+"""Write a data set in another format: `python -m scf_fast.pipelines.convert SRC DST --to recordio|tar|tfrecord|folder`.
 
     recordio    DST/train.rec, train.idx, property      as MS1M and Glint360K are shipped
     tar         DST/shard-NNNNNN.tar, property          WebDataset: NNNNNNNNN.jpg and .cls an image
@@ -7,7 +7,7 @@
     folder      DST/LABEL/NNNNNNNNN.jpg, property       one folder an identity, named by its number
 
 Image files are copied byte for byte, identities keep their numbers, images are sorted by identity. Images that
-`python -m pipelines.index SRC --verify` recorded as broken are left out. An interrupted conversion goes on where it stopped; at the end
+`python -m scf_fast.pipelines.index SRC --verify` recorded as broken are left out. An interrupted conversion goes on where it stopped; at the end
 everything is read again and compared with the source.
 """
 import argparse
@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.files import atomic_output
-from pipelines.image_folder import image_path
-from pipelines.images import read_header
-from pipelines.index import open_source
-from pipelines.recordio import pack_record, whole_records, write_property
-from pipelines.sources import SelectedImages
-from pipelines.tar_shards import shard_name, write_shard
-from pipelines.tfrecord import TFRecordIndex
-from pipelines.tfrecord import write_shard as write_tfrecords
+from scf_fast.pipelines.formats.atomic_file import atomic_output
+from scf_fast.pipelines.formats.recordio import pack_record, whole_records, write_property
+from scf_fast.pipelines.formats.tfrecord import write_shard as write_tfrecords
+from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.loading.decode import read_header
+from scf_fast.pipelines.sources.base import SelectedImages
+from scf_fast.pipelines.sources.image_folder import image_path
+from scf_fast.pipelines.sources.tar import shard_name, write_shard
+from scf_fast.pipelines.sources.tfrecord import TFRecordIndex
 
 FORMATS = ("recordio", "tar", "tfrecord", "folder")
 _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tiff", "GIF": ".gif"}
@@ -184,7 +184,7 @@ def _suffix(images, i, encoded):
     try:
         return _SUFFIXES[read_header(encoded).format]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{images.name(i)} is no image of a known kind ({error}); run `python -m pipelines.index SRC --verify`, which records "
+        raise ValueError(f"{images.name(i)} is no image of a known kind ({error}); run `python -m scf_fast.pipelines.index SRC --verify`, which records "
                          "broken images so that they are left out, and start again") from None
 
 
@@ -200,7 +200,7 @@ def _compare(images, dst):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m pipelines.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m scf_fast.pipelines.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", metavar="SRC", nargs="+", help="data set in any format; several become one, each with its own identities")
     parser.add_argument("dst", metavar="DST", help="folder to write")
     parser.add_argument("--to", choices=FORMATS, required=True)

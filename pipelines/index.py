@@ -1,4 +1,4 @@
-"""Opens any data set by its path, and says what is in one: `python -m pipelines.index DATA [--verify]`."""
+"""Opens any data set by its path, and says what is in one: `python -m scf_fast.pipelines.index DATA [--verify]`."""
 import argparse
 import collections
 import logging
@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.image_folder import FolderIndex
-from pipelines.image_list import ListIndex
-from pipelines.images import load_face, read_header
-from pipelines.record_index import RecordIndex
-from pipelines.sources import ConcatenatedSources
-from pipelines.tar_shards import TarIndex
-from pipelines.tfrecord import TFRecordIndex, TFRecordList, is_tfrecord_list
+from scf_fast.pipelines.loading.decode import load_face, read_header
+from scf_fast.pipelines.sources.base import ConcatenatedSources
+from scf_fast.pipelines.sources.image_folder import FolderIndex
+from scf_fast.pipelines.sources.image_list import ListIndex
+from scf_fast.pipelines.sources.recordio import RecordIndex
+from scf_fast.pipelines.sources.tar import TarIndex
+from scf_fast.pipelines.sources.tfrecord import TFRecordIndex, TFRecordList, is_tfrecord_list
 
 _SAMPLE = 2000  # images whose headers the report reads where not all are decoded
 _CHUNK = 256  # images a task of --verify
@@ -161,7 +161,7 @@ def _check_offsets_file(source, rec_path):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m pipelines.index", description="Index a face data set and say what is in it.")
+    parser = argparse.ArgumentParser(prog="python -m scf_fast.pipelines.index", description="Index a face data set and say what is in it.")
     parser.add_argument("data", metavar="DATA", help="a .rec file or a folder with train.rec; .tar or .tfrecord shards or their folder; a list of images "
                                                      "or of TFRecords; or a folder of one folder of images for each identity")
     parser.add_argument("--root", metavar="DIR", help="where names and relative paths in a list start (default: the list's folder)")

@@ -7,7 +7,7 @@ import importlib
 __version__ = "0.1.0"
 
 __all__ = ["SCF", "KLDiracVMF", "SCFLoss"]
-_HOMES = {"SCF": "scf_fast.model", "SCFLoss": "scf_fast.losses", "KLDiracVMF": "scf_fast.published"}
+_HOMES = {"SCF": "scf_fast.model", "SCFLoss": "scf_fast.losses", "KLDiracVMF": "scf_fast.losses"}
 
 
 def __getattr__(name: str):

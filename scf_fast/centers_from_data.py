@@ -18,10 +18,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from pipelines.sampler import EpochSampler
-from scf_fast import checkpoints, launch
-from scf_fast.feature_pass import FeaturePass
-from scf_fast.features import FeatureBatch, FeatureStream, open_stream
+from scf_fast import distributed
+from scf_fast.features.feature_pass import FeaturePass
+from scf_fast.features.open import open_stream
+from scf_fast.features.stream import FeatureBatch, FeatureStream
+from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.weights import reading, writing
 
 _NAMED = 5  # identities in a message
 
@@ -111,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
-        launch.finish()
+        distributed.finish()
     return 0
 
 
@@ -133,7 +135,7 @@ def _compute(output: Path, overwrite: bool, flags: list[str]) -> None:
     centers = mean_directions(sums, counts)
     if runtime.is_main:
         output.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write(checkpoints.Weights(str(output), class_centers=centers.cpu(), facts={"normalization": config.normalization}), output)
+        writing.write(reading.Weights(str(output), class_centers=centers.cpu(), facts={"normalization": config.normalization}), output)
         broken = config.epochs * len(source) - int(counts.sum())
         cosine = float(torch.linalg.vector_norm(sums, dim=1).sum() / counts.sum())
         print(f"{output}: class centers of {source.num_classes} identities; mean cosine of an image with its center {cosine:.3f}"
@@ -141,4 +143,4 @@ def _compute(output: Path, overwrite: bool, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch.leave(main())
+    distributed.leave(main())

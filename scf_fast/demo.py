@@ -11,18 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+from scf_fast.distributed import launcher
 
-from scf_fast.launch import free_port
-
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = Path(__file__).resolve().parent / "recipes"
-
-
-def launcher(ranks: int | None = None) -> list[str]:
-    """``deepspeed`` with so many processes; by default one for each GPU, two on a machine without; a free port, so that two launches can run at once."""
-    count = [] if ranks is None and torch.cuda.is_available() else ["--num_accelerators", str(ranks or 2)]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "-q", *count, "--master_port", str(free_port()), str(ROOT / "train.py")]
 
 
 def call(command: list[str], **environment: str) -> None:
@@ -31,7 +22,7 @@ def call(command: list[str], **environment: str) -> None:
     Raises:
         SystemExit: the command failed; its exit status is passed on.
     """
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env={**os.environ, **environment})
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment})
     try:
         status = process.wait()
     finally:
@@ -64,8 +55,8 @@ class Progress:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scf_fast.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "demo", help="where the synthetic faces go [%(default)s]")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", help="where the runs and the report go [%(default)s]")
+    parser.add_argument("--data", type=Path, default=Path("data", "demo"), help="where the synthetic faces go [%(default)s]")
+    parser.add_argument("--out", type=Path, default=Path("runs", "demo"), help="where the runs and the report go [%(default)s]")
     arguments = parser.parse_args()
     data, out = arguments.data, arguments.out
     backbone, confidence, report = out / "backbone", out / "confidence", out / "report"
@@ -73,7 +64,7 @@ def main() -> None:
     progress = Progress(out / "seconds.json")
     quiet = {"PYTHONWARNINGS": "ignore::FutureWarning"}
 
-    progress.step("data", "embedded data set", lambda: call([sys.executable, "-m", "pipelines.synthetic", str(data)]))
+    progress.step("data", "embedded data set", lambda: call([sys.executable, "-m", "scf_fast.pipelines.synthetic", str(data)]))
     progress.step("stage1", "stage 1: backbone", lambda: call(
         [*launcher(), "--config", str(RECIPES / "demo_backbone.yaml"), "--data", str(data / "train"), "--output_dir", str(backbone), "--resume"], **quiet))
     progress.step("stage2", "stage 2: confidence", lambda: call(

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipelines.images import FACE_SIZE
-from pipelines.loader import Preprocessing
-from scf_fast import checkpoints
-from scf_fast.embed import add_normalization_argument
-from scf_fast.frozen import FoldedBackbone
+from scf_fast.arguments import add_normalization_argument
 from scf_fast.model import SCF
+from scf_fast.networks.frozen import FoldedBackbone
+from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.pipelines.loading.decode import FACE_SIZE
+from scf_fast.weights import reading, writing
 
 TOLERANCE = 1e-4  # of mu absolutely, of kappa, or the length of features, relatively
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
@@ -147,9 +147,9 @@ def _run_onnx(path):
 
 def _write_weights(model, path, preprocess, opset):
     net_state = None if model.confidence_net is None else model.confidence_net.state_dict()
-    weights = checkpoints.Weights(str(path), backbone=model.backbone.state_dict(), confidence_net=net_state,
+    weights = reading.Weights(str(path), backbone=model.backbone.state_dict(), confidence_net=net_state,
                                   facts={"radius": model.radius, "normalization": model.normalization})
-    checkpoints.write(weights, path, "safetensors")
+    writing.write(weights, path, "safetensors")
 
 
 def _run_weights(path):

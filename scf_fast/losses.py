@@ -1,12 +1,14 @@
 """The SCF loss as a module, for a training loop of one's own."""
+import math
+
 import torch
 from torch import nn
 
-from kernels import scf_loss
+from scf_fast.kernels import log_bessel_i, log_vmf_normalizer, scf_loss
 
 
 class SCFLoss(nn.Module):
-    """SCF loss against fixed class centers, as :func:`kernels.scf_loss` computes it.
+    """SCF loss against fixed class centers, as :func:`scf_fast.kernels.scf_loss` computes it.
 
         loss_fn = SCFLoss(class_centers)
         features, convf = backbone(images)
@@ -36,3 +38,49 @@ class SCFLoss(nn.Module):
             The loss, a scalar or (B,); differentiable in features and log_kappa.
         """
         return scf_loss(features, log_kappa, self.class_centers, labels, radius=self.radius, normalizer=self.normalizer, reduction=self.reduction)
+
+
+_EPSILON = 1e-6  # of the published code, in both of its logarithms; the first decides its result, see KLDiracVMF
+
+
+class KLDiracVMF(nn.Module):
+    """KL divergence between a Dirac at the class center and the r-radius vMF; the published class of this name, call for call.
+
+        losses = l1 + l2 + l3 + (d/2) log(2 pi) + d log r
+        l1 = -kappa cos,  l2 = -(d/2 - 1) log kappa,  l3 = log I_(d/2-1)(kappa)
+
+    Source: Li et al., CVPR 2021, and the class KLDiracVMF of its code.
+
+    Args:
+        z_dim: d.
+        radius: r.
+        normalizer: ``"exact"``; or ``"published"``, which has l3 = log(1e-6 + exp(log I - kappa)) + kappa and l2 = -(d/2 - 1) log(1e-6 + kappa)
+            as that code does. At d = 512 its l3 is kappa - 13.8 up to kappa = 3000, so that no kappa below 255 is ever optimal.
+    Raises:
+        ValueError: unknown normalizer.
+    """
+
+    def __init__(self, z_dim: int, radius: float, normalizer: str = "exact"):
+        super().__init__()
+        if normalizer not in ("exact", "published"):
+            raise ValueError(f"normalizer must be 'exact' or 'published', got {normalizer!r}")
+        self.z_dim, self.radius, self.normalizer = z_dim, radius, normalizer
+
+    def forward(self, mu: torch.Tensor, kappa: torch.Tensor, wc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            mu: (B, d) unit directions.
+            kappa: (B, 1), positive.
+            wc: (B, d) class centers of length r, the own one of each row.
+        Returns:
+            (losses, l1, l2, l3), each (B, 1), differentiable in all arguments.
+        """
+        d, order = self.z_dim, self.z_dim / 2 - 1
+        l1 = -kappa * (mu * wc).sum(dim=1, keepdim=True) / self.radius
+        log_bessel = log_bessel_i(order, kappa)
+        if self.normalizer == "exact":
+            losses = l1 - log_vmf_normalizer(kappa, d) + d * math.log(self.radius)
+            return losses, l1, -order * torch.log(kappa), log_bessel
+        l2 = -order * torch.log(_EPSILON + kappa)
+        l3 = torch.log(_EPSILON + torch.exp(log_bessel - kappa)) + kappa
+        return l1 + l2 + l3 + d / 2 * math.log(2 * math.pi) + d * math.log(self.radius), l1, l2, l3

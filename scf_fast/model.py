@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scf_fast import checkpoints
-from scf_fast.backbones import Backbone
-from scf_fast.checkpoints import CENTERS_FILE, MODEL_FILE, Weights
-from scf_fast.confidence import build_confidence_net, identify_confidence_net
+from scf_fast.networks.backbones import Backbone
+from scf_fast.networks.confidence import build_confidence_net, identify_confidence_net
+from scf_fast.weights import reading, writing
+from scf_fast.weights.reading import CENTERS_FILE, MODEL_FILE, Weights
 
 __all__ = ["MODEL_FILE", "SCF", "load_model", "save_model"]
 
@@ -23,7 +23,7 @@ class SCF(nn.Module):
 
     Attributes:
         radius: r of the sphere that the confidence net was trained for.
-        normalization: pixel convention, ``"insightface"`` or ``"published"`` (see ``pipelines.loader.Preprocessing``).
+        normalization: pixel convention, ``"insightface"`` or ``"published"`` (see ``scf_fast.pipelines.loading.base.Preprocessing``).
         embedding_dim: width d of the features.
     """
 
@@ -49,7 +49,7 @@ class SCF(nn.Module):
             ValueError: backbone or confidence net is missing or does not fit the other, an argument contradicts the file, or the ``fc.pth``
                 beside it cannot be read.
         """
-        weights = checkpoints.read(path, "model")
+        weights = reading.read(path, "model")
         given = {key: value for key, value in (("radius", radius), ("normalization", normalization)) if value is not None}
         for key, value in given.items():
             if weights.facts.get(key, value) != value:
@@ -57,7 +57,7 @@ class SCF(nn.Module):
         name, z_dim = weights.network()
         if normalization is None:
             weights.facts = noted_facts(weights, path)
-        facts = {**checkpoints.model_facts(weights), **given}
+        facts = {**reading.model_facts(weights), **given}
         backbone = Backbone(name, z_dim)
         backbone.load_state_dict(weights.backbone)
         if backbone_alone and weights.confidence_net is None:
@@ -92,14 +92,14 @@ def noted_facts(weights: Weights, spec: str | Path) -> dict:
     beside = first.with_name(CENTERS_FILE)
     if "normalization" in weights.facts or not first.is_file() or not beside.is_file():
         return weights.facts
-    noted = checkpoints.read(beside, "class centers").facts
+    noted = reading.read(beside, "class centers").facts
     return {**{key: noted[key] for key in ("normalization",) if key in noted}, **weights.facts}
 
 
 def save_model(path: Path, backbone_state: dict, confidence_state: dict, *, radius: float, normalization: str, **provenance) -> None:
     """One file with everything that :meth:`SCF.from_checkpoint` needs."""
     facts = {"radius": radius, "normalization": normalization, **provenance}
-    checkpoints.write(checkpoints.Weights(str(path), backbone=backbone_state, confidence_net=confidence_state, facts=facts), path)
+    writing.write(reading.Weights(str(path), backbone=backbone_state, confidence_net=confidence_state, facts=facts), path)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> SCF:

@@ -11,20 +11,26 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from scf_fast import config as configuration
-from scf_fast import launch, published, run_folder, run_state
-from scf_fast.backbone_stage import BackboneStage
-from scf_fast.confidence_stage import ConfidenceStage
+from scf_fast import distributed
 from scf_fast.config import Config
-from scf_fast.engine import average_batchnorm_statistics, initialise_engine, load_deepspeed_config, resolve_precision, take_step
-from scf_fast.features import FeatureStream
-from scf_fast.finetune_stage import FinetuneStage
-from scf_fast.floor import flop_per_image, peak_flops
-from scf_fast.guard import StepGuard, StopSignal, Votes
-from scf_fast.inputs import epoch_sampler, open_data
-from scf_fast.optimizers import LearningRate, build_optimizer
-from scf_fast.profiling import StepProfile
-from scf_fast.reporting import Breakdown, Reporter, StepLines, forget_after, log_to_files, set_up_logging
-from scf_fast.run_state import Checkpoints
+from scf_fast.data import epoch_sampler, open_data
+from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_precision
+from scf_fast.engine.engine import average_batchnorm_statistics, initialise_engine, take_step
+from scf_fast.engine.optimizers import LearningRate, build_optimizer
+from scf_fast.features.stream import FeatureStream
+from scf_fast.networks.flops import peak_flops
+from scf_fast.run import checkpoints
+from scf_fast.run import folder as run_folder
+from scf_fast.run.checkpoints import Checkpoints
+from scf_fast.run.reporting import Reporter, StepLines, forget_after, log_to_files, set_up_logging
+from scf_fast.run.step_guard import StepGuard, Votes
+from scf_fast.run.stop_signal import StopSignal
+from scf_fast.run.timing import Breakdown, StepProfile
+from scf_fast.stages import published_files
+from scf_fast.stages.backbone import BackboneStage
+from scf_fast.stages.base import flop_per_image
+from scf_fast.stages.confidence import ConfidenceStage
+from scf_fast.stages.finetune import FinetuneStage
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +83,7 @@ def train(config: Config) -> str | None:
         FloatingPointError: the loss stays without a finite value, or the weights have lost theirs.
         Incomplete: the last checkpoint or the exported files could not be written.
     """
-    rank, world_size = launch.environment()
+    rank, world_size = distributed.environment()
     launched = "RANK" in os.environ
     folder = Path(config.output_dir)
     set_up_logging(rank == 0)
@@ -95,9 +101,9 @@ def train(config: Config) -> str | None:
                 source, stage = _open(config)
                 _check_data(config, source, resumed[1] if resumed else None)
                 epoch_sampler(config, source, rank, world_size)
-        runtime = launch.start()
+        runtime = distributed.start()
         resumed = _from_main(resumed)
-        for note in published.flag_notes(config, launched):
+        for note in published_files.flag_notes(config, launched):
             log.info(note)
         torch.manual_seed(config.seed)  # the same weights on every rank
         precision = resolve_precision(config, runtime.device)
@@ -107,7 +113,7 @@ def train(config: Config) -> str | None:
                 source, stage = _open(config)
             module = stage.build(runtime, precision)
             if resumed:
-                run_state.load_weights(module, folder / run_folder.CHECKPOINTS / resumed[0], resumed[1])
+                checkpoints.load_weights(module, folder / run_folder.CHECKPOINTS / resumed[0], resumed[1])
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = build_optimizer(stage.optimizer_rule, trained, config, runtime.device)
         with _input_errors_of_all(runtime):  # from here on the folder changes
@@ -123,12 +129,12 @@ def train(config: Config) -> str | None:
         engine = initialise_engine(module, optimizer, config, runtime, precision)
         torch.manual_seed(config.seed + 1000 * (runtime.rank + 1))  # other dropout on every rank
         stopped_by = _Run(config, runtime, engine, stage, source, folder, precision, resumed).train()
-        launch.finish(engine)
+        distributed.finish(engine)
         return stopped_by
 
 
 @contextlib.contextmanager
-def _input_errors_of_all(runtime: launch.Runtime):
+def _input_errors_of_all(runtime: distributed.Runtime):
     """What goes wrong on any rank ends all of them, with its message; collective."""
     problem = None
     try:
@@ -157,13 +163,13 @@ class _StepLog(NamedTuple):
 
     def averaged(self) -> dict[str, float]:
         """Means over ranks; synchronises with the device."""
-        return dict(zip(self.names, launch.average_over_ranks(self.values.clone()).tolist()))
+        return dict(zip(self.names, distributed.average_over_ranks(self.values.clone()).tolist()))
 
 
 class _Run:
     """The steps of one stage, from a checkpoint or from the start."""
 
-    def __init__(self, config: Config, runtime: launch.Runtime, engine, stage, source, folder: Path, precision: str,
+    def __init__(self, config: Config, runtime: distributed.Runtime, engine, stage, source, folder: Path, precision: str,
                  resumed: tuple[str, dict] | None):
         self.precision = precision
         self.config, self.runtime, self.engine, self.stage, self.source, self.folder = config, runtime, engine, stage, source, folder
@@ -179,7 +185,7 @@ class _Run:
         self.first_step, self.scaler_skips, self.unwritten = 0, 0, None
         if resumed:
             tag, state = resumed
-            run_state.load(engine, folder / run_folder.CHECKPOINTS / tag, state, self.centers)
+            checkpoints.load(engine, folder / run_folder.CHECKPOINTS / tag, state, self.centers)
             self.first_step = state["step"]
             self.schedule.load_state_dict(state["schedule"])
             self.epoch_loss.copy_(torch.tensor(state["epoch_loss"]))
@@ -311,7 +317,7 @@ class _Run:
 
     def _save(self, step: int, epoch_ends: bool) -> None:
         average_batchnorm_statistics(self.engine.module)
-        total, count = launch.average_over_ranks(self.epoch_loss).tolist()
+        total, count = distributed.average_over_ranks(self.epoch_loss).tolist()
         if epoch_ends:
             self.epoch_loss.zero_()
         self.checkpoints.save(self.engine, {"step": step, "schedule": self.schedule.state_dict(), "num_classes": self.source.num_classes,
@@ -334,7 +340,7 @@ class _Run:
         self.clock.split("data", loader.seconds if isinstance(loader, FeatureStream) else {})
         broken = torch.tensor(float(len(loader.broken)), device=self.runtime.device)
         counts = {"steps": step - self.first_step, "skipped_not_finite": self.guard.skipped, "skipped_by_loss_scale": self.scaler_skips,
-                  "broken_images": round(launch.average_over_ranks(broken).item() * self.runtime.world_size)}
+                  "broken_images": round(distributed.average_over_ranks(broken).item() * self.runtime.world_size)}
         lost = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps")
         rate = counts["steps"] * self.config.batch_size / seconds
         peak = peak_flops(torch.cuda.get_device_name()) if self.runtime.device.type == "cuda" and self.precision != "fp32" else None

@@ -45,7 +45,7 @@ def run_command():
 def run_ranks():
     """``run_ranks(world_size, script, *arguments)``: that many processes of one group, all of which must succeed."""
     def launch(world_size, *command):
-        from scf_fast.launch import free_port
+        from scf_fast.distributed import free_port
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world_size, "--master_port", free_port()]
         status, output = run([*start, *command], PYTHONPATH=str(ROOT))
         assert status == 0, output

@@ -8,11 +8,20 @@ from pathlib import Path
 
 import torch
 
-from scf_fast import launch
-from scf_fast.embed import Embedder, add_loading_arguments, default_device
+from scf_fast import distributed
+from scf_fast.arguments import add_loading_arguments
 from scf_fast.evaluation import datasets, report
 from scf_fast.evaluation.embeddings import EmbeddingStore
-from scf_fast.evaluation.evaluate import Evaluation, Identification, Risk, Templates, Verification, everything, measure_all
+from scf_fast.evaluation.evaluate import (
+    Evaluation,
+    Identification,
+    Risk,
+    Templates,
+    Verification,
+    everything,
+    measure_all,
+)
+from scf_fast.inference import Embedder, default_device
 from scf_fast.model import SCF
 
 _EPILOG = """\
@@ -57,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="the crops of an IJB folder are aligned 112 x 112 faces already")
     full = command("report", "all that a folder allows, with figures", _open_report)
     full.add_argument("--data", required=True, type=Path, help="folder with verification/*.bin, templates/ in IJB's layout, or both, as "
-                      "`python -m pipelines.synthetic` writes them; or one in IJB's layout itself")
+                      "`python -m scf_fast.pipelines.synthetic` writes them; or one in IJB's layout itself")
     return parser
 
 
@@ -122,7 +131,7 @@ def _request(options, models: dict[str, str]) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    rank, world_size = launch.environment()
+    rank, world_size = distributed.environment()
     try:
         models = _models(options.model)
         request = _request(options, models)
@@ -130,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             report.check_folder(options.out, request, options.overwrite)
         evaluations = options.open_data(options)
         if world_size > 1:
-            launch.start()
+            distributed.start()
         results, figures, notes, files = {}, {}, [], {}
         for name, path in models.items():
             started = time.perf_counter()
@@ -162,9 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     finally:
         if world_size > 1:
-            launch.finish()
+            distributed.finish()
     return 0
 
 
 if __name__ == "__main__":
-    launch.leave(main())
+    distributed.leave(main())

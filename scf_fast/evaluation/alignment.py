@@ -7,8 +7,8 @@ is the similarity transform that brings landmarks z_k closest to the template's 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipelines.images import FACE_SIZE, open_image, pack_face
-from pipelines.sources import ImageSource
+from scf_fast.pipelines.loading.decode import FACE_SIZE, open_image, pack_face
+from scf_fast.pipelines.sources.base import ImageSource
 
 # Eyes, nose and mouth corners (x, y) in pixels, of insightface's alignment: pixel centers have whole coordinates.
 TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])

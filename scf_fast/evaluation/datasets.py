@@ -7,13 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.index import open_source
-from pipelines.sources import ImageFiles, ImageSource
-from pipelines.template_protocol import Gallery, TemplateProtocol, read_galleries, read_template_protocol
-from pipelines.verification_set import draw_pairs, read_verification_set
-from scf_fast.embed import find_images
+from scf_fast.arguments import find_images
 from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.protocols import read_severity
+from scf_fast.pipelines.evaluation_sets.template_protocol import (
+    Gallery,
+    TemplateProtocol,
+    read_galleries,
+    read_template_protocol,
+)
+from scf_fast.pipelines.evaluation_sets.verification_set import draw_pairs, read_verification_set
+from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.sources.base import ImageFiles, ImageSource
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> d
     Known severities are in a CSV beside a `.bin`, under its name (columns image and severity).
 
     Args:
-        num_pairs, seed: of pairs that are drawn, see pipelines.verification_set.draw_pairs.
+        num_pairs, seed: of pairs that are drawn, see scf_fast.pipelines.evaluation_sets.verification_set.draw_pairs.
     Raises:
         ValueError: nothing is there, a file is malformed or measures nothing, or two sets have one name.
     """
@@ -161,7 +166,7 @@ def _protocol_name(path):
 
 
 def open_subjects(path: Path) -> Subjects:
-    """Faces by subject: a folder with one folder a subject; or any other data set of pipelines.index.open_source, such as a list of lines
+    """Faces by subject: a folder with one folder a subject; or any other data set of scf_fast.pipelines.index.open_source, such as a list of lines
     `path label`, whose subjects are its labels.
 
     Raises:

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels import vmf_similarity_from_cosine
-from pipelines.files import atomic_output
-from pipelines.sources import ImageFiles, ImageSource
-from scf_fast.embed import check_usable, embed_batches, load_batches, on_every_rank, put, room_for
+from scf_fast.distributed import on_every_rank
 from scf_fast.evaluation.alignment import AlignedFaces
-from scf_fast.frozen import CHECK_IMAGES
+from scf_fast.inference import check_usable, embed_batches, load_batches, put, room_for
+from scf_fast.kernels import vmf_similarity_from_cosine
+from scf_fast.networks.frozen import CHECK_IMAGES
+from scf_fast.pipelines.formats.atomic_file import atomic_output
+from scf_fast.pipelines.sources.base import ImageFiles, ImageSource
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PIXELS = 2  # counts the changes in how files become pixels, after which stored embeddings are made anew
@@ -54,10 +55,10 @@ class EmbeddingStore:
     """Embeddings of one model, on disk by model and data: computed once, by any number of ranks, and resumed where a run was cut off.
 
     Args:
-        embedder: scf_fast.embed.Embedder.
+        embedder: scf_fast.inference.Embedder.
         folder: made if missing. A data set takes 4 (D + 1) bytes an image, without kappa 4 D, under a name that digests model, settings and data.
         batch_size: images at once.
-        loader, num_workers: see pipelines.loader.make_loader.
+        loader, num_workers: see scf_fast.pipelines.loader.make_loader.
         rank, world_size: this process and how many share the work.
     """
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernels import pool_templates
-from pipelines.template_protocol import Gallery
 from scf_fast.evaluation import datasets, plots, protocols, report
 from scf_fast.evaluation.datasets import PairSet, Subjects, TemplateSet
 from scf_fast.evaluation.embeddings import EmbeddingStore
+from scf_fast.kernels import pool_templates
+from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery
 
 
 @dataclass

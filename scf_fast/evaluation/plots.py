@@ -7,10 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipelines.images import decode_face
-from pipelines.sources import ImageSource
 from scf_fast.evaluation.metrics import tar_at_far
 from scf_fast.evaluation.protocols import Rejection, ScoreHistogram
+from scf_fast.pipelines.loading.decode import decode_face
+from scf_fast.pipelines.sources.base import ImageSource
 
 _BLUE, _ORANGE, _GREY, _GREEN, _PURPLE, _RED = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63", "#7c5cbf", "#c23b4e"
 _REJECTION_STYLES = {  # by rejection order: label and line

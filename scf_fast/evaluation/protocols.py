@@ -11,10 +11,16 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
-from kernels import neutral_radius, pool_templates, vmf_similarity_from_cosine, vmf_similarity_histogram, vmf_similarity_top_k
-from pipelines.template_protocol import Gallery, TemplateProtocol
 from scf_fast.evaluation import metrics
 from scf_fast.evaluation.embeddings import Embeddings, PairScores, score_pairs
+from scf_fast.kernels import (
+    neutral_radius,
+    pool_templates,
+    vmf_similarity_from_cosine,
+    vmf_similarity_histogram,
+    vmf_similarity_top_k,
+)
+from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery, TemplateProtocol
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 FPIRS = (1e-1, 1e-2, 1e-3)

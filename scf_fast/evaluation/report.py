@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.files import atomic_output
+from scf_fast.pipelines.formats.atomic_file import atomic_output
 
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "report.md", "report.html"
 REJECTED = (0.0, 0.1, 0.2, 0.5)  # fractions shown in the table of error-versus-reject

@@ -8,11 +8,11 @@ import scipy.special
 import scipy.stats
 import torch
 
-from bench.accuracy import load_reference
 from bench.baselines.compiled import compiled_log_bessel_i
 from bench.baselines.eager import eager_log_bessel_i, eager_scf_loss
 from bench.baselines.published_normalizer import published_log_bessel_i
 from bench.baselines.published_scf_loss import published_scf_loss
+from bench.measuring.accuracy import load_reference
 
 RADIUS = 64.0
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bench import suite
-from bench._case import Case, NotMeasured, measure
-from bench.roofline import Machine, Work
+from bench.measuring.case import Case, NotMeasured, measure
+from bench.measuring.roofline import Machine, Work
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine(1e9, {"float32": 1e9, "bfloat16": 1e9}, 1e-6)

@@ -17,7 +17,7 @@ def _available(place: Place) -> Place:
     if place == Place("triton", "cpu"):
         if torch.cuda.is_available():
             pytest.skip("the kernels run compiled here, not interpreted")
-        from kernels._common import INTERPRETED
+        from scf_fast.kernels._common import INTERPRETED
 
         assert INTERPRETED, "kernels was imported before TRITON_INTERPRET=1 was set: set it for the whole run"
     return place

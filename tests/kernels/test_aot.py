@@ -22,10 +22,10 @@ def compile_all(architecture: int) -> dict[str, dict[str, int]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    import kernels.log_bessel
-    import kernels.scf_loss  # noqa: F401
+    import scf_fast.kernels.log_bessel
+    import scf_fast.kernels.scf_loss  # noqa: F401
 
-    log_bessel, loss = sys.modules["kernels.log_bessel"], sys.modules["kernels.scf_loss"]
+    log_bessel, loss = sys.modules["scf_fast.kernels.log_bessel"], sys.modules["scf_fast.kernels.scf_loss"]
     pointer = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
 

@@ -4,8 +4,8 @@ import mpmath
 import pytest
 import torch
 
-from kernels import debye
-from kernels.debye import debye_plan, debye_reference
+from scf_fast.kernels import debye
+from scf_fast.kernels.debye import debye_plan, debye_reference
 
 ORDERS = [0.0, 0.3, 0.5, 2.71828, 15.0, 127.0, 1023.5]
 

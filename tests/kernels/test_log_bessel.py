@@ -8,9 +8,15 @@ import pytest
 import scipy.special
 import torch
 
-from kernels import inverse_mean_resultant_length, log_bessel_i, log_vmf_normalizer, mean_resultant_length, psi_and_ratio
-from kernels.debye import debye_plan, debye_reference
-from kernels.log_bessel import _inverse, _log_bessel
+from scf_fast.kernels import (
+    inverse_mean_resultant_length,
+    log_bessel_i,
+    log_vmf_normalizer,
+    mean_resultant_length,
+    psi_and_ratio,
+)
+from scf_fast.kernels.debye import debye_plan, debye_reference
+from scf_fast.kernels.log_bessel import _inverse, _log_bessel
 
 # NaN and infinity, which tests feed on purpose, make the interpreter's NumPy warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import margin_softmax as module
-from kernels.margin_softmax import (
+from scf_fast.kernels import margin_softmax as module
+from scf_fast.kernels.margin_softmax import (
     MarginSoftmaxStatistics,
     margin_softmax_gradients,
     margin_softmax_loss,

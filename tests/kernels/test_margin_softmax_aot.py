@@ -15,7 +15,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import margin_softmax as m
+from scf_fast.kernels import margin_softmax as m
 
 ALIGNED = ("padded_batch", "padded_count", "padded_rows", "left_row_stride", "left_inner_stride", "source_stride")
 TYPES = {"labels_ptr": "*i64", "rows_ptr": "*i64", "used_ptr": "*i8", "scale_log2": "fp32", "skip_below": "fp32", "FLOOR": "fp32"}

@@ -6,8 +6,8 @@ import pytest
 import scipy.special
 import torch
 
-from kernels import SCFTerms, log_vmf_normalizer, scf_loss
-from kernels.scf_loss import _scf_loss, _scf_loss_backward
+from scf_fast.kernels import SCFTerms, log_vmf_normalizer, scf_loss
+from scf_fast.kernels.scf_loss import _scf_loss, _scf_loss_backward
 
 # NaN and infinity, which tests feed on purpose, make the interpreter's NumPy warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.template_pooling import _pool_templates, pool_templates
+from scf_fast.kernels.template_pooling import _pool_templates, pool_templates
 
 
 def unit_rows(count, dim, dtype=torch.float64, seed=0):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.integrate import dblquad, quad
 
-from kernels.vmf_similarity import (
+from scf_fast.kernels.vmf_similarity import (
     _BAND,
     _CHUNK,
     _vmf_similarity,
@@ -222,7 +222,7 @@ def test_nan_stays_where_it_is(triton_device):
 @pytest.mark.parametrize("distinct", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_histogram_counts_the_matrix(triton_device, distinct, backend, monkeypatch):
-    monkeypatch.setattr(sys.modules["kernels.vmf_similarity"], "_MOST_PROGRAMS", 1)  # two layers where there are two blocks of columns
+    monkeypatch.setattr(sys.modules["scf_fast.kernels.vmf_similarity"], "_MOST_PROGRAMS", 1)  # two layers where there are two blocks of columns
     mu1, kappa1 = faces(131, 16, triton_device, 1)
     mu2, kappa2 = (mu1, kappa1) if distinct else faces(40, 16, triton_device, 2)
     mu1[7] = math.nan

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.debye import debye_plan
+from scf_fast.kernels.debye import debye_plan
 
-template_pooling = importlib.import_module("kernels.template_pooling")
-vmf_similarity = importlib.import_module("kernels.vmf_similarity")  # the package has a function of that name
+template_pooling = importlib.import_module("scf_fast.kernels.template_pooling")
+vmf_similarity = importlib.import_module("scf_fast.kernels.vmf_similarity")  # the package has a function of that name
 
 def compile_case(name, dtype, dim, arch):
     types = {"mu1_ptr": dtype, "mu2_ptr": dtype, "mu_ptr": dtype, "ids1_ptr": "*i64", "ids2_ptr": "*i64", "counts_ptr": "*i64", "best_ptr": "*i64",

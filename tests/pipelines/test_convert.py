@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import convert as module
-from pipelines.convert import FORMATS, convert, main
-from pipelines.index import open_source
-from pipelines.recordio import RecordWriter
-from pipelines.sources import EncodedImages
+from scf_fast.pipelines import convert as module
+from scf_fast.pipelines.convert import FORMATS, convert, main
+from scf_fast.pipelines.formats.recordio import RecordWriter
+from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.sources.base import EncodedImages
 
 LABELS = [3, 0, 3, 1, 0, 0, 5, 1, 3]
 
@@ -97,7 +97,7 @@ def test_broken_images_are_left_out(source, tmp_path):
     assert convert(some, tmp_path / "dst", "folder") == 7
     assert open_source(tmp_path / "dst").labels.tolist() == [0, 0, 0, 1, 1, 3, 3]
     some = EncodedImages([b"garbage"], [0])
-    with pytest.raises(ValueError, match=r"image 0 is no image of a known kind \(unknown format\); run `python -m pipelines\.index SRC --verify`"):
+    with pytest.raises(ValueError, match=r"image 0 is no image of a known kind \(unknown format\); run `python -m scf_fast\.pipelines\.index SRC --verify`"):
         convert(some, tmp_path / "bad", "tar")
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.files import map_arrays, write_arrays
-from pipelines.index import open_source
-from pipelines.loader import make_loader
-from pipelines.recordio import RecordWriter
-from pipelines.sampler import EpochSampler
+from scf_fast.pipelines.formats.array_file import map_arrays, write_arrays
+from scf_fast.pipelines.formats.recordio import RecordWriter
+from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.loader import make_loader
+from scf_fast.pipelines.sampling.sampler import EpochSampler
 
 COUNT = 240
 
@@ -138,7 +138,7 @@ def test_stale_index_in_a_read_only_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert len(open_source(path)) == COUNT and (data / "train.rec.index").read_bytes() == stale
     (index,) = (tmp_path / "cache").rglob("*.index")
-    monkeypatch.setattr("pipelines.record_index.scan_image_records", None)
+    monkeypatch.setattr("scf_fast.pipelines.sources.recordio.scan_image_records", None)
     assert open_source(path)._index_path == index
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.index import open_source
-from pipelines.loader import Preprocessing, make_loader
-from pipelines.sampler import EpochSampler
+from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.loader import make_loader
+from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.pipelines.sampling.sampler import EpochSampler
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}

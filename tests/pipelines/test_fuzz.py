@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import fuzz
-from bench.fuzz import TARGETS
-from pipelines.recordio import read_num_classes
+from bench.robustness import fuzz
+from bench.robustness.fuzz import TARGETS
+from scf_fast.pipelines.formats.recordio import read_num_classes
 
 EDITS = st.lists(st.tuples(st.integers(0, 1 << 14), st.integers(0, 40), st.one_of(
     st.binary(max_size=12), st.sampled_from(fuzz._NUMBERS).map(lambda number: number.to_bytes(8, "little")),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.index import RecordIndex, describe, main, open_source
-from pipelines.recordio import RecordWriter, write_property
-from pipelines.selection import PerIdentity
+from scf_fast.pipelines.formats.recordio import RecordWriter, write_property
+from scf_fast.pipelines.index import RecordIndex, describe, main, open_source
+from scf_fast.pipelines.sampling.selection import PerIdentity
 
 IMAGES = [bytes([i]) * (i + 1) for i in range(6)]
 LABELS = [2, 0, 1, 1, 0, 2]
@@ -38,7 +38,7 @@ def index_files(folder):
 def forbid_scanning(monkeypatch):
     def scan(data, progress):
         raise AssertionError("the file was scanned although its index is up to date")
-    monkeypatch.setattr("pipelines.record_index.scan_image_records", scan)
+    monkeypatch.setattr("scf_fast.pipelines.sources.recordio.scan_image_records", scan)
 
 
 @pytest.mark.parametrize("opener", [RecordIndex.open, open_source])

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipelines.augmentation import Augmentation
-from pipelines.images import decode_face
-from pipelines.loader import Preprocessing, make_loader
-from pipelines.sampler import EpochSampler
-from pipelines.sources import EncodedImages
+from scf_fast.pipelines.loader import make_loader
+from scf_fast.pipelines.loading.augmentation import Augmentation
+from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.pipelines.loading.decode import decode_face
+from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sources.base import EncodedImages
 
 try:
     import nvidia.dali  # noqa: F401
@@ -270,7 +271,7 @@ def test_disk_is_asked_in_order_and_ahead(source):
     sampler = EpochSampler(40, 4, seed=2)
     loader = make_loader(images, sampler, backend="torch", num_workers=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.loader._READ_AHEAD", 12)
+        patch.setattr("scf_fast.pipelines.loading.base._READ_AHEAD", 12)
         with loader:
             list(loader.batches(0, 1))
     groups = [np.sort(np.concatenate([sampler.indices(0, batch) for batch in batches])).tolist() for batches in ((1, 2, 3), (4, 5, 6), (7, 8, 9))]
@@ -337,7 +338,7 @@ def test_close_ends_workers(source, backend):
 
 @pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
 def test_dali_that_leaves_faces_lying_on_their_side_is_refused(source, monkeypatch):
-    monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
+    monkeypatch.delitem(sys.modules, "scf_fast.pipelines.loading.dali", raising=False)
     monkeypatch.setattr("nvidia.dali.__version__", "2.1.1")
     with pytest.raises(ValueError, match=r"2\.2 or newer is needed, this is 2\.1\.1"):
         make_loader(source, EpochSampler(NUM_IMAGES, 4), backend="dali")
@@ -349,10 +350,10 @@ def test_torch_takes_over_where_dali_is_missing(source, monkeypatch, caplog):
             raise ImportError("libcuda.so.1 is missing")
         return import_module(name, *rest)
 
-    monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
+    monkeypatch.delitem(sys.modules, "scf_fast.pipelines.loading.dali", raising=False)
     monkeypatch.setattr(builtins, "__import__", no_dali)
     sampler = EpochSampler(NUM_IMAGES, 4)
-    with caplog.at_level(logging.INFO, logger="pipelines.loader"):
+    with caplog.at_level(logging.INFO, logger="scf_fast.pipelines.loader"):
         assert [make_loader(source, sampler).backend for _ in range(2)] == ["torch", "torch"]
     assert [record.message for record in caplog.records] == [
         "reading images with PyTorch workers, because NVIDIA DALI cannot be imported: libcuda.so.1 is missing"]

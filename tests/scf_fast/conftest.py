@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from scf_fast.demo import launcher
+from scf_fast.distributed import launcher
 
 
 @pytest.fixture(scope="session")
@@ -11,7 +11,7 @@ def faces(tmp_path_factory, run_command):
     """A small synthetic data set."""
     root = tmp_path_factory.mktemp("faces") / "set"
     sizes = ["--identities", 8, "--images-per-identity", 16, "--eval-identities", 0]
-    status, output = run_command([sys.executable, "-m", "pipelines.synthetic", root, *sizes, "--seed", 3])
+    status, output = run_command([sys.executable, "-m", "scf_fast.pipelines.synthetic", root, *sizes, "--seed", 3])
     assert status == 0, output
     return root
 

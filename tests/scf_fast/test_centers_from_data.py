@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.images import decode_face
-from pipelines.index import open_source
-from pipelines.loader import Preprocessing, make_loader
-from pipelines.sources import EncodedImages
 from scf_fast import centers_from_data, checkpoints
-from scf_fast.backbones import Backbone
 from scf_fast.centers_from_data import BothOrientations, mean_directions, sum_directions
-from scf_fast.feature_cache import CacheLayout, FeatureCache
-from scf_fast.features import FeatureStream
-from scf_fast.frozen import FrozenBackbone
-from scf_fast.launch import free_port
+from scf_fast.distributed import free_port
+from scf_fast.features.store import CacheLayout, FeatureCache
+from scf_fast.features.stream import FeatureStream
+from scf_fast.networks.backbones import Backbone
+from scf_fast.networks.frozen import FrozenBackbone
+from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.loader import make_loader
+from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.pipelines.loading.decode import decode_face
+from scf_fast.pipelines.sources.base import EncodedImages
+from scf_fast.weights import reading
 
 CPU = torch.device("cpu")
 KEY = {"backbone": "b", "data": "d", "normalization": "insightface", "precision": "fp32"}
@@ -85,9 +87,9 @@ def test_two_ranks_equal_a_plain_loop_and_stage_2_trains_on_it(faces, stage1, tm
     status, output = run_command([*launcher, "scf_fast.centers_from_data", "--data", faces / "train", "--saved_bkb", weights, "--output", out,
                                   "--precision", "fp32", "--batch_size", 48, "--feature_cache", cache, "--num_workers", 1])
     assert status == 0 and output.count("class centers of 8 identities; mean cosine of an image with its center 0.") == 1, output
-    found = checkpoints.read(out)
+    found = reading.read(out)
     assert found.facts == {"normalization": "published"}
-    network = Backbone(*checkpoints.read(weights).network())
+    network = Backbone(*reading.read(weights).network())
     network.load_state_dict(checkpoints.backbone_state(weights))
     expected = plain_centers(network, open_source(faces / "train"), "published")
     np.testing.assert_allclose(found.usable_class_centers(), expected, atol=1e-5)

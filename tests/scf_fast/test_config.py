@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scf_fast import config
-from scf_fast.config import Config, parse
+from scf_fast import command_line, config
+from scf_fast.command_line import parse
+from scf_fast.config import Config
 
 STAGE1 = ["--stage", "backbone", "--data", "d", "--output_dir", "o"]
 STAGE2 = ["--data", "d", "--output_dir", "o", "--saved_bkb", "b", "--saved_fc", "f"]
@@ -133,7 +134,7 @@ RECIPES = sorted(path.stem for path in Path(config.__file__).with_name("recipes"
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_are_valid(name):
-    values = config.load_recipe(f"scf_fast/recipes/{name}.yaml")
+    values = command_line.load_recipe(f"scf_fast/recipes/{name}.yaml")
     extra = {"saved_bkb": "b", "saved_fc": "f"} if values["stage"] == "confidence" else {}
     assert Config(data="d", output_dir="o", **values, **extra).stage == values["stage"]
 
@@ -142,7 +143,7 @@ def test_shipped_recipes_are_valid(name):
     ("ms1mv3_r50", "iresnet50", (1.0, 0.5, 0.0), 1024, 0.1, 5e-4, 0), ("ms1mv3_r100", "iresnet100", (1.0, 0.5, 0.0), 1024, 0.1, 5e-4, 0),
     ("glint360k_r100", "iresnet100", (1.0, 0.0, 0.4), 1024, 0.1, 1e-4, 0), ("wf42m_r100", "iresnet100", (1.0, 0.0, 0.4), 4096, 0.4, 5e-4, 2)])
 def test_recipes_have_the_settings_of_insightface(name, network, margins, batch_size, lr, weight_decay, warmup_epochs):
-    c = Config(data="d", output_dir="o", **config.load_recipe(f"scf_fast/recipes/{name}.yaml"))
+    c = Config(data="d", output_dir="o", **command_line.load_recipe(f"scf_fast/recipes/{name}.yaml"))
     assert (c.network, c.margins, c.batch_size, c.lr, c.weight_decay, c.warmup_epochs) == (network, margins, batch_size, lr, weight_decay, warmup_epochs)
     assert (c.margin_gradient, c.scale, c.epochs, c.lr_scheduler, c.power, c.momentum) == ("straight_through", 64.0, 20, "Polynomial", 1.0, 0.9)
     assert (c.normalization, c.dropout, c.max_grad_norm, c.z_dim) == ("insightface", 0.0, 5.0, 512)

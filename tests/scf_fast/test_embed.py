@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipelines.loader import Preprocessing
-from scf_fast import checkpoints, embed
-from scf_fast.backbones import Backbone
-from scf_fast.confidence import build_confidence_net
-from scf_fast.embed import Embedder
+from scf_fast import embed
+from scf_fast.inference import Embedder
 from scf_fast.model import SCF, load_model, save_model
+from scf_fast.networks.backbones import Backbone
+from scf_fast.networks.confidence import build_confidence_net
+from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.weights import reading, writing
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_command_writes_what_the_model_says(model_file, faces, tmp_path, capsys)
 def test_command_on_a_backbone_alone_writes_directions_and_says_so(model_file, faces, tmp_path, capsys):
     """Of any family; the pixels are those of its family, of the fc.pth beside it, or as told."""
     model, images = load_model(model_file), torch.from_numpy(faces[1][:6])
-    checkpoints.write(checkpoints.read(model_file).only("backbone"), tmp_path / "backbone.pth")
+    writing.write(reading.read(model_file).only("backbone"), tmp_path / "backbone.pth")
     seen = {}
     for case, words in ("family", []), ("told", ["--normalization", "insightface"]), ("noted", []), ("told again", ["--normalization", "published"]):
         if case == "noted":
@@ -81,7 +82,7 @@ def test_command_on_a_backbone_alone_writes_directions_and_says_so(model_file, f
 
 
 def test_a_backbone_alone_is_refused_unless_asked_for(model_file, tmp_path):
-    checkpoints.write(checkpoints.read(model_file).only("backbone"), tmp_path / "b.pth")
+    writing.write(reading.read(model_file).only("backbone"), tmp_path / "b.pth")
     with pytest.raises(ValueError, match="must hold a confidence net's state_dict of tensors, but holds backbone ir_tiny"):
         SCF.from_checkpoint(tmp_path / "b.pth")
     model = SCF.from_checkpoint(tmp_path / "b.pth", backbone_alone=True)

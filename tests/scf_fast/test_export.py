@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.loader import Preprocessing
 from scf_fast import export
-from scf_fast.backbones import Backbone
-from scf_fast.confidence import build_confidence_net
 from scf_fast.model import SCF, load_model, save_model
+from scf_fast.networks.backbones import Backbone
+from scf_fast.networks.confidence import build_confidence_net
+from scf_fast.pipelines.loading.base import Preprocessing
 
 HAS_ONNX = all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript and onnxruntime are not installed")

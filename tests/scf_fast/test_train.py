@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 
-from scf_fast import launch, run_folder
-from scf_fast.backbones import identify_backbone
+from scf_fast import distributed
 from scf_fast.checkpoints import backbone_state, class_centers
-from scf_fast.demo import launcher
+from scf_fast.distributed import launcher
 from scf_fast.model import load_model
+from scf_fast.networks.families import identify_backbone
+from scf_fast.run import folder as run_folder
 
 STEPS = 8 * 16 // 32 * 2
 
@@ -186,7 +187,7 @@ def test_a_damaged_cache_is_one_line(faces, stage1, flags, tmp_path, monkeypatch
     try:
         assert train.main() == 2
     finally:
-        launch.finish()
+        distributed.finish()
     assert "meta.json is damaged" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -196,7 +197,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(faces, flags, monkeypa
     try:
         assert train.main() == 2
     finally:
-        launch.finish()
+        distributed.finish()
     assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: error: ") and not Path("/proc/no_room_for_a_run").exists()
 
 
@@ -209,7 +210,7 @@ def test_overwrite_deletes_nothing_while_the_input_is_bad(faces, stage1, flags, 
     try:
         assert train.main() == 2
     finally:
-        launch.finish()
+        distributed.finish()
     assert "cannot be used here" in capsys.readouterr().err
     assert snapshot(stage1[0]) == before
 

@@ -1,0 +1,40 @@
+"""A pass over a data set that computes features and trains nothing: what the programs beside training share."""
+from pathlib import Path
+
+from scf_fast import distributed
+from scf_fast.command_line import parse
+from scf_fast.data import open_data
+from scf_fast.features.open import pixel_convention
+from scf_fast.model import noted_facts
+from scf_fast.weights import reading
+
+
+class FeaturePass:
+    """The inputs of a pass: everything that can be wrong with them is found before :meth:`start` forms the group of ranks.
+
+    Args:
+        flags: of train.py, ``--data`` and ``--saved_bkb`` among them.
+        folder: ``--output_dir``, where they do not give another.
+    Attributes:
+        config, source: as a training run of stage 2 has them; the pixel convention is settled.
+        backbone: Weights of ``--saved_bkb``.
+    Raises:
+        ValueError: bad flags, data or weights.
+    """
+
+    def __init__(self, flags: list[str], folder: Path):
+        config = self.config = parse(["--stage", "confidence", "--output_dir", str(folder), "--saved_fc", "none", "--batch_size", "256", *flags])
+        self.source, self.backbone = open_data(config), reading.read(config.saved_bkb, "--saved_bkb")
+        facts = {}
+        if config.saved_fc != "none":
+            facts = reading.read(config.saved_fc, "--saved_fc").facts
+        elif config.normalization is None:
+            facts = noted_facts(self.backbone, config.saved_bkb)
+        config.normalization, self._origin = pixel_convention(config, self.backbone.network()[0], facts)
+
+    def start(self) -> tuple[distributed.Runtime, int]:
+        """Join the group; (runtime, images of a global batch, of which each rank has as many)."""
+        runtime = distributed.start()
+        if runtime.is_main:
+            print(f"pixels: {self.config.normalization}, {self._origin}", flush=True)
+        return runtime, max(min(self.config.batch_size, len(self.source)) // runtime.world_size, 1) * runtime.world_size

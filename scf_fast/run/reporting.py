@@ -1,0 +1,168 @@
+"""What a run tells: log lines, progress bar, metrics, TensorBoard, one JSON line for every event, and where the time went."""
+import contextlib
+import errno
+import json
+import logging.handlers
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from scf_fast.distributed import Runtime
+
+log = logging.getLogger(__name__)
+
+LOG_FILE, EVENTS_FILE, METRICS_FILE = "log.txt", "events.jsonl", "metrics.jsonl"
+_NOT_SHOWN = ("neg_", "log_iv", "kappa_p")
+_LINE_SECONDS = 10.0  # between log lines where there is no progress bar
+_EXTRA = ("step", "images", "seconds", "counts", "rates", "signal")
+
+
+class _EventHandler(logging.FileHandler):
+    """Every log record as a JSON object: time (seconds since 1970), level, event, message and what the record has besides."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {"time": round(record.created, 3), "level": record.levelname, "event": getattr(record, "event", "log"), "message": record.getMessage(),
+                  **{key: getattr(record, key) for key in _EXTRA if hasattr(record, key)}}
+        if record.exc_info:
+            fields["error"] = repr(record.exc_info[1])
+        return json.dumps(fields)
+
+
+_early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)  # what was said before the run's folder was there
+
+
+def set_up_logging(is_main: bool) -> None:
+    """Log lines to stderr; from the other ranks errors alone, and what they know of broken images."""
+    logging.raiseExceptions = False  # a disk that is full must not fill the terminal with tracebacks of lines it could not take
+    _early.buffer.clear()
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True,
+                        handlers=[logging.StreamHandler(sys.stderr), _early])
+    logging.getLogger("scf_fast.pipelines.loading.broken").setLevel(logging.WARNING)
+
+
+def log_to_files(folder: Path) -> None:
+    """What has been logged and will be, in the run's files too."""
+    root = logging.getLogger()
+    for handler in (logging.FileHandler(folder / LOG_FILE), _EventHandler(folder / EVENTS_FILE)):
+        handler.setFormatter(root.handlers[0].formatter)
+        for record in _early.buffer:
+            handler.handle(record)
+        root.addHandler(handler)
+    root.removeHandler(_early)
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps from a file of :class:`StepLines`: a run that died had made them after its last checkpoint, and makes them again."""
+    if path.exists():
+        with open(path, "r+b") as file:
+            kept = 0
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line ends the file
+                for line in file:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                        break
+                    kept += len(line)
+            file.truncate(kept)
+
+
+class StepLines:
+    """A file of JSON lines, one a step, that survives a full disk: what could not be written is written with the next line."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "ab", buffering=0)  # a buffer would try again by itself, and write twice
+        self._pending, self._size, self._warned = [], self._file.tell(), False
+
+    def add(self, record: dict) -> None:
+        self._pending.append((json.dumps(record) + "\n").encode())
+        self._flush()
+
+    def _flush(self) -> None:
+        data = b"".join(self._pending)
+        try:
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(self._size)
+            if not self._warned:
+                log.warning("%s: %s; its lines are kept in memory and written when there is room", self._file.name, error.strerror)
+                self._warned = True
+            return
+        self._pending, self._size, self._warned = [], self._size + len(data), False
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+
+class Reporter:
+    """Progress of a run on the main rank; silent on the others."""
+
+    def __init__(self, folder: Path, runtime: Runtime, total_images: int, done_images: int, first_step: int, tensorboard: bool):
+        self.is_main = runtime.is_main
+        self._started, self._start_images, self._done, self._total = time.monotonic(), done_images, done_images, total_images
+        if not self.is_main:
+            return
+        forget_after(folder / METRICS_FILE, first_step)
+        self._metrics = StepLines(folder / METRICS_FILE)
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self._writer = SummaryWriter(str(folder / "runs"), purge_step=first_step + 1)
+        self._interactive = sys.stderr.isatty()
+        self._bar = tqdm(total=total_images, initial=done_images, unit="img", unit_scale=True, smoothing=0.1, dynamic_ncols=True, disable=not self._interactive)
+        self._last_line = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        """Since the start of this run, checkpoints and all."""
+        return (self._done - self._start_images) / max(time.monotonic() - self._started, 1e-9)
+
+    def advance(self, images: int) -> None:
+        self._done += images
+        if self.is_main:
+            self._bar.update(images)
+
+    def metrics(self, step: int, values: dict[str, float], rate: float, distribution: torch.Tensor | None) -> None:
+        """One log point: the step's means over ranks, its learning rate and, in stage 2, kappa of this rank's images."""
+        if not self.is_main:
+            return
+        if distribution is not None:
+            kappa = distribution.float()
+            quantiles = torch.quantile(kappa, kappa.new_tensor([0.05, 0.5, 0.95])).tolist()
+            values.update({f"kappa_p{name}": value for name, value in zip(("05", "50", "95"), quantiles)})
+        speed = self.images_per_second
+        record = {"step": step, **values, "lr": rate, "images_per_second": speed}
+        self._metrics.add(record)
+        self._to_tensorboard(step, record, distribution)
+        shown = {name: f"{value:.4g}" for name, value in values.items() if not name.startswith(_NOT_SHOWN)}
+        shown["lr"] = f"{rate:.3g}"
+        self._bar.set_postfix(shown, refresh=False)
+        if not self._interactive and (time.monotonic() - self._last_line > _LINE_SECONDS or self._done == self._total):
+            self._last_line = time.monotonic()
+            left = (self._total - self._done) / max(speed, 1e-9)
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            log.info("step %d  %3.0f %%  %.0f img/s  %s left  %s", step, 100 * self._done / self._total, speed, tqdm.format_interval(left), text,
+                     extra={"event": "progress", "step": step})
+
+    def _to_tensorboard(self, step: int, record: dict, distribution: torch.Tensor | None) -> None:
+        if not self._writer:
+            return
+        try:
+            for name, value in record.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, step)
+            if distribution is not None:
+                self._writer.add_histogram("log_kappa", distribution.float().log(), step)
+        except Exception as error:  # what its writing thread died of, as a rule a full disk
+            log.warning("TensorBoard files end here (%s); %s goes on", str(error).splitlines()[0], METRICS_FILE)
+            self._writer = None
+
+    def close(self) -> None:
+        if self.is_main:
+            self._bar.close()
+            self._metrics.close()
+            if self._writer:
+                self._writer.close()

@@ -1,0 +1,61 @@
+import logging
+
+import numpy as np
+import pytest
+
+from scf_fast.pipelines.loading.broken import BrokenImages
+from scf_fast.pipelines.sources.base import EncodedImages
+
+
+def source_of(count, broken=()):
+    source = EncodedImages([b"x"] * count)
+    source.broken = np.array(broken, dtype=np.int64)
+    return source
+
+
+def loading(bad):
+    def load(i):
+        if i in bad:
+            raise ValueError(f"image {i} cannot be decoded: it is bad")
+        return f"face {i}"
+    return load
+
+
+def test_the_next_good_image_takes_the_place(caplog):
+    broken = BrokenImages(source_of(8, broken=[2]), replace=True)
+    tried = []
+    load = loading({1, 6, 7})
+    assert [broken.load(i, lambda j: tried.append(j) or load(j)) for i in (0, 1, 2, 6, 1)] == [
+        (0, "face 0"), (3, "face 3"), (3, "face 3"), (0, "face 0"), (3, "face 3")]
+    assert tried == [0, 1, 3, 3, 6, 7, 0, 3]  # what is known to be broken is not tried again
+    assert list(broken.found) == [1, 6, 7] and len(broken) == 4
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (logging.WARNING, f"broken image, the next one takes its place: image {i} cannot be decoded: it is bad ({n} so far)")
+        for n, i in enumerate((1, 6, 7), start=1)]
+
+
+def test_without_replacement_the_error_passes():
+    broken = BrokenImages(source_of(3, broken=[1]), replace=False)
+    assert broken.load(1, loading(())) == (1, "face 1")
+    with pytest.raises(ValueError, match="image 2 cannot be decoded"):
+        broken.load(2, loading({2}))
+
+
+@pytest.mark.parametrize(("count", "tries"), [(3, 3), (1000, 100)])
+def test_data_that_is_gone_ends_the_search(count, tries):
+    tried = []
+
+    def load(i):
+        tried.append(i)
+        raise ValueError("the mount is gone")
+    with pytest.raises(ValueError, match=rf"image 1 and the {tries - 1} images after it cannot be read or decoded: the mount is gone; check that"):
+        BrokenImages(source_of(count), replace=True, log=False).load(1, load)
+    assert len(tried) == tries
+
+
+def test_what_others_found_counts_once(caplog):
+    broken = BrokenImages(source_of(5), replace=True)
+    broken.add({1: "one", 2: "two"})
+    broken.add({2: "two again"})
+    assert len(broken) == 2 and broken.found == {1: "one", 2: "two"} and len(caplog.records) == 2
+    assert broken.load(1, loading(())) == (3, "face 3")

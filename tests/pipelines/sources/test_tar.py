@@ -1,0 +1,151 @@
+"""Shards written by tarfile, and by hand where tarfile would refuse."""
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.sources.tar import TarIndex, _members, write_shard
+
+
+def tar(path, members, format=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=format) as shard:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type = tarfile.DIRTYPE
+            else:
+                info.size = len(content)
+            shard.addfile(info, io.BytesIO(content or b""))
+    return path
+
+
+def images_of(source):
+    return [source.encoded(i).tobytes() for i in range(len(source))]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_images_and_labels(tmp_path, format):
+    long = "deep/" * 30 + "x"  # 151 characters: a prefix in ustar, an extended header in the others
+    uni = "gesichter/größe one" if format != tarfile.USTAR_FORMAT else "plain one"
+    tar(tmp_path / "a.tar", [("folder", None), ("b.jpg", b"first"), ("b.cls", b"3\n"), (f"{long}.json", b'{"label": 1, "x": 2}'), (f"{long}.png", b"second"),
+                             (f"{uni}.seg.png", b"no"), (f"{uni}.WebP", b"third"), (f"{uni}.cls", b"0"), (f"{uni}.txt", b"a caption")], format)
+    tar(tmp_path / "b.tar", [("b.cls", b"2"), ("b.jpg", b"fourth" * 200)], format)
+    source = open_source(tmp_path)
+    assert isinstance(source, TarIndex) and source.labels.tolist() == [3, 1, 0, 2] and source.num_classes == 4
+    assert images_of(source) == [b"first", b"second", b"third", b"fourth" * 200]
+    assert source.name(0) == f"{tmp_path / 'a.tar'} member b.jpg" and source.name(3) == f"{tmp_path / 'b.tar'} member b.jpg"
+    source.will_need(np.array([0, 3]))
+    (tmp_path / "property").write_text("10,112,112")
+    assert open_source(tmp_path).num_classes == 10
+    assert images_of(open_source(tmp_path / "b.tar")) == [b"fourth" * 200]
+
+
+def test_members_without_their_pair_are_skipped_and_counted(tmp_path, caplog):
+    tar(tmp_path / "a.tar", [("1.jpg", b"one"), ("2.cls", b"4"), ("3.jpg", b""), ("3.cls", b"1"), ("4.jpg", b"four"), ("4.json", b"{}"),
+                             ("5.jpg", b"five"), ("5.cls", b"0")])
+    with caplog.at_level("INFO"):
+        source = TarIndex.open(tmp_path)
+    assert images_of(source) == [b"five"]
+    assert source.skipped == {"images without label": 2, "labels without image": 1, "empty images": 1}
+    assert "1 images in tar shards" in caplog.text and "skipped 2 images without label; skipped 1 labels without image" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.cls", b"one"), ("a.cls", b""), ("a.json", b'{"label": "3"}'), ("a.json", b"{"), ("a.json", b"[" * 99999),
+                                              ("a.cls", b"9" * 400), ("a.json", b"9" * 400), ("a.cls", b"9" * 9999)])
+def test_labels_that_are_none(tmp_path, name, content):
+    path = tar(tmp_path / "a.tar", [("a.jpg", b"x"), (name, content)])
+    with pytest.raises(ValueError, match=rf"a\.tar: member {name} must hold a label, a whole number, got"):
+        TarIndex.open(path)
+
+
+@pytest.mark.parametrize("content", [b"-1", b"1.5", b"3000000000"])
+def test_labels_out_of_range(tmp_path, content):
+    path = tar(tmp_path / "a.tar", [("a.jpg", b"x"), ("a.json", b'{"cls": ' + content + b"}")])
+    with pytest.raises(ValueError, match=r"a\.tar: member a has label .*; a label must be a whole number in 0\.\."):
+        TarIndex.open(path)
+
+
+def test_members_lead_nowhere(tmp_path):
+    """Paths out of the folder are just names, links are no images, nothing is written."""
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name, kind in (("../../escape.jpg", tarfile.REGTYPE), ("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, "/etc/passwd", 4 if kind == tarfile.REGTYPE else 0
+            shard.addfile(info, io.BytesIO(b"face"))
+            label = tarfile.TarInfo(name[:-3] + "cls")
+            label.size = 1
+            shard.addfile(label, io.BytesIO(b"0"))
+    source = TarIndex.open(tmp_path)
+    assert images_of(source) == [b"face"] and source.skipped["labels without image"] == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar", "tar.index"]
+
+
+def test_every_truncation_is_one_clear_error(tmp_path):
+    file = tar(tmp_path / "whole.tar", [("a.jpg", b"x" * 700), ("a.cls", b"1"), ("b.jpg", b"y"), ("b.cls", b"0")]).read_bytes()
+    complete = {0, 1536, 2560, 3584, 4608}  # where a member ends
+    for cut in sorted({*range(0, 5200, 37), *range(0, 5200, 512)}):
+        data = np.frombuffer(file[:cut], dtype=np.uint8)
+        if cut in complete or cut >= 5120:  # from 5120 on, a block of zeros has closed the archive
+            list(_members(memoryview(data)))
+        else:
+            with pytest.raises(ValueError, match="truncated"):
+                list(_members(memoryview(data)))
+
+
+@given(st.data())
+def test_corruption_is_caught_or_harmless(data):
+    """Members lie inside the file, in order, whatever its headers say; or there is one ValueError."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as shard:
+        for name in ("a.jpg", "ä.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 5
+            shard.addfile(info, io.BytesIO(b"12345"))
+    damaged = bytearray(file.getvalue()[:4608])
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=5)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    end = 0
+    try:
+        for _, start, size in _members(memoryview(np.frombuffer(damaged, dtype=np.uint8))):
+            assert end <= start and start + size <= len(damaged)
+            end = start + size
+    except ValueError as error:
+        assert str(error)
+
+
+def test_other_files(tmp_path):
+    import gzip
+    (tmp_path / "a.tar").write_bytes(gzip.compress(os.urandom(2000)))
+    with pytest.raises(ValueError, match=r"a\.tar: no tar member starts at byte 0: compressed, damaged or no tar file"):
+        TarIndex.open(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(bytes(10240))
+    with pytest.raises(ValueError, match="it holds no image"):
+        TarIndex.open(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match=r"cannot open .*none: No such file"):
+        TarIndex.open(tmp_path / "none")
+
+
+def test_many_shards_need_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("scf_fast.pipelines.sources.indexed._KEPT_OPEN", 2)
+    for number in range(5):
+        write_shard(tmp_path / f"{number}.tar", [("a", ".jpg", b"%d" % number, number)])
+    before = len(os.listdir("/proc/self/fd"))
+    source = TarIndex.open(tmp_path)
+    source.will_need(np.arange(5))
+    data, starts, lengths = source.read(np.array([4, 0, 2]))
+    assert data.tobytes() == b"402" and starts.tolist() == [0, 1, 2] and lengths.tolist() == [1, 1, 1]
+    assert images_of(source) == [b"0", b"1", b"2", b"3", b"4"] and len(os.listdir("/proc/self/fd")) <= before + 1  # the index
+
+
+def test_written_shard_is_plain_tar(tmp_path):
+    write_shard(tmp_path / "a.tar", [("000", ".jpg", b"one", 7), ("001", ".png", np.frombuffer(b"two", np.uint8), 0)])
+    with tarfile.open(tmp_path / "a.tar") as shard:
+        found = {member.name: shard.extractfile(member).read() for member in shard}
+    assert found == {"000.jpg": b"one", "000.cls": b"7", "001.png": b"two", "001.cls": b"0"}
+    assert json.loads(found["000.cls"]) == 7

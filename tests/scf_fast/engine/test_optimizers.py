@@ -1,0 +1,112 @@
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from scf_fast.config import Config
+from scf_fast.engine.optimizers import LearningRate, build_optimizer
+
+CPU = torch.device("cpu")
+
+
+def stage1(**changes):
+    return Config(stage="backbone", data="d", output_dir="o", **changes)
+
+
+def steps(optimizer, parameter, gradients):
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_update_rule_against_its_formula(rule):
+    """L2 term in the gradient for both; Adam is not AdamW."""
+    torch.manual_seed(0)
+    p, gradients = torch.nn.Parameter(torch.randn(5)), [torch.randn(5) for _ in range(3)]
+    w, m, v = p.detach().clone().double(), torch.zeros(5).double(), torch.zeros(5).double()
+    for t, g in enumerate(gradients, 1):
+        g = g.double() + 5e-4 * w
+        if rule == "sgd":
+            m = g if t == 1 else 0.9 * m + g
+            w = w - 0.1 * m
+        else:
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            w = w - 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    got = steps(build_optimizer(rule, [p], stage1(lr=0.1), CPU), p, gradients)
+    torch.testing.assert_close(got.double(), w, rtol=1e-5, atol=1e-6)
+
+
+def test_values_are_clipped_at_the_step():
+    p = torch.nn.Parameter(torch.zeros(3))
+    got = steps(build_optimizer("sgd", [p], stage1(lr=1.0, weight_decay=0.0, max_grad_clip=0.5), CPU), p, [torch.tensor([2.0, -2.0, 0.1])])
+    torch.testing.assert_close(got, torch.tensor([-0.5, 0.5, -0.1]))
+
+
+def test_named_implementation_that_is_absent_is_an_error_and_auto_says_what_it_took(caplog):
+    p = [torch.nn.Parameter(torch.zeros(3))]
+    with pytest.raises(ValueError, match="--optimizer apex cannot be used here"):
+        build_optimizer("sgd", p, stage1(optimizer="apex"), CPU)
+    with caplog.at_level(logging.INFO):
+        build_optimizer("sgd", p, stage1(), CPU)
+    assert "optimizer: fused SGD of torch" in caplog.text
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({"apex/__init__.py": "import pyramid_that_is_not_there"}, "does not import"),
+    ({"apex/__init__.py": "", "apex/models.py": ""}, "not NVIDIA Apex"),
+    ({"apex/__init__.py": "", "apex/optimizers.py": ""}, "without its CUDA extensions"),
+    ({}, "not installed"),
+    ({"apex/__init__.py": "", "apex/optimizers.py": "", "amp_C.py": ""}, "None"),
+])
+def test_the_unrelated_apex_is_not_mistaken_for_nvidias(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = textwrap.dedent("""
+        import sys; sys.path.insert(0, sys.argv[1])
+        from scf_fast.engine.optimizers import nvidia_apex_problem
+        print(nvidia_apex_problem())""")
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert expected in out.stdout
+
+
+def rates(per_epoch=10, **changes):
+    c = stage1(lr=1.0, epochs=4, **changes)
+    schedule = LearningRate(c, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0), per_epoch)
+    return [schedule.at(step) for step in range(4 * per_epoch)]
+
+
+def test_schedules():
+    r = rates(lr_scheduler="Polynomial", power=2.0, warmup_epochs=1.0)
+    assert r[0] == pytest.approx(0.1) and r[9] == pytest.approx(1.0) and r[10] == 1.0 and r[25] == pytest.approx(0.25)
+    r = rates(lr_scheduler="StepLR", step_size=2, gamma=0.5)
+    assert r[:20] == [1.0] * 20 and r[20:] == [0.5] * 20
+    r = rates(lr_scheduler="MultiStep", milestones=(1, 3), gamma=0.1)
+    assert r[9] == 1.0 and r[10] == pytest.approx(0.1) and r[30] == pytest.approx(0.01)
+    r = rates(lr_scheduler="Cosine")
+    assert r[0] == 1.0 and r[20] == pytest.approx(0.5)
+    assert rates(lr_scheduler="Constant") == [1.0] * 40
+
+
+def test_plateau_follows_the_loss_and_resumes():
+    c = stage1(lr=1.0, lr_scheduler="ReduceLROnPlateau", plateau_patience=3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    schedule = LearningRate(c, optimizer, 10)
+    for loss in (1.0, 1.0, 1.0):
+        schedule.plateau.step(loss)
+    state = schedule.state_dict()
+    again = LearningRate(c, optimizer, 10)
+    again.load_state_dict(state)
+    again.plateau.step(1.0)
+    assert again.before_step(0) == 1.0
+    again.plateau.step(1.0)
+    assert again.before_step(0) == pytest.approx(0.1)
+    fresh = LearningRate(c, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0), 10)
+    fresh.load_state_dict(json.loads(json.dumps(again.state_dict())))  # as a checkpoint holds it
+    assert fresh.before_step(0) == pytest.approx(0.1)

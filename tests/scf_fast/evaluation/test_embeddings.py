@@ -1,0 +1,206 @@
+"""The store of embeddings: what is computed, by whom, how often, and what is refused."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scf_fast.evaluation import embeddings as module
+from scf_fast.evaluation.alignment import TEMPLATE, AlignedFaces
+from scf_fast.evaluation.embeddings import EmbeddingStore
+from scf_fast.pipelines.sources.base import EncodedImages, ImageFiles
+
+
+class Counting:
+    """An embedder whose features are a picture's mean colour, and that counts the images it has seen."""
+
+    radius, embedding_dim, normalization, device, key = 64.0, 3, "insightface", torch.device("cpu"), "counting"
+
+    settled = gives_kappa = True
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, images):
+        self.seen += len(images)
+        features = images.mean(dim=(2, 3)) + 2
+        return features, features.sum(dim=1)
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(11)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (112, 112), (20 * i, 5, 250 - 20 * i)).save(path)
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(module, "_PART", 4)
+
+
+def store(tmp_path, embedder, **share):
+    return EmbeddingStore(embedder, tmp_path / "store", batch_size=3, loader="torch", num_workers=0, **share)
+
+
+def expected_features():
+    colours = np.array([[20 * i, 5, 250 - 20 * i] for i in range(11)], np.float32)
+    return torch.from_numpy((colours - 127.5) / 127.5 + 2)
+
+
+def test_a_backbone_alone_has_features_and_no_kappa(tmp_path, files):
+    class Alone(Counting):
+        gives_kappa = False
+
+        def __call__(self, images):
+            return super().__call__(images)[0], None
+
+    for embedder in Alone(), Alone():
+        embeddings = store(tmp_path, embedder).load(ImageFiles(files), "images")
+        torch.testing.assert_close(embeddings.features, expected_features())
+        assert embeddings.log_kappa is None and embeddings.kappa is None
+    assert embedder.seen == 0  # the second reads what the first has left
+
+
+def test_embeddings_are_computed_once_and_in_order(tmp_path, files):
+    embedder = Counting()
+    for _ in range(2):
+        embeddings = store(tmp_path, embedder).load(ImageFiles(files), "images")
+        torch.testing.assert_close(embeddings.features, expected_features())
+        torch.testing.assert_close(embeddings.log_kappa, expected_features().sum(dim=1))
+    assert embedder.seen == 11
+    torch.testing.assert_close(embeddings.mu.norm(dim=1), torch.ones(11))
+    np.testing.assert_allclose(embeddings.kappa, np.exp(expected_features().double().sum(dim=1)), rtol=1e-5)
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path, files):
+    class CutOff(Counting):
+        def __call__(self, images):
+            if self.seen >= 6:
+                raise KeyboardInterrupt
+            return super().__call__(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        store(tmp_path, CutOff()).load(ImageFiles(files), "images")
+    again = Counting()
+    torch.testing.assert_close(store(tmp_path, again).load(ImageFiles(files), "images").features, expected_features())
+    assert again.seen == 11 - 4  # the first part was whole
+
+
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+from scf_fast.pipelines.sources.base import ImageFiles
+from scf_fast import frozen, launch
+from scf_fast.networks.backbones import Backbone
+from scf_fast.networks.confidence import build_confidence_net
+from scf_fast.embed import Embedder
+from scf_fast.evaluation import embeddings
+from scf_fast.model import SCF
+
+torch.manual_seed(0)
+backbone = Backbone("ir_tiny", 24)
+model = SCF(backbone, build_confidence_net("conv", 16, 7, initial_kappa=300.0), radius=64.0, normalization="insightface").eval()
+rank = launch.start().rank
+source = ImageFiles(sorted(Path(sys.argv[1]).glob("*.png")))
+embeddings._PART, seen = 3, []
+
+def embedder(limits):
+    frozen.MIN_COSINE, frozen.MAX_CONVF_ERROR = limits
+    return Embedder(model, "cpu", "bf16")
+
+def settled(limits):
+    made = embedder(limits)
+    try:
+        made.settle(torch.randn(4, 3, 112, 112))
+    except ValueError as error:
+        return str(error)
+    return str(made._backbone.dtype)
+
+lenient, strict = (0.0, {"bf16": 1.0, "fp32": 1.0}), (0.0, {"bf16": 0.0, "fp32": 1.0})
+never = (0.0, {"bf16": 0.0, "fp32": 0.0})
+# One line a rank and question, so that the output can be told apart however the ranks interleave.
+answers = [settled(lenient), settled(strict if rank else lenient), settled(never if rank else lenient)[:42]]
+
+shared = embedder(lenient)
+store = embeddings.EmbeddingStore(shared, Path(sys.argv[2]), batch_size=2, loader="torch", num_workers=0, rank=rank, world_size=2)
+embed = shared._embed
+shared._embed = lambda images: (seen.append(len(images)), embed(images))[1]
+for _ in range(2):
+    store.fill(source, "images")
+torch.distributed.barrier()
+loaded = store.load(source, "images")
+with torch.no_grad():
+    alone = embedder(lenient)
+    (_, images), = embeddings.load_batches(alone, source, [torch.arange(11).numpy()], loader="torch", num_workers=0)
+    at_once = alone(images)[0]
+cosine = torch.nn.functional.cosine_similarity(loaded.features, at_once).min().item()
+print(f"\\nrank {rank}: {answers} embedded {sum(seen)} cosine {cosine > 0.999}", flush=True)
+launch.finish()
+launch.leave(0)
+"""
+
+
+def test_ranks_share_the_work_and_settle_on_one_precision(run_command, tmp_path, files):
+    """bf16 that both ranks find accurate; that one of them refuses; float32 refused by one of them too. Then 11 images in parts of three."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    status, output = run_command([*launcher, tmp_path / "ranks.py", tmp_path, tmp_path / "store"], PYTHONPATH=os.getcwd())
+    assert status == 0, output
+    lines = dict(line.split(": ", 1) for line in output.splitlines() if line.startswith("rank "))
+    verdicts = "['torch.bfloat16', 'torch.float32', {!r}]"
+    assert lines["rank 0"] == verdicts.format("the backbone is not accurate in fp32 on another rank"[:42]) + " embedded 6 cosine True"
+    assert lines["rank 1"] == verdicts.format("the frozen backbone differs from the float32 model"[:42]) + " embedded 5 cosine True"
+
+
+@pytest.mark.parametrize("change", ["model", "content", "time", "landmarks"])
+def test_another_model_or_other_data_is_computed_anew(tmp_path, files, change):
+    landmarks = np.tile(TEMPLATE, (11, 1, 1))
+    store(tmp_path, Counting()).load(AlignedFaces(ImageFiles(files), landmarks), "images")
+    embedder = Counting()
+    if change == "model":
+        embedder.key = "another"
+    elif change == "content":
+        files[3].write_bytes(files[4].read_bytes() + b" ")
+    elif change == "time":
+        os.utime(files[3], (1, 1))
+    else:
+        landmarks[2, 0, 0] += 1e-3
+    store(tmp_path, embedder).load(AlignedFaces(ImageFiles(files), landmarks), "images")
+    assert embedder.seen == 11
+
+
+def test_images_in_memory_are_known_by_their_bytes(tmp_path, files):
+    images = [path.read_bytes() for path in files]
+    store(tmp_path, Counting()).load(EncodedImages(images), "images")
+    same, other = Counting(), Counting()
+    store(tmp_path, same).load(EncodedImages(images), "images")
+    store(tmp_path, other).load(EncodedImages(images[::-1]), "images")
+    assert (same.seen, other.seen) == (0, 11)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda features, log_kappa: (features.log() * torch.nan, log_kappa),
+    lambda features, log_kappa: (features * 0, log_kappa),
+    lambda features, log_kappa: (features, log_kappa + 90),  # kappa overflows float32
+    lambda features, log_kappa: (features, log_kappa - 200),  # kappa is 0
+])
+def test_unusable_output_names_the_image_and_is_not_kept(tmp_path, files, damage):
+    class Broken(Counting):
+        def __call__(self, images):
+            first = self.seen
+            features, log_kappa = super().__call__(images)
+            bad = torch.arange(first, self.seen) >= 6
+            damaged = damage(features, log_kappa)
+            return torch.where(bad[:, None], damaged[0], features), torch.where(bad, damaged[1], log_kappa)
+
+    with pytest.raises(ValueError, match=r"2 of 4 images are not so, the first .*6\.png"):
+        store(tmp_path, Broken()).load(ImageFiles(files), "images")
+    again = Counting()
+    store(tmp_path, again).load(ImageFiles(files), "images")
+    assert again.seen == 11 - 4

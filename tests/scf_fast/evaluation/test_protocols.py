@@ -1,0 +1,252 @@
+import numpy as np
+import pytest
+import torch
+from scipy.stats import vonmises_fisher
+
+from scf_fast.evaluation import embeddings as embeddings_module
+from scf_fast.evaluation import metrics, protocols
+from scf_fast.evaluation.embeddings import Embeddings, score_pairs
+from scf_fast.kernels import neutral_radius, pool_templates, vmf_similarity
+from scf_fast.pipelines.evaluation_sets.template_protocol import TemplateProtocol
+from scf_fast.pipelines.sources.base import EncodedImages
+
+
+def random_embeddings(count, dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Embeddings(5 * torch.randn(count, dim, generator=generator), 3 + torch.randn(count, generator=generator))
+
+
+@pytest.mark.parametrize("cells", [0, 1000], ids=["rows", "bands"])
+def test_pairs_are_scored_alike_in_pieces(monkeypatch, cells):
+    e = random_embeddings(10)
+    first, second = torch.tensor([0, 3, 3, 9, 2, 5, 7]), torch.tensor([1, 4, 3, 0, 8, 6, 7])
+    monkeypatch.setitem(embeddings_module._PAIRS_AT_ONCE, "cpu", 3)
+    monkeypatch.setattr(embeddings_module, "_SCORES_AT_ONCE", 14)  # two rows of seven columns; then two pairs
+    monkeypatch.setattr(embeddings_module, "_CELLS_PER_PAIR", cells)
+    kappas = torch.from_numpy(e.kappa)
+    cosines, vmfs = score_pairs(e.mu, kappas, first, second, radius=32.0)
+    assert score_pairs(e.mu, None, first, second, radius=32.0).vmf is None
+    f = e.features.double().numpy()
+    for i, j, cosine, vmf in zip(first.tolist(), second.tolist(), cosines, vmfs, strict=True):
+        # mu is float32: its rounding, not the score's arithmetic, is what the tolerance covers.
+        assert cosine == pytest.approx(f[i] @ f[j] / np.linalg.norm(f[i]) / np.linalg.norm(f[j]), abs=3e-7)
+        expected = vmf_similarity(e.features[i:i + 1].double(), kappas[i:i + 1], e.features[j:j + 1].double(), kappas[j:j + 1], radius=32.0)
+        assert vmf == pytest.approx(expected.item(), abs=1e-3)
+    assert cosines[2] == pytest.approx(1, abs=1e-12)
+    assert score_pairs(e.mu, kappas, first[:0], second[:0], radius=32.0).vmf.shape == (0,)
+
+
+def test_a_set_pairs_its_neighbouring_images():
+    e = random_embeddings(6)
+    scores = protocols.score_verification_set(e, radius=64.0)
+    f = torch.nn.functional.normalize(e.features.double()).numpy()
+    np.testing.assert_allclose(scores.cosine, (f[0::2] * f[1::2]).sum(axis=1), atol=3e-7)
+
+
+def random_protocol(count=40, templates=(900, 17, -4), media=(5, 6, 10**9), pairs=((900, 17), (17, -4), (900, 900)), seed=4):
+    rng = np.random.default_rng(seed)
+    template_ids = np.concatenate([templates, rng.choice(templates, count - len(templates))])
+    return TemplateProtocol([f"{i}.jpg" for i in range(count)], template_ids, rng.choice(media, count), np.zeros((count, 5, 2)),
+                            rng.random(count).astype(np.float32), np.array(pairs), np.arange(len(pairs)) % 2 == 0, EncodedImages([b""] * count))
+
+
+def loop_over_templates(e, protocol, weights, by_media=True):
+    """Direction and length by template id, by the definition: the sum over media of the medium's mean, or over all images."""
+    pooled = {}
+    for template in set(protocol.template_ids.tolist()):
+        total = np.zeros(e.features.shape[1])
+        for medium in set(protocol.media_ids[protocol.template_ids == template].tolist()):
+            rows = np.flatnonzero((protocol.template_ids == template) & (protocol.media_ids == medium))
+            total += sum(e.mu[row].double().numpy() * weights[row] for row in rows) / (len(rows) if by_media else 1)
+        pooled[template] = total / np.linalg.norm(total), np.linalg.norm(total)
+    return pooled
+
+
+def test_templates_against_a_loop():
+    protocol, e = random_protocol(), random_embeddings(40)
+    expected_weights = {"average": np.ones(40), "norm": e.feature_norm, "detector": protocol.detector_score,
+                        "norm_detector": e.feature_norm * protocol.detector_score, "kappa_images": e.kappa, "kappa": e.kappa}
+    pooled = dict(protocols.pool_every_way(e, protocol))
+    assert pooled.keys() == expected_weights.keys()
+    for name, weights in expected_weights.items():
+        pooling, expected = pooled[name], loop_over_templates(e, protocol, weights, name != "kappa_images")
+        scores = protocols.score_templates(pooling, protocol, radius=64.0)
+        np.testing.assert_allclose(scores.cosine, [expected[a][0] @ expected[b][0] for a, b in protocol.pair_template_ids], atol=1e-6)
+        assert (scores.vmf is None) == (not name.startswith("kappa"))
+    for (a, b), score in zip(protocol.pair_template_ids.tolist(), scores.vmf):
+        (mu1, kappa1), (mu2, kappa2) = ((torch.tensor(mu)[None], torch.tensor([kappa])) for mu, kappa in (expected[a], expected[b]))
+        assert score == pytest.approx(vmf_similarity(mu1, kappa1, mu2, kappa2).item(), abs=1e-4)
+    quality = protocols.template_quality(e, protocol)
+    for row, template in enumerate(protocols.template_ids(protocol).tolist()):
+        members = protocol.template_ids == template
+        assert quality["kappa"][row] == pytest.approx(expected[template][1], rel=1e-6)
+        assert quality["feature_norm"][row] == pytest.approx(e.feature_norm[members].mean())
+        assert quality["detector"][row] == pytest.approx(protocol.detector_score[members].mean())
+
+
+def test_eqn_13_is_best_at_the_concentration_that_made_the_images():
+    """Images drawn around their subject's direction with known kappa, pooled by Eqn (14): the likelihood ratio separates better than the
+    cosine, and loses that where kappa is half or twice what it was."""
+    rng = np.random.default_rng(0)
+    subjects, dim = 60, 128
+    centers = rng.normal(size=(subjects, dim))
+    template_ids = np.concatenate([np.arange(4 * subjects), rng.integers(0, 4 * subjects, 8 * subjects)])
+    kappa = np.exp(rng.uniform(np.log(10), np.log(100), len(template_ids)))
+    mu = [vonmises_fisher(center / np.linalg.norm(center), k, seed=rng).rvs(1)[0] for center, k in zip(centers[template_ids % subjects], kappa)]
+    directions, kappas = pool_templates(torch.from_numpy(np.array(mu)), torch.from_numpy(kappa), torch.from_numpy(template_ids))
+    first, second = np.triu_indices(4 * subjects, 1)
+    same = first % subjects == second % subjects
+
+    def separation(factor):
+        cosine, vmf = score_pairs(directions, factor * kappas, torch.from_numpy(first), torch.from_numpy(second), 64.0)
+        return metrics.area_under_roc(cosine, same), metrics.area_under_roc(vmf, same)
+
+    cosine, exact = separation(1.0)
+    assert exact > cosine + 0.02 and exact > separation(0.5)[1] + 0.01 and exact > separation(2.0)[1] + 0.03
+
+
+def test_equal_detector_scores_are_left_out():
+    protocol, e = random_protocol()._replace(detector_score=np.ones(40)), random_embeddings(40)
+    assert protocols.pooling_weights(e, protocol).keys() == {"average", "norm", "kappa"}
+    assert protocols.template_quality(e, protocol).keys() == {"kappa", "feature_norm"}
+
+
+def test_a_confident_frame_outweighs_blurred_ones():
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    e = Embeddings(features, torch.tensor([300.0, 1.0, 1.0, 300.0]).log())
+    protocol = TemplateProtocol(list("abcd"), np.array([1, 1, 1, 2]), np.array([1, 2, 3, 4]), None, np.ones(4), np.array([[1, 2]]), np.array([True]), None)
+    scores = {name: protocols.score_templates(pooling, protocol, radius=64.0).cosine for name, pooling in protocols.pool_every_way(e, protocol)}
+    assert scores["average"] == pytest.approx(1 / np.sqrt(5)) and scores["kappa"] > 0.9999
+
+
+@pytest.mark.parametrize("score", ["cosine", "vmf"])
+def test_search_against_brute_force(monkeypatch, score):
+    monkeypatch.setattr(protocols, "_SCORES_AT_ONCE", 45)  # three probes at a time
+    rng = np.random.default_rng(0)
+    gallery_subjects, probe_subjects = rng.permutation(100)[:15], rng.integers(0, 100, 40)
+    gallery, probes = random_embeddings(15, seed=1), random_embeddings(40, seed=2)
+    kappas = [torch.from_numpy(e.kappa) if score == "vmf" else None for e in (gallery, probes)]
+    faces = gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects
+    searches, shallow = protocols.search(*faces, radius=64.0, depth=15), protocols.search(*faces, radius=64.0, depth=3)
+    assert 0 < searches.mated.sum() < 40
+    for q in range(40):
+        values = []
+        for g in range(15):
+            if score == "cosine":
+                values.append((probes.mu[q].double() @ gallery.mu[g].double()).item())
+            else:
+                pair = probes.mu[q:q + 1].double(), kappas[1][q:q + 1], gallery.mu[g:g + 1].double(), kappas[0][g:g + 1]
+                values.append(vmf_similarity(*pair).item())
+        own = [value for value, subject in zip(values, gallery_subjects) if subject == probe_subjects[q]]
+        others = [value for value, subject in zip(values, gallery_subjects) if subject != probe_subjects[q]]
+        assert searches.best_other[q] == pytest.approx(max(others), abs=1e-6)
+        assert searches.mated[q] == bool(own)
+        if own:
+            assert searches.mate_score[q] == pytest.approx(own[0], abs=1e-6)
+            assert searches.mate_rank[q] == 1 + sum(value > own[0] for value in others)
+            assert shallow.mate_rank[q] == min(searches.mate_rank[q], 4)
+    np.testing.assert_array_equal(shallow.best_other, searches.best_other)
+
+
+def test_a_gallery_of_one():
+    gallery, probes = random_embeddings(1, seed=1), random_embeddings(2, seed=2)
+    searches = protocols.search(gallery.mu, None, np.array([7]), probes.mu, None, np.array([7, 8]))
+    assert searches.mate_rank.tolist() == [1, 0] and searches.best_other[0] == -np.inf and np.isfinite(searches.best_other[1])
+
+
+def test_score_histogram_counts_every_comparison():
+    rng = np.random.default_rng(0)
+    gallery_subjects, probe_subjects = rng.permutation(30)[:15], rng.integers(0, 30, 40)
+    gallery, probes = random_embeddings(15, seed=1), random_embeddings(40, seed=2)
+    kappas = torch.from_numpy(gallery.kappa), torch.from_numpy(probes.kappa)
+    histogram = protocols.score_histogram(gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects)
+    radius = neutral_radius(8)
+    scores = np.array([[vmf_similarity(gallery.mu[g:g + 1].double(), kappas[0][g:g + 1], probes.mu[q:q + 1].double(), kappas[1][q:q + 1], radius).item()
+                        for g in range(15)] for q in range(40)])
+    same = probe_subjects[:, None] == gallery_subjects
+    for counts, kind in (histogram.genuine, same), (histogram.impostor, ~same):
+        np.testing.assert_array_equal(counts, np.histogram(scores[kind], histogram.edges)[0])
+        assert counts.sum() == kind.sum()
+    # The range is that of the scores, to a bin of the range that they could have had.
+    assert histogram.edges[0] <= scores.min() and scores.max() <= histogram.edges[-1] < scores.max() + 0.01 * np.ptp(scores) + 1
+
+
+def test_searches_without_unmated_ones_have_no_open_set():
+    searches = protocols.metrics.Searches(np.full(20, 0.5), np.ones(20, np.int64), np.zeros(20))
+    assert protocols.summarise_searches(searches) == {"searches": 20, "mated": 20, "rank": {"1": 1.0, "5": 1.0, "10": 1.0}, "tpir_at_fpir": {}}
+
+
+def test_summary_of_a_verification_set():
+    same = np.arange(40) % 2 == 0
+    cosine = np.where(same, 0.8, 0.1)
+    cosine[[1, 2]] = 0.9, 0.05  # one impostor above every genuine pair, one genuine pair below every impostor
+    scores = protocols.PairScores(cosine, np.where(same, -1000.0, -1200.0))
+    summary = protocols.summarise_verification(scores, same)
+    assert summary["pairs"] == 40
+    assert summary["accuracy"] == pytest.approx(38 / 40) and summary["accuracy_vmf"] == 1 and summary["accuracy_vmf_std"] == 0
+    assert summary["tar_at_far"] == {}  # 20 impostors measure no FAR of at most 0.1
+    assert summary["eer"] == pytest.approx(1 / 20) and summary["eer_vmf"] == 0
+    assert summary["auc"] == pytest.approx(1 - (20 + 20 - 1) / 400) and summary["auc_vmf"] == 1
+    assert protocols.tar_table(np.tile(cosine, 5), np.tile(same, 5)) == {"1e-01": 0.95}
+
+
+def test_rejection_against_brute_force():
+    e = random_embeddings(120, seed=3)
+    rng = np.random.default_rng(0)
+    same = np.arange(60) % 2 == 0
+    cosine = rng.normal(loc=0.8 * same)
+    rejection = protocols.reject_by_quality(cosine, same, {name: protocols.lower_of_pair(values) for name, values in protocols.image_quality(e).items()})
+    wrong = (cosine > rejection.threshold) != same
+    false_accepts, false_rejects = wrong[~same].sum(), wrong[same].sum()
+    assert abs(false_accepts - false_rejects) <= 1 and wrong.any()
+    for order, quality in ("kappa", e.kappa), ("feature_norm", e.feature_norm):
+        curve = rejection.curves[order]
+        lower = [min(quality[2 * k], quality[2 * k + 1]) for k in range(60)]
+        for rejected in range(60):
+            kept = sorted(range(60), key=lower.__getitem__)[rejected:]
+            assert curve.error[rejected] == pytest.approx(wrong[kept].mean()) and curve.rejected[rejected] == pytest.approx(rejected / 60)
+    assert rejection.curves["oracle"].error[wrong.sum()] == 0
+    assert rejection.curves["oracle"].area < min(curve.area for order, curve in rejection.curves.items() if order != "oracle")
+
+
+def test_rejection_at_a_given_far():
+    rng = np.random.default_rng(0)
+    same = np.arange(400) % 2 == 0
+    scores = rng.normal(loc=2 * same)
+    rejection = protocols.reject_by_quality(scores, same, {"kappa": rng.random(400)}, far=0.05)
+    assert np.mean(scores[~same] > rejection.threshold) == 0.05 and rejection.far == 0.05
+    assert rejection.curves.keys() == {"kappa", "random", "oracle"}
+    assert rejection.curves["random"].area == pytest.approx(np.mean((scores > rejection.threshold) != same))
+
+
+def test_quality_falls_with_severity():
+    e = Embeddings(torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), torch.tensor([5.0, 4.0, 1.0]))
+    summary = protocols.summarise_quality(e, np.array([0.1, 0.5, 0.9]))
+    assert summary["kappa"]["severity_spearman"] == pytest.approx(-1) and summary["feature_norm"]["severity_spearman"] == pytest.approx(-0.5)
+    assert summary["kappa"]["median"] == pytest.approx(np.exp(4)) and summary["feature_norm"]["median"] == 2
+    for severity in (None, np.zeros(3)):
+        assert protocols.summarise_quality(e, severity)["kappa"]["severity_spearman"] is None
+
+
+def test_severity_by_name(tmp_path):
+    path = tmp_path / "severity.csv"
+    path.write_text("name,identity,severity\nb.jpg,1,0.75\na.jpg,0,0.25\nc.jpg,2,1\n")
+    assert protocols.read_severity(path, "name", ["a.jpg", "b.jpg"]).tolist() == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("image,identity\n", "columns name and severity"),
+    ("", "columns name and severity"),
+    ("name,severity\na,low\n", "line 2: severity must be a number"),
+    ("name,severity\na\n", "line 2: severity must be a number"),
+    ("name,severity\na," + "9" * 200_000, "severity must be a number"),  # more than the CSV reader takes
+    ("name,severity\n\xff,0.5\n", "lacks 1 of 1 images, the first a"),
+    ("name,severity\na,nan\n", "must lie in .* got nan for a"),
+    ("name,severity\na,1.5\n", "must lie in .* got 1.5 for a"),
+    ("name,severity\nb,0.5\n", "lacks 1 of 1 images, the first a"),
+])
+def test_severity_files_that_are_refused(tmp_path, text, message):
+    path = tmp_path / "severity.csv"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        protocols.read_severity(path, "name", ["a"])

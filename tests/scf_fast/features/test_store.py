@@ -1,0 +1,275 @@
+import json
+import os
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scf_fast.distributed import free_port
+from scf_fast.feature_cache import main
+from scf_fast.features.store import (
+    CacheLayout,
+    FeatureCache,
+    cache_key,
+    decode,
+    encode,
+    encoding_error,
+    layout_of,
+    read_meta,
+)
+
+KEY = {"backbone": "b", "data": "d", "normalization": "insightface", "precision": "fp32"}
+BOUND = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4, "int8": 0.5 / 127}  # fp8: of the value; int8: of the largest value
+
+
+def views(layout, rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(rows, layout.z_dim, generator=generator), torch.randn(rows, *layout.convf_shape, generator=generator) * 3) for _ in range(2)]
+
+
+@pytest.fixture
+def small(tmp_path):
+    layout = CacheLayout(50, 8, (4, 3, 3), "fp32")
+    FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
+    return tmp_path / "c", layout
+
+
+@pytest.mark.parametrize("dtype", list(BOUND))
+def test_encoding_error_is_bounded(dtype):
+    layout = CacheLayout(1, 8, (4, 3, 3), dtype)
+    (features, convf), _ = views(layout, 16)
+    got_features, got = decode(layout, encode(layout, features, convf))
+    assert torch.equal(got_features, features)
+    error, size = (got.float() - convf).abs(), convf.abs()
+    if dtype == "int8":
+        size = size.amax((1, 2, 3), keepdim=True).expand_as(size)
+    smallest = convf.abs().amax((1, 2, 3), keepdim=True) * 2.0**-9 if dtype == "fp8" else 0.0  # below fp8's normal range the step is fixed
+    assert (error <= torch.maximum(BOUND[dtype] * size * 1.001, torch.as_tensor(smallest))).all()
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_zero_map_survives_quantisation():
+    layout = CacheLayout(1, 2, (2, 2, 2), "int8")
+    _, convf = decode(layout, encode(layout, torch.ones(1, 2), torch.zeros(1, 2, 2, 2)))
+    assert torch.equal(convf, torch.zeros(1, 2, 2, 2))
+
+
+def test_write_then_read_both_orientations_in_any_order(small, monkeypatch):
+    monkeypatch.setattr("scf_fast.features.store._SHARD_BYTES", 2000)  # several shards
+    folder, _ = small
+    layout = CacheLayout(50, 8, (4, 3, 3), "fp32")
+    folder = folder.with_name("sharded")
+    FeatureCache.create_or_check(folder, KEY, layout)
+    assert len(list(folder.glob("rows-*.bin"))) > 3
+    cache = FeatureCache.open(folder, layout, 0)
+    indices = np.array([49, 3, 17, 0, 31])
+    plain, turned = views(layout, 5)
+    cache.write(indices, [plain, turned])
+    cache.close()
+    again = FeatureCache.open(folder, layout, 0)
+    assert again.present.nonzero()[0].tolist() == sorted(indices)
+    order = np.array([2, 0, 4])
+    flips = np.array([False, True, True])
+    features, convf = decode(layout, again.read(indices[order], flips))
+    for row, (place, flip) in enumerate(zip(order, flips)):
+        expected = (turned if flip else plain)
+        assert torch.equal(features[row], expected[0][place]) and torch.equal(convf[row], expected[1][place])
+    again.close()
+
+
+def store_ten(folder, layout):
+    cache = FeatureCache.open(folder, layout, 0)
+    cache.write(np.arange(10), views(layout, 10))
+    cache.close()
+
+
+def test_damaged_record_becomes_missing_and_only_that(small):
+    folder, layout = small
+    store_ten(folder, layout)
+    with open(folder / "rows-00000.bin", "r+b") as file:
+        file.seek(4 * layout.record_bytes + 20)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    cache = FeatureCache(folder, layout, 0)
+    assert cache.verify(progress=False) == 1
+    assert (~cache.present[:10]).nonzero()[0].tolist() == [4]
+    stored = np.fromfile(folder / "rows-00000.bin", np.uint8).reshape(-1, layout.record_bytes)
+    halves = [zlib.crc32(stored[3, start:start + layout.view_bytes].tobytes()) for start in (0, layout.view_bytes)]
+    assert np.fromfile(folder / "checksums.bin", np.uint32).reshape(-1, 2)[3].tolist() == halves
+
+
+def test_a_full_disk_leaves_what_is_stored_and_the_rest_missing(small, monkeypatch, caplog):
+    folder, layout = small
+    cache = FeatureCache.open(folder, layout, 0)
+    cache.write(np.arange(3), views(layout, 3))
+    cache.refresh()
+    monkeypatch.setattr("os.pwrite", lambda file, data, offset: len(data) // 2)  # as on a disk with room for half a record
+    for _ in range(3):
+        cache.write(np.arange(3, 6), views(layout, 3))
+        cache.refresh()
+    cache.close()
+    assert caplog.text.count("cannot be written (No space left on device)") == 1 and cache.problem is not None
+    monkeypatch.undo()
+    assert FeatureCache(folder, layout, 0).present.nonzero()[0].tolist() == [0, 1, 2]
+
+
+def test_a_damaged_record_is_refused_when_it_is_read_and_made_anew(small):
+    folder, layout = small
+    store_ten(folder, layout)
+    with open(folder / "rows-00000.bin", "r+b") as file:
+        file.seek(4 * layout.record_bytes + layout.view_bytes + 20)  # in the mirrored half
+        file.write(b"\xa5\xa5")
+    cache = FeatureCache.open(folder, layout, 0)
+    cache.read(np.arange(10), np.zeros(10, dtype=bool))
+    with pytest.raises(ValueError, match="the record of image 4 is damaged; start again with --resume"):
+        cache.read(np.arange(10), np.ones(10, dtype=bool))
+    cache.close()
+    cache = FeatureCache.open(folder, layout, 0)
+    assert (~cache.present[:10]).nonzero()[0].tolist() == [4]
+    cache.write(np.array([4]), [tuple(value[4:5] for value in view) for view in views(layout, 10)])
+    cache.refresh()
+    cache.read(np.arange(10), np.ones(10, dtype=bool))
+    cache.close()
+
+
+def test_a_cache_left_open_is_checked_before_it_is_used(small):
+    folder, layout = small
+    cache = FeatureCache.open(folder, layout, 1)
+    cache.write(np.arange(3), views(layout, 3))
+    cache.refresh()
+    cache._checksums[2] += 1  # a record half written when the machine died
+    cache._checksums.flush()
+    assert (folder / "writing-1").exists()
+    FeatureCache.create_or_check(folder, KEY, layout)
+    assert not list(folder.glob("writing-*"))
+    assert FeatureCache(folder, layout, 0).present.nonzero()[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("change", ["backbone", "data", "normalization", "precision", "dtype", "num_images"])
+def test_a_cache_of_something_else_is_refused(small, change):
+    folder, layout = small
+    key = {**KEY, **({change: "other"} if change in KEY else {})}
+    if change not in KEY:
+        layout = CacheLayout(**{**layout.__dict__, change: "bf16" if change == "dtype" else 49})
+    with pytest.raises(ValueError, match=f"was made for something else \\({change}: cached .*, needed"):
+        FeatureCache.create_or_check(folder, key, layout)
+
+
+@given(st.one_of(st.binary(), st.recursive(st.none() | st.integers() | st.text() | st.floats(), lambda inner: st.lists(inner) | st.dictionaries(
+    st.sampled_from(["format", "key", "layout", "convf_error", "num_images", "z_dim", "convf_shape", "dtype"]), inner)).map(lambda v: json.dumps(v).encode())),
+    st.dictionaries(st.sampled_from(["num_images", "z_dim", "convf_shape", "dtype"]), st.integers() | st.lists(st.integers()) | st.text() | st.none()))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_meta_is_read_or_refused(small, content, changes):
+    folder, _ = small
+    good = (folder / "meta.json").read_bytes()
+    changed = json.loads(good)
+    changed["layout"].update(changes)
+    try:
+        for text in (content, json.dumps(changed).encode()):
+            (folder / "meta.json").write_bytes(text)
+            try:
+                layout = layout_of(read_meta(folder))
+            except ValueError as error:
+                assert "meta.json is damaged" in str(error)
+            else:
+                assert layout.record_bytes > 0 and layout.rows_per_shard > 0
+    finally:
+        (folder / "meta.json").write_bytes(good)
+
+
+def test_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = __import__("shutil").disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=120_000_000))
+    with pytest.raises(ValueError, match=r"needs 0\.4 GB for 1000000 images, but 0\.1 GB are free; use --cache_dtype int8, or --cache_budget 0\.1"):
+        FeatureCache.create_or_check(tmp_path / "c", KEY, CacheLayout(1_000_000, 8, (4, 3, 3), "fp32"))
+
+
+def test_meta_reads_back_and_damage_is_named(small):
+    folder, layout = small
+    assert layout_of(read_meta(folder)) == layout
+    (folder / "meta.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        read_meta(folder)
+    with pytest.raises(ValueError, match="holds no feature cache"):
+        read_meta(folder.parent)
+
+
+def test_key_follows_weights_and_data():
+    class Source:
+        labels = np.arange(5)
+
+        def __len__(self):
+            return 5
+
+        def encoded(self, i):
+            return np.full(3, i + self.shift, np.uint8)
+
+        shift = 0
+
+    state = {"w": torch.ones(3)}
+    key = cache_key(state, Source(), "published", "bf16")
+    assert cache_key({"w": torch.ones(3)}, Source(), "published", "bf16") == key
+    assert cache_key({"w": torch.tensor([1.0, 1.0, 2.0])}, Source(), "published", "bf16")["backbone"] != key["backbone"]
+    changed = Source()
+    changed.shift = 1
+    assert cache_key(state, changed, "published", "bf16")["data"] != key["data"]
+
+
+def test_built_in_advance_by_two_ranks_and_used_by_another_head_rate_radius_and_normaliser(faces, stage1, tmp_path, flags, run_command, monkeypatch, capsys):
+    """The pixels are normalised as stage 1 notes beside the backbone, so that training finds its own cache, and computes nothing."""
+    folder, weights = tmp_path / "cache", stage1[0] / "backbone.pth"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "-m"]
+    status, output = run_command([*launcher, "scf_fast.feature_cache", "build", folder, "--data", faces / "train", "--saved_bkb", weights,
+                                  "--precision", "fp32", "--cache_dtype", "int8", "--num_workers", 1])
+    assert status == 0 and output.count("pixels: published, as noted in --saved_fc") == 1, output
+    other = ["--confidence_net", "mlp", "--lr", "1e-4", "--radius", 32, "--normalizer", "published", "--precision", "auto", "--cache_dtype", "int8"]
+    status, output = run_command([sys.executable, "train.py", *flags["stage2"], *other, "--saved_bkb", weights, "--saved_fc", stage1[0] / "fc.pth",
+                                  "--data", faces / "train", "--feature_cache", folder, "--output_dir", tmp_path / "run", "--max_steps", 2])
+    assert status == 0 and "computed in fp32" in output and "frozen backbone" not in output, output
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["feature_cache", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+    said = command("info", folder)
+    assert "128 of 128 (100.0 %), both orientations" in said and "convf 128x7x7 int8" in said and "precision  fp32" in said
+    assert 1e-4 < float(said.split("difference ")[1].split()[0]) < 2e-2
+    assert command("verify", folder).startswith("128 intact records, 0 damaged")
+    with open(folder / "rows-00000.bin", "r+b") as file:
+        file.write(b"\0\0\0\0")
+    with pytest.raises(SystemExit):
+        command("verify", folder)
+    assert capsys.readouterr().out.startswith("127 intact records, 1 damaged")
+
+
+def test_a_file_cut_short_is_said(small):
+    folder, layout = small
+    cache = FeatureCache.open(folder, layout, 0)
+    cache.write(np.arange(50), views(layout, 50))
+    cache.refresh()
+    os.truncate(folder / "rows-00000.bin", 49 * layout.record_bytes + 5)
+    with pytest.raises(OSError, match="image 49 lies beyond the end of its file"):
+        cache.read(np.array([3, 49]), np.array([False, True]))
+    cache.close()
+
+
+@pytest.mark.parametrize("dtype, bound", [("fp32", 0.0), ("bf16", 2.0**-8), ("int8", 0.02)])
+def test_what_the_dtype_loses_is_measured(dtype, bound):
+    layout = CacheLayout(1, 8, (4, 3, 3), dtype)
+    (features, convf), _ = views(layout, 16)
+    error = encoding_error(layout, features, convf)
+    assert error == 0 if bound == 0 else bound / 20 < error < bound
+
+
+def test_a_map_that_the_dtype_cannot_hold_is_refused(tmp_path):
+    layout = CacheLayout(1, 8, (4, 3, 3), "fp16")
+    (features, convf), _ = views(layout, 16)
+    error = encoding_error(layout, features, 1e5 * convf)
+    with pytest.raises(ValueError, match="--cache_dtype fp16: cannot hold the last map"):
+        FeatureCache.create_or_check(tmp_path / "c", KEY, layout, error)
+    assert not (tmp_path / "c").exists()

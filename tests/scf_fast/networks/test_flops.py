@@ -1,0 +1,23 @@
+"""What a step counts. The networks' own counts are compared with the paper's in tests/bench/test_roofline.py."""
+import pytest
+
+from scf_fast.config import Config
+from scf_fast.networks.flops import network_counts, peak_flops
+from scf_fast.stages.base import flop_per_image
+
+STAGE2 = {"stage": "confidence", "data": "d", "output_dir": "o", "saved_bkb": "b", "saved_fc": "f"}
+
+
+def test_a_step_counts_what_it_cannot_do_without():
+    backbone, _, head, _ = network_counts("ir_50", "mlp")
+    assert flop_per_image(Config(**STAGE2), "ir_50", 512, 10) == backbone + 3 * head
+    assert flop_per_image(Config(**STAGE2, feature_cache="c"), "ir_50", 512, 10) == 3 * head
+    assert flop_per_image(Config(**STAGE2, finetune_bkb=True), "ir_50", 512, 10) == 3 * backbone + 3 * head
+    stage1 = Config(stage="backbone", data="d", output_dir="o", network="ir_50", sample_rate=0.5)
+    assert flop_per_image(stage1, "ir_50", 512, 1000) == 3 * backbone + 4 * 512 * 1000
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165e12),
+                                        ("NVIDIA L40S", 362e12), ("NVIDIA T4", None), ("NVIDIA RTX A1000", None), ("NVIDIA L40", None)])
+def test_peak_by_name(name, peak):
+    assert peak_flops(name) == peak
