@@ -1,1 +1,3 @@
-"""Measurements of scf_fast: accuracy against 60-digit arithmetic, and time against the published way and plain PyTorch."""
+"""Measurements of scf_fast: accuracy against 60-digit arithmetic, and time against the published way and plain
+PyTorch.
+"""

@@ -1,4 +1,5 @@
 """``python -m bench.accuracy``: see :mod:`bench.measuring.accuracy`."""
+
 import sys
 
 from bench.measuring.accuracy import main

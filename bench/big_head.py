@@ -1,4 +1,5 @@
 """``python -m bench.big_head``: see :mod:`bench.training.big_head`."""
+
 import sys
 
 from bench.training.big_head import main

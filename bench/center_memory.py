@@ -1,4 +1,5 @@
 """``python -m bench.center_memory``: see :mod:`bench.training.center_memory`."""
+
 import sys
 
 from bench.training.center_memory import main

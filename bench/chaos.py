@@ -1,4 +1,5 @@
 """``python -m bench.chaos``: see :mod:`bench.robustness.chaos`."""
+
 import sys
 
 from bench.robustness.chaos import main

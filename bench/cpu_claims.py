@@ -1,4 +1,5 @@
 """``python -m bench.cpu_claims``: see :mod:`bench.kernels.cpu_claims`."""
+
 import sys
 
 from bench.kernels.cpu_claims import main

@@ -1,4 +1,5 @@
 """``python -m bench.decode``: see :mod:`bench.input.decode`."""
+
 import sys
 
 from bench.input.decode import main

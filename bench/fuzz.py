@@ -1,4 +1,5 @@
 """``python -m bench.fuzz``: see :mod:`bench.robustness.fuzz`."""
+
 import sys
 
 from bench.robustness.fuzz import main

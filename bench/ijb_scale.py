@@ -1,4 +1,5 @@
 """``python -m bench.ijb_scale``: see :mod:`bench.scoring.ijb_scale`."""
+
 import sys
 
 from bench.scoring.ijb_scale import main

@@ -1,4 +1,5 @@
 """``python -m bench.scaling``: see :mod:`bench.training.scaling`."""
+
 import sys
 
 from bench.training.scaling import main

@@ -2,12 +2,13 @@
 
     python -m bench.suite [--out DIR] [--sections floors,stage1] [--tiny] [--budget SECONDS] [--profile DIR] [--list]
 
-Runs on the GPU where there is one and on the CPU elsewhere, there on one core unless OMP_NUM_THREADS says otherwise: threads that share
-cores with other work wait for each other. ``python -m bench.gpu`` is the same and insists on the GPU. The floors come first: what the
-device copies, multiplies and launches is what every other number is set against. DIR (default: bench/results/<device>) gets one JSON file
-a section. A section that is interrupted, fails or runs into its limit leaves what it had; the others go on. One that needs a package which is
-not installed is left out, and says so. Exit status 1 where a section failed or a way computed something wrong. ``python -m bench.report``
-makes tables and plots of the files.
+Runs on the GPU where there is one and on the CPU elsewhere, there on one core unless OMP_NUM_THREADS says otherwise:
+threads that share cores with other work wait for each other. ``python -m bench.gpu`` is the same and insists on the
+GPU. The floors come first: what the device copies, multiplies and launches is what every other number is set against.
+DIR (default: bench/results/<device>) gets one JSON file a section. A section that is interrupted, fails or runs into
+its limit leaves what it had; the others go on. One that needs a package which is not installed is left out, and says
+so. Exit status 1 where a section failed or a way computed something wrong. ``python -m bench.report`` makes tables and
+plots of the files.
 """
 
 import argparse
@@ -35,7 +36,8 @@ class Section:
     Attributes:
         shows: one line.
         cases: "module:function" giving cases(device, tiny), or None.
-        commands: argument lists of programs that write their own JSON file into --out, by size: "tiny", "cpu" or "cuda".
+        commands: argument lists of programs that write their own JSON file into --out, by size: "tiny", "cpu" or
+            "cuda".
         limit: seconds after which it is ended.
         needs: modules without which it is left out.
     """
@@ -50,35 +52,81 @@ class Section:
 _STAGE2 = ["--images", "20480", "--batches", "1024", "--epochs", "2"]  # five networks are compiled for each batch size
 SECTIONS = {
     FLOORS: Section("copy bandwidth, matrix rates and launch time of the device", limit=120),
-    "accuracy": Section("errors of the log-Bessel family on the device, against 60-digit arithmetic", commands={
-        "tiny": [], "cpu": [["bench.accuracy"]], "cuda": [["bench.accuracy"], ["pytest", "-q", "-m", "gpu", "tests/kernels"]]}),
+    "accuracy": Section(
+        "errors of the log-Bessel family on the device, against 60-digit arithmetic",
+        commands={
+            "tiny": [],
+            "cpu": [["bench.accuracy"]],
+            "cuda": [["bench.accuracy"], ["pytest", "-q", "-m", "gpu", "tests/kernels"]],
+        },
+    ),
     "log_bessel": Section("the log-Bessel family, forward and backward", "bench.kernels.log_bessel:cases"),
     "scf_loss": Section("the SCF loss, forward and backward", "bench.kernels.scf_loss:cases"),
     "margin_softmax": Section("margin softmax over up to millions of identities", "bench.kernels.margin_softmax:cases"),
     "stage1": Section("training steps of stage 1 by batch size", "bench.training.stage1:cases"),
-    "stage2": Section("training steps of stage 2: frozen backbone switch by switch, feature cache, by batch size", commands={
-        "tiny": [["bench.throughput", "--networks", "ir_tiny", "--batches", "4", "--images", "64", "--epoch_batch", "16", "--rounds", "1", "--epochs", "1"]],
-        "cpu": [["bench.throughput"]],
-        "cuda": [["bench.throughput", "--networks", "ir_100", *_STAGE2]]}),
-    "stage2_ir_50": Section("the same of a smaller backbone", commands={
-        "tiny": [], "cpu": [], "cuda": [["bench.throughput", "--networks", "ir_50", *_STAGE2]]}),
-    "decoding": Section("index, source and decoders, against DALI's MXNet reader", commands={
-        "tiny": [["bench.decode", "--images", "200", "--batch", "16", "--batches", "1", "--rounds", "1"]],
-        "cpu": [["bench.decode", "--images", "20000"]],
-        "cuda": [["bench.decode", "--threads", str(os.cpu_count())]]}, needs=("nvidia.dali",)),
+    "stage2": Section(
+        "training steps of stage 2: frozen backbone switch by switch, feature cache, by batch size",
+        commands={
+            "tiny": [
+                [
+                    "bench.throughput",
+                    "--networks",
+                    "ir_tiny",
+                    "--batches",
+                    "4",
+                    "--images",
+                    "64",
+                    "--epoch_batch",
+                    "16",
+                    "--rounds",
+                    "1",
+                    "--epochs",
+                    "1",
+                ]
+            ],
+            "cpu": [["bench.throughput"]],
+            "cuda": [["bench.throughput", "--networks", "ir_100", *_STAGE2]],
+        },
+    ),
+    "stage2_ir_50": Section(
+        "the same of a smaller backbone",
+        commands={"tiny": [], "cpu": [], "cuda": [["bench.throughput", "--networks", "ir_50", *_STAGE2]]},
+    ),
+    "decoding": Section(
+        "index, source and decoders, against DALI's MXNet reader",
+        commands={
+            "tiny": [["bench.decode", "--images", "200", "--batch", "16", "--batches", "1", "--rounds", "1"]],
+            "cpu": [["bench.decode", "--images", "20000"]],
+            "cuda": [["bench.decode", "--threads", str(os.cpu_count())]],
+        },
+        needs=("nvidia.dali",),
+    ),
     "scoring": Section("Eqn (13) of all pairs, template pooling", "bench.scoring.scoring:cases"),
-    "scaling": Section("bytes of the collectives of two ranks, and a model of many GPUs", commands={"tiny": [], "cpu": [["bench.scaling"]], "cuda": []}),
-    "center_memory": Section("memory of stage 1's class centers", commands={
-        "tiny": [["bench.center_memory", "--classes", "2000", "--batch", "4"]],
-        "cpu": [["bench.center_memory", "--classes", classes] for classes in ("250000", "1000000", "2000000")],
-        "cuda": [["bench.center_memory", "--classes", classes, "--batch", "1024"] for classes in ("4000000", "10000000")]}),
+    "scaling": Section(
+        "bytes of the collectives of two ranks, and a model of many GPUs",
+        commands={"tiny": [], "cpu": [["bench.scaling"]], "cuda": []},
+    ),
+    "center_memory": Section(
+        "memory of stage 1's class centers",
+        commands={
+            "tiny": [["bench.center_memory", "--classes", "2000", "--batch", "4"]],
+            "cpu": [["bench.center_memory", "--classes", classes] for classes in ("250000", "1000000", "2000000")],
+            "cuda": [
+                ["bench.center_memory", "--classes", classes, "--batch", "1024"] for classes in ("4000000", "10000000")
+            ],
+        },
+    ),
 }
 
 
 def heading(name, options):
     """What every file of a section says first."""
     command = f"python -m bench.suite --sections {name} --budget {options.budget:g}"
-    return {"section": name, "environment": environment(DEVICE) | {"command": command + " --tiny" * options.tiny}, "tiny": options.tiny}
+    return {
+        "section": name,
+        "environment": environment(DEVICE) | {"command": command + " --tiny" * options.tiny},
+        "tiny": options.tiny,
+    }
 
 
 def run_cases(name, cases, options, machine):
@@ -102,15 +150,24 @@ def work(name, options):
     """What the process of a section of cases, or of the floors, does; its exit status."""
     if name == FLOORS:
         machine = roofline.Machine.measure(DEVICE, small=options.tiny)
-        write_json(options.out / f"{FLOORS}.json", heading(name, options) | {"machine": machine.as_dict(), "complete": True, "records": []})
+        write_json(
+            options.out / f"{FLOORS}.json",
+            heading(name, options) | {"machine": machine.as_dict(), "complete": True, "records": []},
+        )
         rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in machine.flops_per_second.items())
-        print(f"  copy {machine.copy_bytes_per_second / 1e9:.4g} GB/s, {rates}, launch {1e6 * machine.launch_seconds:.1f} us", flush=True)
+        print(
+            f"  copy {machine.copy_bytes_per_second / 1e9:.4g} GB/s, {rates}, launch "
+            f"{1e6 * machine.launch_seconds:.1f} us",
+            flush=True,
+        )
         return 0
     machine = roofline.Machine(**json.loads((options.out / f"{FLOORS}.json").read_text())["machine"])
     module, function = SECTIONS[name].cases.split(":")
     cases = getattr(importlib.import_module(module), function)(DEVICE, options.tiny)
     if options.tiny:
-        cases = [case for case in cases if not case.way.endswith("compiled")]  # the compiler takes longer than everything else
+        cases = [
+            case for case in cases if not case.way.endswith("compiled")
+        ]  # the compiler takes longer than everything else
     cases.sort(key=lambda case: case.way.endswith("compiled"))  # so that it takes nobody else's time
     return int(run_cases(name, cases, options, machine))
 
@@ -155,12 +212,24 @@ def run_section(name, options):
 
 
 def main(arguments=None, prog="python -m bench.suite"):
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder for the JSON files (default: bench/results/<device>)")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, with commas between (default: all)")
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes, to see that everything runs; the figures mean nothing")
-    parser.add_argument("--budget", type=float, help="seconds to sample each case for (default: 1 on a GPU, 0.2 on a CPU, 0.01 with --tiny)")
-    parser.add_argument("--profile", type=Path, help="write a PyTorch profiler trace of a call of each case under this folder")
+    parser.add_argument(
+        "--sections", default=",".join(SECTIONS), help="some of them, with commas between (default: all)"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="smallest sizes, to see that everything runs; the figures mean nothing"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help="seconds to sample each case for (default: 1 on a GPU, 0.2 on a CPU, 0.01 with --tiny)",
+    )
+    parser.add_argument(
+        "--profile", type=Path, help="write a PyTorch profiler trace of a call of each case under this folder"
+    )
     parser.add_argument("--list", action="store_true", help="say what the sections are")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -168,7 +237,9 @@ def main(arguments=None, prog="python -m bench.suite"):
         print("\n".join(f"{name:16}{section.shows}" for name, section in SECTIONS.items()))
         return 0
     if options.tiny and options.out is None:
-        parser.error("--tiny must be given with --out: its figures mean nothing and would replace real ones in bench/results")
+        parser.error(
+            "--tiny must be given with --out: its figures mean nothing and would replace real ones in bench/results"
+        )
     options.out = (options.out or RESULTS / device_slug(DEVICE)).resolve()
     options.profile = options.profile and options.profile.resolve()
     if options.budget is None:
@@ -186,7 +257,9 @@ def main(arguments=None, prog="python -m bench.suite"):
         print(f"{name}: {SECTIONS[name].shows}", flush=True)
         summary[name] = run_section(name, options)
         print(f"  {summary[name]['status']} after {summary[name]['seconds']:.0f} s", flush=True)
-    write_json(options.out / "suite.json", {"environment": environment(DEVICE), "tiny": options.tiny, "sections": summary})
+    write_json(
+        options.out / "suite.json", {"environment": environment(DEVICE), "tiny": options.tiny, "sections": summary}
+    )
     print(f"Written: {options.out}")
     return int(any(section["status"] in ("failed", "out of time") for section in summary.values()))
 

@@ -1,4 +1,5 @@
 """``python -m bench.throughput``: see :mod:`bench.training.throughput`."""
+
 import sys
 
 from bench.training.throughput import main

@@ -1,4 +1,6 @@
-"""Fused Triton kernels, each with a PyTorch twin: CUDA tensors run Triton, all others PyTorch, and `backend` insists on either."""
+"""Fused Triton kernels, each with a PyTorch twin: CUDA tensors run Triton, all others PyTorch, and `backend` insists on
+either.
+"""
 
 from scf_fast.kernels.log_bessel import (
     inverse_mean_resultant_length,

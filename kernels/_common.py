@@ -39,7 +39,9 @@ def use_triton(backend: str, tensor: torch.Tensor) -> bool:
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}: convert it with .float()")
+        raise ValueError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}: convert it with .float()"
+        )
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -48,7 +50,9 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def check_range(name: str, tensor: torch.Tensor, debug: bool, at_most: float = math.inf) -> None:
-    """Raises for values outside [0, at_most]. On CUDA that would wait for the device, so only `debug` does it there. NaN goes through."""
+    """Raises for values outside [0, at_most]. On CUDA that would wait for the device, so only `debug` does it there.
+    NaN goes through.
+    """
     if tensor.is_cuda and not debug:
         return
     outside = tensor < 0
@@ -56,4 +60,6 @@ def check_range(name: str, tensor: torch.Tensor, debug: bool, at_most: float = m
         outside |= tensor > at_most
     if outside.any():
         bound = ">= 0" if at_most == math.inf else f"in [0, {at_most:g}]"
-        raise ValueError(f"{name} must be {bound}, got {tensor[outside][0].item():g}: clamp it, or find where it comes from")
+        raise ValueError(
+            f"{name} must be {bound}, got {tensor[outside][0].item():g}: clamp it, or find where it comes from"
+        )

@@ -1,20 +1,23 @@
-"""Modified Bessel functions of the first kind in log space: one uniform expansion for every order, value and derivatives together.
+"""Modified Bessel functions of the first kind in log space: one uniform expansion for every order, value and
+derivatives together.
 
     psi_v(kappa) = log I_v(kappa) - v log kappa          psi_v' = A = I_(v+1) / I_v          (both smooth at kappa = 0)
 
-With m = v + N, s = sqrt(m^2 + kappa^2), p = 1 / s and x = (m / s)^2, Debye's expansion (DLMF 10.41.3) in logarithmic form is
+With m = v + N, s = sqrt(m^2 + kappa^2), p = 1 / s and x = (m / s)^2, Debye's expansion (DLMF 10.41.3) in logarithmic
+form is
 
     psi_m = s - m log(m + s) - 1/2 log(2 pi s) + sum_k p^k Q_k(x)           (= .. - (m + 1/2) log(m + s) + 1/2 log((1 + m / s) / 2 pi) ..)
 
-where Q_k follows from the U_k of DLMF 10.41.9. The order is shifted up by N until the sum converges to rounding, then brought down by
-the stable recurrence (DLMF 10.29.1), with rho_j = I_(j+1) / I_j:
+where Q_k follows from the U_k of DLMF 10.41.9. The order is shifted up by N until the sum converges to rounding, then
+brought down by the stable recurrence (DLMF 10.29.1), with rho_j = I_(j+1) / I_j:
 
     rho_(j-1) = kappa / E_j          psi_(j-1) = psi_j + log E_j          E_j = 2 j + kappa rho_j
 
-Derivatives are those of the expansion itself, so every term keeps its leading factor: A is exact to rounding as kappa -> 0, and 1 - A and
-A' do not cancel as kappa -> inf (coming down N steps costs those two up to 2 N + 1 roundings a step: two digits at d = 2, none from d = 64).
-What does cancel is psi: at large orders it crosses zero between terms of thousands. Those terms (the square root, the logarithm, their
-product with v) are carried as an unevaluated sum of two floats; the rest needs no such care.
+Derivatives are those of the expansion itself, so every term keeps its leading factor: A is exact to rounding as kappa
+-> 0, and 1 - A and A' do not cancel as kappa -> inf (coming down N steps costs those two up to 2 N + 1 roundings a
+step: two digits at d = 2, none from d = 64). What does cancel is psi: at large orders it crosses zero between terms of
+thousands. Those terms (the square root, the logarithm, their product with v) are carried as an unevaluated sum of two
+floats; the rest needs no such care.
 """
 
 import functools
@@ -29,13 +32,15 @@ import triton.language as tl
 from scf_fast.kernels._common import INTERPRETED
 
 _MAX_TERMS = 13
-# Below this, 1 - A comes from its own expansion and A from it; above, the other way round. The recurrence for 1 - A magnifies its rounding
-# by up to 2 N + 1, which 1/16 makes harmless; A itself cannot resolve 1 - A any finer than one rounding of 1.
+# Below this, 1 - A comes from its own expansion and A from it; above, the other way round. The recurrence for 1 - A
+# magnifies its rounding by up to 2 N + 1, which 1/16 makes harmless; A itself cannot resolve 1 - A any finer than one
+# rounding of 1.
 _SMALL_COMPLEMENT = 1 / 16
 # Truncation error allowed, relative in A and absolute in psi: below half a rounding of 1.
 _TRUNCATION = {torch.float32: 2e-8, torch.float64: 1e-16}
 _MANTISSA_BITS = {torch.float32: 24, torch.float64: 53}
-# Beyond this, psi - kappa is taken for its value there, A for 1 and A' for 0, each to rounding; up to it, kappa^2 is finite.
+# Beyond this, psi - kappa is taken for its value there, A for 1 and A' for 0, each to rounding; up to it, kappa^2 is
+# finite.
 _KAPPA_MAX = {torch.float32: 2.0**60, torch.float64: 2.0**500}
 # The logarithm's argument is brought to [2^(-1/4), 2^(1/4)).
 _QUARTER_DOWN, _QUARTER_UP = 2.0**-0.25, 2.0**0.25
@@ -64,12 +69,15 @@ class _Series(NamedTuple):
 
     zeroth: list[list[Fraction]]  # psi:  + p^k Q_k
     first: list[list[Fraction]]  # A:    - kappa p^(k+2) R_k,  R_k = theta_k Q_k
-    second: list[list[Fraction]]  # A':  + p^(k+2) T_k,        T_k = (1 - x) theta_(k+2) R_k - R_k, since kappa^2 p^2 = 1 - x
+    second: list[
+        list[Fraction]
+    ]  # A':  + p^(k+2) T_k,        T_k = (1 - x) theta_(k+2) R_k - R_k, since kappa^2 p^2 = 1 - x
     third: list[list[Fraction]]  # A'':  - kappa p^(k+4) W_k,  W_k = theta_(k+2) T_k
 
 
 def _debye_series(terms: int) -> _Series:
-    # DLMF 10.41.9 for U_k(t) = t^k P_k(t^2): U_(k+1) = 1/2 t^2 (1 - t^2) U_k' + 1/8 int_0^t (1 - 5 u^2) U_k(u) du, power by power.
+    # DLMF 10.41.9 for U_k(t) = t^k P_k(t^2): U_(k+1) = 1/2 t^2 (1 - t^2) U_k' + 1/8 int_0^t (1 - 5 u^2) U_k(u) du,
+    # power by power.
     u = [[Fraction(1)]]
     for k in range(terms):
         following = [Fraction(0)] * (k + 2)
@@ -102,16 +110,18 @@ def _largest(polynomial: list[Fraction], power: int) -> float:
     return max(abs(t**power * math.fsum(c * t ** (2 * j) for j, c in enumerate(coefficients))) for t in grid)
 
 
-# At order m with K terms, psi is off by at most _NEXT_ZEROTH[K] / m^(K+1) and A, relatively, by _NEXT_FIRST[K] / m^(K+2).
+# At order m with K terms, psi is off by at most _NEXT_ZEROTH[K] / m^(K+1) and A, relatively, by _NEXT_FIRST[K] /
+# m^(K+2).
 _NEXT_ZEROTH = [_largest(q_k, k) for k, q_k in enumerate(_SERIES.zeroth, 1)]
 _NEXT_FIRST = [2 * _largest(r_k, k + 1) for k, r_k in enumerate(_SERIES.first, 1)]
 
 
 class DebyePlan(NamedTuple):
-    """Everything the evaluation needs to know of one order, in one precision: plain numbers, so that a kernel takes it as a constant.
+    """Everything the evaluation needs to know of one order, in one precision: plain numbers, so that a kernel takes it
+    as a constant.
 
-    A pair is an unevaluated sum of two floats of the precision. The first of a grid pair is a multiple of so coarse a power of two that
-    the kernels' sums of them are exact.
+    A pair is an unevaluated sum of two floats of the precision. The first of a grid pair is a multiple of so coarse a
+    power of two that the kernels' sums of them are exact.
     """
 
     compensated: bool  # psi in two floats, and 1 - A beside A: the arithmetic is no wider than the result
@@ -169,19 +179,24 @@ def debye_plan(order: float, dtype: torch.dtype, constant: float = 0.0, compensa
         order: v, any real number >= 0.
         dtype: torch.float32 or torch.float64, the precision asked of the result.
         constant: added to psi before its two parts are rounded into one float.
-        compensated: whether psi, and 1 - A beside A, have to be carried; without, the arithmetic must be wider than `dtype`.
+        compensated: whether psi, and 1 - A beside A, have to be carried; without, the arithmetic must be wider than
+            `dtype`.
     """
     bits = _MANTISSA_BITS[dtype]
     exact_order = Fraction(order)
 
     def steps_needed(terms: int) -> int:
         least_order = max(
-            (_NEXT_ZEROTH[terms] / _TRUNCATION[dtype]) ** (1 / (terms + 1)), (_NEXT_FIRST[terms] / _TRUNCATION[dtype]) ** (1 / (terms + 2))
+            (_NEXT_ZEROTH[terms] / _TRUNCATION[dtype]) ** (1 / (terms + 1)),
+            (_NEXT_FIRST[terms] / _TRUNCATION[dtype]) ** (1 / (terms + 2)),
         )
         return max(0, math.ceil(least_order - order))
 
     # A step down costs a division and a few operations, about 10; the k-th term two polynomials of degree k.
-    steps, terms = min(((steps_needed(terms), terms) for terms in range(1, _MAX_TERMS + 1)), key=lambda n: 10 * n[0] + n[1] * (n[1] + 3))
+    steps, terms = min(
+        ((steps_needed(terms), terms) for terms in range(1, _MAX_TERMS + 1)),
+        key=lambda n: 10 * n[0] + n[1] * (n[1] + 3),
+    )
     shifted = exact_order + steps
     growth = tuple(shifted / (shifted - i) for i in range(steps))
     constant -= math.fsum((0.5 * math.log(2 * math.pi), *map(math.log, growth)))
@@ -215,7 +230,8 @@ def debye_plan(order: float, dtype: torch.dtype, constant: float = 0.0, compensa
     )
 
 
-# ---- PyTorch, float64 -------------------------------------------------------------------------------------------------------------------
+# ---- PyTorch, float64
+# -------------------------------------------------------------------------------------------------------------------
 
 
 class Debye(NamedTuple):
@@ -262,7 +278,9 @@ def _residual(a, b, c):
 
 
 def _log_pair(x, x_tail, offset, plan):
-    """log(x + x_tail) + offset in two floats: 2 atanh((f - 1) / (f + 1)) with f in [2^-1/4, 2^1/4], what half powers of two leave."""
+    """log(x + x_tail) + offset in two floats: 2 atanh((f - 1) / (f + 1)) with f in [2^-1/4, 2^1/4], what half powers of
+    two leave.
+    """
     f, exponent = torch.frexp(x)
     below = f < _QUARTER_DOWN
     exponent = exponent - below.to(exponent.dtype)
@@ -282,7 +300,9 @@ def _log_pair(x, x_tail, offset, plan):
     for c in plan.atanh[1:]:
         polynomial = polynomial * square + c
     head, rest = _fast_two_sum(half_powers * plan.half_ln2[0] + offset[0], 2 * w)
-    tail = rest + 2 * w_tail * (1 + square) + (half_powers * plan.half_ln2[1] + offset[1]) - above * plan.sqrt_half_error
+    tail = (
+        rest + 2 * w_tail * (1 + square) + (half_powers * plan.half_ln2[1] + offset[1]) - above * plan.sqrt_half_error
+    )
     head, rest = _fast_two_sum(head, w * square * polynomial)
     return head, tail + rest
 
@@ -329,7 +349,9 @@ def _series_sum(coefficients, length, p, x):
     return total
 
 
-def debye_reference(kappa: torch.Tensor, plan: DebyePlan, lowest: int = 0, highest: int = 1, with_power: bool = False) -> Debye:
+def debye_reference(
+    kappa: torch.Tensor, plan: DebyePlan, lowest: int = 0, highest: int = 1, with_power: bool = False
+) -> Debye:
     """psi and up to three derivatives of it, in plain PyTorch.
 
     Args:
@@ -394,7 +416,8 @@ def debye_reference(kappa: torch.Tensor, plan: DebyePlan, lowest: int = 0, highe
     return Debye(psi, psi_tail, ratio, complement, second, third)
 
 
-# ---- Triton, float32 or float64 by the type of kappa; launch with enable_fp_fusion=False, or a product contracted into a sum spoils it ----
+# ---- Triton, float32 or float64 by the type of kappa; launch with enable_fp_fusion=False, or a product contracted into
+# a sum spoils it ----
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _SMALL = tl.constexpr(_SMALL_COMPLEMENT)
@@ -511,7 +534,9 @@ def exp_kernel(x):
 
 @triton.jit
 def _half_log_kernel(x, UP_TO_TWO: tl.constexpr):
-    """log(x) / 2, plainly. In float32 on [1, 2], log(3/2) / 2 + atanh((x - 3/2) / (x + 3/2)) costs a third of the library's logarithm."""
+    """log(x) / 2, plainly. In float32 on [1, 2], log(3/2) / 2 + atanh((x - 3/2) / (x + 3/2)) costs a third of the
+    library's logarithm.
+    """
     if UP_TO_TWO and x.dtype == tl.float32:
         w = (x - 1.5) * _reciprocal(x + 1.5)
         ATANH: tl.constexpr = (1 / 9, 1 / 7, 1 / 5, 1 / 3, 1.0)
@@ -559,7 +584,9 @@ def _phase_kernel(kappa, s, s_tail, x, x_tail, PLAN: tl.constexpr, WITH_POWER: t
 
 @triton.jit
 def _series_kernel(SERIES: tl.constexpr, TERMS: tl.constexpr, LENGTH: tl.constexpr, p, x):
-    """sum_k p^(k+1) f_k(x), k = 0 .. TERMS - 1; the polynomials lie end to end, the first with LENGTH coefficients, each longer by one."""
+    """sum_k p^(k+1) f_k(x), k = 0 .. TERMS - 1; the polynomials lie end to end, the first with LENGTH coefficients,
+    each longer by one.
+    """
     total = tl.zeros_like(x)
     for k in tl.static_range(TERMS - 1, -1, -1):
         total = p * (total + _horner(SERIES, k * LENGTH + k * (k - 1) // 2, LENGTH + k, x))
@@ -567,7 +594,9 @@ def _series_kernel(SERIES: tl.constexpr, TERMS: tl.constexpr, LENGTH: tl.constex
 
 
 @triton.jit
-def debye(kappa, PLAN: tl.constexpr, LOWEST: tl.constexpr = 0, HIGHEST: tl.constexpr = 1, WITH_POWER: tl.constexpr = False):
+def debye(
+    kappa, PLAN: tl.constexpr, LOWEST: tl.constexpr = 0, HIGHEST: tl.constexpr = 1, WITH_POWER: tl.constexpr = False
+):
     """psi and its derivatives in registers.
 
     Args:
@@ -576,8 +605,8 @@ def debye(kappa, PLAN: tl.constexpr, LOWEST: tl.constexpr = 0, HIGHEST: tl.const
         LOWEST, HIGHEST: derivatives of psi to evaluate, 0 to 3; A comes always.
         WITH_POWER: log I_v = psi + v log kappa in the place of psi (kappa > 0).
     Returns:
-        psi and its tail (their sum is psi + constant, to more digits than one float holds), A, 1 - A, A', A'', as in `Debye`; what was not
-        asked for is 0.
+        psi and its tail (their sum is psi + constant, to more digits than one float holds), A, 1 - A, A', A'', as in
+        `Debye`; what was not asked for is 0.
     """
     ZEROTH: tl.constexpr = PLAN.zeroth
     FIRST: tl.constexpr = PLAN.first
@@ -603,7 +632,11 @@ def debye(kappa, PLAN: tl.constexpr, LOWEST: tl.constexpr = 0, HIGHEST: tl.const
     if HIGHEST >= 2:
         second = m * p * x_inverse + p2 * (0.5 - t2 + _series_kernel(SECOND, TERMS, 3, p, t2))
     if HIGHEST >= 3:
-        third = -kappa * p2 * (m * x_inverse * (p + x_inverse) + p2 * (1.0 - 4.0 * t2 + _series_kernel(THIRD, TERMS, 3, p, t2)))
+        third = (
+            -kappa
+            * p2
+            * (m * x_inverse * (p + x_inverse) + p2 * (1.0 - 4.0 * t2 + _series_kernel(THIRD, TERMS, 3, p, t2)))
+        )
     for i in tl.static_range(STEPS):
         excess = kappa * ratio
         inverse = _reciprocal(PLAN.lowered[i] + excess)
@@ -629,4 +662,11 @@ def debye(kappa, PLAN: tl.constexpr, LOWEST: tl.constexpr = 0, HIGHEST: tl.const
         second = tl.where(overflow, 0.0, second)
         third = tl.where(overflow, 0.0, third)
     fine = complement < _SMALL
-    return psi, psi_tail, tl.where(fine, 1.0 - complement, ratio), tl.where(fine, complement, 1.0 - ratio), second, third
+    return (
+        psi,
+        psi_tail,
+        tl.where(fine, 1.0 - complement, ratio),
+        tl.where(fine, complement, 1.0 - ratio),
+        second,
+        third,
+    )

@@ -2,9 +2,9 @@
 
     log C_d(kappa) = -psi_v(kappa) - (d/2) log(2 pi),  v = d/2 - 1          A_d(kappa) = I_(v+1) / I_v = psi_v'
 
-psi and its derivatives are those of `scf_fast.kernels.debye`, which also says how accurate they are. A function and its derivative come from one
-evaluation: the operator returns the pair (f^(n), f^(n+1)), so the backward pass of the first is a product, and differentiating once more
-raises n by one.
+psi and its derivatives are those of `scf_fast.kernels.debye`, which also says how accurate they are. A function and its
+derivative come from one evaluation: the operator returns the pair (f^(n), f^(n+1)), so the backward pass of the first
+is a product, and differentiating once more raises n by one.
 """
 
 import math
@@ -16,10 +16,14 @@ import triton.language as tl
 from scf_fast.kernels._common import as_compute, check_floating, check_range, compute_dtype, use_triton
 from scf_fast.kernels.debye import debye, debye_plan, debye_reference
 
-_BLOCK = {torch.float32: 512, torch.float64: 128}  # elements a program: in float32 one 16-byte load a thread; neither spills registers
+_BLOCK = {
+    torch.float32: 512,
+    torch.float64: 128,
+}  # elements a program: in float32 one 16-byte load a thread; neither spills registers
 _NUM_WARPS = 4
 _REFERENCE_BLOCK = 1 << 14  # elements at a time in plain PyTorch: the float64 temporaries stay in cache
-# Halley's method from within 7 % (d = 2, the worst) leaves 3e-5 after one step and rounding after two, for every d in 2 .. 8192.
+# Halley's method from within 7 % (d = 2, the worst) leaves 3e-5 after one step and rounding after two, for every d in 2
+# .. 8192.
 _HALLEY_STEPS = 2
 
 # The functions of one operator, as (sign, with_power): sign * (psi + constant [+ v log kappa]).
@@ -106,14 +110,25 @@ def _log_bessel(
     value = torch.empty(kappa.shape, dtype=dtype, device=kappa.device)
     slope = torch.empty_like(value)
     if not triton_kernel:
-        _plain_blocks(lambda block: log_bessel_reference(block, order, function, derivative, dtype), kappa, (value, slope))
+        _plain_blocks(
+            lambda block: log_bessel_reference(block, order, function, derivative, dtype), kappa, (value, slope)
+        )
     elif kappa.numel():
         with torch.cuda.device_of(kappa):
             _log_bessel_kernel[(triton.cdiv(kappa.numel(), _BLOCK[dtype]),)](
-                kappa.contiguous(), value, slope, kappa.numel(),
-                PLAN=debye_plan(order, dtype, _constant(function, order)), NEGATE=function == _LOG_NORMALIZER,
-                WITH_POWER=function == _LOG_BESSEL, DERIVATIVE=derivative, FP64=dtype == torch.float64, BLOCK=_BLOCK[dtype],
-                num_warps=_NUM_WARPS, enable_fp_fusion=False)
+                kappa.contiguous(),
+                value,
+                slope,
+                kappa.numel(),
+                PLAN=debye_plan(order, dtype, _constant(function, order)),
+                NEGATE=function == _LOG_NORMALIZER,
+                WITH_POWER=function == _LOG_BESSEL,
+                DERIVATIVE=derivative,
+                FP64=dtype == torch.float64,
+                BLOCK=_BLOCK[dtype],
+                num_warps=_NUM_WARPS,
+                enable_fp_fusion=False,
+            )
     return value, slope
 
 
@@ -137,7 +152,9 @@ def _log_bessel_backward(ctx, grad_value, grad_slope):
         terms.append(grad_value * slope)
     if grad_slope is not None:
         if derivative == 2:  # the recurrences of the kernels end here; a Hessian of the loss needs no more
-            raise NotImplementedError(f"{function} has derivatives up to the third, all that its kernels evaluate; differentiate less often")
+            raise NotImplementedError(
+                f"{function} has derivatives up to the third, all that its kernels evaluate; differentiate less often"
+            )
         terms.append(grad_slope * _log_bessel(kappa, order, function, derivative + 1, triton_kernel, debug)[1])
     return sum(terms).to(kappa.dtype) if terms else None, None, None, None, None, None
 
@@ -158,8 +175,12 @@ def inverse_mean_resultant_length_reference(rho: torch.Tensor, order: float, dty
 
 
 @triton.jit
-def _inverse_kernel(rho_ptr, kappa_ptr, count, PLAN: tl.constexpr, STEPS: tl.constexpr, FP64: tl.constexpr, BLOCK: tl.constexpr):
-    """A^(-1) by Halley's method, one block of elements a program; A near 1 is compared by its complement, which has the digits."""
+def _inverse_kernel(
+    rho_ptr, kappa_ptr, count, PLAN: tl.constexpr, STEPS: tl.constexpr, FP64: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A^(-1) by Halley's method, one block of elements a program; A near 1 is compared by its complement, which has the
+    digits.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     rho = as_compute(tl.load(rho_ptr + at, mask=mask, other=0.5), FP64)
@@ -182,8 +203,16 @@ def _inverse(rho: torch.Tensor, order: float, triton_kernel: bool, debug: bool) 
     elif rho.numel():
         with torch.cuda.device_of(rho):
             _inverse_kernel[(triton.cdiv(rho.numel(), _BLOCK[dtype]),)](
-                rho.contiguous(), kappa, rho.numel(), PLAN=debye_plan(order, dtype), STEPS=_HALLEY_STEPS, FP64=dtype == torch.float64,
-                BLOCK=_BLOCK[dtype], num_warps=_NUM_WARPS, enable_fp_fusion=False)
+                rho.contiguous(),
+                kappa,
+                rho.numel(),
+                PLAN=debye_plan(order, dtype),
+                STEPS=_HALLEY_STEPS,
+                FP64=dtype == torch.float64,
+                BLOCK=_BLOCK[dtype],
+                num_warps=_NUM_WARPS,
+                enable_fp_fusion=False,
+            )
     return kappa
 
 
@@ -226,11 +255,13 @@ def _order_of(dim: int) -> float:
 
 
 def log_bessel_i(order: float, kappa: torch.Tensor, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
-    """log I_v(kappa), the logarithm of the modified Bessel function of the first kind. Source: DLMF 10.41.3 and 10.29.1.
+    """log I_v(kappa), the logarithm of the modified Bessel function of the first kind. Source: DLMF 10.41.3 and
+    10.29.1.
 
     Args:
         order: v, any real number >= 0.
-        kappa: float tensor of any shape and stride, >= 0; half precision is promoted to float32. 0 and +inf give the limits.
+        kappa: float tensor of any shape and stride, >= 0; half precision is promoted to float32. 0 and +inf give the
+            limits.
         backend: "auto" runs Triton for CUDA tensors and PyTorch for others; "triton" or "torch" insists.
         debug: check kappa on CUDA too, which waits for the device. Without it, a negative kappa gives NaN there.
     Returns:
@@ -247,13 +278,15 @@ def psi_and_ratio(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """psi_v(kappa) = log I_v(kappa) - v log kappa and its derivative A = I_(v+1) / I_v, from one evaluation.
 
-    Arguments and errors are those of `log_bessel_i`. Both are finite and smooth at kappa = 0, and differentiable: psi three times, A twice.
+    Arguments and errors are those of `log_bessel_i`. Both are finite and smooth at kappa = 0, and differentiable: psi
+    three times, A twice.
     """
     return _evaluate(kappa, _check_order(order), _PSI, 0, backend, debug)
 
 
 def log_vmf_normalizer(kappa: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
-    """log C_d(kappa), the log normaliser of the von Mises-Fisher density C_d exp(kappa mu . x) on the unit sphere of R^dim.
+    """log C_d(kappa), the log normaliser of the von Mises-Fisher density C_d exp(kappa mu . x) on the unit sphere of
+    R^dim.
 
     Source: Mardia and Jupp, Directional Statistics, Eq. (9.3.4). Its derivative is -A_d.
 
@@ -270,19 +303,25 @@ def log_vmf_normalizer(kappa: torch.Tensor, dim: int, *, backend: str = "auto", 
 
 
 def mean_resultant_length(kappa: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
-    """A_d(kappa) = I_(d/2) / I_(d/2-1), the length of the mean of a von Mises-Fisher distribution. Source: Mardia and Jupp, Eq. (9.3.7).
+    """A_d(kappa) = I_(d/2) / I_(d/2-1), the length of the mean of a von Mises-Fisher distribution. Source: Mardia and
+    Jupp, Eq. (9.3.7).
 
-    Arguments and errors are those of `log_vmf_normalizer`. In [0, 1], within 5e-7 (float64: 1e-13) relative for d in 2 .. 8192 and kappa
-    in 1e-6 .. 1e7; 0 and 1 at kappa = 0 and +inf. Differentiable twice, by forms of A' and A'' that do not cancel.
+    Arguments and errors are those of `log_vmf_normalizer`. In [0, 1], within 5e-7 (float64: 1e-13) relative for d in 2
+    .. 8192 and kappa in 1e-6 .. 1e7; 0 and 1 at kappa = 0 and +inf. Differentiable twice, by forms of A' and A'' that
+    do not cancel.
     """
     return _evaluate(kappa, _order_of(dim), _PSI, 1, backend, debug)[0]
 
 
-def inverse_mean_resultant_length(rho: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
-    """kappa with A_d(kappa) = rho, by Halley's method from rho (d - rho^2) / (1 - rho^2) (Banerjee et al., JMLR 2005, Eq. (4.4)).
+def inverse_mean_resultant_length(
+    rho: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False
+) -> torch.Tensor:
+    """kappa with A_d(kappa) = rho, by Halley's method from rho (d - rho^2) / (1 - rho^2) (Banerjee et al., JMLR 2005,
+    Eq. (4.4)).
 
     Args:
-        rho: mean resultant length, float tensor of any shape and stride, in [0, 1]; half precision is promoted to float32.
+        rho: mean resultant length, float tensor of any shape and stride, in [0, 1]; half precision is promoted to
+            float32.
         dim: d >= 2.
         backend, debug: as in `log_bessel_i`; outside [0, 1] gives NaN on CUDA without debug.
     Returns:

@@ -5,7 +5,8 @@
     d loss / d s_t     = (g - (g . direction_t) direction_t) / kappa_t + h direction_t,     g, h: gradients of direction_t and kappa_t
     d loss / d mu_m    = kappa_m d loss / d s_t        d loss / d kappa_m = mu_m . d loss / d s_t
 
-Images are sorted by template (stably) and summed one after another, which unlike atomic additions gives the same bits on every run.
+Images are sorted by template (stably) and summed one after another, which unlike atomic additions gives the same bits
+on every run.
 """
 
 import torch
@@ -36,8 +37,19 @@ def _segments(template_ids: torch.Tensor, num_templates: int) -> tuple[torch.Ten
 
 @triton.jit
 def _pool_kernel(
-    mu_ptr, kappa_ptr, order_ptr, offsets_ptr, directions_ptr, kappas_ptr, mu_stride,
-    WEIGHTED: tl.constexpr, TINY: tl.constexpr, FP64: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    mu_ptr,
+    kappa_ptr,
+    order_ptr,
+    offsets_ptr,
+    directions_ptr,
+    kappas_ptr,
+    mu_stride,
+    WEIGHTED: tl.constexpr,
+    TINY: tl.constexpr,
+    FP64: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """One template a program, ROWS images at a time."""
     template = tl.program_id(0).to(tl.int64)
@@ -49,7 +61,14 @@ def _pool_kernel(
         positions = at + tl.arange(0, ROWS)
         inside = positions < stop
         images = tl.load(order_ptr + positions, mask=inside, other=0)
-        values = as_compute(tl.load(mu_ptr + images[:, None] * mu_stride + cols[None, :], mask=inside[:, None] & inside_d[None, :], other=0.0), FP64)
+        values = as_compute(
+            tl.load(
+                mu_ptr + images[:, None] * mu_stride + cols[None, :],
+                mask=inside[:, None] & inside_d[None, :],
+                other=0.0,
+            ),
+            FP64,
+        )
         if WEIGHTED:
             values *= as_compute(tl.load(kappa_ptr + images, mask=inside, other=0.0), FP64)[:, None]
         total += tl.sum(values, axis=0)
@@ -69,8 +88,10 @@ def _pool_templates(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lowest, highest = (int(value) for value in template_ids.aminmax()) if len(template_ids) else (0, -1)
     if lowest < 0 or highest >= num_templates:
-        raise ValueError(f"template_ids must lie in [0, {num_templates}), got {lowest}..{highest}; "
-                         "number them with torch.unique(return_inverse=True)")
+        raise ValueError(
+            f"template_ids must lie in [0, {num_templates}), got {lowest}..{highest}; "
+            "number them with torch.unique(return_inverse=True)"
+        )
     if not triton_kernel:
         return pool_templates_reference(mu, kappa, template_ids, num_templates)
     dim, dtype = mu.shape[1], _dtype(mu, kappa)
@@ -81,16 +102,30 @@ def _pool_templates(
     block_d = triton.next_power_of_2(dim)
     with torch.cuda.device_of(mu):
         _pool_kernel[(num_templates,)](
-            mu, mu if kappa is None else kappa.contiguous(), order, offsets, directions, kappas, mu.stride(0),
-            WEIGHTED=kappa is not None, TINY=torch.finfo(dtype).tiny, FP64=dtype == torch.float64, D=dim, ROWS=max(1, min(8, _TILE // block_d)),
-            BLOCK_D=block_d, num_warps=4 if block_d <= 1024 else 8)
+            mu,
+            mu if kappa is None else kappa.contiguous(),
+            order,
+            offsets,
+            directions,
+            kappas,
+            mu.stride(0),
+            WEIGHTED=kappa is not None,
+            TINY=torch.finfo(dtype).tiny,
+            FP64=dtype == torch.float64,
+            D=dim,
+            ROWS=max(1, min(8, _TILE // block_d)),
+            BLOCK_D=block_d,
+            num_warps=4 if block_d <= 1024 else 8,
+        )
     return directions, kappas
 
 
 @_pool_templates.register_fake
 def _(mu, kappa, template_ids, num_templates, triton_kernel):
     dtype = _dtype(mu, kappa)
-    return torch.empty(num_templates, mu.shape[1], dtype=dtype, device=mu.device), torch.empty(num_templates, dtype=dtype, device=mu.device)
+    return torch.empty(num_templates, mu.shape[1], dtype=dtype, device=mu.device), torch.empty(
+        num_templates, dtype=dtype, device=mu.device
+    )
 
 
 def _setup(ctx, inputs, output):
@@ -114,7 +149,12 @@ _pool_templates.register_autograd(_backward, setup_context=_setup)
 
 
 def pool_templates(
-    mu: torch.Tensor, kappa: torch.Tensor | None, template_ids: torch.Tensor, num_templates: int | None = None, *, backend: str = "auto"
+    mu: torch.Tensor,
+    kappa: torch.Tensor | None,
+    template_ids: torch.Tensor,
+    num_templates: int | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pools image directions into templates of any size. Source: Eqn (14), Li et al., CVPR 2021.
 
@@ -125,8 +165,9 @@ def pool_templates(
         num_templates: T >= 1; by default the largest id plus one. torch.compile wants it given.
         backend: "auto" runs Triton for CUDA tensors and PyTorch for others; "triton" or "torch" insists.
     Returns:
-        directions (T, D) and kappas (T,), summed in float32, or in float64 if an argument is. A template without images, or whose
-        images cancel exactly, has direction 0 and kappa 0: the uniform distribution. Differentiable in mu and kappa. Deterministic.
+        directions (T, D) and kappas (T,), summed in float32, or in float64 if an argument is. A template without
+        images, or whose images cancel exactly, has direction 0 and kappa 0: the uniform distribution. Differentiable in
+        mu and kappa. Deterministic.
     Raises:
         ValueError: shapes or dtypes are not as above, an id lies outside [0, T), T is 0, or the backend cannot run.
     """

@@ -3,13 +3,15 @@
     recordio    DST/train.rec, train.idx, property      as MS1M and Glint360K are shipped
     tar         DST/shard-NNNNNN.tar, property          WebDataset: NNNNNNNNN.jpg and .cls an image
     tfrecord    DST/NAME-NNNNN.tfrecord, NAME.txt, property
-                                                    features "image" and "label"; NAME is DST's own, NAME.txt an index as TFace's
+                                                    features "image" and "label"; NAME is DST's own, NAME.txt an index
+                                                    as TFace's
     folder      DST/LABEL/NNNNNNNNN.jpg, property       one folder an identity, named by its number
 
 Image files are copied byte for byte, identities keep their numbers, images are sorted by identity. Images that
-`python -m scf_fast.pipelines.index SRC --verify` recorded as broken are left out. An interrupted conversion goes on where it stopped; at the end
-everything is read again and compared with the source.
+`python -m scf_fast.pipelines.index SRC --verify` recorded as broken are left out. An interrupted conversion goes on
+where it stopped; at the end everything is read again and compared with the source.
 """
+
 import argparse
 import hashlib
 import json
@@ -32,7 +34,15 @@ from scf_fast.pipelines.sources.tar import shard_name, write_shard
 from scf_fast.pipelines.sources.tfrecord import TFRecordIndex
 
 FORMATS = ("recordio", "tar", "tfrecord", "folder")
-_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "PPM": ".ppm", "TIFF": ".tiff", "GIF": ".gif"}
+_SUFFIXES = {
+    "JPEG": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "PPM": ".ppm",
+    "TIFF": ".tiff",
+    "GIF": ".gif",
+}
 _STATE = ".conversion.json"
 _EXACT_IN_FLOAT = 1 << 24  # RecordIO stores labels as float32
 
@@ -48,7 +58,8 @@ def convert(source, dst, to, shard_images=10_000):
     Returns:
         int, images written in all.
     Raises:
-        ValueError: the folder holds something else, an image has no label or cannot be read, or what was written differs from the source.
+        ValueError: the folder holds something else, an image has no label or cannot be read, or what was written
+            differs from the source.
     """
     dst = Path(dst)
     if to not in FORMATS:
@@ -56,15 +67,26 @@ def convert(source, dst, to, shard_images=10_000):
     if source.labels.min(initial=0) < 0:
         raise ValueError("every image must have a label to be converted; this source has images without")
     if to == "recordio" and source.num_classes > _EXACT_IN_FLOAT:
-        raise ValueError(f"RecordIO holds labels up to {_EXACT_IN_FLOAT} exactly, the source has {source.num_classes} classes; use another format")
+        raise ValueError(
+            f"RecordIO holds labels up to {_EXACT_IN_FLOAT} exactly, the source has {source.num_classes} classes; use "
+            "another format"
+        )
     order = np.argsort(source.labels, kind="stable")
     images = SelectedImages(source, order[~np.isin(order, source.broken)])
-    state = {"to": to, "images": len(images), "classes": source.num_classes, "shard_images": shard_images, "source": _digest(images)}
+    state = {
+        "to": to,
+        "images": len(images),
+        "classes": source.num_classes,
+        "shard_images": shard_images,
+        "source": _digest(images),
+    }
     if not _claim(dst, state):
         return len(images)
     write_property(dst, source.num_classes)
     with tqdm(total=len(images), desc=f"writing {to}", unit="img", unit_scale=True, disable=None) as bar:
-        {"recordio": _write_records, "tar": _write_tar, "tfrecord": _write_tfrecord, "folder": _write_files}[to](images, dst, shard_images, bar.update)
+        {"recordio": _write_records, "tar": _write_tar, "tfrecord": _write_tfrecord, "folder": _write_files}[to](
+            images, dst, shard_images, bar.update
+        )
     _compare(images, dst)
     _save_state(dst, {**state, "complete": True})
     return len(images)
@@ -80,12 +102,16 @@ def _claim(dst, state):
         except ValueError:
             found = {}
     elif any(dst.iterdir()):
-        raise ValueError(f"{dst} must be empty or hold an unfinished conversion, it holds other files; give another folder")
+        raise ValueError(
+            f"{dst} must be empty or hold an unfinished conversion, it holds other files; give another folder"
+        )
     if found is None:
         _save_state(dst, state)
         return True
     if {**found, "complete": None} != {**state, "complete": None}:
-        raise ValueError(f"{dst} holds the conversion of another source or to another format; give another folder, or delete it")
+        raise ValueError(
+            f"{dst} holds the conversion of another source or to another format; give another folder, or delete it"
+        )
     return not found.get("complete")
 
 
@@ -132,7 +158,9 @@ def _write_records(images, dst, _, progress):
 
 
 def _map(path):
-    return np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if os.path.getsize(path) else np.empty(0, dtype=np.uint8)
+    return (
+        np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if os.path.getsize(path) else np.empty(0, dtype=np.uint8)
+    )
 
 
 def _missing_shards(images, name, shard_images, progress):
@@ -163,11 +191,16 @@ def _write_tfrecord(images, dst, shard_images, progress):
             progress(1)
 
     name = dst.resolve().name
-    for path, members in _missing_shards(images, lambda number: dst / f"{name}-{number:05d}.tfrecord", shard_images, progress):
+    for path, members in _missing_shards(
+        images, lambda number: dst / f"{name}-{number:05d}.tfrecord", shard_images, progress
+    ):
         write_tfrecords(path, entries(members))
     files, offsets = TFRecordIndex.open(dst).places()
     with atomic_output(dst / f"{name}.txt") as file:
-        file.writelines(b"%b\t%d\t%d\t%d\n" % (os.fsencode(name), *place) for place in zip(files.tolist(), offsets.tolist(), images.labels.tolist()))
+        file.writelines(
+            b"%b\t%d\t%d\t%d\n" % (os.fsencode(name), *place)
+            for place in zip(files.tolist(), offsets.tolist(), images.labels.tolist())
+        )
 
 
 def _write_files(images, dst, _, progress):
@@ -175,7 +208,9 @@ def _write_files(images, dst, _, progress):
     for i in range(len(images)):
         if i not in there:
             encoded = images.encoded(i)
-            with atomic_output(image_path(dst, int(images.labels[i]), i, _suffix(images, i, encoded)), sync=False) as file:
+            with atomic_output(
+                image_path(dst, int(images.labels[i]), i, _suffix(images, i, encoded)), sync=False
+            ) as file:
                 file.write(encoded)
         progress(1)
 
@@ -184,28 +219,52 @@ def _suffix(images, i, encoded):
     try:
         return _SUFFIXES[read_header(encoded).format]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{images.name(i)} is no image of a known kind ({error}); run `python -m scf_fast.pipelines.index SRC --verify`, which records "
-                         "broken images so that they are left out, and start again") from None
+        raise ValueError(
+            f"{images.name(i)} is no image of a known kind ({error}); run `python -m scf_fast.pipelines.index SRC "
+            "--verify`, which records "
+            "broken images so that they are left out, and start again"
+        ) from None
 
 
 def _compare(images, dst):
     written = open_source(dst)
-    same = len(written) == len(images) and written.num_classes == images.num_classes and np.array_equal(written.labels, images.labels)
+    same = (
+        len(written) == len(images)
+        and written.num_classes == images.num_classes
+        and np.array_equal(written.labels, images.labels)
+    )
     if not same:
         raise ValueError(f"{dst} differs from the source in its labels; delete it and start again")
     for i in tqdm(range(len(images)), desc="comparing", unit="img", unit_scale=True, disable=None):
         if not np.array_equal(written.encoded(i), images.encoded(i)):
-            raise ValueError(f"{written.name(i)} differs from {images.name(i)}, which it was copied from: the disk is failing, or the source "
-                             f"changed; delete {dst} and start again")
+            raise ValueError(
+                f"{written.name(i)} differs from {images.name(i)}, which it was copied from: the disk is failing, or "
+                "the source "
+                f"changed; delete {dst} and start again"
+            )
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m scf_fast.pipelines.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("src", metavar="SRC", nargs="+", help="data set in any format; several become one, each with its own identities")
+    parser = argparse.ArgumentParser(
+        prog="python -m scf_fast.pipelines.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "src", metavar="SRC", nargs="+", help="data set in any format; several become one, each with its own identities"
+    )
     parser.add_argument("dst", metavar="DST", help="folder to write")
     parser.add_argument("--to", choices=FORMATS, required=True)
-    parser.add_argument("--root", metavar="DIR", help="where names and relative paths in a list start (default: the list's folder)")
-    parser.add_argument("--shard-images", type=int, default=10_000, metavar="N", help="images a tar or TFRecord shard (default %(default)s)")
+    parser.add_argument(
+        "--root", metavar="DIR", help="where names and relative paths in a list start (default: the list's folder)"
+    )
+    parser.add_argument(
+        "--shard-images",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="images a tar or TFRecord shard (default %(default)s)",
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -1,4 +1,5 @@
 """Opens any data set by its path, and says what is in one: `python -m scf_fast.pipelines.index DATA [--verify]`."""
+
 import argparse
 import collections
 import logging
@@ -22,7 +23,11 @@ from scf_fast.pipelines.sources.tfrecord import TFRecordIndex, TFRecordList, is_
 _SAMPLE = 2000  # images whose headers the report reads where not all are decoded
 _CHUNK = 256  # images a task of --verify
 _SHOWN = 20  # broken images named in the report
-_KINDS = {".rec": RecordIndex, ".tar": TarIndex, ".tfrecord": TFRecordIndex}  # a folder of several kinds is the first of them
+_KINDS = {
+    ".rec": RecordIndex,
+    ".tar": TarIndex,
+    ".tfrecord": TFRecordIndex,
+}  # a folder of several kinds is the first of them
 
 
 def open_source(path, root=None, cache_dir=None):
@@ -30,12 +35,12 @@ def open_source(path, root=None, cache_dir=None):
 
     Args:
         path: one of
-            a `.rec` file, or a folder with `train.rec`, or with other `.rec` files that are parts of one set (RecordIndex);
-            a `.tar` file, or a folder of them (TarIndex);
-            a `.tfrecord` file, or a folder of them, with labels in the records (TFRecordIndex);
-            a text file with lines `name shard offset label` between tabs (TFRecordList), or with lines `path label` (ListIndex);
-            a folder of one folder of image files for each identity (FolderIndex);
-            or a list or tuple of such paths: several data sets, each with its own identities (ConcatenatedSources).
+            a `.rec` file, or a folder with `train.rec`, or with other `.rec` files that are parts of one set
+            (RecordIndex); a `.tar` file, or a folder of them (TarIndex); a `.tfrecord` file, or a folder of them, with
+            labels in the records (TFRecordIndex); a text file with lines `name shard offset label` between tabs
+            (TFRecordList), or with lines `path label` (ListIndex); a folder of one folder of image files for each
+            identity (FolderIndex); or a list or tuple of such paths: several data sets, each with its own identities
+            (ConcatenatedSources).
         root: folder that names and relative paths in a text file start from; by default its own.
         cache_dir: folder for the index; by default beside the data, see IndexedImages.open.
     Returns:
@@ -67,8 +72,11 @@ def _kind(path):
             return kind
     if any(entry.is_dir() for entry in entries):
         return FolderIndex
-    raise ValueError(f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; to use an image list, give the file; "
-                     "check the path")
+    raise ValueError(
+        f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; to use an "
+        "image list, give the file; "
+        "check the path"
+    )
 
 
 def describe(source):
@@ -80,10 +88,13 @@ def describe(source):
         list of str.
     """
     used = np.unique(source.labels, return_counts=True)[1]
-    lines = [f"format                 {source.FORMAT}", f"images                 {len(source):,}",
-             f"identities             {len(used):,} with images, {source.num_classes - len(used):,} numbers without",
-             f"images per identity    {used.min():,} to {used.max():,}, median {np.median(used):g}, mean {used.mean():.1f}",
-             *(f"skipped                {count:,} {reason}" for reason, count in source.skipped.items() if count)]
+    lines = [
+        f"format                 {source.FORMAT}",
+        f"images                 {len(source):,}",
+        f"identities             {len(used):,} with images, {source.num_classes - len(used):,} numbers without",
+        f"images per identity    {used.min():,} to {used.max():,}, median {np.median(used):g}, mean {used.mean():.1f}",
+        *(f"skipped                {count:,} {reason}" for reason, count in source.skipped.items() if count),
+    ]
     kinds, sizes, bad = collections.Counter(), [], collections.Counter()
     sample = np.unique(np.linspace(0, len(source) - 1, num=min(_SAMPLE, len(source)), dtype=np.int64)).tolist()
     for i in sample:
@@ -100,8 +111,11 @@ def describe(source):
         lines.append(f"bytes an image         {min(sizes):,} to {max(sizes):,}, mean {np.mean(sizes):,.0f}{where}")
     lines += [f"kind                   {count:,} {kind}{where}" for kind, count in kinds.most_common(8)]
     lines += [f"unreadable             {count:,} {reason}{where}" for reason, count in bad.most_common(8)]
-    lines.append(f"broken                 {len(source.broken):,} of {len(source):,}" if source.verified else
-                 "broken                 not known; --verify decodes every image")
+    lines.append(
+        f"broken                 {len(source.broken):,} of {len(source):,}"
+        if source.verified
+        else "broken                 not known; --verify decodes every image"
+    )
     return lines
 
 
@@ -117,8 +131,10 @@ def find_broken(source, workers=None):
     workers = workers or len(os.sched_getaffinity(0))
     starts = range(0, len(source), _CHUNK)
     broken = {}
-    with (ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_source, (source,)) as pool,
-          tqdm(total=len(source), desc="decoding", unit="img", unit_scale=True, disable=None) as bar):
+    with (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_source, (source,)) as pool,
+        tqdm(total=len(source), desc="decoding", unit="img", unit_scale=True, disable=None) as bar,
+    ):
         for start, found in zip(starts, pool.map(_broken_from, starts)):
             broken.update(found)
             bar.update(min(_CHUNK, len(source) - start))
@@ -157,17 +173,31 @@ def _check_offsets_file(source, rec_path):
     except ValueError:
         listed = np.empty(0, dtype=np.int64)
     missing = int(np.count_nonzero(~np.isin(source.offsets_in(rec_path), listed)))
-    return f"{path.name:<23}" + (f"wrong: {missing:,} images are not where it says; not used" if missing else "agrees; not used")
+    return f"{path.name:<23}" + (
+        f"wrong: {missing:,} images are not where it says; not used" if missing else "agrees; not used"
+    )
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m scf_fast.pipelines.index", description="Index a face data set and say what is in it.")
-    parser.add_argument("data", metavar="DATA", help="a .rec file or a folder with train.rec; .tar or .tfrecord shards or their folder; a list of images "
-                                                     "or of TFRecords; or a folder of one folder of images for each identity")
-    parser.add_argument("--root", metavar="DIR", help="where names and relative paths in a list start (default: the list's folder)")
+    parser = argparse.ArgumentParser(
+        prog="python -m scf_fast.pipelines.index", description="Index a face data set and say what is in it."
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="a .rec file or a folder with train.rec; .tar or .tfrecord shards or their folder; a list of images "
+        "or of TFRecords; or a folder of one folder of images for each identity",
+    )
+    parser.add_argument(
+        "--root", metavar="DIR", help="where names and relative paths in a list start (default: the list's folder)"
+    )
     parser.add_argument("--cache-dir", metavar="DIR", help="where the index goes (default: beside the data)")
-    parser.add_argument("--verify", action="store_true", help="decode every image and record the broken ones, which training then replaces; "
-                                                              "exit status 1 if there are any")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="decode every image and record the broken ones, which training then replaces; "
+        "exit status 1 if there are any",
+    )
     parser.add_argument("--workers", type=int, metavar="W", help="processes that decode (default: one a core)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

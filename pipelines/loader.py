@@ -1,8 +1,9 @@
 """Batches of normalised faces from a source and a sampler, by NVIDIA DALI or by PyTorch workers.
 
-Both backends turn the sampler's requests (indices, flips) into uint8 faces and share everything else, so they give the same
-batches: same images, same flips, same augmentation, same arithmetic, the same replacements of broken images.
+Both backends turn the sampler's requests (indices, flips) into uint8 faces and share everything else, so they give the
+same batches: same images, same flips, same augmentation, same arithmetic, the same replacements of broken images.
 """
+
 import functools
 import logging
 
@@ -14,8 +15,18 @@ from scf_fast.pipelines.loading.broken import BrokenImages
 _LOG = logging.getLogger(__name__)
 
 
-def make_loader(source, sampler, preprocessing=None, *, device="cpu", dtype=torch.float32, backend="auto", num_workers=2, prefetch=2,
-                on_broken="raise"):
+def make_loader(
+    source,
+    sampler,
+    preprocessing=None,
+    *,
+    device="cpu",
+    dtype=torch.float32,
+    backend="auto",
+    num_workers=2,
+    prefetch=2,
+    on_broken="raise",
+):
     """A loader for a source.
 
     Args:
@@ -27,9 +38,9 @@ def make_loader(source, sampler, preprocessing=None, *, device="cpu", dtype=torc
         backend: 'dali', 'torch', or 'auto': DALI where it can be imported.
         num_workers: decoding threads (DALI, at least one) or processes (PyTorch; 0 decodes in the calling process).
         prefetch: batches decoded ahead; the PyTorch backend keeps at least one for each process.
-        on_broken: what becomes of an image that cannot be read or decoded. 'raise' ends the iteration, with its name: right where every
-            image counts, as in evaluation. 'replace' puts the next good image of the source in its place, label and all, and names the
-            broken one in the log: right for training. See BrokenImages.
+        on_broken: what becomes of an image that cannot be read or decoded. 'raise' ends the iteration, with its name:
+            right where every image counts, as in evaluation. 'replace' puts the next good image of the source in its
+            place, label and all, and names the broken one in the log: right for training. See BrokenImages.
     Returns:
         Loader.
     Raises:
@@ -47,7 +58,9 @@ def make_loader(source, sampler, preprocessing=None, *, device="cpu", dtype=torc
     if on_broken not in ("raise", "replace"):
         raise ValueError(f"on_broken must be 'raise' or 'replace', got {on_broken!r}")
     broken = BrokenImages(source, replace=on_broken == "replace")
-    return _loader_class(backend)(source, sampler, preprocessing or Preprocessing(), device, dtype, broken, num_workers, prefetch)
+    return _loader_class(backend)(
+        source, sampler, preprocessing or Preprocessing(), device, dtype, broken, num_workers, prefetch
+    )
 
 
 def _loader_class(backend):
@@ -58,7 +71,9 @@ def _loader_class(backend):
             return DaliLoader
         except ImportError as error:
             if backend == "dali":
-                raise ValueError(f"backend='dali' needs NVIDIA DALI: {error}; install nvidia-dali or use backend='torch'") from error
+                raise ValueError(
+                    f"backend='dali' needs NVIDIA DALI: {error}; install nvidia-dali or use backend='torch'"
+                ) from error
             _warn_once(f"reading images with PyTorch workers, because NVIDIA DALI cannot be imported: {error}")
     from scf_fast.pipelines.loading.torch import TorchLoader
 

@@ -1,7 +1,8 @@
 """Train Sphere Confidence Face models: margin-softmax backbone, then a confidence network under the SCF loss.
 
-    from scf_fast import SCF, SCFLoss, KLDiracVMF
+from scf_fast import SCF, SCFLoss, KLDiracVMF
 """
+
 import importlib
 
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
-"""Old import names in a checkout: ``import kernels`` and ``python -m pipelines.index`` hand over to ``scf_fast.kernels`` and
-``scf_fast.pipelines``.
+"""Old import names in a checkout: ``import kernels`` and ``python -m pipelines.index`` hand over to
+``scf_fast.kernels`` and ``scf_fast.pipelines``.
 
-The folders lie at the top of the checkout, so Python finds them under their short names too. Loading a file under both names would register each
-operator twice, so the short name becomes the same module as the long one.
+The folders lie at the top of the checkout, so Python finds them under their short names too. Loading a file under both
+names would register each operator twice, so the short name becomes the same module as the long one.
 """
 
 import importlib

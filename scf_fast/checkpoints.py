@@ -1,11 +1,14 @@
-"""Weight files of every family: read with nothing but tensors let in, recognised by their keys, written complete or not at all.
+"""Weight files of every family: read with nothing but tensors let in, recognised by their keys, written complete or not
+at all.
 
     python -m scf_fast.checkpoints inspect FILE
     python -m scf_fast.checkpoints convert IN OUT --to published|tface|insightface|scf_fast|safetensors
 
-A file is a backbone, class centers, a confidence net, or several of these (:class:`Weights`); what its layout calls them is in
-:func:`read` and :data:`LAYOUTS`. The folders that a run resumes from belong to :mod:`scf_fast.run.checkpoints`.
+A file is a backbone, class centers, a confidence net, or several of these (:class:`Weights`); what its layout calls
+them is in :func:`read` and :data:`LAYOUTS`. The folders that a run resumes from belong to
+:mod:`scf_fast.run.checkpoints`.
 """
+
 import argparse
 import sys
 from dataclasses import replace
@@ -19,7 +22,9 @@ from scf_fast.weights.writing import LAYOUTS, write
 
 
 def backbone_state(spec: str | Path, flag: str = "--saved_bkb") -> dict[str, torch.Tensor]:
-    """The backbone in a weight file of any family, under the names of :class:`scf_fast.networks.backbones.Backbone`; see :func:`read`."""
+    """The backbone in a weight file of any family, under the names of :class:`scf_fast.networks.backbones.Backbone`;
+    see :func:`read`.
+    """
     return read(spec, flag).only("backbone").backbone
 
 
@@ -29,17 +34,24 @@ def class_centers(spec: str | Path, flag: str = "--saved_fc") -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scf_fast.checkpoints", description="What is in a weight file, and the same weights for other code.")
+    parser = argparse.ArgumentParser(
+        prog="python -m scf_fast.checkpoints",
+        description="What is in a weight file, and the same weights for other code.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     files = "a file; several that belong together as a comma-separated list, a pattern or a folder"
     inspect = commands.add_parser("inspect", help="say what a file holds")
     inspect.add_argument("source", metavar="FILE", help=files)
-    convert = commands.add_parser("convert", help="write the weights as other code names them, bit for bit; optimiser states are left out")
+    convert = commands.add_parser(
+        "convert", help="write the weights as other code names them, bit for bit; optimiser states are left out"
+    )
     convert.add_argument("source", metavar="IN", help=files)
     convert.add_argument("target", metavar="OUT", type=Path)
     convert.add_argument("--to", required=True, choices=tuple(LAYOUTS), help="whose layout")
     convert.add_argument("--part", choices=Weights.PARTS, help="write this part alone")
-    convert.add_argument("--radius", type=float, help=f"radius of a model whose file does not say it [{_DEFAULT_RADIUS:g}]")
+    convert.add_argument(
+        "--radius", type=float, help=f"radius of a model whose file does not say it [{_DEFAULT_RADIUS:g}]"
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
     options = parser.parse_args(arguments)
     try:

@@ -34,7 +34,9 @@ def _coerce(field, value, source):
                 return value
             raise ValueError
         if kind is int:
-            number = int(value) if str(value).strip().lstrip("+-").isdigit() else float(value)  # 1e5 is whole, and a long seed no float
+            number = (
+                int(value) if str(value).strip().lstrip("+-").isdigit() else float(value)
+            )  # 1e5 is whole, and a long seed no float
             if int(number) != number:
                 raise ValueError
             return int(number)
@@ -67,14 +69,31 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The command line, generated from :class:`Config`."""
     parser = _Parser(
-        prog="train.py", allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
-        description="Train a Sphere Confidence Face model: stage 'backbone' (margin softmax), then stage 'confidence' (kappa on the frozen backbone).",
-        epilog="Launch with `deepspeed train.py ...`, `torchrun ... train.py ...` or plain `python train.py ...`.")
-    parser.add_argument("--config", metavar="FILE", action="append", default=[],
-                        help="YAML recipe with any of the flags below as keys; flags on the command line win")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
-    titles = {"task": "what to do", "model": "model and loss", "training": "optimisation", "input": "input pipeline", "system": "system",
-              "published": "the published command line"}
+        prog="train.py",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+        description="Train a Sphere Confidence Face model: stage 'backbone' (margin softmax), then stage 'confidence' "
+        "(kappa on the frozen backbone).",
+        epilog="Launch with `deepspeed train.py ...`, `torchrun ... train.py ...` or plain `python train.py ...`.",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="YAML recipe with any of the flags below as keys; flags on the command line win",
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # appended by the deepspeed launcher
+    titles = {
+        "task": "what to do",
+        "model": "model and loss",
+        "training": "optimisation",
+        "input": "input pipeline",
+        "system": "system",
+        "published": "the published command line",
+    }
     groups = {key: parser.add_argument_group(title) for key, title in titles.items()}
     for field in dataclasses.fields(Config):
         meta = field.metadata
@@ -89,9 +108,17 @@ def build_parser() -> argparse.ArgumentParser:
         kind, _ = _value_type(field)
         if kind is bool:
             flags |= dict.fromkeys([f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"])
-        extra = {"action": _Switch} if kind is bool else {
-            "metavar": meta["metavar"] or ("{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else kind.__name__.upper())}
-        groups[meta["group"]].add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **extra)
+        extra = (
+            {"action": _Switch}
+            if kind is bool
+            else {
+                "metavar": meta["metavar"]
+                or ("{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else kind.__name__.upper())
+            }
+        )
+        groups[meta["group"]].add_argument(
+            *flags, dest=field.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **extra
+        )
     return parser
 
 
@@ -104,7 +131,9 @@ def load_recipe(path: str) -> dict:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML recipe") from None
+        raise ValueError(
+            f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML recipe"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: is no valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):

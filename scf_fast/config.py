@@ -1,8 +1,10 @@
 """One typed definition of every training option: defaults, ``--help``, YAML recipes and checks all come from here.
 
-A field of :class:`Config` is a flag (``batch_size`` -> ``--batch_size`` or ``--batch-size``) and a recipe key. A default that differs
-between the stages is a :class:`PerStage`. Order of precedence: default < recipe (``--config``) < command line.
+A field of :class:`Config` is a flag (``batch_size`` -> ``--batch_size`` or ``--batch-size``) and a recipe key. A
+default that differs between the stages is a :class:`PerStage`. Order of precedence: default < recipe (``--config``) <
+command line.
 """
+
 import dataclasses
 import json
 import math
@@ -25,139 +27,357 @@ MARGIN_PRESETS = {"arcface": (1.0, 0.5, 0.0), "cosface": (1.0, 0.0, 0.4), "combi
 @dataclass(frozen=True)
 class PerStage:
     """A default that depends on the stage."""
+
     backbone: Any
     confidence: Any
 
 
-def option(default, help: str, *, choices=None, stage: str | None = None, group: str = "training", metavar: str | None = None):
-    """A dataclass field with what the command line needs to know about it; ``stage`` names the only stage that has it."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "stage": stage, "group": group, "metavar": metavar})
+def option(
+    default, help: str, *, choices=None, stage: str | None = None, group: str = "training", metavar: str | None = None
+):
+    """A dataclass field with what the command line needs to know about it; ``stage`` names the only stage that has
+    it.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "stage": stage, "group": group, "metavar": metavar}
+    )
 
 
 @dataclass(kw_only=True)
 class Config:
-    """Everything that decides a run. ``None`` means "not set"; the checks name the flag, what arrived and what to do."""
+    """Everything that decides a run. ``None`` means "not set"; the checks name the flag, what arrived and what to
+    do.
+    """
 
-    stage: str | None = option(None, "which stage to train; implied to be 'confidence' by --saved_bkb", choices=STAGES, group="task")
-    data: str | None = option(None, "a .rec file or its folder, .tar or .tfrecord shards, a list of images or TFRecords, or a folder of folders", group="task",
-                              metavar="PATH")
-    dataset: str | None = option(None, "instead of --data, as the published code has it: trains on DATAROOT/list/NAME_list.txt", group="task", metavar="NAME")
-    dataroot: str | None = option(None, "folder that relative paths and names in a list start from; default: with --dataset the current folder, else "
-                                        "the list's own", group="task", metavar="DIR")
+    stage: str | None = option(
+        None, "which stage to train; implied to be 'confidence' by --saved_bkb", choices=STAGES, group="task"
+    )
+    data: str | None = option(
+        None,
+        "a .rec file or its folder, .tar or .tfrecord shards, a list of images or TFRecords, or a folder of folders",
+        group="task",
+        metavar="PATH",
+    )
+    dataset: str | None = option(
+        None,
+        "instead of --data, as the published code has it: trains on DATAROOT/list/NAME_list.txt",
+        group="task",
+        metavar="NAME",
+    )
+    dataroot: str | None = option(
+        None,
+        "folder that relative paths and names in a list start from; default: with --dataset the current folder, else "
+        "the list's own",
+        group="task",
+        metavar="DIR",
+    )
     output_dir: str | None = option(None, "where the run's files go", group="task", metavar="DIR")
-    resume: bool = option(False, "continue from the newest checkpoint in --output_dir, or start if there is none", group="task")
+    resume: bool = option(
+        False, "continue from the newest checkpoint in --output_dir, or start if there is none", group="task"
+    )
     overwrite: bool = option(False, "delete what an earlier run left in --output_dir", group="task")
     seed: int = option(777, "seed of weights, shuffle and flips", group="task")
 
-    network: str = option("ir_100", "backbone architecture: ir_* of the published code, tface_*, or insightface's iresnet* (r50 for iresnet50 is "
-                                    "accepted); stage 2 reads it off the checkpoint instead", choices=tuple(BACKBONES), stage="backbone", group="model")
-    z_dim: int | None = option(PerStage(512, None), "embedding width d; stage 2 reads it off the checkpoint and checks this one", group="model")
-    dropout: float | None = option(None, "dropout before the embedding layer, in [0, 1); default: 0.4, for iresnet* 0", stage="backbone", group="model")
-    loss: str = option("arcface", "margin preset: " + ", ".join(f"{name} {m}" for name, m in MARGIN_PRESETS.items()),
-                       choices=tuple(MARGIN_PRESETS), stage="backbone", group="model")
-    margins: tuple[float, ...] | None = option(None, "m1,m2,m3 of cos(m1 theta + m2) - m3 (radians for m2); overrides --loss",
-                                               stage="backbone", group="model", metavar="M1,M2,M3")
-    margin_gradient: str = option("exact", "gradient at the target: the derivative, or s (as arcface_torch has it)",
-                                  choices=("exact", "straight_through"), stage="backbone", group="model")
+    network: str = option(
+        "ir_100",
+        "backbone architecture: ir_* of the published code, tface_*, or insightface's iresnet* (r50 for iresnet50 is "
+        "accepted); stage 2 reads it off the checkpoint instead",
+        choices=tuple(BACKBONES),
+        stage="backbone",
+        group="model",
+    )
+    z_dim: int | None = option(
+        PerStage(512, None), "embedding width d; stage 2 reads it off the checkpoint and checks this one", group="model"
+    )
+    dropout: float | None = option(
+        None,
+        "dropout before the embedding layer, in [0, 1); default: 0.4, for iresnet* 0",
+        stage="backbone",
+        group="model",
+    )
+    loss: str = option(
+        "arcface",
+        "margin preset: " + ", ".join(f"{name} {m}" for name, m in MARGIN_PRESETS.items()),
+        choices=tuple(MARGIN_PRESETS),
+        stage="backbone",
+        group="model",
+    )
+    margins: tuple[float, ...] | None = option(
+        None,
+        "m1,m2,m3 of cos(m1 theta + m2) - m3 (radians for m2); overrides --loss",
+        stage="backbone",
+        group="model",
+        metavar="M1,M2,M3",
+    )
+    margin_gradient: str = option(
+        "exact",
+        "gradient at the target: the derivative, or s (as arcface_torch has it)",
+        choices=("exact", "straight_through"),
+        stage="backbone",
+        group="model",
+    )
     scale: float = option(64.0, "multiplier s of the logits", stage="backbone", group="model")
-    label_smoothing: float = option(0.0, "share of the target distribution spread over all identities, in [0, 1)", stage="backbone", group="model")
-    sample_rate: float = option(1.0, "share of the other identities that each step's softmax is over, drawn anew (Partial FC), in (0, 1]",
-                                stage="backbone", group="model")
+    label_smoothing: float = option(
+        0.0, "share of the target distribution spread over all identities, in [0, 1)", stage="backbone", group="model"
+    )
+    sample_rate: float = option(
+        1.0,
+        "share of the other identities that each step's softmax is over, drawn anew (Partial FC), in (0, 1]",
+        stage="backbone",
+        group="model",
+    )
 
-    saved_bkb: str | None = option(None, "backbone checkpoint of stage 1: of this program, the published code, TFace or insightface", stage="confidence",
-                                   group="model", metavar="FILE")
-    saved_fc: str | None = option(None, "class-center checkpoint of stage 1, of the same; the ranks' shards as a folder or as 'checkpoint_gpu_*.pt'",
-                                  stage="confidence", group="model", metavar="FILE")
-    finetune_bkb: bool = option(False, "train the backbone too, from --saved_bkb on, jointly with the confidence net", stage="confidence", group="model")
-    partial_identities: bool = option(False, "the data hold only some of the identities that --saved_fc has centers for, under the same numbers",
-                                      stage="confidence", group="model")
-    confidence_net: str = option("mlp", "network on the last feature map: the published MLP, or TFace's convolutional one",
-                                 choices=tuple(CONFIDENCE_NETS), stage="confidence", group="model")
-    convf_dim: int | None = option(None, "length of the flattened last feature map, checked against the backbone", stage="confidence", group="model")
+    saved_bkb: str | None = option(
+        None,
+        "backbone checkpoint of stage 1: of this program, the published code, TFace or insightface",
+        stage="confidence",
+        group="model",
+        metavar="FILE",
+    )
+    saved_fc: str | None = option(
+        None,
+        "class-center checkpoint of stage 1, of the same; the ranks' shards as a folder or as 'checkpoint_gpu_*.pt'",
+        stage="confidence",
+        group="model",
+        metavar="FILE",
+    )
+    finetune_bkb: bool = option(
+        False,
+        "train the backbone too, from --saved_bkb on, jointly with the confidence net",
+        stage="confidence",
+        group="model",
+    )
+    partial_identities: bool = option(
+        False,
+        "the data hold only some of the identities that --saved_fc has centers for, under the same numbers",
+        stage="confidence",
+        group="model",
+    )
+    confidence_net: str = option(
+        "mlp",
+        "network on the last feature map: the published MLP, or TFace's convolutional one",
+        choices=tuple(CONFIDENCE_NETS),
+        stage="confidence",
+        group="model",
+    )
+    convf_dim: int | None = option(
+        None,
+        "length of the flattened last feature map, checked against the backbone",
+        stage="confidence",
+        group="model",
+    )
     radius: float = option(64.0, "radius r of the sphere", stage="confidence", group="model")
-    normalizer: str = option("exact", "vMF normaliser: exact, or the published code's float32 formula (for comparison with old runs)",
-                             choices=("exact", "published"), stage="confidence", group="model")
-    initial_kappa: float | None = option(None, "kappa that the untrained confidence net starts from; default: as PyTorch initialises (about 1)",
-                                         stage="confidence", group="model")
+    normalizer: str = option(
+        "exact",
+        "vMF normaliser: exact, or the published code's float32 formula (for comparison with old runs)",
+        choices=("exact", "published"),
+        stage="confidence",
+        group="model",
+    )
+    initial_kappa: float | None = option(
+        None,
+        "kappa that the untrained confidence net starts from; default: as PyTorch initialises (about 1)",
+        stage="confidence",
+        group="model",
+    )
 
     batch_size: int = option(PerStage(512, 1024), "images per optimiser step over all ranks")
-    gradient_accumulation_steps: int = option(1, "micro-batches per optimiser step; divides a rank's share of --batch_size")
+    gradient_accumulation_steps: int = option(
+        1, "micro-batches per optimiser step; divides a rank's share of --batch_size"
+    )
     epochs: int = option(PerStage(20, 30), "passes over the data")
     lr: float = option(PerStage(0.1, 3e-5), "learning rate after warm-up")
     weight_decay: float = option(5e-4, "L2 term added to the gradient (not decoupled)")
     momentum: float = option(0.9, "SGD momentum", stage="backbone")
-    lr_scheduler: str = option(PerStage("Polynomial", "StepLR"), "learning-rate rule",
-                               choices=("Polynomial", "Cosine", "MultiStep", "StepLR", "Constant", "ReduceLROnPlateau"))
+    lr_scheduler: str = option(
+        PerStage("Polynomial", "StepLR"),
+        "learning-rate rule",
+        choices=("Polynomial", "Cosine", "MultiStep", "StepLR", "Constant", "ReduceLROnPlateau"),
+    )
     warmup_epochs: float = option(0.0, "linear warm-up, in epochs")
     power: float = option(1.0, "exponent of Polynomial: insightface's recipes use 1")
     milestones: tuple[int, ...] = option((), "epochs at which MultiStep multiplies by --gamma", metavar="E1,E2,...")
     step_size: int = option(2, "epochs between decays of StepLR")
     gamma: float = option(PerStage(0.1, 0.5), "factor of StepLR and MultiStep")
-    plateau_patience: int = option(20000, "steps without improvement before ReduceLROnPlateau multiplies by 0.1 (it costs a host sync a step)")
-    max_grad_norm: float = option(PerStage(5.0, 0.0), "clip the global gradient norm, in stage 1 the backbone's (as arcface_torch); 0 is off")
+    plateau_patience: int = option(
+        20000, "steps without improvement before ReduceLROnPlateau multiplies by 0.1 (it costs a host sync a step)"
+    )
+    max_grad_norm: float = option(
+        PerStage(5.0, 0.0), "clip the global gradient norm, in stage 1 the backbone's (as arcface_torch); 0 is off"
+    )
     max_grad_clip: float = option(0.0, "clip each gradient value; 0 is off")
-    optimizer: str = option("auto", "implementation of SGD/Adam: the first of apex, deepspeed, torch that is there",
-                            choices=("auto", "apex", "deepspeed", "torch"))
+    optimizer: str = option(
+        "auto",
+        "implementation of SGD/Adam: the first of apex, deepspeed, torch that is there",
+        choices=("auto", "apex", "deepspeed", "torch"),
+    )
 
-    normalization: str | None = option(None, "pixels: insightface is (x - 127.5)/127.5, published is (x - 127.5)/128. Default: stage 1 takes what the "
-                                             "--network's family was trained with (ir_*: published; others: insightface) and notes it in fc.pth; stage 2 "
-                                             "takes the note in --saved_fc, else what the family of --saved_bkb was trained with",
-                                       choices=("insightface", "published"), group="input")
-    loader: str = option("auto", "decoder: dali where installed, else torch", choices=("auto", "dali", "torch"), group="input")
-    num_workers: int = option(2, "decoding threads (DALI, at least one) or processes (torch; 0: none but the rank's own) a rank", group="input")
+    normalization: str | None = option(
+        None,
+        "pixels: insightface is (x - 127.5)/127.5, published is (x - 127.5)/128. Default: stage 1 takes what the "
+        "--network's family was trained with (ir_*: published; others: insightface) and notes it in fc.pth; stage 2 "
+        "takes the note in --saved_fc, else what the family of --saved_bkb was trained with",
+        choices=("insightface", "published"),
+        group="input",
+    )
+    loader: str = option(
+        "auto", "decoder: dali where installed, else torch", choices=("auto", "dali", "torch"), group="input"
+    )
+    num_workers: int = option(
+        2,
+        "decoding threads (DALI, at least one) or processes (torch; 0: none but the rank's own) a rank",
+        group="input",
+    )
     flip: bool = option(True, "random horizontal flip", group="input")
-    augmentation: str = option("none", "random changes to the images: as arcface_torch has them, or with crops and occlusions too", choices=tuple(PRESETS),
-                               group="input")
-    shuffle: str = option("global", "block reads runs of neighbouring images, for spinning disks and network mounts", choices=("global", "block"),
-                          group="input")
-    data_weights: tuple[float, ...] = option((), "share of each of several data sets in an epoch; default: each image once", group="input", metavar="W1,W2,...")
-    max_images_per_identity: int = option(0, "at most so many images of an identity in an epoch; 0 is all", group="input")
-    images_per_identity: int = option(0, "exactly so many images of every identity in an epoch (class-balanced); 0 is off", group="input")
-    index_dir: str | None = option(None, "folder for the indices of the data; default: beside the data", group="input", metavar="DIR")
-    on_broken: str = option("replace", "an image that cannot be decoded: replaced by the next good one and counted, or the end of the run",
-                            choices=("replace", "raise"), group="input")
+    augmentation: str = option(
+        "none",
+        "random changes to the images: as arcface_torch has them, or with crops and occlusions too",
+        choices=tuple(PRESETS),
+        group="input",
+    )
+    shuffle: str = option(
+        "global",
+        "block reads runs of neighbouring images, for spinning disks and network mounts",
+        choices=("global", "block"),
+        group="input",
+    )
+    data_weights: tuple[float, ...] = option(
+        (),
+        "share of each of several data sets in an epoch; default: each image once",
+        group="input",
+        metavar="W1,W2,...",
+    )
+    max_images_per_identity: int = option(
+        0, "at most so many images of an identity in an epoch; 0 is all", group="input"
+    )
+    images_per_identity: int = option(
+        0, "exactly so many images of every identity in an epoch (class-balanced); 0 is off", group="input"
+    )
+    index_dir: str | None = option(
+        None, "folder for the indices of the data; default: beside the data", group="input", metavar="DIR"
+    )
+    on_broken: str = option(
+        "replace",
+        "an image that cannot be decoded: replaced by the next good one and counted, or the end of the run",
+        choices=("replace", "raise"),
+        group="input",
+    )
 
-    precision: str = option("auto", "forward and backward type; auto: bf16 where the GPU has it, fp32 on CPU. Parameters, BatchNorm statistics and the "
-                                    "loss stay float32", choices=("auto", "fp32", "bf16", "fp16"), group="system")
-    compile: bool | None = option(None, "fuse the frozen backbone with torch.compile; default: on a GPU, and on a CPU when enough images go through it",
-                                  stage="confidence", group="system")
-    feature_cache: str | None = option(None, "folder to keep the frozen backbone's features in: later epochs and runs then neither decode nor compute them",
-                                       stage="confidence", group="system", metavar="DIR")
-    cache_dtype: str = option("bf16", "type of the cached feature map", choices=("fp32", "fp16", "bf16", "fp8", "int8"), stage="confidence", group="system")
-    cache_budget: float = option(0.0, "most GB (10^9 bytes) that the cache may take; what does not fit is computed anew in every epoch; 0: no limit",
-                                 stage="confidence", group="system")
-    centers_state: str = option("fp32", "type of the class centers' momentum; bf16 halves it, with stochastic rounding", choices=("fp32", "bf16"),
-                                stage="backbone", group="system")
-    skip_below: float = option(0.0, "on a GPU the backward pass over the class centers leaves out tiles whose gradient is below this share of the largest "
-                                    "possible, in [0, 1); 0 is exact, 0.000244 (2^-12) is under bf16's rounding", stage="backbone", group="system")
-    fused_center_update: bool | None = option(None, "update class centers inside the backward pass, without storing their gradient; default: unless "
-                                                    "there is accumulation or fp16", stage="backbone", group="system")
-    zero_stage: int | None = option(None, "DeepSpeed ZeRO stage; default: 1 in stage 1, 2 in stage 2, and 0 on a single rank, which has nothing to divide",
-                                    choices=(0, 1, 2, 3), group="system")
-    offload_optimizer: str = option("none", "where optimiser states and float32 master weights are, and where the optimiser runs: none is the GPU, cpu "
-                                            "is host memory, for a network that the GPU cannot hold; needs ZeRO 1 to 3", choices=("none", "cpu"),
-                                    group="system")
-    deepspeed_config: str | None = option(None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE")
+    precision: str = option(
+        "auto",
+        "forward and backward type; auto: bf16 where the GPU has it, fp32 on CPU. Parameters, BatchNorm statistics "
+        "and the "
+        "loss stay float32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        group="system",
+    )
+    compile: bool | None = option(
+        None,
+        "fuse the frozen backbone with torch.compile; default: on a GPU, and on a CPU when enough images go through it",
+        stage="confidence",
+        group="system",
+    )
+    feature_cache: str | None = option(
+        None,
+        "folder to keep the frozen backbone's features in: later epochs and runs then neither decode nor compute them",
+        stage="confidence",
+        group="system",
+        metavar="DIR",
+    )
+    cache_dtype: str = option(
+        "bf16",
+        "type of the cached feature map",
+        choices=("fp32", "fp16", "bf16", "fp8", "int8"),
+        stage="confidence",
+        group="system",
+    )
+    cache_budget: float = option(
+        0.0,
+        "most GB (10^9 bytes) that the cache may take; what does not fit is computed anew in every epoch; 0: no limit",
+        stage="confidence",
+        group="system",
+    )
+    centers_state: str = option(
+        "fp32",
+        "type of the class centers' momentum; bf16 halves it, with stochastic rounding",
+        choices=("fp32", "bf16"),
+        stage="backbone",
+        group="system",
+    )
+    skip_below: float = option(
+        0.0,
+        "on a GPU the backward pass over the class centers leaves out tiles whose gradient is below this share of the "
+        "largest "
+        "possible, in [0, 1); 0 is exact, 0.000244 (2^-12) is under bf16's rounding",
+        stage="backbone",
+        group="system",
+    )
+    fused_center_update: bool | None = option(
+        None,
+        "update class centers inside the backward pass, without storing their gradient; default: unless "
+        "there is accumulation or fp16",
+        stage="backbone",
+        group="system",
+    )
+    zero_stage: int | None = option(
+        None,
+        "DeepSpeed ZeRO stage; default: 1 in stage 1, 2 in stage 2, and 0 on a single rank, which has nothing to "
+        "divide",
+        choices=(0, 1, 2, 3),
+        group="system",
+    )
+    offload_optimizer: str = option(
+        "none",
+        "where optimiser states and float32 master weights are, and where the optimiser runs: none is the GPU, cpu "
+        "is host memory, for a network that the GPU cannot hold; needs ZeRO 1 to 3",
+        choices=("none", "cpu"),
+        group="system",
+    )
+    deepspeed_config: str | None = option(
+        None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE"
+    )
     log_every: int = option(20, "steps between log points; each costs one host synchronisation", group="system")
-    checkpoint_every: int = option(0, "steps between checkpoints besides the one after each epoch; 0 is off", group="system")
+    checkpoint_every: int = option(
+        0, "steps between checkpoints besides the one after each epoch; 0 is off", group="system"
+    )
     keep_checkpoints: int = option(2, "newest checkpoints kept", group="system")
-    keep_best: bool = option(False, "keep the checkpoint of the epoch with the lowest mean training loss too", group="system")
-    background_checkpoints: bool | None = option(None, "write checkpoints while training goes on, from a copy in host memory; default: on a GPU",
-                                                group="system")
-    max_skipped_steps: int = option(10, "end the run after so many steps in a row whose loss is not finite; each is skipped, its images are named",
-                                    group="system")
-    record_samples: bool = option(False, "write the images of each step to OUTPUT/samples_rank*.jsonl: positions in the data, of what was shown",
-                                  group="system")
+    keep_best: bool = option(
+        False, "keep the checkpoint of the epoch with the lowest mean training loss too", group="system"
+    )
+    background_checkpoints: bool | None = option(
+        None, "write checkpoints while training goes on, from a copy in host memory; default: on a GPU", group="system"
+    )
+    max_skipped_steps: int = option(
+        10,
+        "end the run after so many steps in a row whose loss is not finite; each is skipped, its images are named",
+        group="system",
+    )
+    record_samples: bool = option(
+        False,
+        "write the images of each step to OUTPUT/samples_rank*.jsonl: positions in the data, of what was shown",
+        group="system",
+    )
     profile: bool = option(False, "write a PyTorch profiler trace of five steps to OUTPUT/profile", group="system")
     max_steps: int = option(0, "stop after this many optimiser steps, checkpointed; 0 is off", group="system")
     tensorboard: bool = option(True, "write TensorBoard event files to OUTPUT/runs", group="system")
 
-    published_checkpoints: bool | None = option(None, "after each epoch write OUTPUT/ckpts/ckpt_eN.pt as the published code does, optimiser state "
-                                                      "included (4.7 GB for its confidence net); default: with --dataset", stage="confidence",
-                                                group="published")
-    gpu_ids: str | None = option(None, "GPUs for plain python, which uses the first; under a launcher the launcher chooses", group="published", metavar="I,J")
+    published_checkpoints: bool | None = option(
+        None,
+        "after each epoch write OUTPUT/ckpts/ckpt_eN.pt as the published code does, optimiser state "
+        "included (4.7 GB for its confidence net); default: with --dataset",
+        stage="confidence",
+        group="published",
+    )
+    gpu_ids: str | None = option(
+        None,
+        "GPUs for plain python, which uses the first; under a launcher the launcher chooses",
+        group="published",
+        metavar="I,J",
+    )
     cuda: bool = option(True, "use the GPU where there is one; --no_cuda trains on the CPU", group="published")
-    eval_batch_size: int | None = option(None, "accepted, without effect as in the published code: evaluation is a program of its own", group="published")
+    eval_batch_size: int | None = option(
+        None, "accepted, without effect as in the published code: evaluation is a program of its own", group="published"
+    )
 
     def __post_init__(self):
         if self.stage is None and self.saved_bkb:
@@ -191,10 +411,29 @@ class Config:
 
         require(self.data, "data", "given (or --dataset, as the published code has it)")
         require(self.output_dir, "output_dir", "given")
-        for flag in ("batch_size", "gradient_accumulation_steps", "epochs", "step_size", "log_every", "keep_checkpoints", "max_skipped_steps"):
+        for flag in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "epochs",
+            "step_size",
+            "log_every",
+            "keep_checkpoints",
+            "max_skipped_steps",
+        ):
             require(getattr(self, flag) >= 1, flag, "at least 1")
-        for flag in ("weight_decay", "momentum", "warmup_epochs", "max_grad_norm", "max_grad_clip", "checkpoint_every", "max_steps", "cache_budget",
-                     "max_images_per_identity", "images_per_identity", "num_workers"):
+        for flag in (
+            "weight_decay",
+            "momentum",
+            "warmup_epochs",
+            "max_grad_norm",
+            "max_grad_clip",
+            "checkpoint_every",
+            "max_steps",
+            "cache_budget",
+            "max_images_per_identity",
+            "images_per_identity",
+            "num_workers",
+        ):
             require(getattr(self, flag) >= 0, flag, "0 or more")
         for flag in ("lr", "scale", "radius", "gamma", "power"):
             require(getattr(self, flag) > 0, flag, "positive")
@@ -202,26 +441,64 @@ class Config:
             value = getattr(self, field.name)
             require(not isinstance(value, float) or math.isfinite(value), field.name, "finite")
         require(abs(self.seed) < 1 << 63, "seed", "between -2^63 and 2^63")
-        require(self.lr_scheduler != "MultiStep" or self.milestones, "milestones", "given for --lr_scheduler MultiStep, as in 10,18,24")
-        require(self.lr_scheduler != "ReduceLROnPlateau" or not self.warmup_epochs, "warmup_epochs", "0 with --lr_scheduler ReduceLROnPlateau")
+        require(
+            self.lr_scheduler != "MultiStep" or self.milestones,
+            "milestones",
+            "given for --lr_scheduler MultiStep, as in 10,18,24",
+        )
+        require(
+            self.lr_scheduler != "ReduceLROnPlateau" or not self.warmup_epochs,
+            "warmup_epochs",
+            "0 with --lr_scheduler ReduceLROnPlateau",
+        )
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        require(self.gpu_ids is None or all(part.strip().isdigit() for part in str(self.gpu_ids).split(",")), "gpu_ids", "numbers with commas between")
+        require(
+            self.gpu_ids is None or all(part.strip().isdigit() for part in str(self.gpu_ids).split(",")),
+            "gpu_ids",
+            "numbers with commas between",
+        )
         require(self.z_dim is None or self.z_dim >= 2, "z_dim", "at least 2")
         require(len(self.margins) == 3, "margins", "three numbers m1,m2,m3")
         require(self.warmup_epochs <= self.epochs, "warmup_epochs", f"at most --epochs ({self.epochs})")
         require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         require(0 < self.sample_rate <= 1, "sample_rate", "in (0, 1]")
         require(0 <= self.skip_below < 1, "skip_below", "in [0, 1)")
-        require(not self.fused_center_update or (self.gradient_accumulation_steps == 1 and self.precision != "fp16"), "fused_center_update",
-                "off with --gradient_accumulation_steps or fp16: the gradient is not complete, or may not count, in the backward pass")
+        require(
+            not self.fused_center_update or (self.gradient_accumulation_steps == 1 and self.precision != "fp16"),
+            "fused_center_update",
+            "off with --gradient_accumulation_steps or fp16: the gradient is not complete, or may not count, in the "
+            "backward pass",
+        )
         require(self.initial_kappa is None or self.initial_kappa > 0, "initial_kappa", "positive")
-        require(not (self.resume and self.overwrite), "resume", "without --overwrite: one continues the old run, the other deletes it")
-        chosen = [flag for flag in ("data_weights", "max_images_per_identity", "images_per_identity") if getattr(self, flag)]
-        require(len(chosen) < 2, chosen[0] if chosen else "", f"without --{chosen[-1] if chosen else ''}: only one of them can say what an epoch holds")
+        require(
+            not (self.resume and self.overwrite),
+            "resume",
+            "without --overwrite: one continues the old run, the other deletes it",
+        )
+        chosen = [
+            flag for flag in ("data_weights", "max_images_per_identity", "images_per_identity") if getattr(self, flag)
+        ]
+        require(
+            len(chosen) < 2,
+            chosen[0] if chosen else "",
+            f"without --{chosen[-1] if chosen else ''}: only one of them can say what an epoch holds",
+        )
         require(all(weight > 0 for weight in self.data_weights), "data_weights", "positive numbers")
-        require(self.augmentation == "none" or not self.feature_cache, "augmentation", "none with --feature_cache: the cache holds one picture an image")
-        require(not (self.finetune_bkb and self.feature_cache), "finetune_bkb", "without --feature_cache: the features change with the backbone")
-        require(self.offload_optimizer == "none" or self.zero_stage != 0, "offload_optimizer", "none with --zero_stage 0: it is ZeRO that offloads")
+        require(
+            self.augmentation == "none" or not self.feature_cache,
+            "augmentation",
+            "none with --feature_cache: the cache holds one picture an image",
+        )
+        require(
+            not (self.finetune_bkb and self.feature_cache),
+            "finetune_bkb",
+            "without --feature_cache: the features change with the backbone",
+        )
+        require(
+            self.offload_optimizer == "none" or self.zero_stage != 0,
+            "offload_optimizer",
+            "none with --zero_stage 0: it is ZeRO that offloads",
+        )
         if self.stage == "confidence":
             require(self.saved_bkb, "saved_bkb", "given for stage 2: the backbone that stage 1 wrote")
             require(self.saved_fc, "saved_fc", "given for stage 2: the class centers that stage 1 wrote")
@@ -241,7 +518,9 @@ class Config:
 
 def save(config: Config, path: Path, versions: dict) -> None:
     """Write the resolved configuration and versions as YAML, complete or not at all."""
-    text = yaml.safe_dump({"config": config.as_dict(), "command": " ".join(sys.argv), "versions": versions}, sort_keys=False)
+    text = yaml.safe_dump(
+        {"config": config.as_dict(), "command": " ".join(sys.argv), "versions": versions}, sort_keys=False
+    )
     write_whole(path, lambda file: file.write(text.encode()))
 
 
@@ -254,5 +533,7 @@ def load_saved(path: Path) -> dict:
     try:
         return yaml.safe_load(path.read_text())["config"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is no saved configuration ({type(error).__name__}); to go on with the "
-                         "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts anew") from None
+        raise ValueError(
+            f"{path}: is no saved configuration ({type(error).__name__}); to go on with the "
+            "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts anew"
+        ) from None

@@ -1,4 +1,5 @@
 """Images for a run, as its configuration wants them."""
+
 from pathlib import Path
 
 import torch
@@ -22,8 +23,11 @@ def open_data(config: Config):
         ValueError: nothing is there, or nothing that is known.
     """
     if config.dataset and not Path(config.data).exists():
-        raise ValueError(f"--dataset {config.dataset}: there is no {config.data}; give --dataroot, the folder that holds list/{config.dataset}_list.txt, "
-                         "or the data set itself as --data")
+        raise ValueError(
+            f"--dataset {config.dataset}: there is no {config.data}; give --dataroot, the folder that holds "
+            f"list/{config.dataset}_list.txt, "
+            "or the data set itself as --data"
+        )
     paths = [config.data] if Path(config.data).exists() else config.data.split(",")  # a path may hold a comma
     return open_source(paths, config.dataroot, config.index_dir)
 
@@ -38,19 +42,43 @@ def epoch_sampler(config: Config, source, rank: int, world_size: int) -> EpochSa
     if config.data_weights:
         sizes = getattr(source, "sizes", (len(source),))
         if len(sizes) != len(config.data_weights):
-            raise ValueError(f"--data_weights must have one number for each data set of --data, got {len(config.data_weights)} for {len(sizes)}")
+            raise ValueError(
+                f"--data_weights must have one number for each data set of --data, got {len(config.data_weights)} for "
+                f"{len(sizes)}"
+            )
         selection = Mixture(sizes, config.data_weights)
     elif config.images_per_identity or config.max_images_per_identity:
-        selection = PerIdentity(source.labels, config.images_per_identity or config.max_images_per_identity, exactly=config.images_per_identity > 0)
+        selection = PerIdentity(
+            source.labels,
+            config.images_per_identity or config.max_images_per_identity,
+            exactly=config.images_per_identity > 0,
+        )
     size = len(source) if selection is None else selection.size
     if size < config.batch_size:
-        raise ValueError(f"--batch_size {config.batch_size} is more than the {size} images of an epoch of {config.data}")
-    return EpochSampler(len(source), config.batch_size, rank=rank, world_size=world_size, seed=config.seed, selection=selection,
-                        block_size=_BLOCK_IMAGES if config.shuffle == "block" else 0)
+        raise ValueError(
+            f"--batch_size {config.batch_size} is more than the {size} images of an epoch of {config.data}"
+        )
+    return EpochSampler(
+        len(source),
+        config.batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        selection=selection,
+        block_size=_BLOCK_IMAGES if config.shuffle == "block" else 0,
+    )
 
 
 def image_loader(config: Config, source, sampler, runtime: Runtime, flip: bool) -> Loader:
     """Batches of normalised float32 faces on this rank's device."""
     preprocessing = Preprocessing(config.normalization, horizontal_flip=flip, augmentation=PRESETS[config.augmentation])
-    return make_loader(source, sampler, preprocessing, device=runtime.device, dtype=torch.float32, backend=config.loader, num_workers=config.num_workers,
-                       on_broken=config.on_broken)
+    return make_loader(
+        source,
+        sampler,
+        preprocessing,
+        device=runtime.device,
+        dtype=torch.float32,
+        backend=config.loader,
+        num_workers=config.num_workers,
+        on_broken=config.on_broken,
+    )

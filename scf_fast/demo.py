@@ -1,7 +1,10 @@
-"""The main job on embedded data: make faces, train both stages with ``deepspeed train.py``, evaluate on unseen identities, report.
+"""The main job on embedded data: make faces, train both stages with ``deepspeed train.py``, evaluate on unseen
+identities, report.
 
-``python -m scf_fast.demo`` (or ``make demo``). What is there already is reused; an interrupted stage goes on where it stopped.
+``python -m scf_fast.demo`` (or ``make demo``). What is there already is reused; an interrupted stage goes on where it
+stopped.
 """
+
 import argparse
 import json
 import os
@@ -54,9 +57,15 @@ class Progress:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scf_fast.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data", "demo"), help="where the synthetic faces go [%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path("runs", "demo"), help="where the runs and the report go [%(default)s]")
+    parser = argparse.ArgumentParser(
+        prog="python -m scf_fast.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("data", "demo"), help="where the synthetic faces go [%(default)s]"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs", "demo"), help="where the runs and the report go [%(default)s]"
+    )
     arguments = parser.parse_args()
     data, out = arguments.data, arguments.out
     backbone, confidence, report = out / "backbone", out / "confidence", out / "report"
@@ -64,14 +73,65 @@ def main() -> None:
     progress = Progress(out / "seconds.json")
     quiet = {"PYTHONWARNINGS": "ignore::FutureWarning"}
 
-    progress.step("data", "embedded data set", lambda: call([sys.executable, "-m", "scf_fast.pipelines.synthetic", str(data)]))
-    progress.step("stage1", "stage 1: backbone", lambda: call(
-        [*launcher(), "--config", str(RECIPES / "demo_backbone.yaml"), "--data", str(data / "train"), "--output_dir", str(backbone), "--resume"], **quiet))
-    progress.step("stage2", "stage 2: confidence", lambda: call(
-        [*launcher(), "--config", str(RECIPES / "demo_confidence.yaml"), "--data", str(data / "train"), "--saved_bkb", str(backbone / "backbone.pth"),
-         "--saved_fc", str(backbone / "fc.pth"), "--output_dir", str(confidence), "--resume"], **quiet))
-    progress.step("evaluation", "evaluation on unseen identities", lambda: call(
-        [sys.executable, "-m", "scf_fast.evaluation", "report", "--model", str(confidence), "--data", str(data), "--out", str(report)]))
+    progress.step(
+        "data", "embedded data set", lambda: call([sys.executable, "-m", "scf_fast.pipelines.synthetic", str(data)])
+    )
+    progress.step(
+        "stage1",
+        "stage 1: backbone",
+        lambda: call(
+            [
+                *launcher(),
+                "--config",
+                str(RECIPES / "demo_backbone.yaml"),
+                "--data",
+                str(data / "train"),
+                "--output_dir",
+                str(backbone),
+                "--resume",
+            ],
+            **quiet,
+        ),
+    )
+    progress.step(
+        "stage2",
+        "stage 2: confidence",
+        lambda: call(
+            [
+                *launcher(),
+                "--config",
+                str(RECIPES / "demo_confidence.yaml"),
+                "--data",
+                str(data / "train"),
+                "--saved_bkb",
+                str(backbone / "backbone.pth"),
+                "--saved_fc",
+                str(backbone / "fc.pth"),
+                "--output_dir",
+                str(confidence),
+                "--resume",
+            ],
+            **quiet,
+        ),
+    )
+    progress.step(
+        "evaluation",
+        "evaluation on unseen identities",
+        lambda: call(
+            [
+                sys.executable,
+                "-m",
+                "scf_fast.evaluation",
+                "report",
+                "--model",
+                str(confidence),
+                "--data",
+                str(data),
+                "--out",
+                str(report),
+            ]
+        ),
+    )
 
     results_file = report / "results.json"
     results = json.loads(results_file.read_text())

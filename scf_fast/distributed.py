@@ -1,4 +1,7 @@
-"""Start of a rank: environment, device, process group; and its end. Serves ``deepspeed``, ``torchrun`` and plain ``python`` alike."""
+"""Start of a rank: environment, device, process group; and its end. Serves ``deepspeed``, ``torchrun`` and plain
+``python`` alike.
+"""
+
 import logging
 import os
 import socket
@@ -43,18 +46,28 @@ def start() -> Runtime:
         os.environ["MASTER_PORT"] = str(free_port())
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:  # the deepspeed launcher sets no limit, and every rank would take every core
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's library says on every rank that it starts and stops
+        if (
+            "OMP_NUM_THREADS" not in os.environ
+        ):  # the deepspeed launcher sets no limit, and every rank would take every core
+            torch.set_num_threads(
+                max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
+            )
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # or the profiler's library says on every rank that it starts and stops
     import deepspeed
 
     # Used for inference only, this op takes 30 s to compile and leaves 66 MiB a rank in shared memory for ever.
-    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False  # set, not asked for: that would try every op's compiler
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = (
+        False  # set, not asked for: that would try every op's compiler
+    )
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32 in convolutions too, as matrix products are by default
+        torch.backends.cudnn.allow_tf32 = (
+            False  # --precision fp32 is float32 in convolutions too, as matrix products are by default
+        )
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return Runtime(dist.get_rank(), dist.get_world_size(), device)
 
@@ -78,8 +91,8 @@ def average_over_ranks(values: torch.Tensor) -> torch.Tensor:
 def leave(status: int) -> NoReturn:
     """End a rank that has closed everything, without the interpreter's own teardown.
 
-    There a thread of the collective library sometimes aborts the process ("terminate called without an active exception", about 1 of 100
-    runs even after :func:`finish`), and the launcher would report a finished job as failed.
+    There a thread of the collective library sometimes aborts the process ("terminate called without an active
+    exception", about 1 of 100 runs even after :func:`finish`), and the launcher would report a finished job as failed.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -88,10 +101,21 @@ def leave(status: int) -> NoReturn:
 
 
 def launcher(ranks: int | None = None) -> list[str]:
-    """``deepspeed`` with so many processes; by default one for each GPU, two on a machine without; a free port, so that two launches can run at once."""
+    """``deepspeed`` with so many processes; by default one for each GPU, two on a machine without; a free port, so that
+    two launches can run at once.
+    """
     count = [] if ranks is None and torch.cuda.is_available() else ["--num_accelerators", str(ranks or 2)]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "-q", *count, "--master_port", str(free_port()), "--module", "scf_fast.train"]
-
+    return [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "-q",
+        *count,
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "scf_fast.train",
+    ]
 
 
 def on_every_rank(flag: bool) -> bool:

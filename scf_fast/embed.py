@@ -1,8 +1,11 @@
-"""Images -> direction mu and concentration kappa, as fast as the machine allows: `python -m scf_fast.embed IMAGES... --model M --out FILE`.
+"""Images -> direction mu and concentration kappa, as fast as the machine allows: `python -m scf_fast.embed IMAGES...
+--model M --out FILE`.
 
-The images are aligned faces; those of another size than 112 x 112 are resized whole. OUT.npz holds mu (N, d) float32, kappa (N,) float32
-and path (N,); OUT.parquet the same columns, which needs the extra `embed` (pyarrow). A backbone alone gives no kappa.
+The images are aligned faces; those of another size than 112 x 112 are resized whole. OUT.npz holds mu (N, d) float32,
+kappa (N,) float32 and path (N,); OUT.parquet the same columns, which needs the extra `embed` (pyarrow). A backbone
+alone gives no kappa.
 """
+
 import argparse
 import sys
 import time
@@ -26,6 +29,7 @@ def _write(path: Path, mu: np.ndarray, kappa: dict[str, np.ndarray], paths: list
             return
         import pyarrow
         import pyarrow.parquet
+
         directions = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(mu.ravel()), mu.shape[1])
         pyarrow.parquet.write_table(pyarrow.table({"path": paths, **kappa, "mu": directions}), file)
 
@@ -37,15 +41,33 @@ def _check_output(path: Path) -> None:
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise ValueError(f"--out {path}: parquet needs pyarrow, which cannot be imported ({error}); install the extra that has "
-                             "it (pip install '.[embed]' in the checkout), or write .npz") from error
+            raise ValueError(
+                f"--out {path}: parquet needs pyarrow, which cannot be imported ({error}); install the extra that has "
+                "it (pip install '.[embed]' in the checkout), or write .npz"
+            ) from error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scf_fast.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="image files, or folders of them, searched all the way down")
-    parser.add_argument("--model", required=True, metavar="M", help="output folder of a run, or weight files of any family")
-    parser.add_argument("--out", type=Path, default=Path("embeddings.npz"), metavar="FILE", help=".npz or .parquet (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m scf_fast.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGES",
+        help="image files, or folders of them, searched all the way down",
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="M", help="output folder of a run, or weight files of any family"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("embeddings.npz"),
+        metavar="FILE",
+        help=".npz or .parquet (default: %(default)s)",
+    )
     add_loading_arguments(parser)
     options = parser.parse_args(arguments)
     try:
@@ -58,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         batches = np.split(np.arange(len(source)), range(options.batch_size, len(source), options.batch_size))
         began = time.perf_counter()
         with tqdm(total=len(source), desc="embedding", unit=" images", mininterval=1) as progress:
-            for indices, *values in embed_batches(embedder, source, batches, loader=options.loader, num_workers=options.num_workers):
+            for indices, *values in embed_batches(
+                embedder, source, batches, loader=options.loader, num_workers=options.num_workers
+            ):
                 put(embeddings, indices, *values)
                 progress.update(len(indices))
         seconds = time.perf_counter() - began

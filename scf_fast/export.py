@@ -5,10 +5,11 @@
     .safetensors  the weights with radius and pixel convention, as SCF.from_checkpoint reads them
 
 A backbone alone has one output, its features (B, d), unnormalised, as insightface's own tools take them.
-images are (B, 3, 112, 112) float32 RGB scaled as the model says, or, with --preprocess, (B, 112, 112, 3) uint8 RGB. Programs hold the
-backbone with every BatchNorm folded, in float32. Before the command says that it is done, the file has been read back and its output
-compared with PyTorch's.
+images are (B, 3, 112, 112) float32 RGB scaled as the model says, or, with --preprocess, (B, 112, 112, 3) uint8 RGB.
+Programs hold the backbone with every BatchNorm folded, in float32. Before the command says that it is done, the file
+has been read back and its output compared with PyTorch's.
 """
+
 import argparse
 import importlib.util
 import json
@@ -39,7 +40,8 @@ _CHECKED_BATCHES = (1, 5)
 
 
 class ServedModel(nn.Module):
-    """images -> (mu, kappa), or of a backbone alone the features, for export: folded backbone, and preprocessing where it belongs inside.
+    """images -> (mu, kappa), or of a backbone alone the features, for export: folded backbone, and preprocessing where
+    it belongs inside.
 
     Args:
         model: left as it is, on the CPU.
@@ -69,14 +71,19 @@ def export(model: SCF, out: Path, *, preprocess: bool = False, opset: int = _OPS
 
     Args:
         model: on the CPU.
-        out: replaced if it exists, once the check has passed. Beside an .onnx of more than 2 GB of weights they lie in OUT.onnx.data.
+        out: replaced if it exists, once the check has passed. Beside an .onnx of more than 2 GB of weights they lie in
+            OUT.onnx.data.
         preprocess: images come as uint8; see the module.
         opset: of ONNX.
     Raises:
         ValueError: unknown suffix, a package is missing, or the file does not give the model's output.
     """
     check_request(out, preprocess)
-    write, run = {".onnx": (_write_onnx, _run_onnx), ".pt2": (_write_program, _run_program), ".safetensors": (_write_weights, _run_weights)}[out.suffix]
+    write, run = {
+        ".onnx": (_write_onnx, _run_onnx),
+        ".pt2": (_write_program, _run_program),
+        ".safetensors": (_write_weights, _run_weights),
+    }[out.suffix]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         aside = Path(folder) / out.name
@@ -88,21 +95,28 @@ def export(model: SCF, out: Path, *, preprocess: bool = False, opset: int = _OPS
 
 def check_request(out: Path, preprocess: bool) -> None:
     """Raises:
-        ValueError: what `export` raises before it does anything.
+    ValueError: what `export` raises before it does anything.
     """
     if out.suffix not in SUFFIXES:
         raise ValueError(f"OUT must end in {', '.join(SUFFIXES)}, got {out}")
     if out.suffix == ".safetensors" and preprocess:
         raise ValueError("--preprocess belongs to .onnx and .pt2: a .safetensors file holds weights and no program")
     if out.suffix == ".onnx":
-        missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(package) is None]
+        missing = [
+            package for package in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(package) is None
+        ]
         if missing:
-            raise ValueError(f"{out}: ONNX needs {' and '.join(missing)}; install the extra that has them: pip install '.[export]' in the checkout")
+            raise ValueError(
+                f"{out}: ONNX needs {' and '.join(missing)}; install the extra that has them: pip install '.[export]' "
+                "in the checkout"
+            )
 
 
 def _example(preprocess: bool, count: int) -> torch.Tensor:
     """Random pixels: every channel and position differs."""
-    pixels = torch.randint(256, (count, FACE_SIZE, FACE_SIZE, 3), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
+    pixels = torch.randint(
+        256, (count, FACE_SIZE, FACE_SIZE, 3), generator=torch.Generator().manual_seed(count), dtype=torch.uint8
+    )
     return pixels if preprocess else Preprocessing().normalize(pixels).contiguous()
 
 
@@ -124,8 +138,16 @@ def _write_onnx(model, path, preprocess, opset):
     # It warns that operators of torchvision are not there; there are none in these networks.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     module, arguments, shapes = _program(model, preprocess)
-    program = torch.onnx.export(module, arguments, dynamo=True, dynamic_shapes=shapes, opset_version=opset, input_names=["images"],
-                                output_names=outputs(model), verbose=False)
+    program = torch.onnx.export(
+        module,
+        arguments,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        opset_version=opset,
+        input_names=["images"],
+        output_names=outputs(model),
+        verbose=False,
+    )
     facts = {"radius": model.radius, "normalization": "none: uint8 RGB" if preprocess else model.normalization}
     program.model.metadata_props["scf_fast"] = json.dumps(facts)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -142,13 +164,18 @@ def _run_onnx(path):
     def run(images):
         found = tuple(map(torch.from_numpy, session.run(None, {"images": np.ascontiguousarray(images.numpy())})))
         return found if len(found) > 1 else found[0]
+
     return run
 
 
 def _write_weights(model, path, preprocess, opset):
     net_state = None if model.confidence_net is None else model.confidence_net.state_dict()
-    weights = reading.Weights(str(path), backbone=model.backbone.state_dict(), confidence_net=net_state,
-                                  facts={"radius": model.radius, "normalization": model.normalization})
+    weights = reading.Weights(
+        str(path),
+        backbone=model.backbone.state_dict(),
+        confidence_net=net_state,
+        facts={"radius": model.radius, "normalization": model.normalization},
+    )
     writing.write(weights, path, "safetensors")
 
 
@@ -171,18 +198,28 @@ def _compare(model: SCF, run: Callable, preprocess: bool, out: Path) -> None:
     for count in _CHECKED_BATCHES:
         images = _example(preprocess, count)
         normalised = Preprocessing(model.normalization).normalize(images) if preprocess else images
-        (mu, size), (expected_mu, expected_size) = _direction_and_size(run(images)), _direction_and_size(_answer(model)(normalised))
+        (mu, size), (expected_mu, expected_size) = (
+            _direction_and_size(run(images)),
+            _direction_and_size(_answer(model)(normalised)),
+        )
         error = max((mu - expected_mu).abs().max().item(), (size / expected_size - 1).abs().max().item())
         if not error <= TOLERANCE:  # NaN is no agreement
-            raise ValueError(f"{out}: its output differs from PyTorch's by {error:.1e} with {count} images, more than {TOLERANCE:.0e}, so it is not "
-                             "kept; try another --opset or format")
+            raise ValueError(
+                f"{out}: its output differs from PyTorch's by {error:.1e} with {count} images, more than "
+                f"{TOLERANCE:.0e}, so it is not "
+                "kept; try another --opset or format"
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scf_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scf_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", metavar="MODEL", help="output folder of a run, or weight files of any family")
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write; its suffix says the format")
-    parser.add_argument("--preprocess", action="store_true", help="take uint8 RGB images (B, 112, 112, 3) and scale them inside")
+    parser.add_argument(
+        "--preprocess", action="store_true", help="take uint8 RGB images (B, 112, 112, 3) and scale them inside"
+    )
     add_normalization_argument(parser)
     parser.add_argument("--opset", type=int, default=_OPSET, help="of ONNX (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
@@ -201,7 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         scaled = f"(B, 3, {FACE_SIZE}, {FACE_SIZE}) float32 RGB, {model.normalization} scaling"
         takes = f"(B, {FACE_SIZE}, {FACE_SIZE}, 3) uint8 RGB" if options.preprocess else scaled
-        what = f"{takes} -> {' and '.join(outputs(model))}" + (f", opset {options.opset}" if options.out.suffix == ".onnx" else "")
+        what = f"{takes} -> {' and '.join(outputs(model))}" + (
+            f", opset {options.opset}" if options.out.suffix == ".onnx" else ""
+        )
     print(f"{options.out}: {what}; output within {TOLERANCE:.0e} of PyTorch's")
     return 0
 

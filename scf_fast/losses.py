@@ -1,4 +1,5 @@
 """The SCF loss as a module, for a training loop of one's own."""
+
 import math
 
 import torch
@@ -15,7 +16,8 @@ class SCFLoss(nn.Module):
         loss_fn(features, confidence_net(convf), labels).backward()
 
     Args:
-        class_centers: (C, d) float, of any length; a buffer, so that it moves with the module, and left out of its state_dict.
+        class_centers: (C, d) float, of any length; a buffer, so that it moves with the module, and left out of its
+            state_dict.
         radius: r of the sphere.
         normalizer: ``"exact"`` or ``"published"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -23,7 +25,9 @@ class SCFLoss(nn.Module):
 
     class_centers: torch.Tensor
 
-    def __init__(self, class_centers: torch.Tensor, radius: float = 64.0, normalizer: str = "exact", reduction: str = "mean"):
+    def __init__(
+        self, class_centers: torch.Tensor, radius: float = 64.0, normalizer: str = "exact", reduction: str = "mean"
+    ):
         super().__init__()
         self.register_buffer("class_centers", class_centers.detach(), persistent=False)
         self.radius, self.normalizer, self.reduction = radius, normalizer, reduction
@@ -37,14 +41,23 @@ class SCFLoss(nn.Module):
         Returns:
             The loss, a scalar or (B,); differentiable in features and log_kappa.
         """
-        return scf_loss(features, log_kappa, self.class_centers, labels, radius=self.radius, normalizer=self.normalizer, reduction=self.reduction)
+        return scf_loss(
+            features,
+            log_kappa,
+            self.class_centers,
+            labels,
+            radius=self.radius,
+            normalizer=self.normalizer,
+            reduction=self.reduction,
+        )
 
 
 _EPSILON = 1e-6  # of the published code, in both of its logarithms; the first decides its result, see KLDiracVMF
 
 
 class KLDiracVMF(nn.Module):
-    """KL divergence between a Dirac at the class center and the r-radius vMF; the published class of this name, call for call.
+    """KL divergence between a Dirac at the class center and the r-radius vMF; the published class of this name, call
+    for call.
 
         losses = l1 + l2 + l3 + (d/2) log(2 pi) + d log r
         l1 = -kappa cos,  l2 = -(d/2 - 1) log kappa,  l3 = log I_(d/2-1)(kappa)
@@ -54,8 +67,9 @@ class KLDiracVMF(nn.Module):
     Args:
         z_dim: d.
         radius: r.
-        normalizer: ``"exact"``; or ``"published"``, which has l3 = log(1e-6 + exp(log I - kappa)) + kappa and l2 = -(d/2 - 1) log(1e-6 + kappa)
-            as that code does. At d = 512 its l3 is kappa - 13.8 up to kappa = 3000, so that no kappa below 255 is ever optimal.
+        normalizer: ``"exact"``; or ``"published"``, which has l3 = log(1e-6 + exp(log I - kappa)) + kappa and l2 =
+            -(d/2 - 1) log(1e-6 + kappa) as that code does. At d = 512 its l3 is kappa - 13.8 up to kappa = 3000, so
+            that no kappa below 255 is ever optimal.
     Raises:
         ValueError: unknown normalizer.
     """
@@ -66,7 +80,9 @@ class KLDiracVMF(nn.Module):
             raise ValueError(f"normalizer must be 'exact' or 'published', got {normalizer!r}")
         self.z_dim, self.radius, self.normalizer = z_dim, radius, normalizer
 
-    def forward(self, mu: torch.Tensor, kappa: torch.Tensor, wc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, mu: torch.Tensor, kappa: torch.Tensor, wc: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             mu: (B, d) unit directions.

@@ -1,4 +1,5 @@
 """Train a Sphere Confidence Face model: ``deepspeed train.py --stage backbone|confidence ...``; ``--help`` lists the options."""
+
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ def main() -> int:
     elif settings.gpu_ids and "RANK" not in os.environ:  # a launcher has chosen already
         os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids.replace(" ", "")
     from scf_fast import trainer  # after the flags are known to be good: DeepSpeed and DALI take seconds to import
+
     try:
         if trainer.train(settings):
             return distributed.STOPPED

@@ -1,4 +1,5 @@
 """The training loop that both stages share: input, engine, steps, logs, checkpoints, resume."""
+
 import contextlib
 import itertools
 import logging
@@ -38,16 +39,29 @@ log = logging.getLogger(__name__)
 def _check_world(config: Config, world_size: int) -> None:
     parts = world_size * config.gradient_accumulation_steps
     if config.batch_size % parts:
-        raise ValueError(f"--batch_size {config.batch_size} must be divisible by ranks x --gradient_accumulation_steps = {world_size} x "
-                         f"{config.gradient_accumulation_steps}; nearest: {max(1, round(config.batch_size / parts)) * parts}")
+        raise ValueError(
+            f"--batch_size {config.batch_size} must be divisible by ranks x --gradient_accumulation_steps = "
+            f"{world_size} x "
+            f"{config.gradient_accumulation_steps}; nearest: {max(1, round(config.batch_size / parts)) * parts}"
+        )
     if config.batch_size == parts and (config.stage == "backbone" or config.finetune_bkb):
-        raise ValueError(f"--batch_size must be at least {2 * parts}, two images a rank and micro-batch, got {parts}: the backbone's BatchNorm needs two")
+        raise ValueError(
+            f"--batch_size must be at least {2 * parts}, two images a rank and micro-batch, got {parts}: the "
+            "backbone's BatchNorm needs two"
+        )
 
 
 def _check_data(config: Config, source, state: dict | None) -> None:
-    for what, before, now in (("identities", state["num_classes"], source.num_classes), ("images", state["num_images"], len(source))) if state else ():
+    for what, before, now in (
+        (("identities", state["num_classes"], source.num_classes), ("images", state["num_images"], len(source)))
+        if state
+        else ()
+    ):
         if before != now:
-            raise ValueError(f"--resume: the checkpoint was trained on {before} {what}, but --data {config.data} now has {now}; give the data set of that run")
+            raise ValueError(
+                f"--resume: the checkpoint was trained on {before} {what}, but --data {config.data} now has {now}; "
+                "give the data set of that run"
+            )
 
 
 def _open(config: Config):
@@ -79,7 +93,8 @@ def train(config: Config) -> str | None:
     Returns:
         The name of the signal that stopped the run after a checkpoint; None at its end.
     Raises:
-        InputError: bad input. Before any training: nothing has been written or deleted then. Or later: data or a cache that cannot be read.
+        InputError: bad input. Before any training: nothing has been written or deleted then. Or later: data or a cache
+            that cannot be read.
         FloatingPointError: the loss stays without a finite value, or the weights have lost theirs.
         Incomplete: the last checkpoint or the exported files could not be written.
     """
@@ -89,7 +104,9 @@ def train(config: Config) -> str | None:
     set_up_logging(rank == 0)
     resumed = source = stage = None
     with contextlib.ExitStack() as held:
-        if rank == 0:  # checked by one rank before the group forms: the others must not see files that this one has just written
+        if (
+            rank == 0
+        ):  # checked by one rank before the group forms: the others must not see files that this one has just written
             with _input_errors():
                 if config.deepspeed_config:
                     load_deepspeed_config(config.deepspeed_config)
@@ -156,7 +173,10 @@ def _from_main(value):
 
 
 class _StepLog(NamedTuple):
-    """What to log of one optimiser step, still on the device: the mean of each metric, and kappa of the last micro-batch in stage 2."""
+    """What to log of one optimiser step, still on the device: the mean of each metric, and kappa of the last
+    micro-batch in stage 2.
+    """
+
     names: list[str]
     values: torch.Tensor
     distribution: torch.Tensor | None
@@ -169,19 +189,43 @@ class _StepLog(NamedTuple):
 class _Run:
     """The steps of one stage, from a checkpoint or from the start."""
 
-    def __init__(self, config: Config, runtime: distributed.Runtime, engine, stage, source, folder: Path, precision: str,
-                 resumed: tuple[str, dict] | None):
+    def __init__(
+        self,
+        config: Config,
+        runtime: distributed.Runtime,
+        engine,
+        stage,
+        source,
+        folder: Path,
+        precision: str,
+        resumed: tuple[str, dict] | None,
+    ):
         self.precision = precision
-        self.config, self.runtime, self.engine, self.stage, self.source, self.folder = config, runtime, engine, stage, source, folder
+        self.config, self.runtime, self.engine, self.stage, self.source, self.folder = (
+            config,
+            runtime,
+            engine,
+            stage,
+            source,
+            folder,
+        )
         self.sampler = epoch_sampler(config, source, runtime.rank, runtime.world_size)
         self.per_epoch = self.sampler.batches_per_epoch
         self.schedule = LearningRate(config, engine.basic_optimizer, self.per_epoch)
         self.centers = stage.centers if isinstance(stage, BackboneStage) else None
-        background = runtime.device.type == "cuda" if config.background_checkpoints is None else config.background_checkpoints
-        self.checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, runtime, config.keep_checkpoints, config.keep_best, background)
+        background = (
+            runtime.device.type == "cuda" if config.background_checkpoints is None else config.background_checkpoints
+        )
+        self.checkpoints = Checkpoints(
+            folder / run_folder.CHECKPOINTS, runtime, config.keep_checkpoints, config.keep_best, background
+        )
         self.checkpoints.resume_from(resumed[0] if resumed else None)
-        self.guard = StepGuard(engine, runtime, config.max_skipped_steps, folder / f"not_finite_rank{runtime.rank}.jsonl")
-        self.epoch_loss = torch.zeros(2, device=runtime.device, dtype=torch.float64)  # sum and number of this epoch's steps
+        self.guard = StepGuard(
+            engine, runtime, config.max_skipped_steps, folder / f"not_finite_rank{runtime.rank}.jsonl"
+        )
+        self.epoch_loss = torch.zeros(
+            2, device=runtime.device, dtype=torch.float64
+        )  # sum and number of this epoch's steps
         self.first_step, self.scaler_skips, self.unwritten = 0, 0, None
         if resumed:
             tag, state = resumed
@@ -189,10 +233,15 @@ class _Run:
             self.first_step = state["step"]
             self.schedule.load_state_dict(state["schedule"])
             self.epoch_loss.copy_(torch.tensor(state["epoch_loss"]))
-            log.info("resumed at step %d (epoch %d)%s", self.first_step, self.first_step // self.per_epoch + 1,
-                     f", written by {state['world_size']} ranks with ZeRO {state['zero_stage']}"
-                     if (state["world_size"], state["zero_stage"]) != (runtime.world_size, engine.zero_optimization_stage()) else "",
-                     extra={"event": "resume", "step": self.first_step})
+            log.info(
+                "resumed at step %d (epoch %d)%s",
+                self.first_step,
+                self.first_step // self.per_epoch + 1,
+                f", written by {state['world_size']} ranks with ZeRO {state['zero_stage']}"
+                if (state["world_size"], state["zero_stage"]) != (runtime.world_size, engine.zero_optimization_stage())
+                else "",
+                extra={"event": "resume", "step": self.first_step},
+            )
         self.last_step = config.epochs * self.per_epoch
         if config.max_steps:
             self.last_step = min(self.last_step, config.max_steps)
@@ -209,9 +258,20 @@ class _Run:
         """To the end; the name of the signal that came before it."""
         config, runtime = self.config, self.runtime
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
-        log.info("stage %s: %d images, %d identities, %d steps an epoch, %.1f M trained parameters, %d rank%s on %s, ZeRO %d", config.stage,
-                 len(self.source), self.source.num_classes, self.per_epoch, parameters / 1e6, runtime.world_size, "s" * (runtime.world_size > 1),
-                 runtime.device.type, self.engine.zero_optimization_stage(), extra={"event": "start", "step": self.first_step})
+        log.info(
+            "stage %s: %d images, %d identities, %d steps an epoch, %.1f M trained parameters, %d rank%s on %s, ZeRO "
+            "%d",
+            config.stage,
+            len(self.source),
+            self.source.num_classes,
+            self.per_epoch,
+            parameters / 1e6,
+            runtime.world_size,
+            "s" * (runtime.world_size > 1),
+            runtime.device.type,
+            self.engine.zero_optimization_stage(),
+            extra={"event": "start", "step": self.first_step},
+        )
         if self.first_step >= self.last_step:
             self._export(self.first_step)  # a run that died after its last checkpoint may not have
             log.info("nothing to do: the run is at step %d of %d", self.first_step, self.last_step)
@@ -219,14 +279,33 @@ class _Run:
             return None
         with _input_errors():  # a feature cache of something else
             loader = self.stage.make_loader(self.source, self.sampler, runtime)
-        batches = (batch for epoch in itertools.count(self.first_step // self.per_epoch)
-                   for batch in loader.batches(epoch, start_batch=max(0, self.first_step - epoch * self.per_epoch)))
-        reporter = Reporter(self.folder, runtime, self.last_step * config.batch_size, self.first_step * config.batch_size, self.first_step, config.tensorboard)
-        profile = StepProfile(runtime, self.first_step, self.last_step, self.folder / "profile" if config.profile else None)
+        batches = (
+            batch
+            for epoch in itertools.count(self.first_step // self.per_epoch)
+            for batch in loader.batches(epoch, start_batch=max(0, self.first_step - epoch * self.per_epoch))
+        )
+        reporter = Reporter(
+            self.folder,
+            runtime,
+            self.last_step * config.batch_size,
+            self.first_step * config.batch_size,
+            self.first_step,
+            config.tensorboard,
+        )
+        profile = StepProfile(
+            runtime, self.first_step, self.last_step, self.folder / "profile" if config.profile else None
+        )
         self.engine.train()
         self.clock = Breakdown(runtime.device)
-        with StopSignal() as signal, loader, contextlib.closing(reporter), contextlib.closing(batches), contextlib.closing(self.checkpoints), \
-                contextlib.closing(profile), contextlib.closing(self.samples or contextlib.ExitStack()):
+        with (
+            StopSignal() as signal,
+            loader,
+            contextlib.closing(reporter),
+            contextlib.closing(batches),
+            contextlib.closing(self.checkpoints),
+            contextlib.closing(profile),
+            contextlib.closing(self.samples or contextlib.ExitStack()),
+        ):
             for step in range(self.first_step + 1, self.last_step + 1):  # counted from 1: the step that is being made
                 profile.before(step)
                 rate = self.schedule.before_step(step - 1)
@@ -247,7 +326,12 @@ class _Run:
                 if self.checkpoints.pending and not votes.writing:
                     self.checkpoints.finish()
                 epoch_ends = step % self.per_epoch == 0
-                if epoch_ends or step == self.last_step or votes.stop or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                if (
+                    epoch_ends
+                    or step == self.last_step
+                    or votes.stop
+                    or (config.checkpoint_every and step % config.checkpoint_every == 0)
+                ):
                     self._save(step, epoch_ends)
                 if epoch_ends or step == self.last_step:
                     self._export(step)
@@ -263,7 +347,10 @@ class _Run:
 
     def _check_written(self) -> None:
         if self.checkpoints.failed:
-            raise Incomplete(f"the last checkpoint could not be written; free some space and --resume, from {self.checkpoints.written or 'the beginning'}")
+            raise Incomplete(
+                "the last checkpoint could not be written; free some space and --resume, from "
+                f"{self.checkpoints.written or 'the beginning'}"
+            )
         if self.unwritten:
             raise Incomplete(f"{self.unwritten}; free some space and --resume: only the files are missing")
 
@@ -281,7 +368,9 @@ class _Run:
             if number == micro_batches:
                 guard.decide(stop, self.checkpoints.writing)
             self.clock.mark("forward")
-            if centers is not None and centers.fused:  # they change in the backward pass: the answer is needed before it
+            if (
+                centers is not None and centers.fused
+            ):  # they change in the backward pass: the answer is needed before it
                 votes = guard.votes()
                 if votes.not_finite:
                     return _StepLog(names, total, distribution), votes
@@ -320,16 +409,34 @@ class _Run:
         total, count = distributed.average_over_ranks(self.epoch_loss).tolist()
         if epoch_ends:
             self.epoch_loss.zero_()
-        self.checkpoints.save(self.engine, {"step": step, "schedule": self.schedule.state_dict(), "num_classes": self.source.num_classes,
-                                            "num_images": len(self.source), "metric": total / count if epoch_ends and count else None,
-                                            "epoch_loss": self.epoch_loss.tolist()}, self.centers)
+        self.checkpoints.save(
+            self.engine,
+            {
+                "step": step,
+                "schedule": self.schedule.state_dict(),
+                "num_classes": self.source.num_classes,
+                "num_images": len(self.source),
+                "metric": total / count if epoch_ends and count else None,
+                "epoch_loss": self.epoch_loss.tolist(),
+            },
+            self.centers,
+        )
 
     def _export(self, step: int) -> None:
         try:
-            files = self.stage.export(self.engine, self.folder, self.runtime.is_main, {"epoch": (step - 1) // self.per_epoch, "global_step": step - 1})
+            files = self.stage.export(
+                self.engine,
+                self.folder,
+                self.runtime.is_main,
+                {"epoch": (step - 1) // self.per_epoch, "global_step": step - 1},
+            )
         except OSError as error:
             self.unwritten = f"{error.filename or self.folder}: {error.strerror or error}"
-            log.error("the trained weights could not be written (%s); training goes on", self.unwritten, extra={"event": "export_failed", "step": step})
+            log.error(
+                "the trained weights could not be written (%s); training goes on",
+                self.unwritten,
+                extra={"event": "export_failed", "step": step},
+            )
             return
         self.unwritten = None
         log.info("wrote %s", ", ".join(map(str, files)), extra={"event": "export", "step": step})
@@ -339,17 +446,48 @@ class _Run:
         seconds = sum(self.clock.seconds.values())
         self.clock.split("data", loader.seconds if isinstance(loader, FeatureStream) else {})
         broken = torch.tensor(float(len(loader.broken)), device=self.runtime.device)
-        counts = {"steps": step - self.first_step, "skipped_not_finite": self.guard.skipped, "skipped_by_loss_scale": self.scaler_skips,
-                  "broken_images": round(distributed.average_over_ranks(broken).item() * self.runtime.world_size)}
-        lost = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps")
+        counts = {
+            "steps": step - self.first_step,
+            "skipped_not_finite": self.guard.skipped,
+            "skipped_by_loss_scale": self.scaler_skips,
+            "broken_images": round(distributed.average_over_ranks(broken).item() * self.runtime.world_size),
+        }
+        lost = ", ".join(
+            f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps"
+        )
         rate = counts["steps"] * self.config.batch_size / seconds
-        peak = peak_flops(torch.cuda.get_device_name()) if self.runtime.device.type == "cuda" and self.precision != "fp32" else None
+        peak = (
+            peak_flops(torch.cuda.get_device_name())
+            if self.runtime.device.type == "cuda" and self.precision != "fp32"
+            else None
+        )
         flops = rate * flop_per_image(self.config, *self.stage.network(), self.source.num_classes)
         floor = flops / (peak * self.runtime.world_size) if peak else None
-        communication = "" if profile.communication is None else f"; communication {100 * profile.communication:.0f} % of a step, partly beside these"
-        log.info("%s: %d steps in %s, %.0f img/s%s%s; %s%s", f"stopped by {stopped_by} after step {step}, --resume continues" if stopped_by else "done",
-                 counts["steps"], tqdm.format_interval(seconds), rate, f" ({100 * floor:.0f} % of the device's peak)" if peak else "",
-                 f"; {lost}" if lost else "", self.clock, communication,
-                 extra={"event": "stopped" if stopped_by else "done", "step": step, "counts": counts,
-                        "seconds": {part: round(value, 3) for part, value in self.clock.seconds.items()},
-                        "rates": {"images_per_second": rate, "flops": flops, "share_of_peak": floor, "communication": profile.communication}})
+        communication = (
+            ""
+            if profile.communication is None
+            else f"; communication {100 * profile.communication:.0f} % of a step, partly beside these"
+        )
+        log.info(
+            "%s: %d steps in %s, %.0f img/s%s%s; %s%s",
+            f"stopped by {stopped_by} after step {step}, --resume continues" if stopped_by else "done",
+            counts["steps"],
+            tqdm.format_interval(seconds),
+            rate,
+            f" ({100 * floor:.0f} % of the device's peak)" if peak else "",
+            f"; {lost}" if lost else "",
+            self.clock,
+            communication,
+            extra={
+                "event": "stopped" if stopped_by else "done",
+                "step": step,
+                "counts": counts,
+                "seconds": {part: round(value, 3) for part, value in self.clock.seconds.items()},
+                "rates": {
+                    "images_per_second": rate,
+                    "flops": flops,
+                    "share_of_peak": floor,
+                    "communication": profile.communication,
+                },
+            },
+        )

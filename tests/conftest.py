@@ -1,4 +1,7 @@
-"""The kernels are defined once a process: interpreted where there is no GPU to compile them for, whichever test imports them first."""
+"""The kernels are defined once a process: interpreted where there is no GPU to compile them for, whichever test imports
+them first.
+"""
+
 import os
 import signal
 import subprocess
@@ -19,13 +22,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(command, timeout=240, **environment):
-    """A command in its own process group, on the CPU, where any machine has room for several ranks: (exit status, stdout + stderr); nothing of it
-    is left running.
+    """A command in its own process group, on the CPU, where any machine has room for several ranks: (exit status,
+    stdout + stderr); nothing of it is left running.
     """
-    inherited = {key: value for key, value in os.environ.items() if key != "MASTER_PORT"}  # a benchmark in this process may listen there already
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               env={**inherited, "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                                    **environment})
+    inherited = {
+        key: value for key, value in os.environ.items() if key != "MASTER_PORT"
+    }  # a benchmark in this process may listen there already
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={
+            **inherited,
+            "PYTHONWARNINGS": "ignore::FutureWarning",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            **environment,
+        },
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
@@ -44,9 +61,20 @@ def run_command():
 @pytest.fixture(scope="session")
 def run_ranks():
     """``run_ranks(world_size, script, *arguments)``: that many processes of one group, all of which must succeed."""
+
     def launch(world_size, *command):
         from scf_fast.distributed import free_port
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world_size, "--master_port", free_port()]
+
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            world_size,
+            "--master_port",
+            free_port(),
+        ]
         status, output = run([*start, *command], PYTHONPATH=str(ROOT))
         assert status == 0, output
+
     return launch

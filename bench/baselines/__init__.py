@@ -1,1 +1,3 @@
-"""What the kernels are measured against, each written from published formulas: the published SCF loss and plain PyTorch."""
+"""What the kernels are measured against, each written from published formulas: the published SCF loss and plain
+PyTorch.
+"""

@@ -4,7 +4,8 @@
     cos[i, labels_i] <- cos(theta + m2) - m3, without gradient       so that the gradient at the target is s
     loss = cross_entropy(s cos, labels)
 
-Written from these formulas. Matrix products run in ``compute_dtype``, as its autocast does; logits and loss are float32.
+Written from these formulas. Matrix products run in ``compute_dtype``, as its autocast does; logits and loss are
+float32.
 """
 
 import math
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 
-def dense_margin_softmax_loss(embeddings, class_centers, labels, scale=64.0, margins=(1.0, 0.5, 0.0), compute_dtype=None):
+def dense_margin_softmax_loss(
+    embeddings, class_centers, labels, scale=64.0, margins=(1.0, 0.5, 0.0), compute_dtype=None
+):
     """Mean loss, a scalar differentiable in both.
 
     Args:

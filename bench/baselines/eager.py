@@ -3,8 +3,8 @@
     log I_v(kappa) = s - v asinh(v / kappa) - 1/2 log(2 pi s) + log sum_k U_k(t) / v^k,    s = sqrt(v^2 + kappa^2),  t = v / s
     log C_d(kappa) = v log kappa - (d/2) log(2 pi) - log I_v(kappa),    loss = -kappa cos - log C_d(kappa) + d log r
 
-The uniform expansion of DLMF 10.41.3 with U_1 to U_3 of DLMF 10.41.10; v asinh(v / kappa) is its v log((v + s) / kappa). Good to about
-1/v^4: for orders of 30 and more.
+The uniform expansion of DLMF 10.41.3 with U_1 to U_3 of DLMF 10.41.10; v asinh(v / kappa) is its v log((v + s) /
+kappa). Good to about 1/v^4: for orders of 30 and more.
 """
 
 import math
@@ -32,7 +32,9 @@ def eager_log_vmf_normalizer(kappa, dim):
 
 
 def eager_scf_loss(features, log_kappa, class_centers, labels, radius=64.0):
-    """The exact SCF loss of each sample, (B,): features (B, d), log_kappa (B,), class_centers (C, d) of any length, labels (B,) int64."""
+    """The exact SCF loss of each sample, (B,): features (B, d), log_kappa (B,), class_centers (C, d) of any length,
+    labels (B,) int64.
+    """
     dim = features.shape[1]
     kappa = torch.exp(log_kappa)
     cos = (F.normalize(features, dim=1) * F.normalize(class_centers[labels], dim=1)).sum(dim=1)

@@ -5,9 +5,10 @@
     log C_d(kappa) ~ v log(1e-6 + kappa) - (d/2) log(2 pi) - log I_v(kappa),  v = d/2 - 1
     d ive_v/dkappa = ive_(v-1)(kappa) - ive_v(kappa) (v + kappa) / kappa               DLMF 10.29.2
 
-Written from the formulas that the code released with Li et al., "Spherical Confidence Learning for Face Recognition" (CVPR 2021),
-evaluates. Kept as it is there: float32, one round trip between device and host for each evaluation, three evaluations for a value and its
-gradient. Left out: its special cases for v = 0 and v = 1, which call other routines for the same numbers.
+Written from the formulas that the code released with Li et al., "Spherical Confidence Learning for Face Recognition"
+(CVPR 2021), evaluates. Kept as it is there: float32, one round trip between device and host for each evaluation, three
+evaluations for a value and its gradient. Left out: its special cases for v = 0 and v = 1, which call other routines for
+the same numbers.
 """
 
 import math
@@ -46,6 +47,8 @@ def published_log_bessel_i(order, kappa):
 
 
 def published_log_vmf_normalizer(kappa, dim):
-    """The published approximation of log C_d(kappa): what its loss holds besides the cosine and the radius. Arguments as above; dim = d."""
+    """The published approximation of log C_d(kappa): what its loss holds besides the cosine and the radius. Arguments
+    as above; dim = d.
+    """
     order = dim / 2 - 1
     return order * torch.log(OFFSET + kappa) - dim / 2 * math.log(2 * math.pi) - published_log_bessel_i(order, kappa)

@@ -5,8 +5,8 @@
     l1 = -kappa cos      l2 = -(d/2 - 1) log(1e-6 + kappa)      l3 = log(1e-6 + ive_(d/2-1)(kappa)) + kappa
     loss = l1 + l2 + l3 + (d/2) log(2 pi) + d log r
 
-Written from the formulas that the code released with Li et al., "Spherical Confidence Learning for Face Recognition" (CVPR 2021),
-evaluates: the clamp of log kappa is its confidence net's, the rest its loss and its training loop.
+Written from the formulas that the code released with Li et al., "Spherical Confidence Learning for Face Recognition"
+(CVPR 2021), evaluates: the clamp of log kappa is its confidence net's, the rest its loss and its training loop.
 """
 
 import math

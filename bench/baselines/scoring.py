@@ -1,4 +1,6 @@
-"""Scoring and pooling as they are usually written: plain PyTorch with whole matrices, the published normaliser band by band, loops in Python."""
+"""Scoring and pooling as they are usually written: plain PyTorch with whole matrices, the published normaliser band by
+band, loops in Python.
+"""
 
 import math
 
@@ -16,7 +18,12 @@ def _scores(mu1, kappa1, mu2, kappa2, radius, log_normalizer):
     dim = mu1.shape[1]
     cos = F.normalize(mu1) @ F.normalize(mu2).T
     kappa_sum = torch.sqrt(kappa1[:, None] ** 2 + kappa2**2 + 2 * kappa1[:, None] * kappa2 * cos)
-    return log_normalizer(kappa1, dim)[:, None] + log_normalizer(kappa2, dim) - log_normalizer(kappa_sum, dim) - dim * math.log(radius)
+    return (
+        log_normalizer(kappa1, dim)[:, None]
+        + log_normalizer(kappa2, dim)
+        - log_normalizer(kappa_sum, dim)
+        - dim * math.log(radius)
+    )
 
 
 def eager_similarity_matrix(mu1, kappa1, mu2, kappa2, radius=64.0):
@@ -25,14 +32,21 @@ def eager_similarity_matrix(mu1, kappa1, mu2, kappa2, radius=64.0):
 
 
 def published_similarity_matrix(mu1, kappa1, mu2, kappa2, radius=64.0):
-    """The same with the published normaliser, on the host by SciPy, a band of rows at a time. Its values are off as that normaliser is."""
+    """The same with the published normaliser, on the host by SciPy, a band of rows at a time. Its values are off as
+    that normaliser is.
+    """
     height = max(1, _BAND // len(mu2))
-    return torch.cat([_scores(mu1[rows], kappa1[rows], mu2, kappa2, radius, published_log_vmf_normalizer)
-                      for rows in torch.arange(len(mu1)).split(height)])
+    return torch.cat(
+        [
+            _scores(mu1[rows], kappa1[rows], mu2, kappa2, radius, published_log_vmf_normalizer)
+            for rows in torch.arange(len(mu1)).split(height)
+        ]
+    )
 
 
 def pool_by_loop(features, template_ids, media_ids):
-    """Templates as IJB scripts pool them: for each template the mean of each medium, summed and normalised; (T, D) in ascending order of ids.
+    """Templates as IJB scripts pool them: for each template the mean of each medium, summed and normalised; (T, D) in
+    ascending order of ids.
 
     Args:
         features: (N, D) NumPy, weighted already.
@@ -48,6 +62,13 @@ def pool_by_loop(features, template_ids, media_ids):
 
 
 def cosine_in_chunks(features, first, second, at_once=100_000):
-    """Cosines (P,) of rows first[k] and second[k] of unit features (T, D), NumPy, in pieces of 100,000 pairs as IJB scripts take them."""
+    """Cosines (P,) of rows first[k] and second[k] of unit features (T, D), NumPy, in pieces of 100,000 pairs as IJB
+    scripts take them.
+    """
     pieces = range(0, len(first), at_once)
-    return np.concatenate([np.sum(features[first[start:start + at_once]] * features[second[start:start + at_once]], axis=-1) for start in pieces])
+    return np.concatenate(
+        [
+            np.sum(features[first[start : start + at_once]] * features[second[start : start + at_once]], axis=-1)
+            for start in pieces
+        ]
+    )

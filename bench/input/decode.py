@@ -2,11 +2,12 @@
 
     python -m bench.decode [--data DIR] [--images 40000] [--threads 2] [--rounds 9] [--out DIR]
 
-Without --data, a `.rec` of JPEGs the size of faces (112 x 112, about 7 KB) is made in a temporary folder. DALI's reader stops at the header
-and identity records of a file as it is distributed, so it is given a `.idx` of the image records alone; it shuffles in a buffer, ours
-over the whole set. Its pipeline is the leanest one: it mirrors and normalises in one operator, and nothing is copied out of it. All deliver
-float32 images in channels_last and int64 labels. Rates are medians over rounds in which all take turns; so are the ratios to DALI's reader,
-each of one round. Processor time counts all threads of the process, which a machine with other work changes less than the rates.
+Without --data, a `.rec` of JPEGs the size of faces (112 x 112, about 7 KB) is made in a temporary folder. DALI's reader
+stops at the header and identity records of a file as it is distributed, so it is given a `.idx` of the image records
+alone; it shuffles in a buffer, ours over the whole set. Its pipeline is the leanest one: it mirrors and normalises in
+one operator, and nothing is copied out of it. All deliver float32 images in channels_last and int64 labels. Rates are
+medians over rounds in which all take turns; so are the ratios to DALI's reader, each of one round. Processor time
+counts all threads of the process, which a machine with other work changes less than the rates.
 """
 
 import argparse
@@ -43,7 +44,9 @@ def make_records(folder, count):
     rng = np.random.default_rng(0)
     pictures = []
     for _ in range(DISTINCT):
-        smooth = Image.fromarray(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8)).resize((112, 112), Image.Resampling.BICUBIC)
+        smooth = Image.fromarray(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8)).resize(
+            (112, 112), Image.Resampling.BICUBIC
+        )
         noisy = np.clip(np.asarray(smooth) + rng.normal(0, 8, (112, 112, 3)), 0, 255).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(noisy).save(file, "JPEG", quality=92)
@@ -79,7 +82,9 @@ def index_rates(data, scratch, rounds):
     for name, path in paths.items():
         found = []
         for number in range(rounds + 1):  # the first brings the file into the page cache
-            seconds, opened = seconds_of(lambda path=path, number=number: open_source(path, cache_dir=scratch / f"cache-{number}-{path.name}"))
+            seconds, opened = seconds_of(
+                lambda path=path, number=number: open_source(path, cache_dir=scratch / f"cache-{number}-{path.name}")
+            )
             found.append(len(opened) / seconds)
         rates[name] = statistics.median(found[1:])
     return rates
@@ -89,9 +94,11 @@ def source_rates(source, batch, rounds):
     """{what: images/s} of one thread that reads images in random order from page cache."""
     order = np.random.default_rng(0).permutation(len(source))[:20_000]
     batches = np.array_split(order, max(1, len(order) // batch))
-    calls = {"one by one": lambda: [source.encoded(i) for i in order.tolist()],
-             "batches": lambda: [source.read(indices) for indices in batches],
-             "batches, headers checked": lambda: [read_headers(*source.read(indices)) for indices in batches]}
+    calls = {
+        "one by one": lambda: [source.encoded(i) for i in order.tolist()],
+        "batches": lambda: [source.read(indices) for indices in batches],
+        "batches, headers checked": lambda: [read_headers(*source.read(indices)) for indices in batches],
+    }
     rates = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -105,15 +112,34 @@ def mxnet_batches(rec_path, idx_path, batch, threads, prefetch):
 
     @pipeline_def(enable_conditionals=False)
     def pipeline():
-        encoded, labels = fn.readers.mxnet(path=[str(rec_path)], index_path=[str(idx_path)], random_shuffle=True, initial_fill=BUFFER, name="reader")
-        faces = fn.decoders.image(encoded, device="mixed" if DEVICE == "cuda" else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True)
-        return fn.crop_mirror_normalize(faces, mirror=fn.random.coin_flip(), dtype=types.FLOAT, output_layout="HWC", mean=[127.5] * 3,
-                                        std=[127.5] * 3), labels
+        encoded, labels = fn.readers.mxnet(
+            path=[str(rec_path)], index_path=[str(idx_path)], random_shuffle=True, initial_fill=BUFFER, name="reader"
+        )
+        faces = fn.decoders.image(
+            encoded, device="mixed" if DEVICE == "cuda" else "cpu", output_type=types.RGB, jpeg_fancy_upsampling=True
+        )
+        return fn.crop_mirror_normalize(
+            faces,
+            mirror=fn.random.coin_flip(),
+            dtype=types.FLOAT,
+            output_layout="HWC",
+            mean=[127.5] * 3,
+            std=[127.5] * 3,
+        ), labels
 
-    built = pipeline(batch_size=batch, num_threads=threads, device_id=0 if DEVICE == "cuda" else None, prefetch_queue_depth=prefetch, exec_dynamic=True)
+    built = pipeline(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=0 if DEVICE == "cuda" else None,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=True,
+    )
     while True:
         faces, labels = built.run()
-        yield torch.from_dlpack(faces.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor()).to(DEVICE).long().flatten()
+        yield (
+            torch.from_dlpack(faces.as_tensor()).permute(0, 3, 1, 2),
+            torch.from_dlpack(labels.as_tensor()).to(DEVICE).long().flatten(),
+        )
 
 
 def endless(loader):
@@ -125,16 +151,27 @@ def endless(loader):
 
 
 def decoding_rates(source, scratch, batch, batches, threads, rounds):
-    """{path: images/s}, {path: microseconds of processor time an image}, {path: its rate over that of DALI's reader in the same round}."""
+    """{path: images/s}, {path: microseconds of processor time an image}, {path: its rate over that of DALI's reader in
+    the same round}.
+    """
     idx = scratch / "images.idx"
-    idx.write_text("".join(f"{number}\t{offset}\n" for number, offset in enumerate(source.offsets_in(source.rec_paths[0]).tolist())))
+    idx.write_text(
+        "".join(
+            f"{number}\t{offset}\n" for number, offset in enumerate(source.offsets_in(source.rec_paths[0]).tolist())
+        )
+    )
     sampler = EpochSampler(len(source), batch)
     block = EpochSampler(len(source), batch, block_size=256)
     options = {"device": DEVICE, "num_workers": threads, "prefetch": 2}
-    loaders = {OURS: make_loader(source, sampler, backend="dali", on_broken="replace", **options),
-               "ours, DALI, block shuffle": make_loader(source, block, backend="dali", on_broken="replace", **options),
-               "ours, PyTorch workers": make_loader(source, sampler, backend="torch", on_broken="replace", **options)}
-    runs = {THEIRS: mxnet_batches(source.rec_paths[0], idx, batch, threads, 2), **{name: endless(loader) for name, loader in loaders.items()}}
+    loaders = {
+        OURS: make_loader(source, sampler, backend="dali", on_broken="replace", **options),
+        "ours, DALI, block shuffle": make_loader(source, block, backend="dali", on_broken="replace", **options),
+        "ours, PyTorch workers": make_loader(source, sampler, backend="torch", on_broken="replace", **options),
+    }
+    runs = {
+        THEIRS: mxnet_batches(source.rec_paths[0], idx, batch, threads, 2),
+        **{name: endless(loader) for name, loader in loaders.items()},
+    }
     rates, busy = {name: [] for name in runs}, {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items() if number % 2 else reversed(runs.items()):
@@ -148,7 +185,11 @@ def decoding_rates(source, scratch, batch, batches, threads, rounds):
                 rates[name].append(batches * batch / (time.perf_counter() - start))
                 busy[name].append((time.process_time() - start_busy) / (batches * batch) * 1e6)
             assert images.shape == (batch, 3, 112, 112) and labels.shape == (batch,) and labels.dtype == torch.int64
-            assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last) and images.abs().max() <= 1
+            assert (
+                images.dtype == torch.float32
+                and images.is_contiguous(memory_format=torch.channels_last)
+                and images.abs().max() <= 1
+            )
     for loader in loaders.values():
         loader.close()
     ratios = {name: [ours / theirs for ours, theirs in zip(values, rates[THEIRS])] for name, values in rates.items()}
@@ -159,12 +200,19 @@ def decoding_rates(source, scratch, batch, batches, threads, rounds):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with one train.rec (default: one is made)")
-    parser.add_argument("--images", type=int, default=40_000, help="records of the file that is made (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=40_000, help="records of the file that is made (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--batches", type=int, default=20, help="batches a turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="decoding threads or processes (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=RESULTS / device_slug(DEVICE), help="folder for the JSON file (default: bench/results/<device>)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / device_slug(DEVICE),
+        help="folder for the JSON file (default: bench/results/<device>)",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # normalisation, beside the decoders
 
@@ -176,19 +224,37 @@ def main(arguments=None):
             make_records(data, options.images)
         source = open_source(data, cache_dir=scratch)
         shuffle_seconds = seconds_of(lambda: EpochSampler(SHUFFLED, 1024).indices(0, 0))[0]
-        rates = {"index": index_rates(data, scratch, options.rounds), "source": source_rates(source, options.batch, options.rounds)}
-        rates["decoding"], busy, ratios = decoding_rates(source, scratch, options.batch, options.batches, options.threads, options.rounds)
+        rates = {
+            "index": index_rates(data, scratch, options.rounds),
+            "source": source_rates(source, options.batch, options.rounds),
+        }
+        rates["decoding"], busy, ratios = decoding_rates(
+            source, scratch, options.batch, options.batches, options.threads, options.rounds
+        )
         sizes = [len(source.encoded(i)) for i in range(0, len(source), max(1, len(source) // 1000))]
     for title, group in rates.items():
         print(tabulate([title, "images/s"], [[name, f"{rate:,.0f}"] for name, rate in group.items()]))
         print()
-    print(tabulate(["decoding", "processor us an image", "rate over DALI's reader"],
-                   [[name, f"{busy[name]:.1f}" if name in busy else "", f"{ratio:.2f}"] for name, ratio in ratios.items()]))
+    print(
+        tabulate(
+            ["decoding", "processor us an image", "rate over DALI's reader"],
+            [[name, f"{busy[name]:.1f}" if name in busy else "", f"{ratio:.2f}"] for name, ratio in ratios.items()],
+        )
+    )
     print()
     print(f"global shuffle of {SHUFFLED:,} images, once an epoch: {shuffle_seconds:.2f} s")
-    measured = {"environment": environment(DEVICE), "images": len(source), "bytes_an_image": statistics.mean(sizes), "batch": options.batch,
-                "decoding_threads": options.threads, "images_per_second": rates, "processor_us_an_image": busy, "rate_over_dali_reader": ratios,
-                "shuffle_seconds": shuffle_seconds, "shuffled_images": SHUFFLED}
+    measured = {
+        "environment": environment(DEVICE),
+        "images": len(source),
+        "bytes_an_image": statistics.mean(sizes),
+        "batch": options.batch,
+        "decoding_threads": options.threads,
+        "images_per_second": rates,
+        "processor_us_an_image": busy,
+        "rate_over_dali_reader": ratios,
+        "shuffle_seconds": shuffle_seconds,
+        "shuffled_images": SHUFFLED,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"decode-{device_slug(DEVICE)}-{measured['environment']['date']}.json"
     path.write_text(json.dumps(measured, indent=1) + "\n")

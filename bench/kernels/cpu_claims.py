@@ -2,11 +2,13 @@
 
     python -m bench.cpu_claims [--threads 1] [--out DIR]
 
-Held to: the normaliser log C_d of 4096 values with its derivative at least 10 x as fast as the published way through scipy; log I_v, and
-the whole SCF loss, forward and backward, at every batch size, faster than the published. Exit status 1 where one of these is missed.
+Held to: the normaliser log C_d of 4096 values with its derivative at least 10 x as fast as the published way through
+scipy; log I_v, and the whole SCF loss, forward and backward, at every batch size, faster than the published. Exit
+status 1 where one of these is missed.
 
-With one thread the clock is the processor time of this process: on a machine that is busy with other work, elapsed time punishes long
-calls more than short ones, since they are the ones interrupted. With more threads it is elapsed time, so keep the machine to yourself.
+With one thread the clock is the processor time of this process: on a machine that is busy with other work, elapsed time
+punishes long calls more than short ones, since they are the ones interrupted. With more threads it is elapsed time, so
+keep the machine to yourself.
 """
 
 import argparse
@@ -53,19 +55,27 @@ def loss_seconds(class_centers, batch, finetune, clock):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_claims", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="threads PyTorch may use (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder for the JSON file (default: bench/results/cpu)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "cpu", help="folder for the JSON file (default: bench/results/cpu)"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     clock = time.process_time if options.threads == 1 else time.perf_counter
 
     cases = [
-        {"work": f"{quantity}, {NORMALIZER_SIZE} values", "needs": needs, "seconds": normalizer_seconds(quantity, clock)}
+        {
+            "work": f"{quantity}, {NORMALIZER_SIZE} values",
+            "needs": needs,
+            "seconds": normalizer_seconds(quantity, clock),
+        }
         for quantity, needs in SPEEDUPS.items()
     ]
     class_centers = scf_loss.fresh_class_centers(scf_loss.MS1M, "cpu")
     for finetune in (False, True):
-        for batch in scf_loss.BATCHES[: -1 if finetune else None]:  # the largest needs gigabytes and minutes with feature gradients
+        for batch in scf_loss.BATCHES[
+            : -1 if finetune else None
+        ]:  # the largest needs gigabytes and minutes with feature gradients
             work = f"loss, {'finetune' if finetune else 'confidence'}, B = {batch}"
             cases.append({"work": work, "needs": 1.0, "seconds": loss_seconds(class_centers, batch, finetune, clock)})
     for case in cases:
@@ -76,8 +86,11 @@ def main(arguments=None):
     names = list(scf_loss.LOSSES)
     rows = [
         [
-            case["work"], *(f"{1e6 * case['medians'][name]:.0f}" if name in case["medians"] else "" for name in names),
-            f"{case['speedup']:.2f}", f"{case['needs']:g}", "yes" if case["holds"] else "NO",
+            case["work"],
+            *(f"{1e6 * case['medians'][name]:.0f}" if name in case["medians"] else "" for name in names),
+            f"{case['speedup']:.2f}",
+            f"{case['needs']:g}",
+            "yes" if case["holds"] else "NO",
         ]
         for case in cases
     ]

@@ -3,8 +3,8 @@
     python -m bench.suite --sections log_bessel
     python -m pytest bench/bench_log_bessel.py --benchmark-json=bench/results/<device>/log_bessel-<date>.json
 
-"value" is the forward pass of a tensor that asks for a gradient, so ours also writes the derivative; "value_and_gradient" adds the
-backward pass.
+"value" is the forward pass of a tensor that asks for a gradient, so ours also writes the derivative;
+"value_and_gradient" adds the backward pass.
 """
 
 from functools import partial
@@ -63,14 +63,19 @@ def fresh_kappas(size, device):
 
 
 def expected(quantity, name, kappa):
-    """(value, gradient) in float64 at the float64 tensor kappa: of the published formula by scipy, else of the eager expansion."""
+    """(value, gradient) in float64 at the float64 tensor kappa: of the published formula by scipy, else of the eager
+    expansion.
+    """
     if name == "published":
         at = kappa.cpu().numpy()
         scaled, lower = scipy.special.ive(ORDER, at), scipy.special.ive(ORDER - 1, at)
         log_i = np.log(OFFSET + scaled) + at
         slope = 1 + (lower - scaled * (ORDER + at) / at) / (OFFSET + scaled)
         if quantity == "log_vmf_normalizer":
-            log_i, slope = ORDER * np.log(OFFSET + at) - DIM / 2 * np.log(2 * np.pi) - log_i, ORDER / (OFFSET + at) - slope
+            log_i, slope = (
+                ORDER * np.log(OFFSET + at) - DIM / 2 * np.log(2 * np.pi) - log_i,
+                ORDER / (OFFSET + at) - slope,
+            )
         return tuple(torch.from_numpy(array).to(kappa.device) for array in (log_i, slope))
     kappa = kappa.clone().requires_grad_()
     log_i = eager_log_bessel_i(ORDER, kappa)
@@ -88,10 +93,17 @@ def check(quantity, name, kappa):
     kappa = kappa[:4096].detach().requires_grad_()
     result = FAMILY[quantity][name](kappa)
     (gradient,) = torch.autograd.grad(result.sum(), kappa)
-    expected_value, expected_gradient = (tensor.detach() for tensor in expected(quantity, name, kappa.detach().double()))
-    # The baselines subtract terms of thousands in float32: their values hold to 1e-3, and their gradients to as many digits fewer.
-    torch.testing.assert_close(result.double(), expected_value, rtol=1e-5, atol=1e-6 if quantity == "mean_resultant_length" else 1e-3)
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=0 if quantity == "mean_resultant_length" else 1e-5)
+    expected_value, expected_gradient = (
+        tensor.detach() for tensor in expected(quantity, name, kappa.detach().double())
+    )
+    # The baselines subtract terms of thousands in float32: their values hold to 1e-3, and their gradients to as many
+    # digits fewer.
+    torch.testing.assert_close(
+        result.double(), expected_value, rtol=1e-5, atol=1e-6 if quantity == "mean_resultant_length" else 1e-3
+    )
+    torch.testing.assert_close(
+        gradient.double(), expected_gradient, rtol=1e-4, atol=0 if quantity == "mean_resultant_length" else 1e-5
+    )
 
 
 def prepare(quantity, name, direction, size, device):
@@ -121,9 +133,27 @@ def cases(device, tiny=False):
             least = roofline.log_bessel(size, backward=direction != "value")
             for quantity, ways in FAMILY.items():
                 work = f"{quantity}, {direction}, {size} values"
-                found += [Case(work, name, partial(prepare, quantity, name, direction, size, device), least, (size, "values"), facts) for name in ways]
-        found.append(Case(f"inverse_mean_resultant_length, value, {size} values", "scf_fast", partial(prepare_inverse, size, device),
-                          roofline.Work(nbytes=2 * roofline.FLOAT * size), (size, "values"), facts))
+                found += [
+                    Case(
+                        work,
+                        name,
+                        partial(prepare, quantity, name, direction, size, device),
+                        least,
+                        (size, "values"),
+                        facts,
+                    )
+                    for name in ways
+                ]
+        found.append(
+            Case(
+                f"inverse_mean_resultant_length, value, {size} values",
+                "scf_fast",
+                partial(prepare_inverse, size, device),
+                roofline.Work(nbytes=2 * roofline.FLOAT * size),
+                (size, "values"),
+                facts,
+            )
+        )
     return found
 
 

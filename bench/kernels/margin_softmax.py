@@ -1,12 +1,13 @@
-"""Margin softmax at d = 512, loss and both gradients: ours, all logits as arcface_torch has them, that compiled, and real peers.
+"""Margin softmax at d = 512, loss and both gradients: ours, all logits as arcface_torch has them, that compiled, and
+real peers.
 
     python -m bench.suite --sections margin_softmax
     python -m pytest bench/bench_margin_softmax.py --benchmark-json=bench/results/<device>/margin_softmax-<date>.json
 
-"scf_fast_skip" passes over tiles whose gradient is below 2^-12 of the largest: what is left out is under bf16's rounding. The peers
-(bench/peers/peers.py) run where they are installed; the two made for language models get normalised inputs and no margin, and no
-gradient through the normalisation, which is less work. Peak memory is beyond inputs and includes both gradients. A case that would need
-more memory than there is is left out, with the reason.
+"scf_fast_skip" passes over tiles whose gradient is below 2^-12 of the largest: what is left out is under bf16's
+rounding. The peers (bench/peers/peers.py) run where they are installed; the two made for language models get normalised
+inputs and no margin, and no gradient through the normalisation, which is less work. Peak memory is beyond inputs and
+includes both gradients. A case that would need more memory than there is is left out, with the reason.
 """
 
 from functools import partial
@@ -30,7 +31,13 @@ COMPUTE = torch.bfloat16 if ON_GPU else torch.float32
 
 def ours(embeddings, class_centers, labels, skip_below=0.0):
     return margin_softmax_loss(
-        embeddings, class_centers, labels, SCALE, margin_gradient="straight_through", compute_dtype=COMPUTE, skip_below=skip_below
+        embeddings,
+        class_centers,
+        labels,
+        SCALE,
+        margin_gradient="straight_through",
+        compute_dtype=COMPUTE,
+        skip_below=skip_below,
     )[0]
 
 
@@ -74,7 +81,11 @@ def check(name, device):
     if loss is None:
         # Without a margin the loss of the own class is a rounding error: another's label makes it one to compare.
         embeddings, class_centers, labels = unit_rows(inputs)
-        inputs, loss, formula = (embeddings, class_centers, labels.roll(1)), ON_UNIT_ROWS[name], lambda e, w, y: F.cross_entropy(SCALE * e @ w.t(), y)
+        inputs, loss, formula = (
+            (embeddings, class_centers, labels.roll(1)),
+            ON_UNIT_ROWS[name],
+            lambda e, w, y: F.cross_entropy(SCALE * e @ w.t(), y),
+        )
     exact = [x.detach().double().requires_grad_() for x in inputs[:2]]
     expected = formula(*exact, inputs[2])
     value = loss(*inputs)
@@ -89,7 +100,10 @@ def prepare(name, batch, classes, device):
     if problem:
         raise NotMeasured(problem)
     if ON_GPU and name in ("dense", "compiled", "arcface_torch"):
-        needed, free = 16 * batch * classes, torch.cuda.mem_get_info()[0]  # logits, their shift, softmax and gradient in float32
+        needed, free = (
+            16 * batch * classes,
+            torch.cuda.mem_get_info()[0],
+        )  # logits, their shift, softmax and gradient in float32
         if needed > free:
             raise NotMeasured(f"four (B, C) tensors take {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
     check(name, device)
@@ -97,7 +111,10 @@ def prepare(name, batch, classes, device):
     batches = [fresh_batch(batch, class_centers) for _ in range(2)]
     if name in ON_UNIT_ROWS:
         _, centers, _ = unit_rows(batches[0])
-        batches = [(unit_rows((embeddings, class_centers[:1], labels))[0], centers, labels) for embeddings, _, labels in batches]
+        batches = [
+            (unit_rows((embeddings, class_centers[:1], labels))[0], centers, labels)
+            for embeddings, _, labels in batches
+        ]
     return partial(forward_backward, LOSSES.get(name) or ON_UNIT_ROWS[name]), batches
 
 
@@ -111,11 +128,23 @@ def cases(device, tiny=False):
         shapes = [(32, 1_000), (256, 1_000), (32, 20_000), (256, 20_000), (32, 100_000)]
     dtype = "bfloat16" if device == "cuda" else "float32"
     return [
-        Case(f"margin_softmax, forward_backward, B = {batch}, C = {classes}", name, partial(prepare, name, batch, classes, device),
-             roofline.margin_softmax(batch, classes, DIM, dtype), (batch, "images"),
-             {"batch": batch, "classes": classes, "dim": DIM, "dtype": dtype, "gradients_mib": 4 * DIM * (batch + classes) / 2**20,
-              "logits_mib": 4 * batch * classes / 2**20})
-        for batch, classes in shapes for name in (*LOSSES, *ON_UNIT_ROWS)
+        Case(
+            f"margin_softmax, forward_backward, B = {batch}, C = {classes}",
+            name,
+            partial(prepare, name, batch, classes, device),
+            roofline.margin_softmax(batch, classes, DIM, dtype),
+            (batch, "images"),
+            {
+                "batch": batch,
+                "classes": classes,
+                "dim": DIM,
+                "dtype": dtype,
+                "gradients_mib": 4 * DIM * (batch + classes) / 2**20,
+                "logits_mib": 4 * batch * classes / 2**20,
+            },
+        )
+        for batch, classes in shapes
+        for name in (*LOSSES, *ON_UNIT_ROWS)
     ]
 
 

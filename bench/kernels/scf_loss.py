@@ -1,10 +1,11 @@
-"""The whole SCF loss at d = 512: ours ("scf_fast_published" with the published normaliser), the published composition, plain PyTorch, and that compiled.
+"""The whole SCF loss at d = 512: ours ("scf_fast_published" with the published normaliser), the published composition,
+plain PyTorch, and that compiled.
 
     python -m bench.suite --sections scf_loss
     python -m pytest bench/bench_scf_loss.py --benchmark-json=bench/results/<device>/scf_loss-<date>.json
 
-"confidence" asks for the gradient of log_kappa alone, as stage 2 does with its backbone frozen; "finetune" also for that of the
-features. The published code scales its class centers to the radius on load, so that is not timed.
+"confidence" asks for the gradient of log_kappa alone, as stage 2 does with its backbone frozen; "finetune" also for
+that of the features. The published code scales its class centers to the radius on load, so that is not timed.
 """
 
 from functools import partial
@@ -55,7 +56,9 @@ def fresh_class_centers(classes, device):
 
 
 def fresh_batches(batch, class_centers, finetune):
-    """Inputs of a loss, in turn: features that lean to their class center (cos about 0.6), log kappa about log 400, random labels."""
+    """Inputs of a loss, in turn: features that lean to their class center (cos about 0.6), log kappa about log 400,
+    random labels.
+    """
     device = class_centers.device
     batches = []
     for _ in range(buffer_count(4 * batch * DIM)):
@@ -79,7 +82,9 @@ def check(name, batch):
     expected = LOSSES["published" if name in PUBLISHED else "eager"](*inputs)
     (expected_gradient,) = torch.autograd.grad(expected, exact)
     torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5 * float(expected_gradient.abs().max()))
+    torch.testing.assert_close(
+        gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5 * float(expected_gradient.abs().max())
+    )
 
 
 def prepare(name, direction, batch, classes, finetune, device):
@@ -97,8 +102,17 @@ def cases(device, tiny=False):
                 work = f"scf_loss, {direction} ({'finetune' if finetune else 'confidence'}), B = {batch}, C = {classes}"
                 least = roofline.scf_loss(batch, DIM, finetune)
                 facts = {"batch": batch, "classes": classes, "dim": DIM, "dtype": "float32"}
-                found += [Case(work, name, partial(prepare, name, direction, batch, classes, finetune, device), least, (batch, "images"), facts)
-                          for name in LOSSES]
+                found += [
+                    Case(
+                        work,
+                        name,
+                        partial(prepare, name, direction, batch, classes, finetune, device),
+                        least,
+                        (batch, "images"),
+                        facts,
+                    )
+                    for name in LOSSES
+                ]
     return found
 
 

@@ -2,8 +2,8 @@
 
     python -m bench.accuracy [--device cpu] [--out bench/results/<device>]
 
-Exact values are those of tests/kernels/reference.json (kappa from 1e-6 to 1e7, 40 to a dimension). The float32 columns look at
-DENSE_COUNT further kappas, where the float64 kernel serves as exact: its own columns show what that is worth.
+Exact values are those of tests/kernels/reference.json (kappa from 1e-6 to 1e7, 40 to a dimension). The float32 columns
+look at DENSE_COUNT further kappas, where the float64 kernel serves as exact: its own columns show what that is worth.
 Errors of log I_v and log C_d are relative to max(1, |exact|), those of A_d and its derivative to the exact value.
 """
 
@@ -47,11 +47,16 @@ def derivative_of_mean_resultant_length(kappa, dim):
 
 QUANTITIES = (
     Quantity(
-        "log I_v", lambda kappa, dim: log_bessel_i(dim / 2 - 1, kappa),
-        lambda entry: mpf(entry["psi"]) + (mpf(entry["dim"]) / 2 - 1) * mp.log(entry["kappa"]), 1.0,
+        "log I_v",
+        lambda kappa, dim: log_bessel_i(dim / 2 - 1, kappa),
+        lambda entry: mpf(entry["psi"]) + (mpf(entry["dim"]) / 2 - 1) * mp.log(entry["kappa"]),
+        1.0,
     ),
     Quantity(
-        "log C_d", log_vmf_normalizer, lambda entry: -mpf(entry["psi"]) - mpf(entry["dim"]) / 2 * mp.log(2 * mp.pi), 1.0,
+        "log C_d",
+        log_vmf_normalizer,
+        lambda entry: -mpf(entry["psi"]) - mpf(entry["dim"]) / 2 * mp.log(2 * mp.pi),
+        1.0,
     ),
     Quantity("A_d", mean_resultant_length, lambda entry: mpf(entry["A"]), 0.0),
     Quantity("A_d'", derivative_of_mean_resultant_length, lambda entry: mpf(entry["A_prime"]), 0.0),
@@ -59,7 +64,9 @@ QUANTITIES = (
 
 
 class Exact(NamedTuple):
-    """Exact values as an unevaluated sum of two float64 arrays, so that errors below 1e-16 are seen in float64 arithmetic."""
+    """Exact values as an unevaluated sum of two float64 arrays, so that errors below 1e-16 are seen in float64
+    arithmetic.
+    """
 
     high: np.ndarray
     low: np.ndarray
@@ -82,7 +89,9 @@ def errors(values, exact, floor=0.0):
 def load_reference():
     """{dim: list of entries by rising kappa} from reference.json."""
     entries = json.loads(REFERENCE.read_text())["entries"]
-    return {dim: [entry for entry in entries if entry["dim"] == dim] for dim in sorted({entry["dim"] for entry in entries})}
+    return {
+        dim: [entry for entry in entries if entry["dim"] == dim] for dim in sorted({entry["dim"] for entry in entries})
+    }
 
 
 def dense_kappas():
@@ -103,10 +112,13 @@ def our_errors(dim, entries, device):
         with mp.workdps(60):
             exact = Exact.of([exact_of(entry) for entry in entries])
         by_dtype = {
-            name: errors(evaluate(ours, kappas, dim, getattr(torch, name), device), exact, floor) for name in ("float32", "float64")
+            name: errors(evaluate(ours, kappas, dim, getattr(torch, name), device), exact, floor)
+            for name in ("float32", "float64")
         }
         nearly_exact = evaluate(ours, dense, dim, torch.float64, device)
-        on_dense = errors(evaluate(ours, dense, dim, torch.float32, device), Exact(nearly_exact, np.zeros_like(dense)), floor)
+        on_dense = errors(
+            evaluate(ours, dense, dim, torch.float32, device), Exact(nearly_exact, np.zeros_like(dense)), floor
+        )
         by_dtype["float32"] = np.concatenate([by_dtype["float32"], on_dense])
         largest[symbol] = {name: float(values.max()) for name, values in by_dtype.items()}
     return largest
@@ -121,7 +133,9 @@ def published_value_and_gradient(kappas, dim):
 
 
 def scipy_log_bessel_i(kappas, order):
-    """float64 scipy, both ways: (log ive_v(kappa) + kappa, log iv_v(kappa)); infinite where ive underflows, iv under- or overflows."""
+    """float64 scipy, both ways: (log ive_v(kappa) + kappa, log iv_v(kappa)); infinite where ive underflows, iv under-
+    or overflows.
+    """
     with np.errstate(divide="ignore"):
         return np.log(scipy.special.ive(order, kappas)) + kappas, np.log(scipy.special.iv(order, kappas))
 
@@ -145,8 +159,14 @@ def other_errors(dim, device):
     by_ive, by_iv = (errors(values, log_i, floor=1.0) for values in scipy_log_bessel_i(kappas, order))
     value, published_gradient = published_value_and_gradient(kappas, dim)
     return {
-        "scipy log ive + kappa": {"largest": float(by_ive[np.isfinite(by_ive)].max()), "finite": range_where(np.isfinite(by_ive), kappas)},
-        "scipy log iv": {"largest": float(by_iv[np.isfinite(by_iv)].max()), "finite": range_where(np.isfinite(by_iv), kappas)},
+        "scipy log ive + kappa": {
+            "largest": float(by_ive[np.isfinite(by_ive)].max()),
+            "finite": range_where(np.isfinite(by_ive), kappas),
+        },
+        "scipy log iv": {
+            "largest": float(by_iv[np.isfinite(by_iv)].max()),
+            "finite": range_where(np.isfinite(by_iv), kappas),
+        },
         "published": {
             "largest": float(errors(value, log_i, floor=1.0).max()),
             "gradient holds": range_where(errors(published_gradient, gradient) <= GRADIENT_TOLERANCE, kappas),
@@ -179,36 +199,55 @@ def span(bounds):
     if bounds is None:
         return "nowhere"
     low, high = bounds
-    words = ([f"from {low:.3g}"] if low > 1.01 * KAPPA_RANGE[0] else []) + ([f"to {high:.3g}"] if high < 0.99 * KAPPA_RANGE[1] else [])
+    words = ([f"from {low:.3g}"] if low > 1.01 * KAPPA_RANGE[0] else []) + (
+        [f"to {high:.3g}"] if high < 0.99 * KAPPA_RANGE[1] else []
+    )
     return " ".join(words) or "everywhere"
 
 
 def report(ours, others):
     """The two tables as text."""
-    columns = [(symbol, name) for name in ("float32", "float64") for symbol in (quantity.symbol for quantity in QUANTITIES)]
+    columns = [
+        (symbol, name) for name in ("float32", "float64") for symbol in (quantity.symbol for quantity in QUANTITIES)
+    ]
     our_rows = [[str(dim), *(f"{ours[dim][symbol][name]:.1e}" for symbol, name in columns)] for dim in ours]
     other_rows = [
         [
-            str(dim), f"{row['scipy log ive + kappa']['largest']:.1e}", span(row["scipy log ive + kappa"]["finite"]),
-            f"{row['scipy log iv']['largest']:.1e}", span(row["scipy log iv"]["finite"]),
-            f"{row['published']['largest']:.1e}", span(row["published"]["gradient holds"]),
+            str(dim),
+            f"{row['scipy log ive + kappa']['largest']:.1e}",
+            span(row["scipy log ive + kappa"]["finite"]),
+            f"{row['scipy log iv']['largest']:.1e}",
+            span(row["scipy log iv"]["finite"]),
+            f"{row['published']['largest']:.1e}",
+            span(row["published"]["gradient holds"]),
         ]
         for dim, row in others.items()
     ]
-    return "\n".join([
-        f"Ours, largest error over kappa = {KAPPA_RANGE[0]:g} .. {KAPPA_RANGE[1]:g}",
-        tabulate(["d", *(f"{symbol} f{name[-2:]}" for symbol, name in columns)], our_rows),
-        "",
-        "Others, log I_v: largest error where finite, and the kappa where they hold",
-        tabulate(
-            ["d", "log ive + kappa f64", "finite", "log iv f64", "finite", "published f32", f"gradient within {GRADIENT_TOLERANCE:.0%}"],
-            other_rows,
-        ),
-    ])
+    return "\n".join(
+        [
+            f"Ours, largest error over kappa = {KAPPA_RANGE[0]:g} .. {KAPPA_RANGE[1]:g}",
+            tabulate(["d", *(f"{symbol} f{name[-2:]}" for symbol, name in columns)], our_rows),
+            "",
+            "Others, log I_v: largest error where finite, and the kappa where they hold",
+            tabulate(
+                [
+                    "d",
+                    "log ive + kappa f64",
+                    "finite",
+                    "log iv f64",
+                    "finite",
+                    "published f32",
+                    f"gradient within {GRADIENT_TOLERANCE:.0%}",
+                ],
+                other_rows,
+            ),
+        ]
+    )
 
 
 def plot(path, entries, others, device):
-    """Two panels at d = PLOT_DIM: the error of each way to log I_v over kappa; the optimal kappa of both objectives over the cosine.
+    """Two panels at d = PLOT_DIM: the error of each way to log I_v over kappa; the optimal kappa of both objectives
+    over the cosine.
 
     entries: the reference at PLOT_DIM; others: its other_errors.
     """
@@ -224,13 +263,23 @@ def plot(path, entries, others, device):
     curves = {
         "published code, float32": (published_value_and_gradient(kappas, PLOT_DIM)[0], "#d62728", "o"),
         f"SciPy log iv, float64 (finite {span(others['scipy log iv']['finite'])})": (log_iv, "#ff9f1c", "s"),
-        f"SciPy log ive + κ, float64 (finite {span(others['scipy log ive + kappa']['finite'])})": (log_ive, "#8c6bb1", "^"),
+        f"SciPy log ive + κ, float64 (finite {span(others['scipy log ive + kappa']['finite'])})": (
+            log_ive,
+            "#8c6bb1",
+            "^",
+        ),
         "scf_fast, float32": (evaluate(QUANTITIES[0].ours, kappas, PLOT_DIM, torch.float32, device), "#1f77b4", "o"),
         "scf_fast, float64": (evaluate(QUANTITIES[0].ours, kappas, PLOT_DIM, torch.float64, device), "#17a398", "o"),
     }
     style = {
-        "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-        "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 9,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "axes.titlesize": 11,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
     }
     with plt.rc_context(style):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -239,11 +288,21 @@ def plot(path, entries, others, device):
             relative = np.maximum(errors(values, exact, floor=1.0), 2.0**-53)
             drawn = np.isfinite(relative)
             left.plot(
-                kappas[drawn], relative[drawn], color=color, marker=marker, markersize=7 if "SciPy" in label else 3.5,
-                fillstyle="none" if "SciPy" in label else "full", linewidth=1.3, label=label,
+                kappas[drawn],
+                relative[drawn],
+                color=color,
+                marker=marker,
+                markersize=7 if "SciPy" in label else 3.5,
+                fillstyle="none" if "SciPy" in label else "full",
+                linewidth=1.3,
+                label=label,
             )
         left.set(
-            xscale="log", yscale="log", ylim=(3e-17, 1e2), xlabel="concentration κ", ylabel="error of log I$_v$(κ), relative to max(1, |log I$_v$|)",
+            xscale="log",
+            yscale="log",
+            ylim=(3e-17, 1e2),
+            xlabel="concentration κ",
+            ylabel="error of log I$_v$(κ), relative to max(1, |log I$_v$|)",
             title=f"Error of the normaliser, d = {PLOT_DIM}",
         )
         left.legend(loc="center left", bbox_to_anchor=(0.0, 0.66))
@@ -258,11 +317,19 @@ def plot(path, entries, others, device):
         right.plot(*zip(*shown), "o", color="black", markersize=4, label="60-digit arithmetic")
         right.axhline(order, color="#d62728", linewidth=0.8, linestyle=":")
         right.annotate(
-            f"the published κ never falls below d/2 - 1 = {order:g}", (0.99, order), xytext=(0, -12), textcoords="offset points",
-            ha="right", fontsize=8.5, color="#d62728",
+            f"the published κ never falls below d/2 - 1 = {order:g}",
+            (0.99, order),
+            xytext=(0, -12),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8.5,
+            color="#d62728",
         )
         right.set(
-            yscale="log", xlim=(0, 1.01), xlabel="cos θ between feature and class center", ylabel="κ that minimises the loss",
+            yscale="log",
+            xlim=(0, 1.01),
+            xlabel="cos θ between feature and class center",
+            ylabel="κ that minimises the loss",
             title="Confidence that each objective asks for",
         )
         right.legend(loc="upper left")
@@ -273,7 +340,9 @@ def plot(path, entries, others, device):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=DEVICE, help="where our functions run (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for the JSON file and the plot (default: bench/results/<device>)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the JSON file and the plot (default: bench/results/<device>)"
+    )
     options = parser.parse_args(arguments)
     options.out = options.out or RESULTS / device_slug(options.device)
     reference = load_reference()

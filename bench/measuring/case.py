@@ -25,8 +25,9 @@ class Case:
     Attributes:
         work: what is done and at which size; cases of the same work are compared with each other.
         way: who does it, "scf_fast..." for ours.
-        prepare: called on the device's turn, gives (call, buffers): call(*buffer) is timed on one buffer after another. It checks values
-            and gradients first and raises AssertionError where they are wrong, NotMeasured where the case cannot run here.
+        prepare: called on the device's turn, gives (call, buffers): call(*buffer) is timed on one buffer after another.
+            It checks values and gradients first and raises AssertionError where they are wrong, NotMeasured where the
+            case cannot run here.
         least: what any way must do.
         items: (how many, of what) a call gets through, for a rate; None where that has no meaning.
         facts: shapes, types and settings, to be written beside the time.
@@ -44,7 +45,9 @@ class Case:
 
 
 def fresh(seed=0):
-    """The same random numbers in every run; nothing compiled before, so that no case runs into the limit of recompilations; memory given back."""
+    """The same random numbers in every run; nothing compiled before, so that no case runs into the limit of
+    recompilations; memory given back.
+    """
     torch.manual_seed(seed)
     torch.compiler.reset()
     gc.collect()
@@ -53,7 +56,13 @@ def fresh(seed=0):
 
 def _derived(case, median, machine):
     floor, bound = case.least.floor(machine)
-    found = {"floor_seconds": floor, "bound": bound, "times_floor": median / floor, "least_bytes": case.least.nbytes, "least_flop": case.least.flop}
+    found = {
+        "floor_seconds": floor,
+        "bound": bound,
+        "times_floor": median / floor,
+        "least_bytes": case.least.nbytes,
+        "least_flop": case.least.flop,
+    }
     if case.items:
         count, unit = case.items
         found |= {"per_second": count / median, "unit": unit}
@@ -61,7 +70,8 @@ def _derived(case, median, machine):
 
 
 def measure(case, device, machine, budget, trace=None):
-    """The case as a record for a JSON file: samples, median, floor, memory; or why there are none, under one of LEFT_OUT.
+    """The case as a record for a JSON file: samples, median, floor, memory; or why there are none, under one of
+    LEFT_OUT.
 
     Whatever a case raises is its own affair: on a device seen for the first time the others are still worth having.
 
@@ -74,7 +84,11 @@ def measure(case, device, machine, budget, trace=None):
     try:
         call, buffers = case.prepare()
         seconds = sampled_seconds(call, buffers, device, budget)
-        record |= {"seconds": seconds, "median_seconds": statistics.median(seconds), **_derived(case, statistics.median(seconds), machine)}
+        record |= {
+            "seconds": seconds,
+            "median_seconds": statistics.median(seconds),
+            **_derived(case, statistics.median(seconds), machine),
+        }
         return record | footprint(call, buffers[0], device, trace)
     except NotMeasured as reason:
         return record | {"not_measured": str(reason)}
@@ -91,5 +105,11 @@ def benchmark_case(benchmark, case, device, machine):
     benchmark.group = case.work
     call, buffers = case.prepare()
     seconds = time_case(benchmark, call, buffers, device)
-    benchmark.extra_info.update(environment(device), work=case.work, way=case.way, **case.facts, **_derived(case, seconds, machine),
-                                **footprint(call, buffers[0], device))
+    benchmark.extra_info.update(
+        environment(device),
+        work=case.work,
+        way=case.way,
+        **case.facts,
+        **_derived(case, seconds, machine),
+        **footprint(call, buffers[0], device),
+    )

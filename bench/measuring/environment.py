@@ -43,8 +43,12 @@ def command():
     """The command that runs, as one would type it; of a path outside the project only the name."""
     spec = sys.modules["__main__"].__spec__
     program = f"-m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
-    words = [(os.path.relpath(word, _ROOT) if Path(word).is_relative_to(_ROOT) else os.path.basename(word)) if os.path.isabs(word) else word
-             for word in sys.argv[1:]]
+    words = [
+        (os.path.relpath(word, _ROOT) if Path(word).is_relative_to(_ROOT) else os.path.basename(word))
+        if os.path.isabs(word)
+        else word
+        for word in sys.argv[1:]
+    ]
     return " ".join(["python", program, *words])
 
 

@@ -16,8 +16,8 @@ class Timing:
     """Seconds of one way of doing one piece of work.
 
     Attributes:
-        low, high: an interval that holds the true median with about 95 % probability: median +- 1.57 IQR / sqrt(n) (McGill, Tukey and
-            Larsen, 1978); None where there are fewer than 5 samples.
+        low, high: an interval that holds the true median with about 95 % probability: median +- 1.57 IQR / sqrt(n)
+            (McGill, Tukey and Larsen, 1978); None where there are fewer than 5 samples.
         facts: everything else in the file about it.
     """
 
@@ -49,17 +49,34 @@ def _from_samples(section, work, way, seconds, facts):
 def _from_pytest(section, entry):
     stats, facts = entry["stats"], entry["extra_info"]
     way = facts.get("way") or entry["name"].rpartition("-")[2].rstrip("]")
-    return Timing(section, entry["group"], way, stats["median"], *_interval(stats["median"], stats["q1"], stats["q3"], stats["rounds"]), facts)
+    return Timing(
+        section,
+        entry["group"],
+        way,
+        stats["median"],
+        *_interval(stats["median"], stats["q1"], stats["q3"], stats["rounds"]),
+        facts,
+    )
 
 
 def _from_throughput(content):
     found, net = [], content["confidence_net"]
     for network, result in content["results"].items():
-        runs = [("step", int(batch), rates) for batch, rates in result["steps"].items()] + [("epoch", content["epoch_batch"], result.get("epochs", {}))]
+        runs = [("step", int(batch), rates) for batch, rates in result["steps"].items()] + [
+            ("epoch", content["epoch_batch"], result.get("epochs", {}))
+        ]
         for what, batch, rates in runs:
             facts = {"network": network, "confidence_net": net, "batch": batch, "unit": "images"}
-            found += [_from_samples("stage2", f"stage 2 {what}, {network}, {net}, B = {batch}", way, [batch / rate for rate in samples],
-                                    {**facts, "per_second": statistics.median(samples)}) for way, samples in rates.items()]
+            found += [
+                _from_samples(
+                    "stage2",
+                    f"stage 2 {what}, {network}, {net}, B = {batch}",
+                    way,
+                    [batch / rate for rate in samples],
+                    {**facts, "per_second": statistics.median(samples)},
+                )
+                for way, samples in rates.items()
+            ]
     return found
 
 
@@ -78,11 +95,19 @@ class ResultFile:
         """[Timing]; empty for files of another kind, such as errors or memory."""
         content, section = self.content, self.content.get("section", self.path.stem.partition("-")[0])
         if "records" in content:
-            return [_from_samples(section, record["work"], record["way"], record["seconds"], record) for record in content["records"] if "seconds" in record]
+            return [
+                _from_samples(section, record["work"], record["way"], record["seconds"], record)
+                for record in content["records"]
+                if "seconds" in record
+            ]
         if "benchmarks" in content:
             return [_from_pytest(section, entry) for entry in content["benchmarks"]]
         if "cases" in content:
-            return [_from_samples(section, case["work"], way, seconds, {}) for case in content["cases"] for way, seconds in case["seconds"].items()]
+            return [
+                _from_samples(section, case["work"], way, seconds, {})
+                for case in content["cases"]
+                for way, seconds in case["seconds"].items()
+            ]
         return _from_throughput(content) if "networks" in content else []
 
 
@@ -116,4 +141,6 @@ def by_device(folder=RESULTS):
 def table(head, rows):
     """Markdown; None is a cell that says so."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(NOT_MEASURED if cell is None else str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(NOT_MEASURED if cell is None else str(cell) for cell in line) + " |" for line in lines
+    )

@@ -1,9 +1,11 @@
-"""The least time a piece of work can take on a machine: bytes and floating-point operations counted from shapes, over measured rates.
+"""The least time a piece of work can take on a machine: bytes and floating-point operations counted from shapes, over
+measured rates.
 
     floor = max(bytes / copy bandwidth, FLOP / matrix rate of the type, one launch)
 
-Bytes are those that any implementation must read or write once, however it is fused; FLOP are those of matrix products and convolutions,
-a multiplication and an addition counted as two. Nothing here is a promise that the floor can be reached.
+Bytes are those that any implementation must read or write once, however it is fused; FLOP are those of matrix products
+and convolutions, a multiplication and an addition counted as two. Nothing here is a promise that the floor can be
+reached.
 """
 
 import functools
@@ -15,7 +17,10 @@ from bench.measuring.timing import sampled_seconds
 from scf_fast.networks.flops import network_counts
 
 FLOAT = 4  # bytes of a float32
-ADAM_BYTES, SGD_BYTES = 7 * FLOAT, 5 * FLOAT  # a parameter's gradient read, weight and states (two, one) read and written
+ADAM_BYTES, SGD_BYTES = (
+    7 * FLOAT,
+    5 * FLOAT,
+)  # a parameter's gradient read, weight and states (two, one) read and written
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,10 @@ class Machine:
             calls[str(dtype).removeprefix("torch.")] = functools.partial(torch.mm, left, right)
         one = torch.zeros(1, device=device)
         calls["launch"] = lambda: one.add_(1)
-        seconds = {name: min(sampled_seconds(call, [()], device, budget=0.01 if small else 1.0)) for name, call in calls.items()}
+        seconds = {
+            name: min(sampled_seconds(call, [()], device, budget=0.01 if small else 1.0))
+            for name, call in calls.items()
+        }
         rates = {dtype: 2 * size**3 / seconds[dtype] for dtype in ("bfloat16", "float32")}
         return cls(2 * source.nbytes / seconds["copy"], rates, seconds["launch"])
 
@@ -58,7 +66,8 @@ class Work:
     def floor(self, machine):
         """(seconds, what bounds them: "memory", "compute" or "launch")."""
         bounds = {
-            "memory": self.nbytes / machine.copy_bytes_per_second, "compute": self.flop / machine.flops_per_second[self.dtype],
+            "memory": self.nbytes / machine.copy_bytes_per_second,
+            "compute": self.flop / machine.flops_per_second[self.dtype],
             "launch": machine.launch_seconds,
         }
         bound = max(bounds, key=bounds.get)
@@ -79,13 +88,17 @@ def scf_loss(batch, dim, finetune):
 
 
 def margin_softmax(batch, classes, dim, dtype):
-    """Four products: cosines, and again for the gradient, and one for each gradient. Class centers read twice, their gradient written."""
+    """Four products: cosines, and again for the gradient, and one for each gradient. Class centers read twice, their
+    gradient written.
+    """
     return Work(nbytes=3 * FLOAT * classes * dim, flop=4 * 2 * batch * classes * dim, dtype=dtype)
 
 
 def similarity_matrix(rows, columns, dim, dtype="float32", stored=True):
     """All cosines; the scores written once where they are ``stored``."""
-    return Work(nbytes=FLOAT * (rows * columns * stored + dim * (rows + columns)), flop=2 * rows * columns * dim, dtype=dtype)
+    return Work(
+        nbytes=FLOAT * (rows * columns * stored + dim * (rows + columns)), flop=2 * rows * columns * dim, dtype=dtype
+    )
 
 
 def pooling(images, dim):
@@ -101,6 +114,8 @@ def stage1_step(network, batch, classes, dtype, z_dim=512):
 
 
 def stage2_step(network, confidence_net, batch, dtype, cached=False):
-    """Frozen backbone forward (not where its features are ``cached``), confidence net forward and twice that backward, Adam."""
+    """Frozen backbone forward (not where its features are ``cached``), confidence net forward and twice that backward,
+    Adam.
+    """
     flop, _, head_flop, parameters = network_counts(network, confidence_net)
     return Work(ADAM_BYTES * parameters, (3 * head_flop + (0 if cached else flop)) * batch, dtype)

@@ -17,7 +17,9 @@ _WARMUP_CALLS = 3
 
 
 def buffer_count(nbytes):
-    """How many input sets of nbytes each to rotate through, so that a call finds its input in memory, not in a cache, where possible."""
+    """How many input sets of nbytes each to rotate through, so that a call finds its input in memory, not in a cache,
+    where possible.
+    """
     return max(2, min(_MAX_BUFFERS, -(-_ROTATED_BYTES // nbytes)))
 
 
@@ -35,10 +37,12 @@ def _seconds(call, args, device, clock=time.perf_counter):
 
 
 def interleaved_seconds(calls, buffers, device, rounds, clock=time.perf_counter):
-    """Seconds by clock of ``rounds`` calls of each of calls, a dict from name to function, taken in turns so that a disturbance strikes them alike.
+    """Seconds by clock of ``rounds`` calls of each of calls, a dict from name to function, taken in turns so that a
+    disturbance strikes them alike.
 
-    In every round each call runs once untimed on the one buffer, a tuple of arguments, and once timed on the next: what the call before
-    it left behind, such as a heap just given back to the system, is not on its account. Rounds begin with each call in turn.
+    In every round each call runs once untimed on the one buffer, a tuple of arguments, and once timed on the next: what
+    the call before it left behind, such as a heap just given back to the system, is not on its account. Rounds begin
+    with each call in turn.
     """
     names, remaining = list(calls), itertools.cycle(buffers)
     samples = {name: [] for name in names}
@@ -54,7 +58,9 @@ def interleaved_seconds(calls, buffers, device, rounds, clock=time.perf_counter)
 
 
 def sampled_seconds(call, buffers, device, budget):
-    """Seconds of one call after another on buffers in turn, for about ``budget`` seconds: 5 to 200, 3 where a call takes seconds itself."""
+    """Seconds of one call after another on buffers in turn, for about ``budget`` seconds: 5 to 200, 3 where a call
+    takes seconds itself.
+    """
     remaining = itertools.cycle(buffers)
     call(*next(remaining))  # compilation
     once = _seconds(call, next(remaining), device)
@@ -65,7 +71,9 @@ def sampled_seconds(call, buffers, device, budget):
 
 
 def write_json(path, content):
-    """Replace the file whole or not at all, so that whoever reads it, or is interrupted here, finds one of its states."""
+    """Replace the file whole or not at all, so that whoever reads it, or is interrupted here, finds one of its
+    states.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(content, indent=1) + "\n")
@@ -88,8 +96,9 @@ def footprint(call, args, device, trace=None):
     Args:
         trace: file to keep the profiler's trace in, for chrome://tracing or Perfetto.
     Returns:
-        dict: peak_mib, the most it held at once from PyTorch's allocators beyond its inputs; operators, PyTorch operators dispatched;
-        kernels and copies, device kernels launched and transfers made, and device_us, the device time of both (None on the CPU).
+        dict: peak_mib, the most it held at once from PyTorch's allocators beyond its inputs; operators, PyTorch
+        operators dispatched; kernels and copies, device kernels launched and transfers made, and device_us, the device
+        time of both (None on the CPU).
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
@@ -104,7 +113,8 @@ def footprint(call, args, device, trace=None):
         events = json.loads(path.read_text())["traceEvents"]
     device_type = 1 if on_gpu else 0  # as c10::DeviceType numbers them
     allocations = sorted(
-        (event["ts"], event["args"]["Bytes"]) for event in events
+        (event["ts"], event["args"]["Bytes"])
+        for event in events
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == device_type
     )
     held = itertools.accumulate((nbytes for _, nbytes in allocations), initial=0)
@@ -130,5 +140,7 @@ def time_case(benchmark, call, buffers, device):
     seconds = _seconds(call, next(remaining), device)
     # About a second in all, but twice at least: the published way takes most of a minute for 2^26 values.
     rounds = max(2, min(200, int(1 / seconds)))
-    benchmark.pedantic(timed, setup=lambda: (next(remaining), {}), rounds=rounds, warmup_rounds=min(_WARMUP_CALLS, rounds - 2))
+    benchmark.pedantic(
+        timed, setup=lambda: (next(remaining), {}), rounds=rounds, warmup_rounds=min(_WARMUP_CALLS, rounds - 2)
+    )
     return benchmark.stats.stats.median

@@ -4,8 +4,9 @@
     liger                LigerFusedLinearCrossEntropyLoss of the package liger-kernel
     arcface_torch        CombinedMarginLoss of insightface's recognition/arcface_torch, whose folder must be on PYTHONPATH
 
-The first two are made for language models: they take rows as they come, so they get unit rows, and know no margin. arcface_torch's margin
-goes between its own way to make logits, all of them, and PyTorch's cross-entropy; spread over ranks, it computes the same.
+The first two are made for language models: they take rows as they come, so they get unit rows, and know no margin.
+arcface_torch's margin goes between its own way to make logits, all of them, and PyTorch's cross-entropy; spread over
+ranks, it computes the same.
 """
 
 import importlib.util
@@ -45,5 +46,9 @@ def arcface_torch_loss(embeddings, class_centers, labels, scale, compute_dtype, 
     """Mean loss with all logits in float32, their margin by arcface_torch; arguments as `dense_margin_softmax_loss`."""
     from losses import CombinedMarginLoss
 
-    logits = F.linear(F.normalize(embeddings).to(compute_dtype), F.normalize(class_centers).to(compute_dtype)).float().clamp(-1, 1)
+    logits = (
+        F.linear(F.normalize(embeddings).to(compute_dtype), F.normalize(class_centers).to(compute_dtype))
+        .float()
+        .clamp(-1, 1)
+    )
     return F.cross_entropy(CombinedMarginLoss(scale, *margins)(logits, labels), labels)

@@ -1,12 +1,15 @@
-"""Train both stages while everything goes wrong, and compare with the same training left alone: ``make chaos`` or ``python -m bench.chaos``.
+"""Train both stages while everything goes wrong, and compare with the same training left alone: ``make chaos`` or
+``python -m bench.chaos``.
 
-Two ranks train on synthetic faces of which 1 % are corrupt. One run of each stage is left alone. Another is killed at random moments, also
-inside the writing of checkpoints and of the feature cache; its newest checkpoint and its cache are corrupted; its disk is full for a while; a
-scheduler's signal stops it; it goes on under another ZeRO stage and, in stage 2, with another number of ranks. After each fault it is
-launched again with ``--resume``. At the end both runs must have seen the same images in every step and have the same losses.
+Two ranks train on synthetic faces of which 1 % are corrupt. One run of each stage is left alone. Another is killed at
+random moments, also inside the writing of checkpoints and of the feature cache; its newest checkpoint and its cache are
+corrupted; its disk is full for a while; a scheduler's signal stops it; it goes on under another ZeRO stage and, in
+stage 2, with another number of ranks. After each fault it is launched again with ``--resume``. At the end both runs
+must have seen the same images in every step and have the same losses.
 
 The full disk is a limit on the size of any file (RLIMIT_FSIZE): writing fails in the middle, as there.
 """
+
 import argparse
 import collections
 import json
@@ -31,8 +34,21 @@ STEPS = IDENTITIES * IMAGES_EACH // BATCH * EPOCHS
 CHECKPOINT_EVERY = 4
 TOLERANCE = {"stage 1": 0.0, "stage 2": 1e-5}  # relative: another number of ranks sums in another order
 _LAUNCH_SECONDS = 240  # a launch that is not over by then hangs
-_COMMON = ["--batch_size", BATCH, "--epochs", EPOCHS, "--log_every", 1, "--num_workers", 1, "--checkpoint_every", CHECKPOINT_EVERY, "--record_samples",
-           "--background_checkpoints", "--no_tensorboard"]
+_COMMON = [
+    "--batch_size",
+    BATCH,
+    "--epochs",
+    EPOCHS,
+    "--log_every",
+    1,
+    "--num_workers",
+    1,
+    "--checkpoint_every",
+    CHECKPOINT_EVERY,
+    "--record_samples",
+    "--background_checkpoints",
+    "--no_tensorboard",
+]
 
 
 def make_data(folder: Path) -> set[int]:
@@ -44,7 +60,7 @@ def make_data(folder: Path) -> set[int]:
     content = bytearray((folder / "train" / "train.rec").read_bytes())
     for i in corrupt:
         start = content.index(source.encoded(i).tobytes())
-        content[start:start + 64] = bytes(64)
+        content[start : start + 64] = bytes(64)
     (folder / "train" / "train.rec").write_bytes(content)
     return set(corrupt)
 
@@ -59,10 +75,24 @@ class Job:
     def start(self, ranks: int = 2, zero_stage: int = 2, file_bytes: int | None = None) -> subprocess.Popen:
         def limit():
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
         with open(f"{self.out}.log", "a") as log:
-            return subprocess.Popen([*launcher(ranks), *self.arguments, "--zero_stage", str(zero_stage), "--output_dir", str(self.out), "--resume"],
-                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=limit if file_bytes else None,
-                                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+            return subprocess.Popen(
+                [
+                    *launcher(ranks),
+                    *self.arguments,
+                    "--zero_stage",
+                    str(zero_stage),
+                    "--output_dir",
+                    str(self.out),
+                    "--resume",
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=limit if file_bytes else None,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            )
 
     def finish(self, process: subprocess.Popen) -> int:
         """Exit status of a launch, of which nothing is left running."""
@@ -86,8 +116,11 @@ class Job:
         found = []
         for entry in filter(str.isdigit, os.listdir("/proc")):
             try:
-                if os.getpgid(int(entry)) == process.pid and b"\0RANK=" in Path("/proc", entry, "environ").read_bytes() \
-                        and b"train.py" in Path("/proc", entry, "cmdline").read_bytes():
+                if (
+                    os.getpgid(int(entry)) == process.pid
+                    and b"\0RANK=" in Path("/proc", entry, "environ").read_bytes()
+                    and b"train.py" in Path("/proc", entry, "cmdline").read_bytes()
+                ):
                     found.append(int(entry))
             except OSError:
                 pass
@@ -153,14 +186,21 @@ class Chaos:
         """While a file of a checkpoint is being written: it has its name only when it is whole."""
         process = job.start()
         started = job.step
-        struck = wait_until(lambda: job.step > started and any((job.out / "checkpoints").glob("step*/*.part")), process, pause=0)
+        struck = wait_until(
+            lambda: job.step > started and any((job.out / "checkpoints").glob("step*/*.part")), process, pause=0
+        )
         kill_all(process)
         return struck
 
     def kill_before_complete(self, job, steps):
         """When a checkpoint's files are there, and the list of them, written last, is not."""
+
         def half():
-            return any(not (folder / "state.json").exists() and any(folder.glob("*.pt")) for folder in (job.out / "checkpoints").glob("step*"))
+            return any(
+                not (folder / "state.json").exists() and any(folder.glob("*.pt"))
+                for folder in (job.out / "checkpoints").glob("step*")
+            )
+
         process = job.start()
         started = job.step
         struck = wait_until(lambda: job.step > started and half(), process, pause=0)
@@ -184,7 +224,9 @@ class Chaos:
         return [i for i in range(len(views) // 2) if views[2 * i] and views[2 * i + 1]]
 
     def corrupt_cache(self, job, steps):
-        """A record that is there, while no run is: the mark of the last one, which was killed, makes the next launch check every record."""
+        """A record that is there, while no run is: the mark of the last one, which was killed, makes the next launch
+        check every record.
+        """
         layout = layout_of(read_meta(self.cache))
         shard, row = divmod(self.rng.choice(self._present()), layout.rows_per_shard)
         with open(self.cache / f"rows-{shard:05d}.bin", "r+b") as file:
@@ -199,7 +241,12 @@ class Chaos:
         def resumable():
             latest = job.out / "checkpoints" / "latest"
             newest = latest.read_text().strip() if latest.exists() else ""
-            return sorted(folder for folder in latest.parent.glob("step*") if folder.name <= newest and (folder / "state.json").exists())
+            return sorted(
+                folder
+                for folder in latest.parent.glob("step*")
+                if folder.name <= newest and (folder / "state.json").exists()
+            )
+
         process = job.start()
         self._further(job, process, steps)
         wait_until(lambda: len(resumable()) > 1, process)
@@ -249,8 +296,17 @@ class Chaos:
         return struck
 
 
-EVERYWHERE = ["kill_all_ranks", "kill_one_rank", "kill_at_start", "kill_in_checkpoint", "kill_before_complete", "corrupt_checkpoint", "full_disk",
-              "scheduler_signal", "other_zero_stage"]
+EVERYWHERE = [
+    "kill_all_ranks",
+    "kill_one_rank",
+    "kill_at_start",
+    "kill_in_checkpoint",
+    "kill_before_complete",
+    "corrupt_checkpoint",
+    "full_disk",
+    "scheduler_signal",
+    "other_zero_stage",
+]
 STAGE_2 = ["kill_in_cache_write", "corrupt_cache", "other_world_size"]
 
 
@@ -273,16 +329,28 @@ def compare(out: Path, alone: Path, corrupt: set[int], loss: str) -> dict:
     lost = repeated = 0
     per_epoch = STEPS // EPOCHS
     for epoch in range(EPOCHS):
-        images = collections.Counter(i for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1) for i in seen.get(step, []))
+        images = collections.Counter(
+            i for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1) for i in seen.get(step, [])
+        )
         expected = collections.Counter(shown_for.values())
         lost += (expected - images).total()
         repeated += (images - expected).total()
-    losses = [{r["step"]: r[loss] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())} for folder in (out, alone)]
+    losses = [
+        {r["step"]: r[loss] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+        for folder in (out, alone)
+    ]
     steps = sorted(losses[1])
     if sorted(losses[0]) != steps or len(steps) != STEPS:
-        raise SystemExit(f"{out}: has the losses of {len(losses[0])} steps, {alone} of {len(steps)}; there must be {STEPS}")
-    return {"lost": lost, "repeated": repeated, "largest_difference": max(abs(losses[0][s] / losses[1][s] - 1) for s in steps),
-            "final_loss": losses[0][STEPS], "final_loss_alone": losses[1][STEPS]}
+        raise SystemExit(
+            f"{out}: has the losses of {len(losses[0])} steps, {alone} of {len(steps)}; there must be {STEPS}"
+        )
+    return {
+        "lost": lost,
+        "repeated": repeated,
+        "largest_difference": max(abs(losses[0][s] / losses[1][s] - 1) for s in steps),
+        "final_loss": losses[0][STEPS],
+        "final_loss_alone": losses[1][STEPS],
+    }
 
 
 def torment(job: Job, kinds: list[str], chaos: Chaos) -> collections.Counter:
@@ -303,11 +371,16 @@ def torment(job: Job, kinds: list[str], chaos: Chaos) -> collections.Counter:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the faults' order and moments [%(default)s]")
     parser.add_argument("--stages", type=int, choices=(1, 2), default=2, help="1 leaves stage 2 out [%(default)s]")
-    parser.add_argument("--kinds", help="faults of each stage in this order, with commas between; default: each once, at random: "
-                                        f"{', '.join(EVERYWHERE)}, in stage 2 {', '.join(STAGE_2)} too")
+    parser.add_argument(
+        "--kinds",
+        help="faults of each stage in this order, with commas between; default: each once, at random: "
+        f"{', '.join(EVERYWHERE)}, in stage 2 {', '.join(STAGE_2)} too",
+    )
     parser.add_argument("--work", type=Path, help="folder for data and runs, kept; default: a temporary one")
     parser.add_argument("--out", type=Path, help="folder for the results as JSON")
     options = parser.parse_args()
@@ -319,13 +392,31 @@ def main() -> int:
     began, rng = time.monotonic(), random.Random(options.seed)
     corrupt = make_data(work / "faces")
     data = ["--data", work / "faces" / "train"]
-    print(f"{IDENTITIES * IMAGES_EACH} images, {len(corrupt)} corrupt; {STEPS} steps a stage, checkpoints every {CHECKPOINT_EVERY}", flush=True)
+    print(
+        f"{IDENTITIES * IMAGES_EACH} images, {len(corrupt)} corrupt; {STEPS} steps a stage, checkpoints every "
+        f"{CHECKPOINT_EVERY}",
+        flush=True,
+    )
     stage1 = ["--stage", "backbone", "--network", "ir_small", "--z_dim", 32, "--lr", 0.01, *_COMMON, *data]
     weights = ["--saved_bkb", work / "alone1" / "backbone.pth", "--saved_fc", work / "alone1" / "fc.pth"]
-    stage2 = ["--stage", "confidence", "--confidence_net", "mlp", "--precision", "fp32", "--lr", 3e-5, "--cache_dtype", "fp32", *weights, *_COMMON, *data]
+    stage2 = [
+        "--stage",
+        "confidence",
+        "--confidence_net",
+        "mlp",
+        "--precision",
+        "fp32",
+        "--lr",
+        3e-5,
+        "--cache_dtype",
+        "fp32",
+        *weights,
+        *_COMMON,
+        *data,
+    ]
     results, faults, missed = {}, collections.Counter(), []
     plan = (("stage 1", stage1, EVERYWHERE, "loss"), ("stage 2", stage2, EVERYWHERE + STAGE_2, "total_loss"))
-    for stage, arguments, kinds, loss in plan[:options.stages]:
+    for stage, arguments, kinds, loss in plan[: options.stages]:
         print(f"{stage}, left alone", flush=True)
         name, cache = stage.replace("stage ", ""), work / "cache"
         alone = Job(arguments, work / f"alone{name}")
@@ -341,19 +432,35 @@ def main() -> int:
         struck = torment(job, order, Chaos(rng, cache))
         faults += struck
         missed += [kind for kind in order if not struck[kind]]
-        results[stage] = {**compare(job.out, alone.out, corrupt, loss), "tolerance": TOLERANCE[stage], "faults": dict(struck)}
+        results[stage] = {
+            **compare(job.out, alone.out, corrupt, loss),
+            "tolerance": TOLERANCE[stage],
+            "faults": dict(struck),
+        }
     lost, repeated = (sum(result[what] for result in results.values()) for what in ("lost", "repeated"))
     equal = all(result["largest_difference"] <= result["tolerance"] for result in results.values())
     seconds = time.monotonic() - began
     for stage, result in results.items():
-        print(f"{stage}: final loss {result['final_loss']:.6f}, left alone {result['final_loss_alone']:.6f}; losses differ by "
-              f"{result['largest_difference']:.1e} at most, allowed {result['tolerance']:.0e}")
-    print(f"faults survived {faults.total()}, samples lost {lost}, samples repeated within an epoch {repeated}, "
-          f"losses {'equal' if equal else 'DIFFERENT'}, {seconds:.0f} s")
+        print(
+            f"{stage}: final loss {result['final_loss']:.6f}, left alone {result['final_loss_alone']:.6f}; losses "
+            "differ by "
+            f"{result['largest_difference']:.1e} at most, allowed {result['tolerance']:.0e}"
+        )
+    print(
+        f"faults survived {faults.total()}, samples lost {lost}, samples repeated within an epoch {repeated}, "
+        f"losses {'equal' if equal else 'DIFFERENT'}, {seconds:.0f} s"
+    )
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        measured = {"environment": environment("cpu"), "command": "python -m bench.chaos", "seconds": seconds, "faults_survived": faults.total(),
-                    "samples_lost": lost, "samples_repeated": repeated, "stages": results}
+        measured = {
+            "environment": environment("cpu"),
+            "command": "python -m bench.chaos",
+            "seconds": seconds,
+            "faults_survived": faults.total(),
+            "samples_lost": lost,
+            "samples_repeated": repeated,
+            "stages": results,
+        }
         path = options.out / f"chaos-{measured['environment']['date']}.json"
         path.write_text(json.dumps(measured, indent=1) + "\n")
         print(f"Written: {path}")

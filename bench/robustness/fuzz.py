@@ -3,9 +3,10 @@
     python -m bench.fuzz TARGET [--seconds 60] [--out runs/fuzz] [--seed 0]
     python -m bench.fuzz TARGET --replay FILE
 
-A target is fed mutated files. Good are data and a ValueError; any other exception, more than 10 s or more than 4 GB is a finding, which
-is written to OUT with its traceback. An input that reaches a new pair of successive lines in pipelines/ or scf_fast/ joins the corpus, in OUT too, where
-the next run finds it. OUT/TARGET.running holds the input at work: after a crash of the interpreter it is the cause. Exit status 1 on findings.
+A target is fed mutated files. Good are data and a ValueError; any other exception, more than 10 s or more than 4 GB is
+a finding, which is written to OUT with its traceback. An input that reaches a new pair of successive lines in
+pipelines/ or scf_fast/ joins the corpus, in OUT too, where the next run finds it. OUT/TARGET.running holds the input at
+work: after a crash of the interpreter it is the cause. Exit status 1 on findings.
 """
 
 import argparse
@@ -43,7 +44,26 @@ from scf_fast.pipelines.loading.decode import decode_face, read_header, read_hea
 TIMEOUT = 10.0  # seconds an input may take; tracing makes Python some ten times as slow
 MEMORY = 4 << 30  # bytes that the process may grow by
 _CODE = tuple(str(Path(module.__file__).parent) for module in (pipelines, scf_fast))
-_NUMBERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 512, 1 << 15, 1 << 16, (1 << 29) - 1, 1 << 29, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, (1 << 63) - 1)
+_NUMBERS = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    127,
+    128,
+    255,
+    256,
+    512,
+    1 << 15,
+    1 << 16,
+    (1 << 29) - 1,
+    1 << 29,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    (1 << 63) - 1,
+)
 
 
 class Slow(BaseException):
@@ -59,7 +79,12 @@ def _encode(fmt, **options):
 def _tar(form):
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=form) as shard:
-        for name, content in (("a.jpg", b"image"), ("a.cls", b"3"), ("d/" * 60 + "größe.png", b"x" * 600), ("d/" * 60 + "größe.json", b'{"label": 1}')):
+        for name, content in (
+            ("a.jpg", b"image"),
+            ("a.cls", b"3"),
+            ("d/" * 60 + "größe.png", b"x" * 600),
+            ("d/" * 60 + "größe.json", b'{"label": 1}'),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             shard.addfile(member, io.BytesIO(content))
@@ -67,8 +92,14 @@ def _tar(form):
 
 
 def _records():
-    return b"".join([pack_record(0, [3, 4], b""), pack_record(1, 0, b"first"), pack_record(2, [1, 0.5], b"12" + struct.pack("<I", 0xCED7230A) * 2),
-                     pack_record(3, [1, 3], b"")])
+    return b"".join(
+        [
+            pack_record(0, [3, 4], b""),
+            pack_record(1, 0, b"first"),
+            pack_record(2, [1, 0.5], b"12" + struct.pack("<I", 0xCED7230A) * 2),
+            pack_record(3, [1, 3], b""),
+        ]
+    )
 
 
 def _look_at(source):
@@ -155,7 +186,9 @@ def _index(content):
         path = Path(folder) / "train.rec"
         index, fingerprint = _indexed(path)
         header = header.replace(_FINGERPRINT, fingerprint)
-        index.write_bytes(_INDEX.pack(b"face arrays 1\n  ", zlib.crc32(header), zlib.crc32(body), len(header)) + header + body)
+        index.write_bytes(
+            _INDEX.pack(b"face arrays 1\n  ", zlib.crc32(header), zlib.crc32(body), len(header)) + header + body
+        )
         _look_at(open_source(path))
 
 
@@ -172,25 +205,57 @@ def _index_seed():
         index, fingerprint = _indexed(Path(folder) / "train.rec")
         content = index.read_bytes()
     *_, size = _INDEX.unpack_from(content)
-    header, body = content[_INDEX.size:_INDEX.size + size], content[_INDEX.size + size:]
+    header, body = content[_INDEX.size : _INDEX.size + size], content[_INDEX.size + size :]
     return header.replace(fingerprint, _FINGERPRINT) + b"\0" + body
 
 
 _FINGERPRINT = b"FINGERPRINT"  # stands for the true one, which no mutation would hit
 TARGETS = {  # name: (what is done with a file, files to start from)
     "recordio": (_recordio, [_records()]),
-    "tar": (lambda content: _open("a.tar", content), [_tar(form) for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]),
+    "tar": (
+        lambda content: _open("a.tar", content),
+        [_tar(form) for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)],
+    ),
     "list": (lambda content: _open("list.txt", content), [b"a.jpg 0\n\n b c.jpg\t12\r\n/d/e.png 3"]),
-    "tfrecord": (_tfrecord, [pack_tfrecord(b"first", 0) + pack_tfrecord(b"x" * 600, 300), pack_tfrecord(b"image", 3)[12:-4]]),
+    "tfrecord": (
+        _tfrecord,
+        [pack_tfrecord(b"first", 0) + pack_tfrecord(b"x" * 600, 300), pack_tfrecord(b"image", 3)[12:-4]],
+    ),
     "tfrecord_list": (_tfrecord_list, [b"a\t0\t0\t2\na\t0\t54\t1\na\t0\t80\t0\n"]),
     "index": (_index, [_index_seed()]),
-    "cache": (_cache, [b'{"format": 3, "key": {"data": "d"}, "convf_error": 0.0, "layout": '
-                       b'{"num_images": 5, "z_dim": 8, "convf_shape": [4, 7, 7], "dtype": "bf16"}}']),
+    "cache": (
+        _cache,
+        [
+            b'{"format": 3, "key": {"data": "d"}, "convf_error": 0.0, "layout": '
+            b'{"num_images": 5, "z_dim": 8, "convf_shape": [4, 7, 7], "dtype": "bf16"}}'
+        ],
+    ),
     "property": (_property, [b"85742,112,112\n"]),
-    "image": (_image, [_encode("JPEG"), _encode("JPEG", progressive=True), _encode("PNG"), _encode("WEBP"), _encode("GIF"), _encode("TIFF"), _encode("BMP"),
-                       _encode("PPM")]),
-    "bin": (_verification, [pickle.dumps(content, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1) for content in (
-        ([b"one", b"two"], [True]), ([np.frombuffer(b"one", np.uint8)] * 2, np.array([True])), ([bytearray(b"one")] * 2, [np.True_]))]),
+    "image": (
+        _image,
+        [
+            _encode("JPEG"),
+            _encode("JPEG", progressive=True),
+            _encode("PNG"),
+            _encode("WEBP"),
+            _encode("GIF"),
+            _encode("TIFF"),
+            _encode("BMP"),
+            _encode("PPM"),
+        ],
+    ),
+    "bin": (
+        _verification,
+        [
+            pickle.dumps(content, protocol)
+            for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+            for content in (
+                ([b"one", b"two"], [True]),
+                ([np.frombuffer(b"one", np.uint8)] * 2, np.array([True])),
+                ([bytearray(b"one")] * 2, [np.True_]),
+            )
+        ],
+    ),
 }
 
 
@@ -206,21 +271,34 @@ def mutate(data, others, rng):
         elif kind == 1 and length:
             data[at] = rng.randrange(256)
         elif kind == 2:
-            del data[at:at + length]
+            del data[at : at + length]
         elif kind == 3:
-            data[at:at] = data[at:at + length] * rng.choice((1, 1, 1, 200))
+            data[at:at] = data[at : at + length] * rng.choice((1, 1, 1, 200))
         elif kind == 4:
             number = rng.choice(_NUMBERS)
-            digits = rng.choice((str(number).encode(), b"%o" % number, *(number.to_bytes(8, order)[part] for order, part in (
-                ("little", slice(4)), ("little", slice(8)), ("big", slice(4, 8)), ("big", slice(8))))))
-            data[at:at + rng.choice((0, len(digits)))] = digits
+            digits = rng.choice(
+                (
+                    str(number).encode(),
+                    b"%o" % number,
+                    *(
+                        number.to_bytes(8, order)[part]
+                        for order, part in (
+                            ("little", slice(4)),
+                            ("little", slice(8)),
+                            ("big", slice(4, 8)),
+                            ("big", slice(8)),
+                        )
+                    ),
+                )
+            )
+            data[at : at + rng.choice((0, len(digits)))] = digits
         elif kind == 5:
             other = rng.choice(others)
             start = rng.randrange(len(other) + 1)
-            data[at:at + rng.choice((0, length))] = other[start:start + rng.choice((1, 4, 16, 64, 512))]
+            data[at : at + rng.choice((0, length))] = other[start : start + rng.choice((1, 4, 16, 64, 512))]
         else:
             del data[at:]
-    return bytes(data[:1 << 16])
+    return bytes(data[: 1 << 16])
 
 
 def run(function, content):
@@ -243,10 +321,12 @@ def run(function, content):
             lines.add((code, last, frame.f_lineno))
             last = frame.f_lineno
             return step
+
         return step
 
     def too_slow(*_):
         raise Slow(f"it takes more than {TIMEOUT:g} s")
+
     before = signal.signal(signal.SIGALRM, too_slow)
     signal.setitimer(signal.ITIMER_REAL, TIMEOUT)
     error = None
@@ -295,7 +375,9 @@ def fuzz(target, seconds, folder, seed):
             covered |= lines
             corpus.append(content)
             (corpus_folder / hashlib.sha256(content).hexdigest()[:16]).write_bytes(content)
-            print(f"{count:>8} inputs, {len(covered)} steps, corpus {len(corpus)}, {len(findings)} findings", flush=True)
+            print(
+                f"{count:>8} inputs, {len(covered)} steps, corpus {len(corpus)}, {len(findings)} findings", flush=True
+            )
     running.unlink()
     print(f"{target}: {count} inputs, {len(covered)} steps, corpus {len(corpus)}, {len(findings)} findings")
     return len(findings)
@@ -306,7 +388,9 @@ def main(arguments=None):
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/fuzz"), help="folder of corpus and findings (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/fuzz"), help="folder of corpus and findings (default: %(default)s)"
+    )
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run one input and show what it raises")
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)  # of images that are broken, and indices that are made anew

@@ -45,7 +45,9 @@ TOLERANCE = {"scf_fast": 1e-3, "scf_fast_top_10": 1e-3, "scf_fast_bf16": 20.0, "
 
 
 def fresh_faces(count, device):
-    return F.normalize(torch.randn(count, DIM, device=device)), torch.empty(count, device=device).normal_(6.0, 0.7).exp()
+    return F.normalize(torch.randn(count, DIM, device=device)), torch.empty(count, device=device).normal_(
+        6.0, 0.7
+    ).exp()
 
 
 def check(name, faces):
@@ -89,8 +91,12 @@ POOLING = {"scf_fast": pool, "loop": loop}
 
 def prepare_pooling(name, images, templates, device):
     mu, kappa = fresh_faces(images, device)
-    ids = torch.cat([torch.arange(templates, device=device), torch.randint(templates, (images - templates,), device=device)])
-    sums = torch.zeros(templates, DIM, dtype=torch.float64, device=device).index_add_(0, ids, (mu * kappa[:, None]).double())
+    ids = torch.cat(
+        [torch.arange(templates, device=device), torch.randint(templates, (images - templates,), device=device)]
+    )
+    sums = torch.zeros(templates, DIM, dtype=torch.float64, device=device).index_add_(
+        0, ids, (mu * kappa[:, None]).double()
+    )
     call = partial(POOLING[name], templates)
     torch.testing.assert_close(call(mu, kappa, ids).double(), F.normalize(sums), rtol=0, atol=1e-5)
     return call, [(mu, kappa, ids)]
@@ -102,12 +108,28 @@ def cases(device, tiny=False):
     for size in (64,) if tiny else (4096, 16384, 65536) if device == "cuda" else (512, 2048):
         for name in (*MATRICES, *REDUCED):
             dtype = "bfloat16" if name.endswith("bf16") else "float32"
-            found.append(Case(f"Eqn (13) of all pairs, {size} x {size}", name, partial(prepare, name, size, device),
-                              roofline.similarity_matrix(size, size, DIM, dtype, stored=name in MATRICES), (size * size, "pairs"),
-                              {"size": size, "dim": DIM, "dtype": dtype}))
+            found.append(
+                Case(
+                    f"Eqn (13) of all pairs, {size} x {size}",
+                    name,
+                    partial(prepare, name, size, device),
+                    roofline.similarity_matrix(size, size, DIM, dtype, stored=name in MATRICES),
+                    (size * size, "pairs"),
+                    {"size": size, "dim": DIM, "dtype": dtype},
+                )
+            )
     images, templates = (400, 20) if tiny else (469_375, 23_124) if device == "cuda" else (40_000, 2_000)
-    found += [Case(f"template pooling, {images} images in {templates} templates", name, partial(prepare_pooling, name, images, templates, device),
-                   roofline.pooling(images, DIM), (images, "images"), {"dim": DIM, "dtype": "float32"}) for name in POOLING]
+    found += [
+        Case(
+            f"template pooling, {images} images in {templates} templates",
+            name,
+            partial(prepare_pooling, name, images, templates, device),
+            roofline.pooling(images, DIM),
+            (images, "images"),
+            {"dim": DIM, "dtype": "float32"},
+        )
+        for name in POOLING
+    ]
     return found
 
 

@@ -1,12 +1,15 @@
-"""The published confidence net at full size, 393.4 million parameters, in real optimiser steps: losses, memory and seconds.
+"""The published confidence net at full size, 393.4 million parameters, in real optimiser steps: losses, memory and
+seconds.
 
     python -m bench.big_head [--batch 32] [--steps 4] [--only "ZeRO 2"] [--out DIR]
 
-Each way is a launch of its own: one or two processes of one machine, the engine as a training run makes it. The last feature map is random,
-of unit variance as a BatchNorm leaves it, and features are class centers with as much noise added. Every step sees the same batch, so
-that its loss must fall; the learning rate is a third of the published one, which overshoots on a batch seen again and again. Without a
-GPU the peak is the most memory a process ever held resident, its interpreter and libraries included.
+Each way is a launch of its own: one or two processes of one machine, the engine as a training run makes it. The last
+feature map is random, of unit variance as a BatchNorm leaves it, and features are class centers with as much noise
+added. Every step sees the same batch, so that its loss must fall; the learning rate is a third of the published one,
+which overshoots on a batch seen again and again. Without a GPU the peak is the most memory a process ever held
+resident, its interpreter and libraries included.
 """
+
 import argparse
 import json
 import os
@@ -46,17 +49,32 @@ def work(options, way):
     from scf_fast.networks.confidence import build_confidence_net
 
     runtime = distributed.start()
-    config = Config(**{"stage": "confidence", "data": "-", "output_dir": "-", "saved_bkb": "-", "saved_fc": "-", "batch_size": options.batch,
-                       "precision": "fp32", "lr": LEARNING_RATE, **WAYS[way]})
+    config = Config(
+        **{
+            "stage": "confidence",
+            "data": "-",
+            "output_dir": "-",
+            "saved_bkb": "-",
+            "saved_fc": "-",
+            "batch_size": options.batch,
+            "precision": "fp32",
+            "lr": LEARNING_RATE,
+            **WAYS[way],
+        }
+    )
     torch.manual_seed(0)
     net = build_confidence_net("mlp", CHANNELS, MAP).to(runtime.device)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    engine = initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, config.precision)
+    engine = initialise_engine(
+        net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, config.precision
+    )
     torch.manual_seed(1 + runtime.rank)
     rows = options.batch // runtime.world_size
     centers, labels = torch.randn(CLASSES, Z_DIM), torch.randint(CLASSES, (rows,))
     features = centers[labels] + torch.randn(rows, Z_DIM)
-    features, convf, centers, labels = (t.to(runtime.device) for t in (features, torch.randn(rows, CHANNELS, MAP, MAP), centers, labels))
+    features, convf, centers, labels = (
+        t.to(runtime.device) for t in (features, torch.randn(rows, CHANNELS, MAP, MAP), centers, labels)
+    )
 
     losses, seconds = [], []
     for _ in range(options.steps):
@@ -79,32 +97,72 @@ def work(options, way):
 def launched(options, way):
     """The results of all ranks of a launch; the process ends where one fails."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS.get(way, 2)), "-m", "bench.big_head",
-                   "--worker", folder, "--only", way, "--batch", str(options.batch), "--steps", str(options.steps)]
-        status = subprocess.run(command, cwd=Path(__file__).parents[2], env={"PYTHONWARNINGS": "ignore::FutureWarning", **os.environ}).returncode
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(RANKS.get(way, 2)),
+            "-m",
+            "bench.big_head",
+            "--worker",
+            folder,
+            "--only",
+            way,
+            "--batch",
+            str(options.batch),
+            "--steps",
+            str(options.steps),
+        ]
+        status = subprocess.run(
+            command, cwd=Path(__file__).parents[2], env={"PYTHONWARNINGS": "ignore::FutureWarning", **os.environ}
+        ).returncode
         if status:
             raise SystemExit(f"{way}: a rank failed, see above")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(RANKS.get(way, 2))]
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.big_head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.big_head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=32, help="images a step over all ranks")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", choices=list(WAYS), help="one way alone")
-    parser.add_argument("--out", type=Path, default=RESULTS / device_slug(DEVICE), help="folder for the JSON file (default: bench/results/<device>)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / device_slug(DEVICE),
+        help="folder for the JSON file (default: bench/results/<device>)",
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options, options.only)
     results = {way: launched(options, way) for way in ([options.only] if options.only else WAYS)}
-    rows = [[way, str(1 + len(others)), *(f"{main['losses'][step]:.2f}" for step in (0, -1)), f"{max(rank['peak_gib'] for rank in (main, *others)):.2f}",
-             f"{statistics.median(main['seconds']):.1f}"] for way, (main, *others) in results.items()]
+    rows = [
+        [
+            way,
+            str(1 + len(others)),
+            *(f"{main['losses'][step]:.2f}" for step in (0, -1)),
+            f"{max(rank['peak_gib'] for rank in (main, *others)):.2f}",
+            f"{statistics.median(main['seconds']):.1f}",
+        ]
+        for way, (main, *others) in results.items()
+    ]
     parameters = next(iter(results.values()))[0]["parameters"]
     print(f"{parameters / 1e6:.1f} M parameters, batch {options.batch}, {environment(DEVICE)['device']}")
-    print(tabulate(["way", "ranks", "first loss", f"loss of step {options.steps}", "peak GiB a rank", "seconds a step"], rows))
+    print(
+        tabulate(
+            ["way", "ranks", "first loss", f"loss of step {options.steps}", "peak GiB a rank", "seconds a step"], rows
+        )
+    )
     settings = {"batch": options.batch, "steps": options.steps, "lr": LEARNING_RATE}
-    write_json(options.out / "big_head.json", {"section": "big_head", "environment": environment(DEVICE), **settings, "ways": results})
+    write_json(
+        options.out / "big_head.json",
+        {"section": "big_head", "environment": environment(DEVICE), **settings, "ways": results},
+    )
     if not all(ranks[0]["losses"][-1] < ranks[0]["losses"][0] for ranks in results.values()):
         sys.exit("a loss did not fall")
 

@@ -1,10 +1,13 @@
-"""Stage 1's classifier with millions of identities on the machine at hand: training steps, their time and the memory they took.
+"""Stage 1's classifier with millions of identities on the machine at hand: training steps, their time and the memory
+they took.
 
-    python -m bench.center_memory [--classes 2000000] [--batch 32] [--steps 2] [--centers_state fp32] [--sample_rate 1.0] [--out DIR]
+    python -m bench.center_memory [--classes 2000000] [--batch 32] [--steps 2] [--centers_state fp32] [--sample_rate
+    1.0] [--out DIR]
 
-One rank holds all class centers and their momentum, with the update inside the backward pass. On the CPU the peak is the process's own
-resident memory, as the system counts it, less what it had before there were class centers. Exit status 1 if the peak is more than 10 %
-above class centers, momentum and gradient, where one is stored, or if the steps took as much as one (B, C) float32 tensor beyond them.
+One rank holds all class centers and their momentum, with the update inside the backward pass. On the CPU the peak is
+the process's own resident memory, as the system counts it, less what it had before there were class centers. Exit
+status 1 if the peak is more than 10 % above class centers, momentum and gradient, where one is stored, or if the steps
+took as much as one (B, C) float32 tensor beyond them.
 """
 
 import argparse
@@ -23,7 +26,9 @@ from scf_fast.distributed import Runtime
 from scf_fast.engine.class_centers import ClassCenters
 
 MOST = 1.10  # times class centers, momentum and gradient
-NOISE_MIB = 64  # of a process's resident memory, libraries' own buffers included: small classifiers are not judged by it
+NOISE_MIB = (
+    64  # of a process's resident memory, libraries' own buffers included: small classifiers are not judged by it
+)
 
 
 def resident_mib():
@@ -51,20 +56,36 @@ def take_steps(centers, batch, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.center_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.center_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--classes", type=int, default=2_000_000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--sample_rate", type=float, default=1.0)
     parser.add_argument("--centers_state", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--out", type=Path, default=RESULTS / device_slug(DEVICE), help="folder for the JSON file (default: bench/results/<device>)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / device_slug(DEVICE),
+        help="folder for the JSON file (default: bench/results/<device>)",
+    )
     options = parser.parse_args()
-    config = Config(stage="backbone", data="-", output_dir="-", z_dim=options.dim, batch_size=options.batch, sample_rate=options.sample_rate,
-                    centers_state=options.centers_state)
+    config = Config(
+        stage="backbone",
+        data="-",
+        output_dir="-",
+        z_dim=options.dim,
+        batch_size=options.batch,
+        sample_rate=options.sample_rate,
+        centers_state=options.centers_state,
+    )
     precision = "bf16" if DEVICE == "cuda" else "fp32"
     runtime = Runtime(0, 1, torch.device(DEVICE))
-    take_steps(ClassCenters(100, options.dim, config, runtime, precision), options.batch, 1)  # libraries load what they need
+    take_steps(
+        ClassCenters(100, options.dim, config, runtime, precision), options.batch, 1
+    )  # libraries load what they need
     empty, _ = resident_mib()
     centers = ClassCenters(options.classes, options.dim, config, runtime, precision)
     stored = (centers.weight.nbytes + centers.momentum.nbytes + (0 if centers.fused else centers.weight.nbytes)) / 2**20
@@ -73,9 +94,23 @@ def main():
     peak = resident_mib()[1] - empty
     logits, beyond = 4 * options.batch * options.classes / 2**20, peak + empty - before
     holds = {"within_10_percent": peak <= MOST * stored + NOISE_MIB, "no_logits": beyond < max(logits, NOISE_MIB)}
-    result = {"section": "center_memory", "environment": environment(DEVICE), "classes": options.classes, "batch": options.batch, "dim": options.dim,
-              "sample_rate": options.sample_rate, "centers_state": options.centers_state, "losses": losses, "seconds": seconds, "stored_mib": stored,
-              "peak_mib": peak, "peak_over_stored": peak / stored, "beyond_them_mib": beyond, "logits_mib": logits, "holds": holds}
+    result = {
+        "section": "center_memory",
+        "environment": environment(DEVICE),
+        "classes": options.classes,
+        "batch": options.batch,
+        "dim": options.dim,
+        "sample_rate": options.sample_rate,
+        "centers_state": options.centers_state,
+        "losses": losses,
+        "seconds": seconds,
+        "stored_mib": stored,
+        "peak_mib": peak,
+        "peak_over_stored": peak / stored,
+        "beyond_them_mib": beyond,
+        "logits_mib": logits,
+        "holds": holds,
+    }
     print(json.dumps(result, indent=2))
     state = "" if options.centers_state == "fp32" else f"-{options.centers_state}"
     write_json(options.out / f"center_memory-{options.classes}{state}.json", result)

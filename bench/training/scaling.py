@@ -1,13 +1,16 @@
-"""What several GPUs and nodes would do: bytes of the real collectives, counted on CPU ranks, and a model that goes on from there.
+"""What several GPUs and nodes would do: bytes of the real collectives, counted on CPU ranks, and a model that goes on
+from there.
 
-    python -m bench.scaling [--out DIR] [--ranks 2] [--measure_only] [--images_per_second 5000] [--inter_gb_per_s 50] ...
+    python -m bench.scaling [--out DIR] [--ranks 2] [--measure_only] [--images_per_second 5000] [--inter_gb_per_s 50]
+    ...
 
-Measured: a launch of `--ranks` processes on this machine takes steps of both stages under each ZeRO stage; every collective that reaches
-the process group is counted with its payload. The model predicts the same counts from shapes; both are printed, so that one sees how far
-to trust it. Also measured: the classifier's step with its communication beside the computation, against the same with every collective
-waited for at once.
+Measured: a launch of `--ranks` processes on this machine takes steps of both stages under each ZeRO stage; every
+collective that reaches the process group is counted with its payload. The model predicts the same counts from shapes;
+both are printed, so that one sees how far to trust it. Also measured: the classifier's step with its communication
+beside the computation, against the same with every collective waited for at once.
 
-Modelled, not measured: images a second of stage 1 on 8 to 512 GPUs with 1 M to 29 M identities, from the assumptions that are printed.
+Modelled, not measured: images a second of stage 1 on 8 to 512 GPUs with 1 M to 29 M identities, from the assumptions
+that are printed.
 """
 
 import argparse
@@ -40,11 +43,19 @@ GPUS, IDENTITIES = (8, 16, 32, 64, 128, 256, 512), (1_000_000, 4_000_000, 10_000
 
 
 # What the names of PyTorch's operators begin with.
-_KINDS = {"allreduce": "all_reduce", "allgather": "all_gather", "reduce_scatter": "reduce_scatter", "broadcast": "broadcast", "reduce": "reduce"}
+_KINDS = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+}
 
 
 class CountedCollectives(TorchDispatchMode):
-    """Payload bytes of every collective by kind: what is reduced, gathered in all, scattered in all or sent to everyone."""
+    """Payload bytes of every collective by kind: what is reduced, gathered in all, scattered in all or sent to
+    everyone.
+    """
 
     def __init__(self):
         super().__init__()
@@ -55,7 +66,14 @@ class CountedCollectives(TorchDispatchMode):
             name = func._schema.name.removeprefix("c10d::").strip("_")
             kind = next((kind for prefix, kind in _KINDS.items() if name.startswith(prefix)), None)
             if kind is not None:
-                sides = [sum(tensor.nbytes for tensor in torch.utils._pytree.tree_leaves(side) if isinstance(tensor, torch.Tensor)) for side in args[:2]]
+                sides = [
+                    sum(
+                        tensor.nbytes
+                        for tensor in torch.utils._pytree.tree_leaves(side)
+                        if isinstance(tensor, torch.Tensor)
+                    )
+                    for side in args[:2]
+                ]
                 self.payload[kind] += max(sides)
         return func(*args, **(kwargs or {}))
 
@@ -86,14 +104,26 @@ def measure_stage1(zero_stage, runtime):
     from scf_fast.engine.engine import initialise_engine, take_step
     from scf_fast.engine.optimizers import build_optimizer
     from scf_fast.networks.backbones import Backbone
-    config = Config(stage="backbone", data="-", output_dir="-", network=NETWORK, z_dim=Z_DIM, batch_size=BATCH, zero_stage=zero_stage)
+
+    config = Config(
+        stage="backbone",
+        data="-",
+        output_dir="-",
+        network=NETWORK,
+        z_dim=Z_DIM,
+        batch_size=BATCH,
+        zero_stage=zero_stage,
+    )
     backbone = Backbone(NETWORK, Z_DIM)
-    engine = initialise_engine(backbone, build_optimizer("sgd", backbone.parameters(), config, runtime.device), config, runtime, "fp32")
+    engine = initialise_engine(
+        backbone, build_optimizer("sgd", backbone.parameters(), config, runtime.device), config, runtime, "fp32"
+    )
     centers = ClassCenters(CLASSES, Z_DIM, config, runtime)
     images, labels = torch.randn(BATCH // runtime.world_size, 3, 112, 112), torch.arange(BATCH // runtime.world_size)
 
     def loss_of():
         return centers.loss(engine(images)[0], labels)[0]
+
     counts = counted_steps(engine, lambda: centers.step(take_step(engine)), loss_of)
     engine.destroy()
     return counts
@@ -106,21 +136,37 @@ def measure_stage2(zero_stage, runtime):
     from scf_fast.kernels import scf_loss
     from scf_fast.networks.backbones import BACKBONES
     from scf_fast.networks.confidence import build_confidence_net
-    config = Config(stage="confidence", data="-", output_dir="-", saved_bkb="-", saved_fc="-", batch_size=BATCH, zero_stage=zero_stage)
+
+    config = Config(
+        stage="confidence",
+        data="-",
+        output_dir="-",
+        saved_bkb="-",
+        saved_fc="-",
+        batch_size=BATCH,
+        zero_stage=zero_stage,
+    )
     architecture, rows = BACKBONES[NETWORK], BATCH // runtime.world_size
     net = build_confidence_net(CONFIDENCE_NET, architecture.widths[-1], architecture.map_size)
-    engine = initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32")
+    engine = initialise_engine(
+        net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32"
+    )
     convf = torch.randn(rows, architecture.widths[-1], architecture.map_size, architecture.map_size)
     features, centers, labels = torch.randn(rows, Z_DIM), torch.randn(CLASSES, Z_DIM), torch.arange(rows)
-    counts = counted_steps(engine, lambda: take_step(engine), lambda: scf_loss(features, engine(convf), centers, labels))
+    counts = counted_steps(
+        engine, lambda: take_step(engine), lambda: scf_loss(features, engine(convf), centers, labels)
+    )
     engine.destroy()
     return counts
 
 
 def measure_overlap(runtime):
-    """Median seconds of the classifier's forward and backward pass, with its communication beside the computation and without."""
+    """Median seconds of the classifier's forward and backward pass, with its communication beside the computation and
+    without.
+    """
     from scf_fast.config import Config
     from scf_fast.engine import class_centers
+
     config = Config(stage="backbone", data="-", output_dir="-", z_dim=512, batch_size=OVERLAP_BATCH)
     centers = class_centers.ClassCenters(OVERLAP_CLASSES, 512, config, runtime)
     rows = OVERLAP_BATCH // runtime.world_size
@@ -130,6 +176,7 @@ def measure_overlap(runtime):
     def start_and_wait(*arguments):
         result = start(*arguments)()
         return lambda: result
+
     ways, seconds = {"beside": start, "in turn": start_and_wait}, {"beside": [], "in turn": []}
     for round_ in range(OVERLAP_ROUNDS + 1):
         for name, way in ways.items():
@@ -146,9 +193,13 @@ def measure_overlap(runtime):
 def work(folder):
     """One rank; rank 0 writes what it counted."""
     from scf_fast import distributed
+
     runtime = distributed.start()
-    found = {"stage 1": {zero: measure_stage1(zero, runtime) for zero in (0, 1, 2, 3)},
-             "stage 2": {zero: measure_stage2(zero, runtime) for zero in (0, 1, 2, 3)}, "overlap": measure_overlap(runtime)}
+    found = {
+        "stage 1": {zero: measure_stage1(zero, runtime) for zero in (0, 1, 2, 3)},
+        "stage 2": {zero: measure_stage2(zero, runtime) for zero in (0, 1, 2, 3)},
+        "overlap": measure_overlap(runtime),
+    }
     if runtime.is_main:
         write_json(folder / "counted.json", found)
     distributed.finish()
@@ -162,8 +213,24 @@ def measure(ranks):
         RuntimeError: a rank failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m", "bench.scaling", "--worker", folder]
-        environ = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning", **os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+            "-m",
+            "bench.scaling",
+            "--worker",
+            folder,
+        ]
+        environ = {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore::FutureWarning",
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         if subprocess.run(command, cwd=Path(__file__).parents[2], env=environ).returncode:
             raise RuntimeError(f"a launch of {ranks} ranks failed, see above")
         return json.loads((Path(folder) / "counted.json").read_text())
@@ -175,7 +242,8 @@ def measure(ranks):
 def network_payload(zero_stage, parameters):
     """{kind: payload bytes} of one optimiser step of a network under ZeRO, all in float32.
 
-    ZeRO 3 gathers the weights for each pass. A network as small as the one that is counted it keeps from one to the other: one gather less.
+    ZeRO 3 gathers the weights for each pass. A network as small as the one that is counted it keeps from one to the
+    other: one gather less.
     """
     size = FLOAT * parameters
     if zero_stage == 0:
@@ -187,7 +255,11 @@ def network_payload(zero_stage, parameters):
 
 def classifier_payload(batch, width):
     """The same of the sharded class centers: it does not depend on how many identities there are."""
-    return {"all_gather": batch * (FLOAT * width + 8), "all_reduce": 6 * FLOAT * batch, "reduce_scatter": FLOAT * batch * width}
+    return {
+        "all_gather": batch * (FLOAT * width + 8),
+        "all_reduce": 6 * FLOAT * batch,
+        "reduce_scatter": FLOAT * batch * width,
+    }
 
 
 def predicted(stage, zero_stage):
@@ -203,11 +275,15 @@ class Assumptions:
     """None of these has been measured here."""
 
     network: str = "ir_100"
-    images_per_second: float = 5000.0  # of one GPU's backbone in stage 1, forward, backward and update: what is aimed at
+    images_per_second: float = (
+        5000.0  # of one GPU's backbone in stage 1, forward, backward and update: what is aimed at
+    )
     batch: int = 128  # images a GPU
     width: int = 512
     zero_stage: int = 1
-    tflops: float = 500.0  # of the margin softmax's products: the rate of one large product over the 1.6 that is aimed at
+    tflops: float = (
+        500.0  # of the margin softmax's products: the rate of one large product over the 1.6 that is aimed at
+    )
     copy_gb_per_s: float = 4300.0
     gpu_gb: float = 141.0
     gpus_a_node: int = 8
@@ -227,13 +303,21 @@ def step_seconds(gpus, identities, a):
     products = margin_softmax(a.batch * gpus, local, a.width, "bfloat16").flop / (1e12 * a.tflops)
     update = 5 * FLOAT * local * a.width / (1e9 * a.copy_gb_per_s)
     payload = network_payload(a.zero_stage, parameters)
-    reduced = on_the_wire({kind: size for kind, size in payload.items() if kind != "all_gather"}, gpus) / bandwidth + latency
-    gathered = on_the_wire({kind: size for kind, size in payload.items() if kind == "all_gather"}, gpus) / bandwidth + latency * ("all_gather" in payload)
+    reduced = (
+        on_the_wire({kind: size for kind, size in payload.items() if kind != "all_gather"}, gpus) / bandwidth + latency
+    )
+    gathered = on_the_wire(
+        {kind: size for kind, size in payload.items() if kind == "all_gather"}, gpus
+    ) / bandwidth + latency * ("all_gather" in payload)
     classifier = classifier_payload(a.batch * gpus, a.width)
     scattered = on_the_wire({"reduce_scatter": classifier.pop("reduce_scatter")}, gpus) / bandwidth + latency
     parts = {
-        "backbone": backbone, "margin softmax": products, "center update": update, "gradients, not hidden": max(0.0, reduced - a.hidden * backbone),
-        "weights gathered": gathered, "classifier's gathers and sums": on_the_wire(classifier, gpus) / bandwidth + 4 * latency,
+        "backbone": backbone,
+        "margin softmax": products,
+        "center update": update,
+        "gradients, not hidden": max(0.0, reduced - a.hidden * backbone),
+        "weights gathered": gathered,
+        "classifier's gathers and sums": on_the_wire(classifier, gpus) / bandwidth + 4 * latency,
         # a quarter of the products, the class centers' gradient, and the update run beside it
         "classifier's scatter, not hidden": max(0.0, scattered - products / 4 - update),
     }
@@ -241,29 +325,48 @@ def step_seconds(gpus, identities, a):
 
 
 def model(assumptions):
-    """[{gpus, identities, images_per_second, efficiency, centers_gb, fits, parts}]; efficiency against as many single GPUs with no classifier to share."""
+    """[{gpus, identities, images_per_second, efficiency, centers_gb, fits, parts}]; efficiency against as many single
+    GPUs with no classifier to share.
+    """
     rows = []
     for identities in IDENTITIES:
         for gpus in GPUS:
             parts = step_seconds(gpus, identities, assumptions)
             rate = assumptions.batch * gpus / parts["total"]
             centers_gb = 2 * FLOAT * -(-identities // gpus) * assumptions.width / 1e9
-            rows.append({"gpus": gpus, "identities": identities, "images_per_second": rate, "efficiency": rate / (gpus * assumptions.images_per_second),
-                         "centers_gb": centers_gb, "fits": centers_gb < assumptions.gpu_gb, "parts": parts})
+            rows.append(
+                {
+                    "gpus": gpus,
+                    "identities": identities,
+                    "images_per_second": rate,
+                    "efficiency": rate / (gpus * assumptions.images_per_second),
+                    "centers_gb": centers_gb,
+                    "fits": centers_gb < assumptions.gpu_gb,
+                    "parts": parts,
+                }
+            )
     return rows
 
 
 def overlap_line(measured):
     """What the classifier gains by communication beside computation, in a sentence."""
     overlap = measured["counted"]["overlap"]
-    return (f"Classifier, {OVERLAP_CLASSES:,} identities, batch {OVERLAP_BATCH}: {1e3 * overlap['beside']:.1f} ms with communication beside the computation, "
-            f"{1e3 * overlap['in turn']:.1f} ms in turn. Ranks of one machine share its cores and its memory; a network card would not.")
+    return (
+        f"Classifier, {OVERLAP_CLASSES:,} identities, batch {OVERLAP_BATCH}: {1e3 * overlap['beside']:.1f} ms with "
+        "communication beside the computation, "
+        f"{1e3 * overlap['in turn']:.1f} ms in turn. Ranks of one machine share its cores and its memory; a network "
+        "card would not."
+    )
 
 
 def assumptions_line(assumptions):
     """What the model rests on, in a paragraph."""
-    return ("A model, not a measurement. Assumptions: " + ", ".join(f"{name} {value}" for name, value in assumptions.items())
-            + ". Each cell: images/s of stage 1, share of what as many GPUs would do without communication and classifier, class centers and momentum a GPU.")
+    return (
+        "A model, not a measurement. Assumptions: "
+        + ", ".join(f"{name} {value}" for name, value in assumptions.items())
+        + ". Each cell: images/s of stage 1, share of what as many GPUs would do without communication and "
+        "classifier, class centers and momentum a GPU."
+    )
 
 
 def volume_table(measured):
@@ -274,26 +377,51 @@ def volume_table(measured):
             model_bytes = on_the_wire(predicted(stage, int(zero_stage)), ranks)
             counted = on_the_wire(payload, ranks)
             kinds = ", ".join(f"{kind} {nbytes:,}" for kind, nbytes in sorted(payload.items()))
-            rows.append([stage, zero_stage, kinds, f"{counted:,.0f}", f"{model_bytes:,.0f}", f"{counted / model_bytes:.3f}"])
+            rows.append(
+                [stage, zero_stage, kinds, f"{counted:,.0f}", f"{model_bytes:,.0f}", f"{counted / model_bytes:.3f}"]
+            )
     return table(["", "ZeRO", f"payload bytes a step, {ranks} ranks", "sent by a rank", "model", "ratio"], rows)
 
 
 def model_table(rows):
     """Markdown: identities down, GPUs across."""
     cells = {(row["identities"], row["gpus"]): row for row in rows}
-    return table(["identities", *(f"{gpus} GPUs" for gpus in GPUS)], [
-        [f"{identities / 1e6:g} M", *(f"{c['images_per_second']:,.0f} img/s, {c['efficiency']:.0%}, {c['centers_gb']:.2g} GB" if c["fits"] else "does not fit"
-                                      for c in (cells[identities, gpus] for gpus in GPUS))] for identities in IDENTITIES])
+    return table(
+        ["identities", *(f"{gpus} GPUs" for gpus in GPUS)],
+        [
+            [
+                f"{identities / 1e6:g} M",
+                *(
+                    f"{c['images_per_second']:,.0f} img/s, {c['efficiency']:.0%}, {c['centers_gb']:.2g} GB"
+                    if c["fits"]
+                    else "does not fit"
+                    for c in (cells[identities, gpus] for gpus in GPUS)
+                ),
+            ]
+            for identities in IDENTITIES
+        ],
+    )
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / device_slug(DEVICE), help="folder for the JSON file (default: bench/results/<device>)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes whose collectives are counted (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / device_slug(DEVICE),
+        help="folder for the JSON file (default: bench/results/<device>)",
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="processes whose collectives are counted (default: %(default)s)"
+    )
     parser.add_argument("--measure_only", action="store_true", help="leave the model out")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     for name, value in asdict(Assumptions()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help="assumption of the model (default: %(default)s)")
+        parser.add_argument(
+            f"--{name}", type=type(value), default=value, help="assumption of the model (default: %(default)s)"
+        )
     options = parser.parse_args(arguments)
     if options.worker:
         work(options.worker)

@@ -3,14 +3,15 @@
     python -m bench.suite --sections stage1
     python -m pytest bench/bench_stage1.py --benchmark-json=bench/results/<device>/stage1-<date>.json
 
-A step is the backbone's forward and backward pass, the margin softmax over all identities, and SGD on both. Decoding is left out: the
-images are random and lie on the device. Ways:
+A step is the backbone's forward and backward pass, the margin softmax over all identities, and SGD on both. Decoding is
+left out: the images are random and lie on the device. Ways:
 
     dense                  NCHW images, all logits and their cross-entropy through autograd, torch.optim.SGD on all parameters
     scf_fast               channels_last images, sharded class centers on their one rank with the update in the backward pass, fused SGD
     scf_fast, compiled     and the backbone through torch.compile, which training does not do yet
 
-On a GPU all run the backbone under bf16 autocast, on the CPU in float32. The DeepSpeed engine around the backbone is left out.
+On a GPU all run the backbone under bf16 autocast, on the CPU in float32. The DeepSpeed engine around the backbone is
+left out.
 """
 
 from functools import partial
@@ -33,7 +34,15 @@ DIM = 512
 
 
 def config_of(network, batch):
-    return Config(stage="backbone", data="-", output_dir="-", network=network, z_dim=DIM, batch_size=batch, margin_gradient="straight_through")
+    return Config(
+        stage="backbone",
+        data="-",
+        output_dir="-",
+        network=network,
+        z_dim=DIM,
+        batch_size=batch,
+        margin_gradient="straight_through",
+    )
 
 
 def features_of(backbone, images, half):
@@ -44,16 +53,28 @@ def features_of(backbone, images, half):
 def dense_step(backbone, classes, config, half):
     """One step of the usual way, returning its loss."""
     class_centers = torch.nn.Parameter(torch.randn(classes, DIM, device=next(backbone.parameters()).device).mul_(0.01))
-    optimizer = torch.optim.SGD([*backbone.parameters(), class_centers], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        [*backbone.parameters(), class_centers],
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
 
     def step(images, labels):
         optimizer.zero_grad()
-        loss = dense_margin_softmax_loss(features_of(backbone, images, half), class_centers, labels, config.scale, config.margins,
-                                         torch.bfloat16 if half else torch.float32)
+        loss = dense_margin_softmax_loss(
+            features_of(backbone, images, half),
+            class_centers,
+            labels,
+            config.scale,
+            config.margins,
+            torch.bfloat16 if half else torch.float32,
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(backbone.parameters(), config.max_grad_norm)
         optimizer.step()
         return loss.detach()
+
     return step
 
 
@@ -72,14 +93,22 @@ def our_step(backbone, classes, config, half, compiled):
         optimizer.step()
         centers.step()
         return loss.detach()
+
     return step
 
 
 def prepare(way, network, batch, classes, device):
     config, half = config_of(network, batch), torch.device(device).type == "cuda"
     backbone = Backbone(network, DIM).to(device)
-    step = dense_step(backbone, classes, config, half) if way == "dense" else our_step(backbone, classes, config, half, way != "scf_fast")
-    buffers = [(torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device), torch.randint(classes, (batch,), device=device)) for _ in range(4)]
+    step = (
+        dense_step(backbone, classes, config, half)
+        if way == "dense"
+        else our_step(backbone, classes, config, half, way != "scf_fast")
+    )
+    buffers = [
+        (torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device), torch.randint(classes, (batch,), device=device))
+        for _ in range(4)
+    ]
     assert step(*buffers[0]).isfinite(), "the loss is not finite"
     return step, buffers
 
@@ -89,15 +118,24 @@ def cases(device, tiny=False):
     if tiny:
         settings = [("ir_tiny", 4, 100)]
     elif device == "cuda":
-        settings = [(network, batch, 85_742) for network in ("ir_50", "ir_100") for batch in (128, 256, 512)] + [("ir_100", 256, 1_000_000)]
+        settings = [(network, batch, 85_742) for network in ("ir_50", "ir_100") for batch in (128, 256, 512)] + [
+            ("ir_100", 256, 1_000_000)
+        ]
     else:
         settings = [("ir_small", batch, 10_000) for batch in (32, 64, 128)]
     dtype = "bfloat16" if device == "cuda" else "float32"
     return [
-        Case(f"stage 1 step, {network}, B = {batch}, C = {classes}", way, partial(prepare, way, network, batch, classes, device),
-             roofline.stage1_step(network, batch, classes, dtype, DIM), (batch, "images"),
-             {"network": network, "batch": batch, "classes": classes, "dim": DIM, "dtype": dtype})
-        for network, batch, classes in settings for way in WAYS if device == "cuda" or way != "scf_fast, compiled"
+        Case(
+            f"stage 1 step, {network}, B = {batch}, C = {classes}",
+            way,
+            partial(prepare, way, network, batch, classes, device),
+            roofline.stage1_step(network, batch, classes, dtype, DIM),
+            (batch, "images"),
+            {"network": network, "batch": batch, "classes": classes, "dim": DIM, "dtype": dtype},
+        )
+        for network, batch, classes in settings
+        for way in WAYS
+        if device == "cuda" or way != "scf_fast, compiled"
     ]
 
 

@@ -1,8 +1,11 @@
-"""Stage 2 in images a second: the published way and ours, each switch on and off, whole epochs with and without the feature cache.
+"""Stage 2 in images a second: the published way and ours, each switch on and off, whole epochs with and without the
+feature cache.
 
-    python -m bench.throughput [--networks ir_50 ir_100] [--confidence_net conv] [--batches 128 1024] [--images 20000] [--rounds 5]
+    python -m bench.throughput [--networks ir_50 ir_100] [--confidence_net conv] [--batches 128 1024] [--images 20000]
+    [--rounds 5]
 
-Steps. The frozen backbone's forward pass, the confidence net's forward and backward pass, and Adam, on random images that lie on the device:
+Steps. The frozen backbone's forward pass, the confidence net's forward and backward pass, and Adam, on random images
+that lie on the device:
 
     published             float32, NCHW, eager, unfolded; the loss through scipy on the host, as the published code composes it
     published, autocast   the same under bf16 autocast
@@ -10,15 +13,17 @@ Steps. The frozen backbone's forward pass, the confidence net's forward and back
     ours without ...      all of that but one switch
     cached                features read from a feature cache in place of the backbone
 
-Epochs. The same from a file of JPEGs on, as a run has it: decoding included, ours under DeepSpeed with two decoding threads and the
-confidence net in --precision, the published way with two decoding processes. ``cached`` is any epoch but the first.
+Epochs. The same from a file of JPEGs on, as a run has it: decoding included, ours under DeepSpeed with two decoding
+threads and the confidence net in --precision, the published way with two decoding processes. ``cached`` is any epoch
+but the first.
 
-Cache. For each dtype: bytes an image (both orientations), what it loses of the map, and by how much the losses of training differ from
-those on the exact map, at most over 40 steps.
+Cache. For each dtype: bytes an image (both orientations), what it loses of the map, and by how much the losses of
+training differ from those on the exact map, at most over 40 steps.
 
-Weights are random, with BatchNorm statistics of random images. They lose more in bf16 than trained ones, so the bounds that a real backbone
-has to meet are not applied.
+Weights are random, with BatchNorm statistics of random images. They lose more in bf16 than trained ones, so the bounds
+that a real backbone has to meet are not applied.
 """
+
 import argparse
 import contextlib
 import copy
@@ -70,7 +75,9 @@ def make_backbone(network):
 
 def make_head(options, architecture, initial_kappa=None):
     torch.manual_seed(1)
-    return build_confidence_net(options.confidence_net, architecture.widths[-1], architecture.map_size, initial_kappa).to(DEVICE)
+    return build_confidence_net(
+        options.confidence_net, architecture.widths[-1], architecture.map_size, initial_kappa
+    ).to(DEVICE)
 
 
 def published_step(options, backbone, centers, autocast):
@@ -87,6 +94,7 @@ def published_step(options, backbone, centers, autocast):
             log_kappa = net(convf)
         published_scf_loss(features.float(), log_kappa, scaled, labels).loss.mean().backward()
         optimizer.step()
+
     return step
 
 
@@ -102,6 +110,7 @@ def our_step(options, backbone, centers, features_of, bf16):
         scf_loss(features, log_kappa, centers, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
+
     return step
 
 
@@ -110,13 +119,16 @@ def our_backbone(backbone, without=None):
     fold, channels_last, bf16, compiled, graph = (switch != without for switch in SWITCHES)
     dtype = torch.bfloat16 if bf16 else torch.float32
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    net = (FoldedBackbone(backbone, dtype) if fold else copy.deepcopy(backbone).to(dtype)).to(DEVICE, memory_format=layout)
+    net = (FoldedBackbone(backbone, dtype) if fold else copy.deepcopy(backbone).to(dtype)).to(
+        DEVICE, memory_format=layout
+    )
     if compiled:
         net = torch.compile(net, mode="reduce-overhead" if graph and ON_GPU else None, dynamic=False)
 
     @torch.no_grad()
     def features_of(images):
         return net(images.to(dtype, memory_format=layout))
+
     return features_of
 
 
@@ -127,13 +139,16 @@ def cached_features(backbone, batch, folder):
     cache = FeatureCache.open(folder, layout, 0)
     for start in range(0, layout.num_images, batch):
         rows = np.arange(start, start + batch)
-        cache.write(rows, [(torch.randn(len(rows), Z_DIM), torch.randn(len(rows), *layout.convf_shape)) for _ in range(2)])
+        cache.write(
+            rows, [(torch.randn(len(rows), Z_DIM), torch.randn(len(rows), *layout.convf_shape)) for _ in range(2)]
+        )
     cache.refresh()
     rng = np.random.default_rng(0)
 
     def read(images):
         packed = cache.read(rng.permutation(layout.num_images)[:batch], rng.random(batch) < 0.5, pin_memory=ON_GPU)
         return decode(layout, packed.to(DEVICE, non_blocking=True))
+
     return read
 
 
@@ -145,15 +160,25 @@ def cache_layout(backbone, images, dtype):
 def measure_steps(options, backbone, batch):
     """Images a second of each way, step by step."""
     centers = torch.randn(CLASSES, Z_DIM, device=DEVICE)
-    buffers = [(torch.randn(batch, 3, 112, 112, device=DEVICE), torch.randint(CLASSES, (batch,), device=DEVICE)) for _ in range(4)]
+    buffers = [
+        (torch.randn(batch, 3, 112, 112, device=DEVICE), torch.randint(CLASSES, (batch,), device=DEVICE))
+        for _ in range(4)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             "published": published_step(options, backbone, centers, autocast=False),
             "published, autocast": published_step(options, backbone, centers, autocast=True),
             "ours": our_step(options, backbone, centers, our_backbone(backbone), bf16=True),
-            **{f"ours without {switch}": our_step(options, backbone, centers, our_backbone(backbone, switch), bf16=switch != "bf16")
-               for switch in SWITCHES if ON_GPU or switch != "graph"},
-            "cached": our_step(options, backbone, centers, cached_features(backbone, batch, Path(folder) / "cache"), bf16=True),
+            **{
+                f"ours without {switch}": our_step(
+                    options, backbone, centers, our_backbone(backbone, switch), bf16=switch != "bf16"
+                )
+                for switch in SWITCHES
+                if ON_GPU or switch != "graph"
+            },
+            "cached": our_step(
+                options, backbone, centers, cached_features(backbone, batch, Path(folder) / "cache"), bf16=True
+            ),
         }
         seconds = interleaved_seconds(ways, buffers, DEVICE, options.rounds)
     torch.compiler.reset()
@@ -167,24 +192,41 @@ class OurRun:
         from scf_fast.engine.deepspeed_config import resolve_precision
         from scf_fast.engine.engine import initialise_engine
         from scf_fast.engine.optimizers import build_optimizer
-        config = Config(stage="confidence", data="-", output_dir="-", saved_bkb="-", saved_fc="-", batch_size=options.epoch_batch,
-                        zero_stage=options.zero_stage, precision=options.precision)
+
+        config = Config(
+            stage="confidence",
+            data="-",
+            output_dir="-",
+            saved_bkb="-",
+            saved_fc="-",
+            batch_size=options.epoch_batch,
+            zero_stage=options.zero_stage,
+            precision=options.precision,
+        )
         precision = resolve_precision(config, runtime.device)
         self.dtype = torch.float32 if precision == "fp32" else None
         net = make_head(options, backbone.architecture)
-        self.engine = initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, precision)
+        self.engine = initialise_engine(
+            net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, precision
+        )
         self.centers = torch.randn(source.num_classes, Z_DIM, device=DEVICE)
         network = FrozenBackbone(backbone, DEVICE, ("bf16",), compile=True)
         self.sampler = EpochSampler(len(source), options.epoch_batch)
 
         def images(sampler, flip):
             return make_loader(source, sampler, Preprocessing(horizontal_flip=flip), device=DEVICE, num_workers=2)
-        self.stream = FeatureStream(images, self.sampler, source.labels, network, flip=True, device=torch.device(DEVICE), cache=cache)
+
+        self.stream = FeatureStream(
+            images, self.sampler, source.labels, network, flip=True, device=torch.device(DEVICE), cache=cache
+        )
 
     def epoch(self, number):
         from scf_fast.engine.engine import take_step
+
         for batch in self.stream.batches(number):
-            loss = scf_loss(batch.features, self.engine(batch.convf.to(self.dtype or batch.convf.dtype)), self.centers, batch.labels)
+            loss = scf_loss(
+                batch.features, self.engine(batch.convf.to(self.dtype or batch.convf.dtype)), self.centers, batch.labels
+            )
             self.engine.backward(loss)
             take_step(self.engine)
 
@@ -196,11 +238,19 @@ class OurRun:
 def published_epoch(options, source, backbone):
     """One epoch of the published way as a function of its number."""
     step = published_step(options, backbone, torch.randn(source.num_classes, Z_DIM, device=DEVICE), autocast=False)
-    loader = make_loader(source, EpochSampler(len(source), options.epoch_batch), Preprocessing(), device=DEVICE, backend="torch", num_workers=2)
+    loader = make_loader(
+        source,
+        EpochSampler(len(source), options.epoch_batch),
+        Preprocessing(),
+        device=DEVICE,
+        backend="torch",
+        num_workers=2,
+    )
 
     def epoch(number):
         for batch in loader.batches(number):
             step(batch.images.contiguous(), batch.labels)
+
     return epoch, loader.close
 
 
@@ -208,7 +258,10 @@ def measure_epochs(options, runtime, backbone, source, folder):
     """Images a second of each way, epoch by epoch, and where the time of our uncached ones went."""
     layout = cache_layout(backbone, len(source), "bf16")
     FeatureCache.create_or_check(folder / "epochs", {}, layout)
-    uncached, cached = (OurRun(options, runtime, source, backbone, cache) for cache in (None, FeatureCache.open(folder / "epochs", layout, 0)))
+    uncached, cached = (
+        OurRun(options, runtime, source, backbone, cache)
+        for cache in (None, FeatureCache.open(folder / "epochs", layout, 0))
+    )
     published, close = published_epoch(options, source, backbone)
     ways = {"published": published, "ours": uncached.epoch, "ours, cached": cached.epoch}
     cached.epoch(0)  # fills it
@@ -220,7 +273,9 @@ def measure_epochs(options, runtime, backbone, source, folder):
                 began = time.perf_counter()
                 epoch(number)
                 synchronize(DEVICE)
-                rates[name].append(uncached.sampler.batches_per_epoch * options.epoch_batch / (time.perf_counter() - began))
+                rates[name].append(
+                    uncached.sampler.batches_per_epoch * options.epoch_batch / (time.perf_counter() - began)
+                )
         split = uncached.stream.seconds
         close()
     torch.compiler.reset()
@@ -229,18 +284,30 @@ def measure_epochs(options, runtime, backbone, source, folder):
 
 def print_rates(what, rates):
     medians = {way: statistics.median(samples) for way, samples in rates.items()}
-    rows = [[way, f"{rate:.0f}", f"{rate / medians['published']:.2f}", f"{rate / medians['ours']:.2f}"] for way, rate in medians.items()]
+    rows = [
+        [way, f"{rate:.0f}", f"{rate / medians['published']:.2f}", f"{rate / medians['ours']:.2f}"]
+        for way, rate in medians.items()
+    ]
     print(tabulate([what, "images/s", "against published", "against ours"], rows), flush=True)
 
 
 def measure_cache(options, backbone, source):
-    """For each dtype: bytes an image, relative loss of the map, largest relative difference of the losses of training steps."""
+    """For each dtype: bytes an image, relative loss of the map, largest relative difference of the losses of training
+    steps.
+    """
     centers, exact, results = torch.randn(source.num_classes, Z_DIM, device=DEVICE), None, {}
-    with make_loader(source, EpochSampler(len(source), 32), Preprocessing(), device=DEVICE, num_workers=2) as loader, torch.no_grad():
-        batches = [(*backbone(batch.images), batch.labels) for batch in itertools.islice(loader.batches(0), CACHED_BATCHES)]
+    with (
+        make_loader(source, EpochSampler(len(source), 32), Preprocessing(), device=DEVICE, num_workers=2) as loader,
+        torch.no_grad(),
+    ):
+        batches = [
+            (*backbone(batch.images), batch.labels) for batch in itertools.islice(loader.batches(0), CACHED_BATCHES)
+        ]
     for dtype in CACHE_DTYPES:
         layout = cache_layout(backbone, len(source), dtype)
-        net = make_head(options, backbone.architecture, initial_kappa=100.0)  # from where the loss depends on the map at once
+        net = make_head(
+            options, backbone.architecture, initial_kappa=100.0
+        )  # from where the loss depends on the map at once
         optimizer = torch.optim.Adam(net.parameters(), lr=CACHE_LEARNING_RATE, weight_decay=5e-4)
         losses = []
         for features, convf, labels in itertools.islice(itertools.cycle(batches), CACHE_STEPS):
@@ -252,37 +319,67 @@ def measure_cache(options, backbone, source):
             losses.append(loss.detach())
         losses = torch.stack(losses)
         exact = losses if exact is None else exact
-        results[dtype] = {"bytes": layout.record_bytes, "convf": encoding_error(layout, *batches[0][:2]), "loss": ((losses - exact) / exact).abs().max().item(),
-                          "losses": losses[[0, -1]].tolist()}
+        results[dtype] = {
+            "bytes": layout.record_bytes,
+            "convf": encoding_error(layout, *batches[0][:2]),
+            "loss": ((losses - exact) / exact).abs().max().item(),
+            "losses": losses[[0, -1]].tolist(),
+        }
     return results
 
 
 def main():
     small = {"networks": ["ir_small"], "batches": [128], "images": 2048, "epoch_batch": 128}
     large = {"networks": ["ir_50", "ir_100"], "batches": [128, 256, 512, 1024], "images": 40_000, "epoch_batch": 1024}
-    parser = argparse.ArgumentParser(prog="python -m bench.throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=list(BACKBONES), help=f"{small['networks']}, on a GPU {large['networks']}")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=list(BACKBONES), help=f"{small['networks']}, on a GPU {large['networks']}"
+    )
     parser.add_argument("--confidence_net", default="conv", choices=list(CONFIDENCE_NETS))
-    parser.add_argument("--batches", nargs="*", type=int, help=f"batch sizes of the steps: {small['batches']}, on a GPU {large['batches']}")
-    parser.add_argument("--epoch_batch", type=int, help=f"batch size of the epochs: {small['epoch_batch']}, on a GPU {large['epoch_batch']}")
+    parser.add_argument(
+        "--batches",
+        nargs="*",
+        type=int,
+        help=f"batch sizes of the steps: {small['batches']}, on a GPU {large['batches']}",
+    )
+    parser.add_argument(
+        "--epoch_batch",
+        type=int,
+        help=f"batch size of the epochs: {small['epoch_batch']}, on a GPU {large['epoch_batch']}",
+    )
     parser.add_argument("--images", type=int, help=f"images of an epoch: {small['images']}, on a GPU {large['images']}")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each way")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs of each way")
     parser.add_argument("--zero_stage", type=int, default=0, help="of our epochs; one rank has nothing to divide")
-    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of the confidence net in our epochs")
-    parser.add_argument("--out", type=Path, default=RESULTS / device_slug(DEVICE), help="folder for the JSON file (default: bench/results/<device>)")
+    parser.add_argument(
+        "--precision", default="bf16", choices=["fp32", "bf16"], help="of the confidence net in our epochs"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / device_slug(DEVICE),
+        help="folder for the JSON file (default: bench/results/<device>)",
+    )
     parser.set_defaults(**(large if ON_GPU else small))
     options = parser.parse_args()
     frozen.MIN_COSINE, frozen.MAX_CONVF_ERROR["bf16"] = 0.9, 1.0
 
     path, results = options.out / f"throughput-{'-'.join(options.networks)}-{options.confidence_net}.json", {}
-    content = {"section": "throughput", "environment": environment(DEVICE), **{key: value for key, value in vars(options).items() if key != "out"},
-               "results": results}
+    content = {
+        "section": "throughput",
+        "environment": environment(DEVICE),
+        **{key: value for key, value in vars(options).items() if key != "out"},
+        "results": results,
+    }
     runtime = None
     for network in options.networks:
         backbone = make_backbone(network)
         result = results[network] = {"steps": {}}
-        print(f"{network}, {options.confidence_net} confidence net, {environment(DEVICE)['device']}, images/s", flush=True)
+        print(
+            f"{network}, {options.confidence_net} confidence net, {environment(DEVICE)['device']}, images/s", flush=True
+        )
         for batch in options.batches:
             rates = result["steps"][batch] = measure_steps(options, backbone, batch)
             print_rates(f"steps of {batch}", rates)
@@ -299,7 +396,10 @@ def main():
             result["epochs"], result["seconds"] = rates, split
             print_rates(f"epochs, batch {options.epoch_batch}", rates)
             cache = result["cache"] = measure_cache(options, backbone, source)
-            rows = [[name, f"{entry['bytes']}", f"{entry['convf']:.1e}", f"{entry['loss']:.1e}"] for name, entry in cache.items()]
+            rows = [
+                [name, f"{entry['bytes']}", f"{entry['convf']:.1e}", f"{entry['loss']:.1e}"]
+                for name, entry in cache.items()
+            ]
             print(tabulate(["cache dtype", "bytes an image", "map", "loss"], rows), flush=True)
             write_json(path, content)
     if runtime is not None:

@@ -7,9 +7,11 @@
     meta/<name>_1N_probe_mixed.csv         template id, subject id, ...         templates to search for
     loose_crop/                            the images
 
-Columns of the text files are separated by blanks; those of the CSV files, of which the 1:N protocol consists, have one header line and one
-line an image. Landmarks are in pixels of the crop: left eye, right eye, nose, left and right mouth corner.
+Columns of the text files are separated by blanks; those of the CSV files, of which the 1:N protocol consists, have one
+header line and one line an image. Landmarks are in pixels of the crop: left eye, right eye, nose, left and right mouth
+corner.
 """
+
 import csv
 import itertools
 import os
@@ -54,9 +56,22 @@ class Gallery:
     probe_subjects: np.ndarray  # (Q,) int64
 
 
-def write_template_protocol(root, name, *, names, images, template_ids, media_ids, landmarks, detector_score,
-                            pair_template_ids, pair_labels, galleries=()):
-    """Write crops and meta files; the file that read_template_protocol looks for comes last, when all others are on the disk.
+def write_template_protocol(
+    root,
+    name,
+    *,
+    names,
+    images,
+    template_ids,
+    media_ids,
+    landmarks,
+    detector_score,
+    pair_template_ids,
+    pair_labels,
+    galleries=(),
+):
+    """Write crops and meta files; the file that read_template_protocol looks for comes last, when all others are on the
+    disk.
 
     Args:
         root: folder, made if missing.
@@ -71,21 +86,35 @@ def write_template_protocol(root, name, *, names, images, template_ids, media_id
         with atomic_output(root / _CROPS / image_name, sync=False) as file:
             file.write(image)
     os.sync()  # once for all crops; to wait for each would take a hundred times as long
-    numbers = np.concatenate([np.reshape(landmarks, (len(names), 10)), np.reshape(detector_score, (len(names), 1))], axis=1)
-    _write_rows(root, name + _LANDMARKS, ([image_name, *(f"{value:.6g}" for value in row)] for image_name, row in zip(names, numbers)))
-    _write_rows(root, name + _PAIRS, ((*pair, int(label)) for pair, label in zip(pair_template_ids, pair_labels, strict=True)))
+    numbers = np.concatenate(
+        [np.reshape(landmarks, (len(names), 10)), np.reshape(detector_score, (len(names), 1))], axis=1
+    )
+    _write_rows(
+        root,
+        name + _LANDMARKS,
+        ([image_name, *(f"{value:.6g}" for value in row)] for image_name, row in zip(names, numbers)),
+    )
+    _write_rows(
+        root, name + _PAIRS, ((*pair, int(label)) for pair, label in zip(pair_template_ids, pair_labels, strict=True))
+    )
     images_of = {}
     for image_name, template in zip(names, template_ids, strict=True):
         images_of.setdefault(int(template), []).append(image_name)
     for gallery in galleries[:1]:
         _write_subjects(root, f"{name}{_PROBES}.csv", gallery.probe_ids, gallery.probe_subjects, images_of)
     for gallery in galleries:
-        _write_subjects(root, f"{name}{_GALLERY}{gallery.name}.csv", gallery.gallery_ids, gallery.gallery_subjects, images_of)
+        _write_subjects(
+            root, f"{name}{_GALLERY}{gallery.name}.csv", gallery.gallery_ids, gallery.gallery_subjects, images_of
+        )
     _write_rows(root, name + _IMAGES, zip(names, template_ids, media_ids, strict=True))
 
 
 def _write_subjects(root, name, ids, subjects, images_of):
-    rows = ((template, subject, image) for template, subject in zip(ids, subjects, strict=True) for image in images_of[int(template)])
+    rows = (
+        (template, subject, image)
+        for template, subject in zip(ids, subjects, strict=True)
+        for image in images_of[int(template)]
+    )
     _write_rows(root, name, (("TEMPLATE_ID", "SUBJECT_ID", "FILENAME"), *rows), ",")
 
 
@@ -100,37 +129,57 @@ def read_template_protocol(root):
     Returns:
         TemplateProtocol.
     Raises:
-        ValueError: a file is missing, empty or malformed, the files disagree, a pair names a template without images, or a detector score
-            is not finite and >= 0.
+        ValueError: a file is missing, empty or malformed, the files disagree, a pair names a template without images,
+            or a detector score is not finite and >= 0.
     """
     root = Path(root)
     found = sorted((root / "meta").glob("*" + _IMAGES))
     if len(found) != 1:
-        raise ValueError(f"{root}/meta must hold exactly one '*{_IMAGES}', found {[path.name for path in found]}; "
-                         "give the folder of one protocol")
-    prefix = str(found[0])[:-len(_IMAGES)]
+        raise ValueError(
+            f"{root}/meta must hold exactly one '*{_IMAGES}', found {[path.name for path in found]}; "
+            "give the folder of one protocol"
+        )
+    prefix = str(found[0])[: -len(_IMAGES)]
     names, ids = _read_named_rows(prefix + _IMAGES, 2, np.int64)
     landmark_names, numbers = _read_named_rows(prefix + _LANDMARKS, 11, np.float32)
     if landmark_names != names:
-        row = next((row for row, (a, b) in enumerate(zip(names, landmark_names)) if a != b), min(len(names), len(landmark_names)))
-        raise ValueError(f"{prefix}{_LANDMARKS} must list the images of {found[0].name} in the same order; they differ in row {row + 1}")
+        row = next(
+            (row for row, (a, b) in enumerate(zip(names, landmark_names)) if a != b),
+            min(len(names), len(landmark_names)),
+        )
+        raise ValueError(
+            f"{prefix}{_LANDMARKS} must list the images of {found[0].name} in the same order; they differ in row "
+            f"{row + 1}"
+        )
     score = numbers[:, 10]
     bad = np.flatnonzero(~(np.isfinite(score) & (score >= 0)))
     if len(bad):
-        raise ValueError(f"{prefix}{_LANDMARKS}: detector scores must be finite and >= 0, and {len(bad)} of {len(score)} are not so, the first in row "
-                         f"{bad[0] + 1}: {score[bad[0]]}; repair the rows")
+        raise ValueError(
+            f"{prefix}{_LANDMARKS}: detector scores must be finite and >= 0, and {len(bad)} of {len(score)} are not "
+            "so, the first in row "
+            f"{bad[0] + 1}: {score[bad[0]]}; repair the rows"
+        )
     template_ids, media_ids = np.ascontiguousarray(ids.T)
     pair_template_ids, pair_labels = _read_pairs(prefix + _PAIRS, template_ids)
     return TemplateProtocol(
-        names, template_ids, media_ids, numbers[:, :10].reshape(-1, 5, 2), score, pair_template_ids, pair_labels,
-        ImageFiles(_crop_paths(root / _CROPS, names)))
+        names,
+        template_ids,
+        media_ids,
+        numbers[:, :10].reshape(-1, 5, 2),
+        score,
+        pair_template_ids,
+        pair_labels,
+        ImageFiles(_crop_paths(root / _CROPS, names)),
+    )
 
 
 def _read(path):
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {os.strerror(error.errno)}; the protocol is incomplete, restore the file") from error
+        raise ValueError(
+            f"cannot read {path}: {os.strerror(error.errno)}; the protocol is incomplete, restore the file"
+        ) from error
 
 
 def _read_named_rows(path, num_values, dtype):
@@ -150,16 +199,25 @@ def _read_pairs(path, template_ids):
     text = _read(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # NumPy's way to say that it met something else than a number
-            values = np.fromstring(text, dtype=np.int64, sep=" ").reshape(-1, 3)  # 15.7 million rows in 5 s; row by row, minutes
+            warnings.simplefilter(
+                "error", DeprecationWarning
+            )  # NumPy's way to say that it met something else than a number
+            values = np.fromstring(text, dtype=np.int64, sep=" ").reshape(
+                -1, 3
+            )  # 15.7 million rows in 5 s; row by row, minutes
     except (ValueError, DeprecationWarning) as error:
-        raise _bad_row(path, [line.split() for line in text.decode(errors="replace").splitlines()], 0, 3, np.int64) from error
+        raise _bad_row(
+            path, [line.split() for line in text.decode(errors="replace").splitlines()], 0, 3, np.int64
+        ) from error
     pairs, labels = np.ascontiguousarray(values[:, :2]), values[:, 2]
     unknown = ~np.isin(pairs, template_ids)
     if unknown.any():
         row, column = np.argwhere(unknown)[0]
-        raise ValueError(f"{path} names {len(np.unique(pairs[unknown]))} templates that have no image in '*{_IMAGES}', the first in row {row + 1}: "
-                         f"{pairs[row, column]}; take both files from the same set")
+        raise ValueError(
+            f"{path} names {len(np.unique(pairs[unknown]))} templates that have no image in '*{_IMAGES}', the first "
+            f"in row {row + 1}: "
+            f"{pairs[row, column]}; take both files from the same set"
+        )
     if not np.isin(labels, (0, 1)).all():
         row = np.flatnonzero(~np.isin(labels, (0, 1)))[0]
         raise ValueError(f"{path} row {row + 1} must end in label 0 or 1, got {labels[row]}; repair the row")
@@ -168,6 +226,7 @@ def _read_pairs(path, template_ids):
 
 def _bad_row(path, rows, num_names, num_values, dtype):
     """The error that names the first malformed row."""
+
     def is_bad(row):
         try:
             np.array(row[num_names:], dtype=dtype).reshape(num_values)
@@ -177,20 +236,29 @@ def _bad_row(path, rows, num_names, num_values, dtype):
 
     bad = [(number, row) for number, row in enumerate(rows, start=1) if is_bad(row)]
     if not bad:  # as with digits of another script, of which only one of the two parsers knows
-        return ValueError(f"{path} must hold {num_names + num_values} columns in every row, as plain text; repair the file")
+        return ValueError(
+            f"{path} must hold {num_names + num_values} columns in every row, as plain text; repair the file"
+        )
     number, row = bad[0]
-    return ValueError(f"{path} row {number} must hold {num_names + num_values} columns ({num_values} of them {np.dtype(dtype).name}), "
-                      f"got {' '.join(row)[:80]!r}; repair the row")
+    return ValueError(
+        f"{path} row {number} must hold {num_names + num_values} columns ({num_values} of them "
+        f"{np.dtype(dtype).name}), "
+        f"got {' '.join(row)[:80]!r}; repair the row"
+    )
 
 
 def _crop_paths(folder, names):
     try:
         present = set(os.listdir(folder))
     except OSError as error:
-        raise ValueError(f"cannot list the crops in {folder}: {os.strerror(error.errno)}; restore the folder") from error
+        raise ValueError(
+            f"cannot list the crops in {folder}: {os.strerror(error.errno)}; restore the folder"
+        ) from error
     missing = [name for name in names if name not in present]
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} of the {len(names)} images, the first is {missing[0]}; restore them")
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the {len(names)} images, the first is {missing[0]}; restore them"
+        )
     return [os.path.join(folder, name) for name in names]
 
 
@@ -203,16 +271,18 @@ def read_galleries(root, protocol):
     Returns:
         list of Gallery by name; empty where there are no such files.
     Raises:
-        ValueError: there is a gallery without probes or the other way round, a file is malformed or names a template without images, a
-            template has two subjects, or a subject two templates in the galleries.
+        ValueError: there is a gallery without probes or the other way round, a file is malformed or names a template
+            without images, a template has two subjects, or a subject two templates in the galleries.
     """
     meta = Path(root) / "meta"
     galleries, probes = sorted(meta.glob(f"*{_GALLERY}*.csv")), sorted(meta.glob(f"*{_PROBES}.csv"))
     if not galleries and not probes:
         return []
     if len(probes) != 1 or not galleries:
-        raise ValueError(f"{meta}: 1:N needs '*{_GALLERY}*.csv' and one '*{_PROBES}.csv', found {len(galleries)} and {len(probes)}; "
-                         "restore the files, or remove all of them to leave 1:N out")
+        raise ValueError(
+            f"{meta}: 1:N needs '*{_GALLERY}*.csv' and one '*{_PROBES}.csv', found {len(galleries)} and {len(probes)}; "
+            "restore the files, or remove all of them to leave 1:N out"
+        )
     known = np.unique(protocol.template_ids)
     probe_ids, probe_subjects = _read_subjects(probes[0], known)
     result = []
@@ -221,8 +291,11 @@ def read_galleries(root, protocol):
         result.append(Gallery(path.stem.rpartition("_")[2], ids, subjects, probe_ids, probe_subjects))
     subjects, times = np.unique(np.concatenate([gallery.gallery_subjects for gallery in result]), return_counts=True)
     if (times > 1).any():
-        raise ValueError(f"{meta}: the galleries must hold one template a subject between them, got several of {np.count_nonzero(times > 1)} "
-                         f"subjects, the first {subjects[times > 1][0]}; repair the files")
+        raise ValueError(
+            f"{meta}: the galleries must hold one template a subject between them, got several of "
+            f"{np.count_nonzero(times > 1)} "
+            f"subjects, the first {subjects[times > 1][0]}; repair the files"
+        )
     return result
 
 
@@ -230,7 +303,9 @@ def _csv_rows(path, reader):
     try:
         yield from reader
     except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num} is no line of a CSV file: {error}; restore the file") from error
+        raise ValueError(
+            f"{path} line {reader.line_num} is no line of a CSV file: {error}; restore the file"
+        ) from error
 
 
 def _read_subjects(path, known):
@@ -242,15 +317,24 @@ def _read_subjects(path, known):
             try:
                 template, subject = np.array(row[:2], dtype=np.int64).tolist()
             except (ValueError, OverflowError):
-                raise ValueError(f"{path} line {reader.line_num} must start with a template id and a subject id, got {','.join(row)[:80]!r}; "
-                                 "repair the line") from None
+                raise ValueError(
+                    f"{path} line {reader.line_num} must start with a template id and a subject id, got "
+                    f"{','.join(row)[:80]!r}; "
+                    "repair the line"
+                ) from None
             if rows.setdefault(template, subject) != subject:
-                raise ValueError(f"{path} line {reader.line_num} gives template {template} to subject {subject}, an earlier one to {rows[template]}; "
-                                 "repair the lines")
+                raise ValueError(
+                    f"{path} line {reader.line_num} gives template {template} to subject {subject}, an earlier one to "
+                    f"{rows[template]}; "
+                    "repair the lines"
+                )
     if not rows:
         raise ValueError(f"{path} must name templates, and is empty; restore the file")
     ids = np.array(list(rows), dtype=np.int64)
     unknown = ids[~np.isin(ids, known)]
     if len(unknown):
-        raise ValueError(f"{path} names {len(unknown)} templates without images, the first {unknown[0]}; take all meta files from the same set")
+        raise ValueError(
+            f"{path} names {len(unknown)} templates without images, the first {unknown[0]}; take all meta files from "
+            "the same set"
+        )
     return ids, np.array(list(rows.values()), dtype=np.int64)

@@ -1,8 +1,10 @@
 """Verification sets (`lfw.bin`, `cfp_fp.bin`, `agedb_30.bin`) as insightface ships them.
 
-A `.bin` is a pickle of (encoded images, is-same flags): images 2k and 2k + 1 are pair k. Files written by Python 2 and by
-Python 3 exist, with flags and images as built-ins or as NumPy values. A pickle can run code, so only those types are built.
+A `.bin` is a pickle of (encoded images, is-same flags): images 2k and 2k + 1 are pair k. Files written by Python 2 and
+by Python 3 exist, with flags and images as built-ins or as NumPy values. A pickle can run code, so only those types are
+built.
 """
+
 import itertools
 import os
 import pickle
@@ -36,7 +38,9 @@ class _Type:
 
     def array(self, data, shape, order):
         """The array with these bytes."""
-        return np.frombuffer(_bytes(data), dtype=np.dtype(self._code).newbyteorder(self._order)).reshape(shape, order=order)
+        return np.frombuffer(_bytes(data), dtype=np.dtype(self._code).newbyteorder(self._order)).reshape(
+            shape, order=order
+        )
 
 
 class _Array:
@@ -57,7 +61,9 @@ def _text(value):
 
 
 def _bytes(content=b"", encoding="latin1"):
-    """bytes() and codecs.encode() of what pickles give them: bytes, or text that stands for them. A number would be a request for memory."""
+    """bytes() and codecs.encode() of what pickles give them: bytes, or text that stands for them. A number would be a
+    request for memory.
+    """
     if _text(encoding) not in ("latin1", "latin-1") or not isinstance(content, (bytes, bytearray, str)):
         raise pickle.UnpicklingError(f"it makes bytes of a {type(content).__name__}")
     return content.encode("latin1") if isinstance(content, str) else bytes(content)
@@ -74,19 +80,26 @@ def _frombuffer(data, dtype, shape, order):
 
 
 _CODES = frozenset(["b1", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))])
-# What pickles of bytes, bool and NumPy arrays refer to, under the module names of Python 2 and 3, NumPy 1 and 2, and what is built instead:
-# NumPy's own functions trust the file, and read any memory that it names.
+# What pickles of bytes, bool and NumPy arrays refer to, under the module names of Python 2 and 3, NumPy 1 and 2, and
+# what is built instead: NumPy's own functions trust the file, and read any memory that it names.
 _BUILDERS = {
-    ("_codecs", "encode"): _bytes, **{(module, name): _bytes for module in ("__builtin__", "builtins") for name in ("bytes", "bytearray")},
-    ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Type,
-    **{(f"numpy.{core}.multiarray", name): builder for core in ("core", "_core") for name, builder in (("_reconstruct", _Array), ("scalar", _scalar))},
+    ("_codecs", "encode"): _bytes,
+    **{(module, name): _bytes for module in ("__builtin__", "builtins") for name in ("bytes", "bytearray")},
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Type,
+    **{
+        (f"numpy.{core}.multiarray", name): builder
+        for core in ("core", "_core")
+        for name, builder in (("_reconstruct", _Array), ("scalar", _scalar))
+    },
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Builds bytes, numbers, lists, tuples and arrays of numbers. In Python, because the one in C sets memory aside for whatever place in
-    its memo a file names."""
+    """Builds bytes, numbers, lists, tuples and arrays of numbers. In Python, because the one in C sets memory aside for
+    whatever place in its memo a file names.
+    """
 
     def find_class(self, module, name):
         if (module, name) not in _BUILDERS:
@@ -100,7 +113,9 @@ class _PlainUnpickler(pickle._Unpickler):
         self.stack[-1].__setstate__(state)
 
     def _bytearray(self):
-        self.append(self.read(int.from_bytes(self.read(8), "little")))  # the original sets the memory aside before it reads
+        self.append(
+            self.read(int.from_bytes(self.read(8), "little"))
+        )  # the original sets the memory aside before it reads
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build, pickle.BYTEARRAY8[0]: _bytearray}  # noqa: RUF012 -- as in its base
 
@@ -139,9 +154,15 @@ def read_verification_set(path):
         if same.ndim != 1 or same.dtype.kind not in "biu":
             raise ValueError(f"its flags are an array of {same.dtype} with shape {same.shape}")
     except OSError as error:
-        raise ValueError(f"cannot read the verification set {path}: {os.strerror(error.errno)}; check the path") from error
-    except Exception as error:  # a damaged pickle raises nearly anything: KeyError, IndexError, MemoryError, AttributeError ...
-        raise ValueError(f"{path} must be a pickle of (encoded images, is-same flags): {error}; download it again") from error
+        raise ValueError(
+            f"cannot read the verification set {path}: {os.strerror(error.errno)}; check the path"
+        ) from error
+    except (
+        Exception
+    ) as error:  # a damaged pickle raises nearly anything: KeyError, IndexError, MemoryError, AttributeError ...
+        raise ValueError(
+            f"{path} must be a pickle of (encoded images, is-same flags): {error}; download it again"
+        ) from error
     _check_counts(path, len(images), len(same))
     return VerificationSet(EncodedImages(images), same.astype(bool))
 
@@ -149,8 +170,8 @@ def read_verification_set(path):
 def draw_pairs(source, num_pairs=6000, folds=10, seed=0):
     """A verification set from labelled images, such as open_source gives for a folder of identities.
 
-    Half of the pairs of each fold show one person, half two. Folds are successive tenths of the pairs, as in a `.bin`, and no identity
-    is in more than one of them.
+    Half of the pairs of each fold show one person, half two. Folds are successive tenths of the pairs, as in a `.bin`,
+    and no identity is in more than one of them.
 
     Args:
         source: ImageSource with labels.
@@ -175,10 +196,17 @@ def draw_pairs(source, num_pairs=6000, folds=10, seed=0):
         own = [_pairs_of(members[k], per_kind, rng) for k in identities.tolist()]
         possible = sum(map(len, own))
         if len(identities) < 2 or possible < per_kind:
-            raise ValueError(f"a fold needs two identities and {per_kind} pairs of images of one person, but one of {folds} folds has "
-                             f"{len(identities)} identities and {possible} such pairs; ask for fewer pairs, or give more images")
-        in_turn = (pair for turn in itertools.zip_longest(*own) for pair in turn if pair is not None)  # one of each identity, then one more ...
-        impostors = [[rng.choice(members[k]) for k in rng.choice(identities, 2, replace=False)] for _ in range(per_kind)]
+            raise ValueError(
+                f"a fold needs two identities and {per_kind} pairs of images of one person, but one of {folds} folds "
+                "has "
+                f"{len(identities)} identities and {possible} such pairs; ask for fewer pairs, or give more images"
+            )
+        in_turn = (
+            pair for turn in itertools.zip_longest(*own) for pair in turn if pair is not None
+        )  # one of each identity, then one more ...
+        impostors = [
+            [rng.choice(members[k]) for k in rng.choice(identities, 2, replace=False)] for _ in range(per_kind)
+        ]
         pairs += [*itertools.islice(in_turn, per_kind), *impostors]
     same = np.tile(np.repeat([True, False], per_kind), folds)
     return VerificationSet(SelectedImages(source, np.array(pairs, dtype=np.int64).ravel(), with_labels=False), same)

@@ -61,7 +61,7 @@ def map_arrays(path, check=True):
                 raise ValueError
         except (struct.error, ValueError):
             raise ValueError(f"{path} is no file of arrays, or damaged; delete it") from None
-    body = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[_PREFIX.size + header_size:]
+    body = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[_PREFIX.size + header_size :]
     try:  # the checksums tell accidents, not intent
         header = json.loads(header)
         meta, arrays = header["meta"], {name: _placed(body, *place) for name, place in header["arrays"].items()}

@@ -1,4 +1,5 @@
 """Output files that appear whole or not at all, and files of arrays that are read by mapping them into memory."""
+
 import contextlib
 import os
 from pathlib import Path
@@ -10,13 +11,16 @@ def atomic_output(path, sync=True):
 
     Args:
         path: str or Path. Missing parent folders are created.
-        sync: wait until the bytes are on the disk; False for many small files that can be made anew, which it would slow a hundredfold.
+        sync: wait until the bytes are on the disk; False for many small files that can be made anew, which it would
+            slow a hundredfold.
     Yields:
         A binary file object, seekable.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")  # the process id keeps ranks that write the same cache apart
+    aside = path.with_name(
+        f".{path.name}.{os.getpid()}.partial"
+    )  # the process id keeps ranks that write the same cache apart
     try:
         with open(aside, "wb") as file:
             yield file

@@ -1,18 +1,23 @@
-"""CRC-32C (Castagnoli; RFC 3720, 12.1), the checksum of TFRecord, by NumPy: Python's standard library has only CRC-32."""
+"""CRC-32C (Castagnoli; RFC 3720, 12.1), the checksum of TFRecord, by NumPy: Python's standard library has only
+CRC-32.
+"""
+
 import functools
 
 import numpy as np
 
 _POLYNOMIAL = 0x82F63B78  # lowest bit first
 _BLOCK = 4096  # bytes whose shares are looked up together: a table of 4 MB
-_PREFIX = np.frombuffer(bytes.fromhex("54641f64"), dtype=np.uint8)  # four bytes that turn a register of 0 into the ffffffff it has to start from
+_PREFIX = np.frombuffer(
+    bytes.fromhex("54641f64"), dtype=np.uint8
+)  # four bytes that turn a register of 0 into the ffffffff it has to start from
 
 
 def crc32c(data):
     """Checksums of rows of bytes.
 
-    The register is linear over exclusive or: each byte has a share in it that depends on its place, so all shares are looked up at once. Zeros
-    before the first byte leave a register of 0 as it is, so rows are filled up at the front.
+    The register is linear over exclusive or: each byte has a share in it that depends on its place, so all shares are
+    looked up at once. Zeros before the first byte leave a register of 0 as it is, so rows are filled up at the front.
 
     Args:
         data: (..., n) uint8.
@@ -22,8 +27,8 @@ def crc32c(data):
     size = _PREFIX.size + data.shape[-1]
     width = min(size, _BLOCK)
     padded = np.zeros((*data.shape[:-1], -(-size // width) * width), dtype=np.uint8)
-    padded[..., -size:padded.shape[-1] - data.shape[-1]] = _PREFIX
-    padded[..., padded.shape[-1] - data.shape[-1]:] = data
+    padded[..., -size : padded.shape[-1] - data.shape[-1]] = _PREFIX
+    padded[..., padded.shape[-1] - data.shape[-1] :] = data
     places = np.arange(256 * (_BLOCK - width), 256 * _BLOCK, 256)
     blocks = padded.reshape(*data.shape[:-1], padded.shape[-1] // width, width)
     shares = np.bitwise_xor.reduce(_shares().take(blocks + places), axis=-1)
@@ -36,7 +41,9 @@ def crc32c(data):
 
 @functools.cache
 def _shares():
-    """(_BLOCK * 256,) uint32: the register after byte b, entry 256 place + b, and the bytes of zero that follow it in a block."""
+    """(_BLOCK * 256,) uint32: the register after byte b, entry 256 place + b, and the bytes of zero that follow it in a
+    block.
+    """
     register = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         register = register >> 1 ^ np.where(register & 1, np.uint32(_POLYNOMIAL), np.uint32(0))

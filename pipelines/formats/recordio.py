@@ -5,14 +5,15 @@ A file is a row of frames, each starting on a 4-byte boundary, all numbers littl
     frame   = magic u32 (0xced7230a) | cflag (3 bits), length (29 bits) in a u32 | `length` bytes | zeros to a multiple of 4
     payload = flag u32 | label f32 | id u64 | id2 u64 | `flag` labels f32 (where flag > 0) | image bytes
 
-A payload in which the magic occurs at a multiple of 4 is cut there into several frames: cflag 1 opens, 2 continues, 3 closes,
-and each cut stands for the magic it replaced. cflag 0 is a whole payload. A 10 KB JPEG holds such a magic once in about two
-million images, so millions of faces do contain some.
+A payload in which the magic occurs at a multiple of 4 is cut there into several frames: cflag 1 opens, 2 continues, 3
+closes, and each cut stands for the magic it replaced. cflag 0 is a whole payload. A 10 KB JPEG holds such a magic once
+in about two million images, so millions of faces do contain some.
 
-As distributed, record 0 says [N + 1, N + 1 + identities], records 1..N are the images, and one record per identity follows,
-with [its first record id, its last + 1]. The records that are not images are exactly those without bytes after their labels;
-counts are not taken from record 0, because float32 cannot hold every count above 2^24.
+As distributed, record 0 says [N + 1, N + 1 + identities], records 1..N are the images, and one record per identity
+follows, with [its first record id, its last + 1]. The records that are not images are exactly those without bytes after
+their labels; counts are not taken from record 0, because float32 cannot hold every count above 2^24.
 """
+
 import contextlib
 import struct
 from pathlib import Path
@@ -38,7 +39,9 @@ class Record(NamedTuple):
 
     record_id: int
     labels: np.ndarray  # (max(flag, 1),) float32
-    image: np.ndarray  # (bytes,) uint8, empty in header and identity records; a view of the file unless the record was cut
+    image: (
+        np.ndarray
+    )  # (bytes,) uint8, empty in header and identity records; a view of the file unless the record was cut
 
 
 class ImageRecords(NamedTuple):
@@ -118,7 +121,9 @@ def pack_record(record_id, label, image):
         is_last = position == len(parts) - 1
         cflag = (_LAST if position else _WHOLE) if is_last else (_MIDDLE if position else _FIRST)
         packed += [_FRAME.pack(_MAGIC, cflag << 29 | len(part)), part]
-    return b"".join([*packed, bytes(-len(payload) % 4)])  # cuts lie on multiples of 4, so the last part needs what the whole needs
+    return b"".join(
+        [*packed, bytes(-len(payload) % 4)]
+    )  # cuts lie on multiples of 4, so the last part needs what the whole needs
 
 
 def _cut_at_magic(payload):
@@ -137,7 +142,8 @@ def read_record(data, offset):
     """The record whose first frame starts at `offset`.
 
     Args:
-        data: (bytes,) uint8 array, the whole `.rec`; a plain array over the memory map, which slices twice as fast as np.memmap.
+        data: (bytes,) uint8 array, the whole `.rec`; a plain array over the memory map, which slices twice as fast as
+            np.memmap.
         offset: int, from scan_image_records or an `.idx` line.
     Returns:
         Record.
@@ -146,13 +152,15 @@ def read_record(data, offset):
     """
     payload, _ = _payload(data, offset)
     if payload.size < _HEADER.size:
-        raise ValueError(f"the record at byte {offset} must hold a {_HEADER.size}-byte header, got {payload.size} bytes: "
-                         "this RecordIO file does not hold images")
+        raise ValueError(
+            f"the record at byte {offset} must hold a {_HEADER.size}-byte header, got {payload.size} bytes: "
+            "this RecordIO file does not hold images"
+        )
     flag, label, record_id, _ = _HEADER.unpack_from(payload)
     image_start = _HEADER.size + 4 * flag
     if image_start > payload.size:
         raise ValueError(f"the record at byte {offset} announces {flag} labels in {payload.size} bytes; {_REPLACE}")
-    labels = payload[_HEADER.size:image_start].view("<f4") if flag else np.array([label], dtype=np.float32)
+    labels = payload[_HEADER.size : image_start].view("<f4") if flag else np.array([label], dtype=np.float32)
     return Record(record_id, labels, payload[image_start:])
 
 
@@ -163,12 +171,13 @@ def images_in(data, starts, lengths):
         data: (bytes,) uint8 array.
         starts, lengths: (B,) int64; record b is data[starts[b]:starts[b] + lengths[b]], a length of 0 is none.
     Returns:
-        starts, lengths: (B,) int64, of the images; a length of 0 where that takes read_record: the record was cut, or is damaged.
+        starts, lengths: (B,) int64, of the images; a length of 0 where that takes read_record: the record was cut, or
+            is damaged.
     """
     whole = (lengths >= _FRAME.size + _HEADER.size) & (starts % 4 == 0)
     if not whole.any():
         return starts, np.zeros_like(lengths)
-    words = data[:data.size // 4 * 4].view("<u4")
+    words = data[: data.size // 4 * 4].view("<u4")
     magic, size, flag = words[np.where(whole, starts // 4, 0)[:, None] + np.arange(3)].T.astype(np.int64)
     before = _FRAME.size + _HEADER.size + 4 * flag
     image = _FRAME.size + size - before
@@ -177,17 +186,23 @@ def images_in(data, starts, lengths):
 
 
 def _payload(data, offset):
-    """(payload, end) of the record at `offset`: its bytes, a view unless it was cut, and where the next record starts."""
+    """(payload, end) of the record at `offset`: its bytes, a view unless it was cut, and where the next record
+    starts.
+    """
     cflag, start, end = _frame(data, offset)
     if cflag == _WHOLE:
         return data[start:end], end + -end % 4
     if cflag != _FIRST:
-        raise ValueError(f"byte {offset} must start a record and lies inside one: the index is of another file; delete the index")
+        raise ValueError(
+            f"byte {offset} must start a record and lies inside one: the index is of another file; delete the index"
+        )
     parts = [data[start:end]]
     while cflag != _LAST:
         cflag, start, end = _frame(data, end + -end % 4)
         if cflag not in (_MIDDLE, _LAST):
-            raise ValueError(f"the record at byte {offset} was written in parts and the last part is missing; {_REPLACE}")
+            raise ValueError(
+                f"the record at byte {offset} was written in parts and the last part is missing; {_REPLACE}"
+            )
         parts += [np.frombuffer(_MAGIC_BYTES, np.uint8), data[start:end]]
     return np.concatenate(parts), end + -end % 4
 
@@ -199,7 +214,10 @@ def _frame(data, offset):
         raise _truncated(offset, start, data.size)
     magic, cflag_and_length = _FRAME.unpack_from(data, offset)
     if magic != _MAGIC:
-        raise ValueError(f"byte {offset} must start a record with magic {_MAGIC:#x}, found {magic:#x}: not RecordIO, or damaged; {_REPLACE}")
+        raise ValueError(
+            f"byte {offset} must start a record with magic {_MAGIC:#x}, found {magic:#x}: not RecordIO, or damaged; "
+            f"{_REPLACE}"
+        )
     end = start + (cflag_and_length & _MAX_LENGTH)
     if end > data.size:
         raise _truncated(offset, end, data.size)
@@ -207,7 +225,9 @@ def _frame(data, offset):
 
 
 def _truncated(offset, needed, size):
-    return ValueError(f"the file is truncated: the record at byte {offset} ends at byte {needed} and the file at {size}; {_REPLACE}")
+    return ValueError(
+        f"the file is truncated: the record at byte {offset} ends at byte {needed} and the file at {size}; {_REPLACE}"
+    )
 
 
 def scan_image_records(data, progress=None):
@@ -265,10 +285,14 @@ def whole_records(data):
 
 
 def _walk(data, end):
-    """Up to _SCAN_BLOCK records from byte `end` on: their starts, which of them are cut or too short, and where the next one starts."""
+    """Up to _SCAN_BLOCK records from byte `end` on: their starts, which of them are cut or too short, and where the
+    next one starts.
+    """
     buffer, size, unpack, shortest = memoryview(data), data.size, _FRAME.unpack_from, _HEADER.size
     starts, unusual = [], []
-    for position in range(_SCAN_BLOCK):  # the scan of a file of millions of records is this loop, so it knows the usual frame
+    for position in range(
+        _SCAN_BLOCK
+    ):  # the scan of a file of millions of records is this loop, so it knows the usual frame
         if end >= size:
             break
         start = end
@@ -286,11 +310,15 @@ def _walk(data, end):
 
 def _image_records(data, starts, unusual, end):
     """ImageRecords of the records at `starts`, the last of which ends at byte `end`."""
-    labels, image_sizes, flags = np.empty(len(starts)), np.empty(len(starts), dtype=np.int64), np.ones(len(starts), dtype=np.int64)
+    labels, image_sizes, flags = (
+        np.empty(len(starts)),
+        np.empty(len(starts), dtype=np.int64),
+        np.ones(len(starts), dtype=np.int64),
+    )
     usual = np.ones(len(starts), dtype=bool)
     usual[unusual] = False
 
-    words = data[:data.size // 4 * 4].view("<u4")
+    words = data[: data.size // 4 * 4].view("<u4")
     first = starts[usual] // 4
     flags[usual] = usual_flags = words[first + 2].astype(np.int64)
     image_sizes[usual] = words[first + 1] - np.int64(_HEADER.size) - 4 * usual_flags
@@ -304,7 +332,9 @@ def _image_records(data, starts, unusual, end):
         labels[position], image_sizes[position] = record.labels[0], record.image.size
     is_image = image_sizes > 0
     lengths = np.diff(starts, append=end)
-    return ImageRecords(starts[is_image], lengths[is_image], labels[is_image], int(np.count_nonzero(~is_image & (flags == 0))))
+    return ImageRecords(
+        starts[is_image], lengths[is_image], labels[is_image], int(np.count_nonzero(~is_image & (flags == 0)))
+    )
 
 
 def write_property(folder, num_classes, height=112, width=112):
@@ -323,5 +353,8 @@ def read_num_classes(path):
         text = file.read(100).strip()
     first = text.split(",")[0].strip()
     if not first.isascii() or not first.isdigit() or int(first) > _MAX_CLASSES:
-        raise ValueError(f"{path} must hold 'classes,height,width' with up to {_MAX_CLASSES} classes, got {text[:60]!r}; write e.g. '85742,112,112'")
+        raise ValueError(
+            f"{path} must hold 'classes,height,width' with up to {_MAX_CLASSES} classes, got {text[:60]!r}; write "
+            "e.g. '85742,112,112'"
+        )
     return int(first)

@@ -13,7 +13,9 @@ _AROUND = _HEADER + _CHECKSUM.size  # bytes of a record that are not its Example
 _SCAN_BLOCK = 1 << 16  # records whose headers are checked together, while the pages that hold them are still warm
 _HUGE = 1 << 62  # bytes; stands for every length from there on
 
-_FEATURES = _ENTRY = _NAME = _BYTES_LIST = _VALUE = 1  # numbers of fields: of an Example, a map, its entry, a feature, a list
+_FEATURES = _ENTRY = _NAME = _BYTES_LIST = _VALUE = (
+    1  # numbers of fields: of an Example, a map, its entry, a feature, a list
+)
 _FEATURE = 2  # of the entry of a map
 _INT64_LIST = 3  # of a feature
 _VARINT, _SIZED, _FIXED = 0, 2, {1: 8, 5: 4}  # wire types; bytes of those of fixed size
@@ -46,8 +48,13 @@ def pack_record(image, label):
     """
     image = _packed(_BYTES_LIST, _packed(_VALUE, bytes(image)))
     label = _packed(_INT64_LIST, _packed(_VALUE, _packed_varint(label)))
-    example = _packed(_FEATURES, b"".join(_packed(_ENTRY, _packed(_NAME, names[0]) + _packed(_FEATURE, feature))
-                                          for names, feature in ((_IMAGE_KEYS, image), (_LABEL_KEYS, label))))
+    example = _packed(
+        _FEATURES,
+        b"".join(
+            _packed(_ENTRY, _packed(_NAME, names[0]) + _packed(_FEATURE, feature))
+            for names, feature in ((_IMAGE_KEYS, image), (_LABEL_KEYS, label))
+        ),
+    )
     return frame(example)
 
 
@@ -86,7 +93,8 @@ def _sizes(headers):
 
 
 def _records(data):
-    """(starts, sizes) of the records of a file, block after block: the bytes at which they start, and of their Examples.
+    """(starts, sizes) of the records of a file, block after block: the bytes at which they start, and of their
+    Examples.
 
     Args:
         data: (bytes,) uint8 array, the whole file.
@@ -102,13 +110,22 @@ def _records(data):
             starts.append(end)
             end += _AROUND + _SIZE.unpack_from(buffer, end)[0]
         if not starts:
-            raise ValueError(f"it is truncated: the header at byte {end} has {_HEADER} bytes and the file ends at {data.size}; {_REPLACE}")
+            raise ValueError(
+                f"it is truncated: the header at byte {end} has {_HEADER} bytes and the file ends at {data.size}; "
+                f"{_REPLACE}"
+            )
         starts = np.array(starts, dtype=np.int64)
         sizes = _sizes(data[starts[:, None] + np.arange(_HEADER)])
         if sizes.min() < 0:
-            raise ValueError(f"no record starts at byte {starts[sizes.argmin()]}: compressed, damaged or no TFRecord file; {_REPLACE}, uncompressed")
+            raise ValueError(
+                f"no record starts at byte {starts[sizes.argmin()]}: compressed, damaged or no TFRecord file; "
+                f"{_REPLACE}, uncompressed"
+            )
         if end > data.size:
-            raise ValueError(f"it is truncated: the record at byte {starts[-1]} ends at byte {end} and the file at {data.size}; {_REPLACE}")
+            raise ValueError(
+                f"it is truncated: the record at byte {starts[-1]} ends at byte {end} and the file at {data.size}; "
+                f"{_REPLACE}"
+            )
         yield starts, sizes
 
 
@@ -117,9 +134,11 @@ def images_in(data, starts, lengths):
 
     Args:
         data: (bytes,) uint8 array.
-        starts, lengths: (B,) int64; record b starts at byte starts[b] and lengths[b] bytes from there are at hand, of which it may need fewer.
+        starts, lengths: (B,) int64; record b starts at byte starts[b] and lengths[b] bytes from there are at hand, of
+            which it may need fewer.
     Returns:
-        starts, lengths: (B,) int64, of the images; a length of 0 where that takes parse_example: the record is longer, of another form, or damaged.
+        starts, lengths: (B,) int64, of the images; a length of 0 where that takes parse_example: the record is longer,
+            of another form, or damaged.
     """
     found_starts, found_lengths = starts.copy(), np.zeros_like(lengths)
     there = np.flatnonzero(lengths >= _AROUND)
@@ -135,20 +154,23 @@ def images_in(data, starts, lengths):
         feature = _next_fields(data, (name[1], entry[1]), _FEATURE)
         start, end = _next_fields(data, _next_fields(data, feature, _BYTES_LIST), _VALUE)
         key = np.frombuffer(_IMAGE_KEYS[0], dtype=np.uint8)
-        is_image = (name[1] - name[0] == len(key)) & (data[np.minimum(name[0][:, None] + np.arange(len(key)), data.size - 1)] == key).all(axis=1)
+        is_image = (name[1] - name[0] == len(key)) & (
+            data[np.minimum(name[0][:, None] + np.arange(len(key)), data.size - 1)] == key
+        ).all(axis=1)
         found_starts[there[is_image]], found_lengths[there[is_image]] = start[is_image], (end - start)[is_image]
         there, message = there[~is_image], (entry[1][~is_image], message[1][~is_image])
     return found_starts, found_lengths
 
 
 def _next_fields(data, messages, number):
-    """(starts, ends) of what the fields hold that the messages data[messages[0][b]:messages[1][b]] begin with; an empty place where that is no field
-    of that number with bytes in it."""
+    """(starts, ends) of what the fields hold that the messages data[messages[0][b]:messages[1][b]] begin with; an empty
+    place where that is no field of that number with bytes in it.
+    """
     at, end = messages
     window = data[np.minimum(at[:, None] + np.arange(6), data.size - 1)]
     more = window[:, 1:] >= 128
     used = np.cumprod(more, axis=1)  # which bytes of the size are followed by another
-    size = ((window[:, 1:] & 127).astype(np.int64) << np.arange(0, 35, 7))
+    size = (window[:, 1:] & 127).astype(np.int64) << np.arange(0, 35, 7)
     size = size[:, 0] + (size[:, 1:] * used[:, :-1]).sum(axis=1)
     start = at + 2 + used.sum(axis=1)
     is_there = (at < end) & (window[:, 0] == (number << 3 | _SIZED)) & (used[:, -1] == 0) & (start + size <= end)
@@ -174,7 +196,10 @@ def parse_example(data, start, end):
     image = _first_value(data, features, _IMAGE_KEYS, _BYTES_LIST)
     if image is None:
         names = ", ".join(repr(name.decode(errors="replace"))[:40] for name in [*features][:8]) or "none"
-        raise ValueError(f"it must hold an image, a bytes_list {_either(_IMAGE_KEYS)}; its features are {names}; write it anew or leave it out")
+        raise ValueError(
+            f"it must hold an image, a bytes_list {_either(_IMAGE_KEYS)}; its features are {names}; write it anew or "
+            "leave it out"
+        )
     label = _first_value(data, features, _LABEL_KEYS, _INT64_LIST)
     if label is None or label[0] == label[1]:
         return *image, None
@@ -183,7 +208,9 @@ def parse_example(data, start, end):
 
 
 def _first_value(data, features, names, kind):
-    """(start, end) of the first value in the list of that kind that the first of the names has; None where there is none."""
+    """(start, end) of the first value in the list of that kind that the first of the names has; None where there is
+    none.
+    """
     for name in names:
         value = _first(data, _first(data, features.get(name, _NOTHING), kind), _VALUE)
         if value is not _NOTHING:
@@ -214,10 +241,14 @@ def _fields(data, message, number):
         else:
             raise ValueError(f"it is no tf.train.Example, or damaged: a field has wire type {kind}; {_REPLACE}")
         if at > end:
-            raise ValueError(f"it is no tf.train.Example, or damaged: a field ends {at - end} bytes behind its message; {_REPLACE}")
+            raise ValueError(
+                f"it is no tf.train.Example, or damaged: a field ends {at - end} bytes behind its message; {_REPLACE}"
+            )
         if tag >> 3 == number:
             yield start, at
-    raise ValueError(f"a message in it must have fewer than {_MOST_FIELDS} fields; write it anew, with image and label alone")
+    raise ValueError(
+        f"a message in it must have fewer than {_MOST_FIELDS} fields; write it anew, with image and label alone"
+    )
 
 
 def _either(names):

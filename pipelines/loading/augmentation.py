@@ -1,18 +1,21 @@
 """Random changes to decoded faces, the same for both decoders, on the device of the batch.
 
-In this order, each with its own probability: crop, down-up-sampling, blur, hue and saturation, grey, occlusion. The first three are
-linear along rows and columns apart, so each is two matrix products a channel with matrices drawn for every image; the colour changes
-are one 3 x 3 matrix an image. Only the images that a change falls on are computed, in float32, and rounded to uint8 once at the end.
+In this order, each with its own probability: crop, down-up-sampling, blur, hue and saturation, grey, occlusion. The
+first three are linear along rows and columns apart, so each is two matrix products a channel with matrices drawn for
+every image; the colour changes are one 3 x 3 matrix an image. Only the images that a change falls on are computed, in
+float32, and rounded to uint8 once at the end.
 
 All random numbers come from outside, so that an image looks the same in an epoch whatever rank or decoder makes it.
 """
+
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-# Conversion to luma and chroma (YIQ), in which DALI's hsv operator turns and scales the chroma: fn.hsv is this linear map.
+# Conversion to luma and chroma (YIQ), in which DALI's hsv operator turns and scales the chroma: fn.hsv is this linear
+# map.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _RGB = np.linalg.inv(_YIQ)
 
@@ -41,11 +44,21 @@ class Augmentation:
         for name in ("crop", "resample", "blur", "hue_saturation", "grey", "occlusion"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {getattr(self, name)}")
-        for name, least, most in (("crop_area", 0, 1), ("resample_size", 0, 1), ("saturation", 0, math.inf), ("occlusion_area", 0, 1),
-                                  ("occlusion_aspect", 0, math.inf), ("hue", -math.inf, math.inf)):
+        for name, least, most in (
+            ("crop_area", 0, 1),
+            ("resample_size", 0, 1),
+            ("saturation", 0, math.inf),
+            ("occlusion_area", 0, 1),
+            ("occlusion_aspect", 0, math.inf),
+            ("hue", -math.inf, math.inf),
+        ):
             low, high = getattr(self, name)
-            if not least <= low <= high <= most or (low == 0 and name in ("crop_area", "resample_size", "occlusion_aspect")):
-                raise ValueError(f"{name} must be a range (low, high) within {least}..{most}, got {getattr(self, name)}")
+            if not least <= low <= high <= most or (
+                low == 0 and name in ("crop_area", "resample_size", "occlusion_aspect")
+            ):
+                raise ValueError(
+                    f"{name} must be a range (low, high) within {least}..{most}, got {getattr(self, name)}"
+                )
         if not self.blur_windows or any(window < 1 or window % 2 == 0 for window in self.blur_windows):
             raise ValueError(f"blur_windows must be odd numbers of pixels, got {self.blur_windows}")
 
@@ -82,8 +95,15 @@ class Augmentation:
     def _crop(self, images, u):
         size = images.shape[-1]
         side = size * np.sqrt(_between(self.crop_area, u["crop area"]))
-        along = [_filter((u[f"crop {axis}"] * (size - side))[:, None] + (np.arange(size) + 0.5) * (side / size)[:, None], np.ones(len(side)),
-                         np.full(len(side), size), size) for axis in ("top", "left")]
+        along = [
+            _filter(
+                (u[f"crop {axis}"] * (size - side))[:, None] + (np.arange(size) + 0.5) * (side / size)[:, None],
+                np.ones(len(side)),
+                np.full(len(side), size),
+                size,
+            )
+            for axis in ("top", "left")
+        ]
         return _separable(images, *along)
 
     def _resample(self, images, u):
@@ -100,11 +120,19 @@ class Augmentation:
         size, number = images.shape[-1], np.arange(images.shape[-1])
         kernels = []
         for window in self.blur_windows:
-            def weight(distance, radius=window // 2, sigma=0.15 * (window - 3) + 0.8):
-                return np.where(abs(distance) <= radius, np.exp(-distance**2 / (2 * sigma**2)), 0.0)
 
-            i, j = number[:, None], number[None]  # beyond the border the image is mirrored, without repeating its last pixel
-            kernel = weight(i - j) + np.where(j > 0, weight(i + j), 0) + np.where(j < size - 1, weight(2 * (size - 1) - i - j), 0)
+            def weight(distance, radius=window // 2, sigma=0.15 * (window - 3) + 0.8):
+                return np.where(abs(distance) <= radius, np.exp(-(distance**2) / (2 * sigma**2)), 0.0)
+
+            i, j = (
+                number[:, None],
+                number[None],
+            )  # beyond the border the image is mirrored, without repeating its last pixel
+            kernel = (
+                weight(i - j)
+                + np.where(j > 0, weight(i + j), 0)
+                + np.where(j < size - 1, weight(2 * (size - 1) - i - j), 0)
+            )
             kernels.append(kernel / kernel.sum(axis=1, keepdims=True))
         chosen = np.stack(kernels)[(u["blur window"] * len(kernels)).astype(np.int64)]
         return _separable(images, chosen, chosen)
@@ -123,7 +151,10 @@ class Augmentation:
     def _occlusion(self, images, u):
         size = images.shape[-1]
         low, high = np.log(self.occlusion_aspect)
-        area, aspect = _between(self.occlusion_area, u["occlusion area"]), np.exp(low + (high - low) * u["occlusion aspect"])
+        area, aspect = (
+            _between(self.occlusion_area, u["occlusion area"]),
+            np.exp(low + (high - low) * u["occlusion aspect"]),
+        )
         inside = []
         for length, axis in ((np.sqrt(area * aspect), "top"), (np.sqrt(area / aspect), "left")):
             length = np.minimum(length, 1) * size
@@ -143,8 +174,17 @@ PRESETS = {
     "strong": Augmentation(resample=0.1, blur=0.2, hue_saturation=0.2, grey=0.1, crop=0.2, occlusion=0.2),
 }
 _STEPS = ("crop", "resample", "blur", "hue_saturation", "grey", "occlusion")
-_UNIFORMS = (*(f"{name}?" for name in _STEPS), "crop area", "crop top", "crop left", "resample size", "blur window", "hue", "saturation",
-             *(f"occlusion {name}" for name in ("area", "aspect", "top", "left", "red", "green", "blue")))
+_UNIFORMS = (
+    *(f"{name}?" for name in _STEPS),
+    "crop area",
+    "crop top",
+    "crop left",
+    "resample size",
+    "blur window",
+    "hue",
+    "saturation",
+    *(f"occlusion {name}" for name in ("area", "aspect", "top", "left", "red", "green", "blue")),
+)
 assert len(_UNIFORMS) == Augmentation.NUM_UNIFORMS
 
 
@@ -164,7 +204,10 @@ def _filter(centers, scales, limits, size):
         (B, O, size) float64, rows sum to 1.
     """
     pixels = np.arange(size) + 0.5
-    weights = np.maximum(0, 1 - abs(pixels - centers[..., None]) / scales[:, None, None]) * (pixels < limits[:, None])[:, None]
+    weights = (
+        np.maximum(0, 1 - abs(pixels - centers[..., None]) / scales[:, None, None])
+        * (pixels < limits[:, None])[:, None]
+    )
     total = weights.sum(axis=-1, keepdims=True)
     return weights / np.where(total > 0, total, 1)
 

@@ -11,7 +11,9 @@ import torch
 from scf_fast.pipelines.loading.augmentation import PRESETS, Augmentation
 from scf_fast.pipelines.loading.decode import FACE_SIZE
 
-_READ_AHEAD = 1 << 14  # images of a rank that the disk is asked for together, 160 MB: 64 blocks of 256, what a block shuffle mixes
+_READ_AHEAD = (
+    1 << 14
+)  # images of a rank that the disk is asked for together, 160 MB: 64 blocks of 256, what a block shuffle mixes
 _CENTER = 127.5
 _SCALE = {
     "insightface": 127.5,  # arcface_torch: mean 0.5, std 0.5 of values in [0, 1]
@@ -32,7 +34,8 @@ class Preprocessing:
             raise ValueError(f"normalization must be one of {', '.join(_SCALE)}, got {self.normalization!r}")
 
     def normalize(self, faces, dtype=torch.float32):
-        """Scale pixels; each result is the exact quotient rounded once to dtype, as x - 127.5 is exact in bf16 and wider.
+        """Scale pixels; each result is the exact quotient rounded once to dtype, as x - 127.5 is exact in bf16 and
+        wider.
 
         Args:
             faces: (B, H, W, 3) uint8.
@@ -40,7 +43,12 @@ class Preprocessing:
         Returns:
             (B, 3, H, W) dtype in channels_last memory format; new memory.
         """
-        return faces.permute(0, 3, 1, 2).to(dtype, memory_format=torch.channels_last).sub_(_CENTER).div_(_SCALE[self.normalization])
+        return (
+            faces.permute(0, 3, 1, 2)
+            .to(dtype, memory_format=torch.channels_last)
+            .sub_(_CENTER)
+            .div_(_SCALE[self.normalization])
+        )
 
 
 class Batch(NamedTuple):
@@ -48,7 +56,9 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # (B, 3, 112, 112) in the loader's dtype, channels_last, on its device
     labels: torch.Tensor  # (B,) int64 on the loader's device
-    indices: torch.Tensor  # (B,) int64 on the CPU, positions in the source: of the image that is shown, also where it replaces a broken one
+    indices: (
+        torch.Tensor
+    )  # (B,) int64 on the CPU, positions in the source: of the image that is shown, also where it replaces a broken one
 
 
 class Request(NamedTuple):
@@ -59,7 +69,8 @@ class Request(NamedTuple):
 
 
 class Loader(abc.ABC):
-    """Runs through epochs; made by make_loader. Close it, or use it as a context manager: it holds threads or processes.
+    """Runs through epochs; made by make_loader. Close it, or use it as a context manager: it holds threads or
+    processes.
 
     Attributes:
         backend: 'dali' or 'torch'.
@@ -78,23 +89,27 @@ class Loader(abc.ABC):
         self._read_ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def batches(self, epoch, start_batch=0, *, start_sample=0):
-        """The batches of one epoch. Asking again ends an iteration left half way; a batch stays valid for as long as it is kept.
+        """The batches of one epoch. Asking again ends an iteration left half way; a batch stays valid for as long as it
+        is kept.
 
         Args:
             epoch: int >= 0.
             start_batch: int in [0, number of batches], the first batch wanted: resume there.
-            start_sample: int, the position in the epoch's order that batch 0 starts at: what was seen of the epoch by a run with another
-                batch size.
+            start_sample: int, the position in the epoch's order that batch 0 starts at: what was seen of the epoch by a
+                run with another batch size.
         Returns:
             Iterator over Batch.
         Raises:
-            ValueError: a start is out of range; or, while iterating, an image is broken and not to be replaced (the message names it).
+            ValueError: a start is out of range; or, while iterating, an image is broken and not to be replaced (the
+                message names it).
         """
         batches = self._sampler.batches_from(start_sample) if start_sample else self.batches_per_epoch
         if not 0 <= start_batch <= batches:
             raise ValueError(f"start_batch must lie in 0..{batches}, got {start_batch}")
         self._stop()
-        position = (start_sample,) if start_sample else ()  # so that a sampler without positions will do where none is asked for
+        position = (
+            (start_sample,) if start_sample else ()
+        )  # so that a sampler without positions will do where none is asked for
         self._running = self._run(epoch, range(start_batch, batches), position)
         return self._running
 
@@ -133,7 +148,9 @@ class Loader(abc.ABC):
 
         def empty():  # a rank's share of a partial last batch, or what a sampler leaves out
             while requested and not len(requested[0]):
-                yield self._batch(epoch, requested[0], requested.popleft(), torch.empty(0, FACE_SIZE, FACE_SIZE, 3, dtype=torch.uint8))
+                yield self._batch(
+                    epoch, requested[0], requested.popleft(), torch.empty(0, FACE_SIZE, FACE_SIZE, 3, dtype=torch.uint8)
+                )
 
         with contextlib.closing(self._faces(requests())) as decoded:
             for faces, shown in decoded:
@@ -143,7 +160,7 @@ class Loader(abc.ABC):
 
     def _will_need(self, batches, group):
         for start in range(0, len(batches), group):
-            self._source.will_need(np.sort(np.concatenate(batches[start:start + group])))
+            self._source.will_need(np.sort(np.concatenate(batches[start : start + group])))
 
     def _batch(self, epoch, requested, shown, faces):
         self.broken.replaced += int(np.count_nonzero(shown != requested))
@@ -151,7 +168,11 @@ class Loader(abc.ABC):
         augmentation = self._preprocessing.augmentation
         if augmentation.does_something and len(requested):
             faces = augmentation.apply(faces, self._sampler.uniforms(epoch, requested, augmentation.NUM_UNIFORMS))
-        images = self._preprocessing.normalize(faces, self._dtype) if faces.dtype == torch.uint8 else faces.permute(0, 3, 1, 2)
+        images = (
+            self._preprocessing.normalize(faces, self._dtype)
+            if faces.dtype == torch.uint8
+            else faces.permute(0, 3, 1, 2)
+        )
         labels = torch.from_numpy(self._source.labels[shown])
         return Batch(images, labels.to(self._device, non_blocking=True), torch.from_numpy(shown.copy()))
 
@@ -162,6 +183,7 @@ class Loader(abc.ABC):
         Args:
             requests: iterator over Request; read ahead, in this thread.
         Yields:
-            For each request, in order, a (B, 112, 112, 3) tensor and the (B,) int64 positions of the images that it shows. The tensor is
-            uint8, valid until the next one is asked for; or normalised, in the loader's dtype, and valid for as long as it is kept.
+            For each request, in order, a (B, 112, 112, 3) tensor and the (B,) int64 positions of the images that it
+            shows. The tensor is uint8, valid until the next one is asked for; or normalised, in the loader's dtype, and
+            valid for as long as it is kept.
         """

@@ -1,4 +1,5 @@
 """What becomes of images that cannot be read or decoded."""
+
 import logging
 import threading
 
@@ -11,9 +12,9 @@ _LONGEST_RUN = 100  # so many broken images in a row are no accident: the data i
 class BrokenImages:
     """Replaces images that cannot be read or decoded, or lets their error through.
 
-    The rule: a broken image is replaced, label and all, by the next image of the source that is not broken (after the last comes the
-    first). So the replacement depends neither on the batch nor on the number of ranks, and face data sets being sorted by identity, it
-    mostly shows the same person.
+    The rule: a broken image is replaced, label and all, by the next image of the source that is not broken (after the
+    last comes the first). So the replacement depends neither on the batch nor on the number of ranks, and face data
+    sets being sorted by identity, it mostly shows the same person.
 
     Args:
         source: ImageSource; what its `broken` lists is replaced without a try.
@@ -70,8 +71,11 @@ class BrokenImages:
                     self.add({j: str(error)})
                     continue
                 return j, image
-        raise ValueError(f"{self._source.name(i)} and the {step} images after it cannot be read or decoded: {self.found.get(j, 'as recorded before')}; "
-                         "check that the data is still there")
+        raise ValueError(
+            f"{self._source.name(i)} and the {step} images after it cannot be read or decoded: "
+            f"{self.found.get(j, 'as recorded before')}; "
+            "check that the data is still there"
+        )
 
     def add(self, found):
         """Note broken images.
@@ -85,4 +89,6 @@ class BrokenImages:
                     self._known.add(i)
                     self.found[i] = message
                     if self._log:
-                        _LOG.warning("broken image, the next one takes its place: %s (%d so far)", message, len(self.found))
+                        _LOG.warning(
+                            "broken image, the next one takes its place: %s (%d so far)", message, len(self.found)
+                        )

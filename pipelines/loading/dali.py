@@ -1,16 +1,19 @@
-"""The loader on NVIDIA DALI: reader threads hand encoded images to a pipeline that decodes, resizes and flips them, on the GPU
-where there is one.
+"""The loader on NVIDIA DALI: reader threads hand encoded images to a pipeline that decodes, resizes and flips them, on
+the GPU where there is one.
 
-DALI's own readers know nothing of the sampler's order, so the images come in through an external source. The reader threads read a batch at
-a time and look at all its headers together, which leaves Python little to do for an image.
+DALI's own readers know nothing of the sampler's order, so the images come in through an external source. The reader
+threads read a batch at a time and look at all its headers together, which leaves Python little to do for an image.
 
-On a CPU the pipeline ends in normalised images: a table of the 256 quotients gives exactly what Preprocessing.normalize does, in DALI's
-threads and in one pass. On a GPU, with augmentation, or where DALI lacks the type, it ends in uint8, which keeps its buffers small.
+On a CPU the pipeline ends in normalised images: a table of the 256 quotients gives exactly what Preprocessing.normalize
+does, in DALI's threads and in one pass. On a GPU, with augmentation, or where DALI lacks the type, it ends in uint8,
+which keeps its buffers small.
 
-DALI gives the whole pipeline up where it cannot decode one image, and does not say which. So the reader threads look at every image
-first (is it whole, of a kind that DALI reads as Pillow does); they find nearly all broken ones. For the rest, the images that were under
-way when DALI gave up are decoded again one by one, and a new pipeline goes on without the broken ones.
+DALI gives the whole pipeline up where it cannot decode one image, and does not say which. So the reader threads look at
+every image first (is it whole, of a kind that DALI reads as Pillow does); they find nearly all broken ones. For the
+rest, the images that were under way when DALI gave up are decoded again one by one, and a new pipeline goes on without
+the broken ones.
 """
+
 import gc
 import itertools
 from collections import deque
@@ -26,7 +29,9 @@ from scf_fast.pipelines.loading.base import Loader, Request
 from scf_fast.pipelines.loading.decode import FACE_SIZE, load_encoded, load_face, read_headers
 
 if tuple(map(int, dali_version.split(".")[:2])) < (2, 2):
-    raise ImportError(f"DALI 2.2 or newer is needed, this is {dali_version}, which does not turn every JPEG upright as its EXIF says")
+    raise ImportError(
+        f"DALI 2.2 or newer is needed, this is {dali_version}, which does not turn every JPEG upright as its EXIF says"
+    )
 
 _ALL_VALUES = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1)
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
@@ -34,14 +39,18 @@ _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
 
 @pipeline_def(enable_conditionals=True)
 def _face_pipeline(feed, decoder_device, normalized, dtype):
-    """(B, 112, 112, 3) from encoded images, flips and whether to resize, as scf_fast.pipelines.loading.decode.decode_face defines it; uint8, or where
-    `normalized` holds what each of the 256 values becomes, that in `dtype`."""
+    """(B, 112, 112, 3) from encoded images, flips and whether to resize, as
+    scf_fast.pipelines.loading.decode.decode_face defines it; uint8, or where `normalized` holds what each of the 256
+    values becomes, that in `dtype`.
+    """
     encoded, flips, resized = fn.external_source(feed, num_outputs=3, batch=True)
     faces = fn.decoders.image(encoded, device=decoder_device, output_type=types.RGB, jpeg_fancy_upsampling=True)
     if resized:  # resizing faces that have the size already would halve the speed
         faces = fn.resize(faces, size=[FACE_SIZE, FACE_SIZE], interp_type=types.INTERP_LINEAR, antialias=True)
     faces = fn.flip(faces, horizontal=flips)
-    return faces if normalized is None else fn.lookup_table(faces, keys=list(range(256)), values=normalized, dtype=dtype)
+    return (
+        faces if normalized is None else fn.lookup_table(faces, keys=list(range(256)), values=normalized, dtype=dtype)
+    )
 
 
 class _Read(NamedTuple):
@@ -70,7 +79,9 @@ class DaliLoader(Loader):
     def close(self):
         super().close()
         self._pipeline = None
-        gc.collect()  # errors leave cycles that hold pipelines; a process forked later that collected one would wait for its threads forever
+        # errors leave cycles that hold pipelines; a process forked later that collected one would wait for its threads
+        # forever
+        gc.collect()
         self._readers.shutdown()
 
     def _faces(self, requests):
@@ -121,12 +132,21 @@ class DaliLoader(Loader):
 
     def _build(self, batch_size=None, feed=None):
         gpu = self._device.type == "cuda"
-        device_id = torch.cuda.current_device() if gpu and self._device.index is None else self._device.index if gpu else None
+        device_id = (
+            torch.cuda.current_device() if gpu and self._device.index is None else self._device.index if gpu else None
+        )
         normalized = self._preprocessing.normalize(_ALL_VALUES).flatten().tolist() if self._normalizes else None
         return _face_pipeline(
-            feed or (lambda: self._feed()), "mixed" if gpu else "cpu", normalized, _DTYPES.get(self._dtype),
-            batch_size=batch_size or self._sampler.global_batch_size // self._sampler.world_size, num_threads=self._num_threads,
-            device_id=device_id, prefetch_queue_depth=self._prefetch, exec_dynamic=True)
+            feed or (lambda: self._feed()),
+            "mixed" if gpu else "cpu",
+            normalized,
+            _DTYPES.get(self._dtype),
+            batch_size=batch_size or self._sampler.global_batch_size // self._sampler.world_size,
+            num_threads=self._num_threads,
+            device_id=device_id,
+            prefetch_queue_depth=self._prefetch,
+            exec_dynamic=True,
+        )
 
     def _read(self, request):
         shown = request.indices.copy()
@@ -140,7 +160,9 @@ class DaliLoader(Loader):
         for row in np.flatnonzero(doubtful).tolist():
             i, read = int(shown[row]), encoded[row] if lengths[row] else None
             shown[row], (encoded[row], is_face_sized) = self.broken.load(
-                i, lambda j, i=i, read=read: load_encoded(self._source, j, j in self._converted, read if j == i else None))
+                i,
+                lambda j, i=i, read=read: load_encoded(self._source, j, j in self._converted, read if j == i else None),
+            )
             resized[row] = not is_face_sized
         return _Read(request, shown, encoded, resized)
 
@@ -150,9 +172,15 @@ class DaliLoader(Loader):
         Raises:
             ValueError: one is broken and broken images are not to be replaced.
         """
-        under_way = [(i, (encoded, resized)) for read in decoding for i, encoded, resized in zip(read.shown.tolist(), read.encoded, read.resized)]
+        under_way = [
+            (i, (encoded, resized))
+            for read in decoding
+            for i, encoded, resized in zip(read.shown.tolist(), read.encoded, read.resized)
+        ]
         found = {}
-        for (i, _), error in zip(under_way, self._readers.map(lambda image: _error_of(load_face, self._source, image[0]), under_way)):
+        for (i, _), error in zip(
+            under_way, self._readers.map(lambda image: _error_of(load_face, self._source, image[0]), under_way)
+        ):
             if error is not None:
                 found[i] = str(error)
         if found:
@@ -173,7 +201,9 @@ class DaliLoader(Loader):
         return True
 
     def _rewind(self):
-        """Take out what was decoded ahead for an iteration left half way, and make the pipeline ready for the next one."""
+        """Take out what was decoded ahead for an iteration left half way, and make the pipeline ready for the next
+        one.
+        """
         if self._pipeline is None:
             return
         self._feed = _exhausted

@@ -1,4 +1,7 @@
-"""Encoded image -> RGB face by Pillow: what the PyTorch loader runs, and the definition that the DALI loader must meet."""
+"""Encoded image -> RGB face by Pillow: what the PyTorch loader runs, and the definition that the DALI loader must
+meet.
+"""
+
 import io
 import struct
 from typing import NamedTuple
@@ -10,13 +13,27 @@ from scf_fast.pipelines.sources.base import LARGE_FILE
 
 FACE_SIZE = 112  # pixels, height and width of an aligned face
 MAX_PIXELS = 1 << 24  # a header that announces more is refused before memory is set aside for it: 48 MB an image
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # of a stranger's files Pillow may try these readers only: others start programs
-_LARGE_PIXELS = 1 << 20  # a batch could be full of such images: each is made a face as soon as it is read, as those of LARGE_FILE bytes are
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "PPM",
+    "TIFF",
+    "GIF",
+)  # of a stranger's files Pillow may try these readers only: others start programs
+_LARGE_PIXELS = (
+    1 << 20
+)  # a batch could be full of such images: each is made a face as soon as it is read, as those of LARGE_FILE bytes are
 _TAIL = 1 << 10  # bytes at the end of a file in which its end mark is looked for
-_MAX_SCANS = 200  # of a progressive JPEG; encoders write some 10, and each scan, of a few bytes, can cost the decoder a pass over all pixels
+# of a progressive JPEG; encoders write some 10, and each scan, of a few bytes, can cost the decoder a pass over all
+# pixels
+_MAX_SCANS = 200
 _MAX_SEGMENTS = 16  # of a JPEG before its frame header, for read_headers
 _FRAME, _TABLE = 1, 2
-_MARKERS = np.zeros(256, dtype=np.uint8)  # of JPEG: what stands for a sequential, Huffman coded frame, and what may stand before it
+_MARKERS = np.zeros(
+    256, dtype=np.uint8
+)  # of JPEG: what stands for a sequential, Huffman coded frame, and what may stand before it
 _MARKERS[[0xC0, 0xC1]] = _FRAME
 _MARKERS[[0xC4, 0xDB, 0xDD, *range(0xE0, 0xFF)]] = _TABLE
 _CHANNELS = np.isin(np.arange(256), (1, 3, 4))  # grey, YCbCr or RGB, CMYK
@@ -31,12 +48,14 @@ class Header(NamedTuple):
     format: str  # as Pillow names it
     height: int  # pixels
     width: int
-    is_common: bool  # complete, of a kind that every decoder reads alike: JPEG, PNG or WebP with 8 bits a channel, or what pack_face makes
+    # complete, of a kind that every decoder reads alike: JPEG, PNG or WebP with 8 bits a channel, or what pack_face
+    # makes
+    is_common: bool
 
 
 def decode_face(encoded):
-    """Decode, turn upright as EXIF says, convert to RGB, and resize whole to FACE_SIZE where the size differs (triangle filter,
-    antialiased).
+    """Decode, turn upright as EXIF says, convert to RGB, and resize whole to FACE_SIZE where the size differs (triangle
+    filter, antialiased).
 
     Args:
         encoded: bytes-like, a JPEG, PNG, WebP, BMP, PPM/PGM, TIFF or GIF file.
@@ -56,7 +75,9 @@ def decode_face(encoded):
             return np.asarray(image)
     except UnidentifiedImageError:  # its text is the address of an object
         raise ValueError("unknown format" if len(encoded) else "it has no bytes") from None
-    except Exception as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
+    except (
+        Exception
+    ) as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
         raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -84,8 +105,8 @@ def load_face(source, i):
 
 
 def load_encoded(source, i, convert=False, encoded=None):
-    """Image i of a source as every decoder reads it: as it is stored where that is JPEG, PNG or WebP, complete and not large, else as a
-    PPM file of what decode_face makes of it.
+    """Image i of a source as every decoder reads it: as it is stored where that is JPEG, PNG or WebP, complete and not
+    large, else as a PPM file of what decode_face makes of it.
 
     Args:
         source: ImageSource.
@@ -96,7 +117,8 @@ def load_encoded(source, i, convert=False, encoded=None):
         encoded: (bytes,) uint8.
         is_face_sized: bool, whether it is 112 x 112.
     Raises:
-        ValueError: it cannot be read or decoded; the message names it. Damage inside a complete file is left to the decoder to find.
+        ValueError: it cannot be read or decoded; the message names it. Damage inside a complete file is left to the
+            decoder to find.
     """
     if encoded is None:
         encoded = source.encoded(i)
@@ -160,18 +182,22 @@ def read_headers(data, starts, lengths):
         data: (bytes,) uint8 array that holds the image files.
         starts, lengths: (B,) int64, file b is data[starts[b]:starts[b] + lengths[b]]; a length of 0 is no file.
     Returns:
-        (B, 2) int64, height and width of the files that are JPEG (sequential), PNG or PPM and of which read_header would say that they are
-        common, and not large; (0, 0) for those that it takes load_encoded to judge.
+        (B, 2) int64, height and width of the files that are JPEG (sequential), PNG or PPM and of which read_header
+        would say that they are common, and not large; (0, 0) for those that it takes load_encoded to judge.
     """
     sizes = np.zeros((len(starts), 2), dtype=np.int64)
-    rows = np.flatnonzero((lengths >= 64) & (lengths <= LARGE_FILE))  # no image is shorter; what is read below without a look at the end lies within
+    rows = np.flatnonzero(
+        (lengths >= 64) & (lengths <= LARGE_FILE)
+    )  # no image is shorter; what is read below without a look at the end lies within
     ends = starts + lengths
     first = _bytes_at(data, starts[rows], 33)
     png = rows[(first[:, :8] == np.frombuffer(_PNG_START, np.uint8)).all(axis=1) & (first[:, 24] <= 8)]
     png = png[(_bytes_at(data, ends[png] - 8, 8) == np.frombuffer(_PNG_END, np.uint8)).all(axis=1)]
     sizes[png] = _big_endian(_bytes_at(data, starts[png] + 16, 8).reshape(-1, 2, 4))[:, ::-1]
 
-    is_face = (lengths[rows] == _FACE_PPM_BYTES) & (first[:, :len(_FACE_PPM)] == np.frombuffer(_FACE_PPM, np.uint8)).all(axis=1)
+    is_face = (lengths[rows] == _FACE_PPM_BYTES) & (
+        first[:, : len(_FACE_PPM)] == np.frombuffer(_FACE_PPM, np.uint8)
+    ).all(axis=1)
     sizes[rows[is_face]] = FACE_SIZE
 
     jpeg = rows[(first[:, 0] == 0xFF) & (first[:, 1] == 0xD8)]
@@ -212,7 +238,9 @@ def _jpeg_header(data):
             precision, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
             if marker not in (0xC0, 0xC1) and bytes(data).count(b"\xff\xda") > _MAX_SCANS:
                 raise ValueError(f"it must have at most {_MAX_SCANS} scans")
-            is_common = marker <= 0xC2 and precision == 8 and _CHANNELS[channels]  # Huffman coded, sequential or progressive
+            is_common = (
+                marker <= 0xC2 and precision == 8 and _CHANNELS[channels]
+            )  # Huffman coded, sequential or progressive
             return Header("JPEG", height, width, bool(is_common) and bytes(data[-_TAIL:]).rfind(_JPEG_END) >= 0)
         if marker == 0xFF:  # filling
             at += 1
@@ -225,8 +253,11 @@ def _jpeg_header(data):
 def _other_header(encoded, start):
     try:
         with _open(encoded) as image:
-            is_common = image.format == "WEBP" and not getattr(image, "is_animated", False) and (
-                len(encoded) >= 8 + struct.unpack_from("<I", start, 4)[0])
+            is_common = (
+                image.format == "WEBP"
+                and not getattr(image, "is_animated", False)
+                and (len(encoded) >= 8 + struct.unpack_from("<I", start, 4)[0])
+            )
             return Header(image.format, image.height, image.width, is_common)
     except UnidentifiedImageError:
         raise ValueError("unknown format" if len(encoded) else "it has no bytes") from None

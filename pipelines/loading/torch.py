@@ -1,4 +1,5 @@
 """The loader for machines without DALI: Pillow in PyTorch worker processes, a whole batch per task."""
+
 import gc
 
 import numpy as np
@@ -20,9 +21,15 @@ class TorchLoader(Loader):
         self._requests = _Requests()
         self._started = False
         self._decoded = DataLoader(
-            _FaceBatches(source, broken.replaces), batch_size=None, sampler=self._requests, num_workers=num_workers,
-            pin_memory=device.type == "cuda", prefetch_factor=-(-prefetch // num_workers) if num_workers else None,
-            persistent_workers=num_workers > 0, generator=torch.Generator())  # else each epoch would draw from the generator of dropout
+            _FaceBatches(source, broken.replaces),
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=-(-prefetch // num_workers) if num_workers else None,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),
+        )  # else each epoch would draw from the generator of dropout
 
     def close(self):
         super().close()
@@ -31,7 +38,8 @@ class TorchLoader(Loader):
     def _faces(self, requests):
         self._requests.source = requests
         if not self._started:
-            gc.collect()  # a forked worker that collected a DALI pipeline left over here would wait for its threads forever
+            # a forked worker that collected a DALI pipeline left over here would wait for its threads forever
+            gc.collect()
             self._started = True
         for decoded in self._decoded:
             if isinstance(decoded, ValueError):
@@ -51,7 +59,8 @@ class _Requests:
 
 
 class _FaceBatches(Dataset):
-    """Item Request: that batch of faces, what it shows and what was found broken; or the ValueError that names a broken image.
+    """Item Request: that batch of faces, what it shows and what was found broken; or the ValueError that names a broken
+    image.
 
     An error raised in a worker would reach the user as its traceback in text; returned, it stays one line.
     """
@@ -67,7 +76,7 @@ class _FaceBatches(Dataset):
         try:
             for row, (i, flip) in enumerate(zip(request.indices.tolist(), request.flips.tolist())):
                 shown[row], face = self._broken.load(i, lambda j: load_face(self._source, j))
-                faces[row] = face[:, ::-1 if flip else 1]
+                faces[row] = face[:, :: -1 if flip else 1]
         except ValueError as error:
             return error
         return torch.from_numpy(faces), torch.from_numpy(shown), dict(list(self._broken.found.items())[known:])

@@ -1,10 +1,14 @@
 """Random numbers as a hash: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), the same for every version and platform.
 
-NumPy promises no stable stream for Generator.permutation; and a hash of the image's number needs no state to resume from.
+NumPy promises no stable stream for Generator.permutation; and a hash of the image's number needs no state to resume
+from.
 """
+
 import numpy as np
 
-_GOLDEN = 0x9E3779B97F4A7C15  # odd, so number -> number * _GOLDEN + key -> mix is one-to-one on 64 bits: sort keys never tie
+_GOLDEN = (
+    0x9E3779B97F4A7C15  # odd, so number -> number * _GOLDEN + key -> mix is one-to-one on 64 bits: sort keys never tie
+)
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 15  # numbers hashed together: 256 KB, so the passes of the hash stay in cache
 

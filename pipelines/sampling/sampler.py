@@ -1,9 +1,11 @@
 """Which images a rank sees in which batch, as a pure function of (seed, epoch, position, rank).
 
-Every epoch is one order of its images: a permutation of the whole data set, unless a selection says otherwise. Global batch g is its
-slice [g G, (g + 1) G), and a rank takes a contiguous share of that, so ranks of any number see the same global batches. A run resumes
-by starting at a position of that order, with any number of ranks and any batch size from there on.
+Every epoch is one order of its images: a permutation of the whole data set, unless a selection says otherwise. Global
+batch g is its slice [g G, (g + 1) G), and a rank takes a contiguous share of that, so ranks of any number see the same
+global batches. A run resumes by starting at a position of that order, with any number of ranks and any batch size from
+there on.
 """
+
 import numpy as np
 
 from scf_fast.pipelines.sampling.random_streams import permutation, splitmix64, stream_key
@@ -22,13 +24,13 @@ class EpochSampler:
         rank, world_size: this process and how many there are.
         seed: int; fixes the order and the flips of every epoch.
         shuffle: False keeps the order of the data set, for evaluation.
-        last_batch: what becomes of the images at the end of an epoch that fill no whole global batch. 'drop' leaves them out; 'partial'
-            makes them a shorter last batch, split as evenly as can be (a rank's share may be empty); 'pad' fills that batch up with the
-            first images of the epoch's order.
+        last_batch: what becomes of the images at the end of an epoch that fill no whole global batch. 'drop' leaves
+            them out; 'partial' makes them a shorter last batch, split as evenly as can be (a rank's share may be
+            empty); 'pad' fills that batch up with the first images of the epoch's order.
         selection: PerIdentity or Mixture, which images an epoch has; None for all, each once.
-        block_size: 0 shuffles globally. Otherwise the order is cut into blocks of so many images that are neighbours in the data set, the
-            blocks are shuffled, and the images of each 64 successive blocks are shuffled together: a disk that is slow at seeking reads
-            a block in one go. Independent of the batch size and the number of ranks.
+        block_size: 0 shuffles globally. Otherwise the order is cut into blocks of so many images that are neighbours in
+            the data set, the blocks are shuffled, and the images of each 64 successive blocks are shuffled together: a
+            disk that is slow at seeking reads a block in one go. Independent of the batch size and the number of ranks.
     Attributes:
         epoch_size: int, images in an epoch before `last_batch` has its say.
         batches_per_epoch: int.
@@ -36,11 +38,25 @@ class EpochSampler:
         ValueError: the sizes do not fit together.
     """
 
-    def __init__(self, num_samples, global_batch_size, *, rank=0, world_size=1, seed=0, shuffle=True, last_batch="drop", selection=None,
-                 block_size=0):
+    def __init__(
+        self,
+        num_samples,
+        global_batch_size,
+        *,
+        rank=0,
+        world_size=1,
+        seed=0,
+        shuffle=True,
+        last_batch="drop",
+        selection=None,
+        block_size=0,
+    ):
         if global_batch_size < 1 or global_batch_size % world_size:
-            raise ValueError(f"the global batch size must be a positive multiple of the {world_size} ranks, got {global_batch_size}; "
-                             f"use {max(1, round(global_batch_size / world_size)) * world_size}")
+            raise ValueError(
+                f"the global batch size must be a positive multiple of the {world_size} ranks, got "
+                f"{global_batch_size}; "
+                f"use {max(1, round(global_batch_size / world_size)) * world_size}"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
         if last_batch not in ("drop", "partial", "pad"):
@@ -48,10 +64,14 @@ class EpochSampler:
         if block_size < 0:
             raise ValueError(f"block_size must be at least 0, got {block_size}")
         if selection is not None and selection.num_samples != num_samples:
-            raise ValueError(f"the selection must be of the {num_samples} images of the data set, it is of {selection.num_samples}")
+            raise ValueError(
+                f"the selection must be of the {num_samples} images of the data set, it is of {selection.num_samples}"
+            )
         self.epoch_size = num_samples if selection is None else selection.size
         if self.epoch_size < (global_batch_size if last_batch == "drop" else 1):
-            raise ValueError(f"{self.epoch_size} images fill no batch of {global_batch_size}; use a smaller batch or more data")
+            raise ValueError(
+                f"{self.epoch_size} images fill no batch of {global_batch_size}; use a smaller batch or more data"
+            )
         self.num_samples, self.global_batch_size = num_samples, global_batch_size
         self.rank, self.world_size = rank, world_size
         self._seed, self._shuffle, self._last_batch = seed, shuffle, last_batch
@@ -84,7 +104,11 @@ class EpochSampler:
         if not 0 <= batch < batches:
             raise ValueError(f"batch must lie in 0..{batches - 1}, got {batch}")
         start = start_sample + batch * self.global_batch_size
-        count = self.global_batch_size if self._last_batch == "pad" else min(self.global_batch_size, self.epoch_size - start)
+        count = (
+            self.global_batch_size
+            if self._last_batch == "pad"
+            else min(self.global_batch_size, self.epoch_size - start)
+        )
         first, last = (start + r * count // self.world_size for r in (self.rank, self.rank + 1))
         order = self._epoch_order(epoch)
         return order[first:last] if last <= self.epoch_size else order[np.arange(first, last) % self.epoch_size]
@@ -119,8 +143,11 @@ class EpochSampler:
     def _epoch_order(self, epoch):
         """(epoch_size,) int64, the images of an epoch in order; read-only and kept until another epoch is asked for."""
         if epoch != self._order_epoch:
-            chosen = None if self._selection is None else self._selection.indices(
-                epoch, lambda turn, stream: self._key(turn, _SELECTION, stream))
+            chosen = (
+                None
+                if self._selection is None
+                else self._selection.indices(epoch, lambda turn, stream: self._key(turn, _SELECTION, stream))
+            )
             positions = self._positions(epoch)
             self._order_epoch, self._order = epoch, positions if chosen is None else chosen[positions]
             self._order.flags.writeable = False
@@ -134,7 +161,7 @@ class EpochSampler:
         blocks = permutation(self._key(epoch, _ORDER), -(-self.epoch_size // self._block_size))
         windows = []
         for first in range(0, len(blocks), _BLOCKS_MIXED):
-            starts = blocks[first:first + _BLOCKS_MIXED, None] * self._block_size
+            starts = blocks[first : first + _BLOCKS_MIXED, None] * self._block_size
             inside = (starts + np.arange(self._block_size)).ravel()
             inside = inside[inside < self.epoch_size]
             windows.append(inside[permutation(self._key(epoch, _WINDOW, first), len(inside))])

@@ -1,4 +1,7 @@
-"""What an epoch holds where that is not each image once: so many images of each identity, or a mixture of data sets by weight."""
+"""What an epoch holds where that is not each image once: so many images of each identity, or a mixture of data sets by
+weight.
+"""
+
 import numpy as np
 
 from scf_fast.pipelines.sampling.random_streams import permutation
@@ -10,8 +13,8 @@ class PerIdentity:
     Args:
         labels: (N,) int64, the class of each image.
         count: int >= 1, images of each identity.
-        exactly: False takes all images of an identity that has fewer (a limit); True takes them again until there are `count`, as
-            equally often as can be (class-balanced sampling).
+        exactly: False takes all images of an identity that has fewer (a limit); True takes them again until there are
+            `count`, as equally often as can be (class-balanced sampling).
     Attributes:
         size: int, images in an epoch.
     Raises:
@@ -49,9 +52,9 @@ class PerIdentity:
 class Mixture:
     """Several data sets mixed by weight.
 
-    An epoch has `size` images, by default as many as all sets together, and each set's share of them is its weight's. A set's draws
-    run on through one random order of it after the other, from epoch to epoch: an image comes again only when all others of its set
-    have come, however large the weight.
+    An epoch has `size` images, by default as many as all sets together, and each set's share of them is its weight's. A
+    set's draws run on through one random order of it after the other, from epoch to epoch: an image comes again only
+    when all others of its set have come, however large the weight.
 
     Args:
         sizes: images in each data set, as in ConcatenatedSources.sizes.
@@ -64,12 +67,14 @@ class Mixture:
     def __init__(self, sizes, weights, size=None):
         weights = np.asarray(weights, dtype=np.float64)
         if weights.shape != (len(sizes),) or not (np.isfinite(weights) & (weights > 0)).all():
-            raise ValueError(f"there must be one positive weight for each of the {len(sizes)} data sets, got {weights.tolist()}")
+            raise ValueError(
+                f"there must be one positive weight for each of the {len(sizes)} data sets, got {weights.tolist()}"
+            )
         self._sizes, self.num_samples = [int(n) for n in sizes], int(sum(sizes))
         self.size = self.num_samples if size is None else size
         exact = self.size * weights / weights.sum()
         self.draws = np.floor(exact).astype(np.int64)  # (sets,) of each set in an epoch
-        self.draws[np.argsort(self.draws - exact, kind="stable")[:self.size - self.draws.sum()]] += 1
+        self.draws[np.argsort(self.draws - exact, kind="stable")[: self.size - self.draws.sum()]] += 1
 
     def indices(self, epoch, key):
         """The images of an epoch, set after set; see PerIdentity.indices."""
@@ -77,6 +82,8 @@ class Mixture:
         for number, (size, draws) in enumerate(zip(self._sizes, self.draws.tolist())):
             first, last = epoch * draws, (epoch + 1) * draws
             passes = [permutation(key(turn, 1 + number), size) for turn in range(first // size, -(-last // size))]
-            drawn.append(start + np.concatenate([np.empty(0, dtype=np.int64), *passes])[first % size:first % size + draws])
+            drawn.append(
+                start + np.concatenate([np.empty(0, dtype=np.int64), *passes])[first % size : first % size + draws]
+            )
             start += size
         return np.concatenate(drawn)

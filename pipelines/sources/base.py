@@ -1,4 +1,5 @@
 """Random access to encoded images and their labels, whatever they are stored in."""
+
 import abc
 import bisect
 import contextlib
@@ -7,7 +8,9 @@ import stat
 
 import numpy as np
 
-LARGEST_FILE = 1 << 25  # bytes of an image file; a larger one is refused, so that a made-up file of terabytes costs no memory
+LARGEST_FILE = (
+    1 << 25
+)  # bytes of an image file; a larger one is refused, so that a made-up file of terabytes costs no memory
 LARGE_FILE = 1 << 20  # bytes; of these a batch is not read into memory together
 _NO_BYTES = np.empty(0, dtype=np.uint8)
 
@@ -43,8 +46,9 @@ class ImageSource(abc.ABC):
             indices: (B,) int64.
         Returns:
             data: (bytes,) uint8.
-            starts, lengths: (B,) int64; data[starts[b]:starts[b] + lengths[b]] is encoded(indices[b]). A length of 0 says that encoded() has
-            to be asked: it gives the image, which may be a LARGE_FILE, or the reason why there is none.
+            starts, lengths: (B,) int64; data[starts[b]:starts[b] + lengths[b]] is encoded(indices[b]). A length of 0
+            says that encoded() has to be asked: it gives the image, which may be a LARGE_FILE, or the reason why there
+            is none.
         """
         files = []
         for i in indices.tolist():
@@ -67,7 +71,8 @@ class ImageSource(abc.ABC):
         """What to call image i in a message, e.g. 'train.rec record 123'."""
 
     def will_need(self, indices):  # noqa: B027 -- a request that may come to nothing
-        """Ask the system to have images in its page cache soon; returns at once, and does nothing where that cannot be asked.
+        """Ask the system to have images in its page cache soon; returns at once, and does nothing where that cannot be
+        asked.
 
         Args:
             indices: (B,) int64, best in ascending order: the disk is read in the order given.
@@ -151,7 +156,8 @@ class SelectedImages(ImageSource):
 
 
 class ConcatenatedSources(ImageSource):
-    """Several data sets as one, each with its own identities: the labels of each set start where those of the set before it end.
+    """Several data sets as one, each with its own identities: the labels of each set start where those of the set
+    before it end.
 
     Args:
         sources: sequence of ImageSource.
@@ -165,7 +171,12 @@ class ConcatenatedSources(ImageSource):
         self.sizes = tuple(len(source) for source in self._sources)
         self._starts = [0, *np.cumsum(self.sizes).tolist()]
         first_label = np.cumsum([0, *(source.num_classes for source in self._sources)])
-        self.labels = np.concatenate([np.where(source.labels < 0, -1, source.labels + first) for source, first in zip(self._sources, first_label)])
+        self.labels = np.concatenate(
+            [
+                np.where(source.labels < 0, -1, source.labels + first)
+                for source, first in zip(self._sources, first_label)
+            ]
+        )
         self.num_classes = int(first_label[-1])
         self.broken = np.concatenate([source.broken + start for source, start in zip(self._sources, self._starts)])
 
@@ -175,7 +186,12 @@ class ConcatenatedSources(ImageSource):
 
     def read(self, indices):
         place = np.searchsorted(self._starts, indices, side="right") - 1
-        starts, lengths, parts, end = np.zeros(len(indices), dtype=np.int64), np.zeros(len(indices), dtype=np.int64), [_NO_BYTES], 0
+        starts, lengths, parts, end = (
+            np.zeros(len(indices), dtype=np.int64),
+            np.zeros(len(indices), dtype=np.int64),
+            [_NO_BYTES],
+            0,
+        )
         for number in np.unique(place).tolist():
             here = place == number
             data, starts[here], lengths[here] = self._sources[number].read(indices[here] - self._starts[number])
@@ -211,12 +227,17 @@ def read_image_file(path):
     if "\0" in name:
         raise ValueError(f"cannot read image {name!r}: there is no such name; correct it or leave it out")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer forever
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        )  # a pipe would wait for its writer forever
         try:
             about = os.fstat(descriptor)
             if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_FILE:
                 what = f"it has {about.st_size} bytes" if stat.S_ISREG(about.st_mode) else "it is none"
-                raise ValueError(f"image {name} must be a regular file of at most {LARGEST_FILE} bytes and {what}; replace it or leave it out")
+                raise ValueError(
+                    f"image {name} must be a regular file of at most {LARGEST_FILE} bytes and {what}; replace it or "
+                    "leave it out"
+                )
             return np.frombuffer(os.read(descriptor, about.st_size), dtype=np.uint8)
         finally:
             os.close(descriptor)

@@ -1,4 +1,5 @@
 """A folder of image files, one subfolder an identity."""
+
 import hashlib
 import os
 from pathlib import Path
@@ -12,11 +13,11 @@ from scf_fast.pipelines.sources.indexed import IndexedImages, check_labels
 class FolderIndex(IndexedImages):
     """The images below a folder; made by `FolderIndex.open(path)`.
 
-    The first folder on the way to an image is its identity, deeper ones do not matter. Identities are numbered in the order of their
-    names' bytes; where `path` holds a `property` file, the names are the numbers themselves. Files are images by their suffix; images in
-    `path` itself, which belong to nobody, and empty ones are skipped and counted, hidden files and folders not looked at. An identity may
-    be a link to a folder elsewhere; deeper links to folders are not followed. The index notices added, removed and renamed files; it lies
-    beside `path`.
+    The first folder on the way to an image is its identity, deeper ones do not matter. Identities are numbered in the
+    order of their names' bytes; where `path` holds a `property` file, the names are the numbers themselves. Files are
+    images by their suffix; images in `path` itself, which belong to nobody, and empty ones are skipped and counted,
+    hidden files and folders not looked at. An identity may be a link to a folder elsewhere; deeper links to folders are
+    not followed. The index notices added, removed and renamed files; it lies beside `path`.
     """
 
     FORMAT = "image folder"
@@ -55,8 +56,10 @@ class FolderIndex(IndexedImages):
             numbered = (path / "property").exists()
             for position, identity in enumerate(identities):
                 if numbered and not identity.isdigit():
-                    raise ValueError(f"{path} holds a property file, so its folders must be named by class numbers, "
-                                     f"but one is {os.fsdecode(identity)!r}; rename the folder, or delete the property file")
+                    raise ValueError(
+                        f"{path} holds a property file, so its folders must be named by class numbers, "
+                        f"but one is {os.fsdecode(identity)!r}; rename the folder, or delete the property file"
+                    )
                 for folder, names in _walk(os.fsencode(path), identity):
                     folders.append(folder)
                     for name, is_empty in names:
@@ -66,15 +69,20 @@ class FolderIndex(IndexedImages):
                             labels.append(int(identity) if numbered else position)
                             progress(1)
         except OSError as error:
-            raise ValueError(f"cannot list {os.fsdecode(error.filename)}: {os.strerror(error.errno)}; restore it or leave it out") from error
+            raise ValueError(
+                f"cannot list {os.fsdecode(error.filename)}: {os.strerror(error.errno)}; restore it or leave it out"
+            ) from error
         labels = np.array(labels, dtype=np.int64)
         check_labels(labels, lambda i: os.fsdecode(files[i]))
         return {"labels": labels, **_pack("files", files), **_pack("folders", folders)}, skipped
 
     @classmethod
     def _is_sound(cls, meta, arrays):
-        return super()._is_sound(meta, arrays) and (_are_names(arrays, "files") and _are_names(arrays, "folders")
-                                                    and len(arrays["files_ends"]) == len(arrays["labels"]))
+        return super()._is_sound(meta, arrays) and (
+            _are_names(arrays, "files")
+            and _are_names(arrays, "folders")
+            and len(arrays["files_ends"]) == len(arrays["labels"])
+        )
 
     @classmethod
     def _fingerprint(cls, path, arrays):
@@ -86,7 +94,9 @@ class FolderIndex(IndexedImages):
         digest = hashlib.sha256(str((path / "property").exists()).encode())
         for i in range(len(arrays["folders_ends"])):
             try:
-                digest.update(f"{os.stat(os.path.join(os.fsencode(path), _name(arrays, 'folders', i))).st_mtime_ns} ".encode())
+                digest.update(
+                    f"{os.stat(os.path.join(os.fsencode(path), _name(arrays, 'folders', i))).st_mtime_ns} ".encode()
+                )
             except OSError:
                 digest.update(b"gone ")
         return digest.hexdigest()
@@ -97,7 +107,9 @@ def _is_image(entry):
 
 
 def _walk(root, folder):
-    """(folder, [(image name, is it empty)]) of a folder and those below it, in the order of their names; paths relative to `root`."""
+    """(folder, [(image name, is it empty)]) of a folder and those below it, in the order of their names; paths relative
+    to `root`.
+    """
     with os.scandir(os.path.join(root, folder)) as entries:
         entries = sorted(entries, key=lambda entry: entry.name)
     yield folder, [(entry.name, entry.stat().st_size == 0) for entry in entries if _is_image(entry)]
@@ -108,19 +120,26 @@ def _walk(root, folder):
 
 def _pack(key, names):
     """Arrays that hold names, which _name finds again."""
-    return {key: np.frombuffer(b"".join(names), dtype=np.uint8), f"{key}_ends": np.cumsum([len(name) for name in names], dtype=np.int64)}
+    return {
+        key: np.frombuffer(b"".join(names), dtype=np.uint8),
+        f"{key}_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+    }
 
 
 def _are_names(arrays, key):
     """Whether these are arrays that _pack made."""
     names, ends = arrays[key], arrays[f"{key}_ends"]
-    return (names.dtype == np.uint8 and ends.dtype == np.int64 and names.ndim == ends.ndim == 1
-            and (not len(ends) or (ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] <= len(names))))
+    return (
+        names.dtype == np.uint8
+        and ends.dtype == np.int64
+        and names.ndim == ends.ndim == 1
+        and (not len(ends) or (ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] <= len(names)))
+    )
 
 
 def _name(arrays, key, i):
     ends = arrays[f"{key}_ends"]
-    return arrays[key][int(ends[i - 1]) if i else 0:int(ends[i])].tobytes()
+    return arrays[key][int(ends[i - 1]) if i else 0 : int(ends[i])].tobytes()
 
 
 _SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)

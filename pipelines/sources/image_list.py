@@ -1,4 +1,5 @@
 """Image list files: one line `path label` an image, the layout of the published SCF code; and MXNet's `.lst`."""
+
 import os
 
 import numpy as np
@@ -14,10 +15,11 @@ _BLOCK = 1 << 14  # lines
 class ListIndex(IndexedImages):
     """The images that a list names; made by `ListIndex.open(list_file, root=folder)`.
 
-    A line is a path, white space, and a label, a whole number from 0 on. The path may hold spaces; empty lines are skipped. In a file
-    `.lst`, as MXNet's im2rec writes it, a line is a number, a label, possibly more labels, and a path, between them tabs. Relative
-    paths start from `root`, by default the folder of the list. num_classes is the largest label + 1. The index says where in the list
-    each path lies, 20 bytes an image, so that millions of paths cost no memory.
+    A line is a path, white space, and a label, a whole number from 0 on. The path may hold spaces; empty lines are
+    skipped. In a file `.lst`, as MXNet's im2rec writes it, a line is a number, a label, possibly more labels, and a
+    path, between them tabs. Relative paths start from `root`, by default the folder of the list. num_classes is the
+    largest label + 1. The index says where in the list each path lies, 20 bytes an image, so that millions of paths
+    cost no memory.
     """
 
     FORMAT = "image list"
@@ -36,8 +38,10 @@ class ListIndex(IndexedImages):
         source = super().open(path, cache_dir, root)
         tried = [source.name(int(i)) for i in np.linspace(0, len(source) - 1, num=min(_CHECKED, len(source)))]
         if not any(map(os.path.exists, tried)):
-            raise ValueError(f"{path} names {tried[0]} first, and there is no such file, nor {len(tried) - 1} others that it names; "
-                             "give the folder that its paths start from")
+            raise ValueError(
+                f"{path} names {tried[0]} first, and there is no such file, nor {len(tried) - 1} others that it names; "
+                "give the folder that its paths start from"
+            )
         return source
 
     def encoded(self, i):
@@ -50,15 +54,21 @@ class ListIndex(IndexedImages):
         try:
             name = os.pread(self._text, int(self._arrays["lengths"][i]), int(self._arrays["offsets"][i]))
         except OSError as error:
-            raise ValueError(f"cannot read {self._path}: {os.strerror(error.errno)}; check that the data is still there") from error
+            raise ValueError(
+                f"cannot read {self._path}: {os.strerror(error.errno)}; check that the data is still there"
+            ) from error
         return os.path.join(self._base, name)
 
     @classmethod
     def _is_sound(cls, meta, arrays):
         offsets, lengths = arrays["offsets"], arrays["lengths"]
-        return super()._is_sound(meta, arrays) and (offsets.dtype == np.int64 and lengths.dtype == np.uint32
-                                                    and offsets.shape == lengths.shape == arrays["labels"].shape and 0 <= offsets.min()
-                                                    and lengths.max() <= _LONGEST_LINE)
+        return super()._is_sound(meta, arrays) and (
+            offsets.dtype == np.int64
+            and lengths.dtype == np.uint32
+            and offsets.shape == lengths.shape == arrays["labels"].shape
+            and 0 <= offsets.min()
+            and lengths.max() <= _LONGEST_LINE
+        )
 
     @classmethod
     def _fingerprint(cls, path, arrays):
@@ -70,20 +80,30 @@ class ListIndex(IndexedImages):
 
     @classmethod
     def _scan(cls, path, progress):
-        parse, layout = (_parse_lst, "number, label and path, between them tabs,") if path.suffix == ".lst" else (_parse_line, "`path label`")
+        parse, layout = (
+            (_parse_lst, "number, label and path, between them tabs,")
+            if path.suffix == ".lst"
+            else (_parse_line, "`path label`")
+        )
         offsets, lengths, labels = [], [], []
         for number, start, line in read_lines(path, progress):
             try:
                 at, name, label = parse(line)
             except ValueError:
-                raise ValueError(f"{path} line {number} must be {layout} with a whole number as label, got {shown(line)}") from None
+                raise ValueError(
+                    f"{path} line {number} must be {layout} with a whole number as label, got {shown(line)}"
+                ) from None
             if not 0 <= label <= LARGEST_LABEL:
                 raise ValueError(f"{path} line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
             offsets.append(start + at)
             lengths.append(len(name))
             labels.append(label)
         labels = np.array(labels, dtype=np.int64)
-        return {"offsets": np.array(offsets, dtype=np.int64), "lengths": np.array(lengths, dtype=np.uint32), "labels": labels}, {}
+        return {
+            "offsets": np.array(offsets, dtype=np.int64),
+            "lengths": np.array(lengths, dtype=np.uint32),
+            "labels": labels,
+        }, {}
 
 
 def _parse_line(line):

@@ -1,4 +1,7 @@
-"""Sources that know where each image lies from an index: made once by scanning the data, kept beside it, mapped by every process."""
+"""Sources that know where each image lies from an index: made once by scanning the data, kept beside it, mapped by
+every process.
+"""
+
 import abc
 import contextlib
 import hashlib
@@ -27,9 +30,9 @@ _KEPT_OPEN = 256  # files; of more, each is opened when it is read: a process ma
 class IndexedImages(ImageSource):
     """Base of the sources with an index; made by their `open`.
 
-    The index is a few arrays, mapped into memory: forked workers share it, and a pickled copy opens it anew. It is valid as long as
-    the fingerprint of the data (sizes, dates, first bytes) is the one that it was made with. Beside the scan's result it holds the
-    images that `python -m scf_fast.pipelines.index DATA --verify` could not decode.
+    The index is a few arrays, mapped into memory: forked workers share it, and a pickled copy opens it anew. It is
+    valid as long as the fingerprint of the data (sizes, dates, first bytes) is the one that it was made with. Beside
+    the scan's result it holds the images that `python -m scf_fast.pipelines.index DATA --verify` could not decode.
     """
 
     FORMAT: str  # what the data is called in messages
@@ -70,8 +73,10 @@ class IndexedImages(ImageSource):
         source = cls(path, index_path, root)
         largest = source._meta["largest_label"]
         if largest >= source.num_classes:
-            raise ValueError(f"{source.name(int(source.labels.argmax()))} has label {largest}, but {source._property} says "
-                             f"{source.num_classes} classes; correct the property file, or take both files from the same data set")
+            raise ValueError(
+                f"{source.name(int(source.labels.argmax()))} has label {largest}, but {source._property} says "
+                f"{source.num_classes} classes; correct the property file, or take both files from the same data set"
+            )
         return source
 
     @classmethod
@@ -96,35 +101,63 @@ class IndexedImages(ImageSource):
     def _is_sound(cls, meta, arrays):
         """Whether what follows may rely on an index: it may come from a stranger, along with the data."""
         labels, broken = arrays["labels"], arrays["broken"]
-        return (labels.dtype == broken.dtype == np.int64 and labels.ndim == broken.ndim == 1 and len(labels) > 0
-                and 0 <= labels.min() and labels.max() == meta["largest_label"] <= LARGEST_LABEL
-                and (not len(broken) or (0 <= broken[0] and broken[-1] < len(labels) and (np.diff(broken) > 0).all()))
-                and type(meta["largest_label"]) is int and isinstance(meta["fingerprint"], str) and isinstance(meta["verified"], bool)
-                and all(type(count) is int for count in meta["skipped"].values()))
+        return (
+            labels.dtype == broken.dtype == np.int64
+            and labels.ndim == broken.ndim == 1
+            and len(labels) > 0
+            and 0 <= labels.min()
+            and labels.max() == meta["largest_label"] <= LARGEST_LABEL
+            and (not len(broken) or (0 <= broken[0] and broken[-1] < len(labels) and (np.diff(broken) > 0).all()))
+            and type(meta["largest_label"]) is int
+            and isinstance(meta["fingerprint"], str)
+            and isinstance(meta["verified"], bool)
+            and all(type(count) is int for count in meta["skipped"].values())
+        )
 
     @classmethod
     def _build(cls, path, places):
         """Scan the data and write its index into the first of the places that can be written to; which one that was."""
         began = time.monotonic()
-        with tqdm(total=cls._scan_size(path), desc=f"indexing {path.name}", unit="B", unit_scale=True, delay=2, disable=None) as bar:
+        with tqdm(
+            total=cls._scan_size(path), desc=f"indexing {path.name}", unit="B", unit_scale=True, delay=2, disable=None
+        ) as bar:
             try:
                 arrays, skipped = cls._scan(path, bar.update)
             except OSError as error:
-                raise ValueError(f"cannot read {error.filename or path}: {os.strerror(error.errno)}; check that the data is still there") from error
+                raise ValueError(
+                    f"cannot read {error.filename or path}: {os.strerror(error.errno)}; check that the data is still "
+                    "there"
+                ) from error
         labels = arrays["labels"]
         if not len(labels):
             raise ValueError(f"{path}: it holds no image; check that it is the right one" + _list_skipped(skipped))
         arrays = {**arrays, "labels": labels.astype(np.int64), "broken": np.empty(0, dtype=np.int64)}
-        meta = {"version": _VERSION, "format": cls.FORMAT, "fingerprint": cls._fingerprint(path, arrays), "skipped": skipped,
-                "verified": False, "largest_label": int(labels.max())}
+        meta = {
+            "version": _VERSION,
+            "format": cls.FORMAT,
+            "fingerprint": cls._fingerprint(path, arrays),
+            "skipped": skipped,
+            "verified": False,
+            "largest_label": int(labels.max()),
+        }
         index_path = next((place for place in places[:-1] if os.access(place.parent, os.W_OK)), places[-1])
         if index_path != places[0]:
             _LOG.info("%s is read-only: the index of %s goes to %s", places[0].parent, path.name, index_path.parent)
         try:
             write_arrays(index_path, meta, arrays)
         except OSError as error:
-            raise ValueError(f"cannot write the index {index_path}: {os.strerror(error.errno)}; make room there, or give another folder for indexes") from error
-        _LOG.info("%s: %d images in %s, indexed in %.1f s%s", path, len(labels), cls.FORMAT, time.monotonic() - began, _list_skipped(skipped))
+            raise ValueError(
+                f"cannot write the index {index_path}: {os.strerror(error.errno)}; make room there, or give another "
+                "folder for indexes"
+            ) from error
+        _LOG.info(
+            "%s: %d images in %s, indexed in %.1f s%s",
+            path,
+            len(labels),
+            cls.FORMAT,
+            time.monotonic() - began,
+            _list_skipped(skipped),
+        )
         return index_path
 
     def record_broken(self, broken):
@@ -142,7 +175,9 @@ class IndexedImages(ImageSource):
         beside, places = cls._beside(path), []
         if cache_dir is None:
             cache_dir, places = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scf_fast", [beside]
-        folder = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]  # one folder for each file called train.rec
+        folder = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[
+            :16
+        ]  # one folder for each file called train.rec
         return [*places, Path(cache_dir) / folder / beside.name]
 
     @classmethod
@@ -172,14 +207,20 @@ class IndexedImages(ImageSource):
 
 
 class PackedImages(IndexedImages):
-    """Base of the sources whose images lie in a few large files. Its index holds `offsets`, `lengths` (N,) and `first` (F + 1,), where
-    images first[f]..first[f + 1] - 1 lie in file f of `_files(path)`. A file is `path`, or all of a folder that end in `SUFFIX`, by name."""
+    """Base of the sources whose images lie in a few large files. Its index holds `offsets`, `lengths` (N,) and `first`
+    (F + 1,), where images first[f]..first[f + 1] - 1 lie in file f of `_files(path)`. A file is `path`, or all of a
+    folder that end in `SUFFIX`, by name.
+    """
 
     SUFFIX: str
 
     def __init__(self, path, index_path, root=None):
         super().__init__(path, index_path, root)
-        self._offsets, self._lengths, self._first = self._arrays["offsets"], self._arrays["lengths"], self._arrays["first"]
+        self._offsets, self._lengths, self._first = (
+            self._arrays["offsets"],
+            self._arrays["lengths"],
+            self._arrays["first"],
+        )
         self._names = self._indexed_files()
         self._descriptors = [_open(name) for name in self._names] if len(self._names) <= _KEPT_OPEN else None
 
@@ -207,7 +248,9 @@ class PackedImages(IndexedImages):
 
     @abc.abstractmethod
     def _name_in_file(self, i):
-        """What to call image i among those of its file; ValueError where the file has to be read for that and cannot be."""
+        """What to call image i among those of its file; ValueError where the file has to be read for that and cannot
+        be.
+        """
 
     def _file_of(self, i):
         return 0 if len(self._names) == 1 else int(np.searchsorted(self._first, i, side="right")) - 1
@@ -221,32 +264,51 @@ class PackedImages(IndexedImages):
         return self._bytes_at(i, -before, int(self._lengths[i]) + before)
 
     def _bytes_at(self, i, start, length):
-        """`length` bytes from byte `start` of entry i on. Read, not mapped: a page fault would hold up all threads for the disk, and where the disk
-        is gone it would end the process."""
+        """`length` bytes from byte `start` of entry i on. Read, not mapped: a page fault would hold up all threads for
+        the disk, and where the disk is gone it would end the process.
+        """
         file = self._file_of(i)
         if start + length > LARGEST_FILE:
-            raise ValueError(f"image {i} in {self._names[file]} must have at most {LARGEST_FILE} bytes and has {start + length}; replace it or leave it out")
+            raise ValueError(
+                f"image {i} in {self._names[file]} must have at most {LARGEST_FILE} bytes and has {start + length}; "
+                "replace it or leave it out"
+            )
         try:
             with self._opened(file) as descriptor:
                 data = os.pread(descriptor, length, int(self._offsets[i]) + start)
         except OSError as error:
-            raise ValueError(f"cannot read image {i} in {self._names[file]}: {os.strerror(error.errno)}; check that the data is still there") from error
+            raise ValueError(
+                f"cannot read image {i} in {self._names[file]}: {os.strerror(error.errno)}; check that the data is "
+                "still there"
+            ) from error
         if len(data) != length:
-            raise ValueError(f"{self._names[file]} ends inside image {i}: it is truncated, or changed while in use; copy it again, or start again")
+            raise ValueError(
+                f"{self._names[file]} ends inside image {i}: it is truncated, or changed while in use; copy it again, "
+                "or start again"
+            )
         return data
 
     def read(self, indices):
         offsets, lengths = self._offsets[indices], self._lengths[indices].astype(np.int64)
         lengths[lengths > LARGE_FILE] = 0
         ends = np.cumsum(lengths)
-        starts, data, complete = ends - lengths, np.empty(lengths.sum(), dtype=np.uint8), np.zeros(len(indices), dtype=bool)
+        starts, data, complete = (
+            ends - lengths,
+            np.empty(lengths.sum(), dtype=np.uint8),
+            np.zeros(len(indices), dtype=bool),
+        )
         buffer = memoryview(data)
         files = np.searchsorted(self._first, indices, side="right") - 1
         for file in np.unique(files).tolist():
             here = np.flatnonzero(files == file)
             places = zip(starts[here].tolist(), ends[here].tolist(), offsets[here].tolist())
-            with contextlib.suppress(OSError, ValueError), self._opened(file) as descriptor:  # encoded() says what is wrong
-                complete[here] = lengths[here] == [os.preadv(descriptor, [buffer[start:end]], offset) for start, end, offset in places]
+            with (
+                contextlib.suppress(OSError, ValueError),
+                self._opened(file) as descriptor,
+            ):  # encoded() says what is wrong
+                complete[here] = lengths[here] == [
+                    os.preadv(descriptor, [buffer[start:end]], offset) for start, end, offset in places
+                ]
         return data, *self._images_in(data, starts, np.where(complete, lengths, 0))
 
     def _images_in(self, data, starts, lengths):
@@ -272,9 +334,17 @@ class PackedImages(IndexedImages):
     def _is_sound(cls, meta, arrays):
         offsets, lengths, first = arrays["offsets"], arrays["lengths"], arrays["first"]
         return super()._is_sound(meta, arrays) and (
-            offsets.dtype == first.dtype == np.int64 and lengths.dtype == np.uint32 and offsets.shape == lengths.shape == arrays["labels"].shape
-            and 0 <= offsets.min() and offsets.max() <= LARGEST_OFFSET and first.ndim == 1 and len(first) > 1
-            and first[0] == 0 and first[-1] == len(offsets) and (np.diff(first) >= 0).all())
+            offsets.dtype == first.dtype == np.int64
+            and lengths.dtype == np.uint32
+            and offsets.shape == lengths.shape == arrays["labels"].shape
+            and 0 <= offsets.min()
+            and offsets.max() <= LARGEST_OFFSET
+            and first.ndim == 1
+            and len(first) > 1
+            and first[0] == 0
+            and first[-1] == len(offsets)
+            and (np.diff(first) >= 0).all()
+        )
 
     @classmethod
     def _beside(cls, path):
@@ -335,7 +405,8 @@ def fingerprint_of(files):
 
 
 def as_lengths(lengths):
-    """Lengths as an index holds them, 4 bytes each: of entries of 4 GB and more, which are refused when they are read, only that they are.
+    """Lengths as an index holds them, 4 bytes each: of entries of 4 GB and more, which are refused when they are read,
+    only that they are.
 
     Args:
         lengths: (N,) integers.

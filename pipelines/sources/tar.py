@@ -1,4 +1,7 @@
-"""WebDataset tar shards: `<key>.jpg` (or `.png` ...) and `<key>.cls` or `<key>.json` with its label, one after the other."""
+"""WebDataset tar shards: `<key>.jpg` (or `.png` ...) and `<key>.cls` or `<key>.json` with its label, one after the
+other.
+"""
+
 import io
 import json
 import os
@@ -17,16 +20,21 @@ _HEADER = struct.Struct("100s24x12s20xs100x8s80x155s12x")  # name, size, kind, m
 _PATH_BYTES = 1 << 12
 _LABEL_BYTES = 1 << 20  # a .json beside a face is small; this bounds what a made-up size can cost
 _LABEL_KEYS = ("label", "cls", "class")
-_IS_IMAGE = {**{suffix[1:].encode(): True for suffix in IMAGE_SUFFIXES}, b"cls": False, b"json": False}  # the suffixes that matter
+_IS_IMAGE = {
+    **{suffix[1:].encode(): True for suffix in IMAGE_SUFFIXES},
+    b"cls": False,
+    b"json": False,
+}  # the suffixes that matter
 
 
 class TarIndex(PackedImages):
     """The images of tar shards; made by `TarIndex.open(path)`, where `path` is one `.tar` or a folder of them.
 
-    A member's key is its path up to the first dot of its name. The label is the whole number in `<key>.cls`, or under "label", "cls"
-    or "class" in `<key>.json`. Members of one key stand together, as WebDataset requires. An image without label, a label without
-    image, and an image of zero bytes are skipped and counted; members of other kinds do not matter. Nothing is ever unpacked, so paths
-    and links in a shard lead nowhere. Compressed shards are refused. A `property` file beside the shards gives num_classes.
+    A member's key is its path up to the first dot of its name. The label is the whole number in `<key>.cls`, or under
+    "label", "cls" or "class" in `<key>.json`. Members of one key stand together, as WebDataset requires. An image
+    without label, a label without image, and an image of zero bytes are skipped and counted; members of other kinds do
+    not matter. Nothing is ever unpacked, so paths and links in a shard lead nowhere. Compressed shards are refused. A
+    `property` file beside the shards gives num_classes.
     """
 
     FORMAT, SUFFIX = "tar shards", ".tar"
@@ -39,7 +47,11 @@ class TarIndex(PackedImages):
 
     @classmethod
     def _scan_file(cls, path, progress):
-        data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if os.path.getsize(path) else np.empty(0, dtype=np.uint8)
+        data = (
+            np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+            if os.path.getsize(path)
+            else np.empty(0, dtype=np.uint8)
+        )
         found = _Found(data)
         done = 0
         for number, (name, start, size) in enumerate(_members(memoryview(data))):
@@ -51,12 +63,19 @@ class TarIndex(PackedImages):
         progress(data.size - done)
         labels = np.array(found.labels, dtype=np.float64)
         check_labels(labels, lambda i: f"member {_text(found.keys[i])}")
-        return ({"offsets": np.array(found.offsets, dtype=np.int64), "lengths": as_lengths(found.lengths), "labels": labels},
-                found.skipped)
+        return (
+            {
+                "offsets": np.array(found.offsets, dtype=np.int64),
+                "lengths": as_lengths(found.lengths),
+                "labels": labels,
+            },
+            found.skipped,
+        )
 
 
 def _members(data):
-    """(name, start, size) of the regular files of a tar archive, ustar, GNU or pax: data[start:start + size] is the content.
+    """(name, start, size) of the regular files of a tar archive, ustar, GNU or pax: data[start:start + size] is the
+    content.
 
     tarfile would do; this is ten times as fast, and a shard has twice as many members as images.
     """
@@ -66,20 +85,26 @@ def _members(data):
         name, size, kind, magic, prefix = unpack(data, end)
         name = name.split(b"\0", 1)[0]  # without the 1 it would take as long as all the rest
         if name and magic[:5] != b"ustar":
-            raise ValueError(f"no tar member starts at byte {end}: compressed, damaged or no tar file; copy or download it again, uncompressed")
+            raise ValueError(
+                f"no tar member starts at byte {end}: compressed, damaged or no tar file; copy or download it again, "
+                "uncompressed"
+            )
         if not name:
-            if any(data[end:end + _BLOCK]):
+            if any(data[end : end + _BLOCK]):
                 raise ValueError(f"the header at byte {end} is damaged; copy or download it again")
             return  # the two blocks of zeros that close an archive
         size = override.pop("size", None) or _number(size, end)
         start, end = end + _BLOCK, end + _BLOCK + (size + _BLOCK - 1) // _BLOCK * _BLOCK
         if start + size > length:
-            raise ValueError(f"it is truncated: the member at byte {start - _BLOCK} ends at byte {start + size} and the file at {length}; "
-                             "copy or download it again")
+            raise ValueError(
+                f"it is truncated: the member at byte {start - _BLOCK} ends at byte {start + size} and the file at "
+                f"{length}; "
+                "copy or download it again"
+            )
         if kind == b"L":
-            override["name"] = bytes(data[start:start + min(size, _PATH_BYTES)]).split(b"\0", 1)[0]
+            override["name"] = bytes(data[start : start + min(size, _PATH_BYTES)]).split(b"\0", 1)[0]
         elif kind == b"x":
-            override.update(_pax(bytes(data[start:start + min(size, _LABEL_BYTES)])))
+            override.update(_pax(bytes(data[start : start + min(size, _LABEL_BYTES)])))
         elif kind in b"0\0":
             if prefix[0] and magic[:6] == b"ustar\0":  # GNU keeps other things there
                 name = prefix.split(b"\0", 1)[0] + b"/" + name
@@ -137,7 +162,7 @@ class _Found:
         if is_image:
             self._image = start, size
         elif size <= _LABEL_BYTES:
-            label = _label_in(self._data[start:start + size].tobytes(), suffix, key)
+            label = _label_in(self._data[start : start + size].tobytes(), suffix, key)
             self._label = self._label if label is None else label
 
     def finish(self):
@@ -165,8 +190,11 @@ def _label_in(content, suffix, key):
             raise ValueError
         return None if value is None else float(value)
     except (ValueError, RecursionError, OverflowError):
-        raise ValueError(f"member {_text(key)}.{_text(suffix)} must hold a label, a whole number, got {content[:40]!r}; correct it or leave the "
-                         "image out") from None
+        raise ValueError(
+            f"member {_text(key)}.{_text(suffix)} must hold a label, a whole number, got {content[:40]!r}; correct it "
+            "or leave the "
+            "image out"
+        ) from None
 
 
 def _text(name):

@@ -6,14 +6,15 @@
     OUT/contact_sheet.png what the pictures look like
     OUT/manifest.json     parameters and counts, written last: where it lies, the set is complete
 
-Picture number `index` of an identity is a pure function of (seed, split, identity, index): neither the number of identities, of
-pictures or of processes, nor the place where a run was interrupted changes it. The same versions of NumPy and Pillow on the same kind
-of processor give the same bytes.
+Picture number `index` of an identity is a pure function of (seed, split, identity, index): neither the number of
+identities, of pictures or of processes, nor the place where a run was interrupted changes it. The same versions of
+NumPy and Pillow on the same kind of processor give the same bytes.
 
 Training identities are 0..N-1, their class labels; evaluation identities are N..N+E-1. Severities are those of
-`scf_fast.pipelines.synthetic.degradations`: uniform in [0, 0.1] for 40 % of the training pictures and in [0, 1] for the others, 0 in `clean`, uniform in
-[0, 1] in `mixed` and in the templates.
+`scf_fast.pipelines.synthetic.degradations`: uniform in [0, 0.1] for 40 % of the training pictures and in [0, 1] for the
+others, 0 in `clean`, uniform in [0, 1] in `mixed` and in the templates.
 """
+
 import argparse
 import csv
 import dataclasses
@@ -52,9 +53,20 @@ _TEMPLATE_IMAGES = (3, 8)  # fewest and most in a template
 _TEMPLATE_MEDIA = (1, 3)  # fewest and most in a template
 _IMPOSTORS_PER_IDENTITY = 500  # template pairs: enough for a false accept rate of 1e-4 with 200 identities
 _IDENTITIES_PER_PART = 10
-_SCENE = ("light_azimuth", "light_elevation", "light_strength", "gain", "warmth", "tint", "saturation", "background")  # one for all frames of a medium
+_SCENE = (
+    "light_azimuth",
+    "light_elevation",
+    "light_strength",
+    "gain",
+    "warmth",
+    "tint",
+    "saturation",
+    "background",
+)  # one for all frames of a medium
 # First word of each random stream after the seed. The order of draws inside a stream is part of the format.
-_FACE, _TRAIN, _CLEAN, _MIXED, _TEMPLATE_PLAN, _TEMPLATE, _CLEAN_PAIRS, _MIXED_PAIRS, _TEMPLATE_PAIRS, _SHEET = range(10)
+_FACE, _TRAIN, _CLEAN, _MIXED, _TEMPLATE_PLAN, _TEMPLATE, _CLEAN_PAIRS, _MIXED_PAIRS, _TEMPLATE_PAIRS, _SHEET = range(
+    10
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +83,10 @@ class Parameters:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.eval_identities and self.eval_identities < 2 * _FOLDS:
-            raise ValueError(f"eval_identities must be 0 or at least {2 * _FOLDS}, two for each of the {_FOLDS} folds, got {self.eval_identities}")
+            raise ValueError(
+                f"eval_identities must be 0 or at least {2 * _FOLDS}, two for each of the {_FOLDS} folds, got "
+                f"{self.eval_identities}"
+            )
 
 
 class Picture(NamedTuple):
@@ -115,7 +130,8 @@ def train_pictures(parameters: Parameters, identity: int):
 
 
 def evaluation_pictures(parameters: Parameters, identity: int):
-    """Yield what the evaluation sets show of an identity: pictures for the pairs of clean.bin and mixed.bin, then its templates.
+    """Yield what the evaluation sets show of an identity: pictures for the pairs of clean.bin and mixed.bin, then its
+    templates.
 
     The frames of one medium share light and background, not pose, expression or severity.
     """
@@ -131,14 +147,18 @@ def evaluation_pictures(parameters: Parameters, identity: int):
         for index in range(images):
             rng = _rng(parameters.seed, _TEMPLATE, identity, template, index)
             medium = int(index * media // images)
-            yield _take(face, "templates", identity, rng, rng.random(), scenes[medium], template=template, medium=medium)
+            yield _take(
+                face, "templates", identity, rng, rng.random(), scenes[medium], template=template, medium=medium
+            )
 
 
 _RENDERERS = {"train": train_pictures, "evaluation": evaluation_pictures}
 
 
 class _Part(NamedTuple):
-    """A few identities for training or for evaluation: the unit of work, and of what an interruption leaves in place."""
+    """A few identities for training or for evaluation: the unit of work, and of what an interruption leaves in
+    place.
+    """
 
     group: str
     identities: range
@@ -151,8 +171,12 @@ class _Part(NamedTuple):
         pictures = [picture for identity in self.identities for picture in _RENDERERS[self.group](parameters, identity)]
         encoded, *columns = zip(*pictures)
         with atomic_output(self.path(out)) as file:
-            np.savez(file, encoded=np.frombuffer(b"".join(encoded), np.uint8), sizes=[len(image) for image in encoded],
-                     **dict(zip(Picture._fields[1:], map(np.array, columns))))
+            np.savez(
+                file,
+                encoded=np.frombuffer(b"".join(encoded), np.uint8),
+                sizes=[len(image) for image in encoded],
+                **dict(zip(Picture._fields[1:], map(np.array, columns))),
+            )
         return len(pictures)
 
     def load(self, out: Path):
@@ -190,8 +214,10 @@ def _render_parts(out, parameters, workers):
     finished = [part for part in parts if part.path(out).exists()]
     missing = [part for part in parts if not part.path(out).exists()]
     per_template_identity = _TEMPLATES * sum(_TEMPLATE_IMAGES) / 2
-    expected = round(parameters.identities * parameters.images_per_identity
-                     + parameters.eval_identities * (2 * _VERIFICATION_IMAGES + per_template_identity))
+    expected = round(
+        parameters.identities * parameters.images_per_identity
+        + parameters.eval_identities * (2 * _VERIFICATION_IMAGES + per_template_identity)
+    )
     reused = sum(part.count(out) for part in finished)
     with tqdm(total=expected, initial=reused, unit=" images", desc="rendering", smoothing=0.1) as progress:
         for count in _run(missing, out, parameters, min(workers, len(missing))):
@@ -243,7 +269,9 @@ def _write_train(out, parameters):
 
 
 def _fold_pairs(rng, identities, genuine):
-    """`genuine` different pairs of one identity and as many of two, as ((identity, index), (identity, index)), out of one fold."""
+    """`genuine` different pairs of one identity and as many of two, as ((identity, index), (identity, index)), out of
+    one fold.
+    """
     own = list(itertools.combinations(range(_VERIFICATION_IMAGES), 2))
     shares = np.bincount(np.resize(rng.permutation(len(identities)), genuine), minlength=len(identities))
     for identity, share in zip(identities, shares):
@@ -252,7 +280,9 @@ def _fold_pairs(rng, identities, genuine):
     seen = set()
     while len(seen) < genuine:
         two = rng.choice(len(identities), 2, replace=False)
-        pair = tuple((identities[who], int(index)) for who, index in zip(sorted(two), rng.integers(_VERIFICATION_IMAGES, size=2)))
+        pair = tuple(
+            (identities[who], int(index)) for who, index in zip(sorted(two), rng.integers(_VERIFICATION_IMAGES, size=2))
+        )
         if pair not in seen:
             seen.add(pair)
             yield pair
@@ -260,21 +290,35 @@ def _fold_pairs(rng, identities, genuine):
 
 def _write_verification(out, parameters, split):
     """Pairs fold by fold, so that consecutive tenths of the file are its folds; no identity is in two of them."""
-    pool = {identity: list(group) for identity, group in itertools.groupby(_pictures(out, parameters, split), lambda picture: int(picture.identity))}
+    pool = {
+        identity: list(group)
+        for identity, group in itertools.groupby(
+            _pictures(out, parameters, split), lambda picture: int(picture.identity)
+        )
+    }
     rng = _rng(parameters.seed, _CLEAN_PAIRS if split == "clean" else _MIXED_PAIRS)
     genuine = int(_GENUINE_PER_IDENTITY * parameters.eval_identities / _FOLDS)
     pairs = []
     for fold in np.array_split(rng.permutation(list(pool)), _FOLDS):
         pairs += _fold_pairs(rng, fold.tolist(), genuine)
     pictures = [pool[identity][index] for pair in pairs for identity, index in pair]
-    write_verification_set(out / "verification" / f"{split}.bin", [picture.encoded for picture in pictures], [a[0] == b[0] for a, b in pairs])
-    _write_csv(out / "verification" / f"{split}.csv", ("image", "identity", "severity"),
-               ((position, picture.identity, f"{picture.severity:.6f}") for position, picture in enumerate(pictures)))
+    write_verification_set(
+        out / "verification" / f"{split}.bin",
+        [picture.encoded for picture in pictures],
+        [a[0] == b[0] for a, b in pairs],
+    )
+    _write_csv(
+        out / "verification" / f"{split}.csv",
+        ("image", "identity", "severity"),
+        ((position, picture.identity, f"{picture.severity:.6f}") for position, picture in enumerate(pictures)),
+    )
     return len(pairs)
 
 
 def _template_pairs(rng, eval_identities):
-    """All genuine pairs of templates and a random choice of impostor pairs, shuffled: (P, 2) template ids from 1, (P,) bool."""
+    """All genuine pairs of templates and a random choice of impostor pairs, shuffled: (P, 2) template ids from 1, (P,)
+    bool.
+    """
     count = eval_identities * _TEMPLATES
     first, second = np.triu_indices(count, 1)
     same = first // _TEMPLATES == second // _TEMPLATES
@@ -285,29 +329,53 @@ def _template_pairs(rng, eval_identities):
 
 
 def _galleries(eval_identities):
-    """1:N as IJB-C has it: the first template of each identity is enrolled, in G1 or G2 in turn; the others are searched for in both."""
+    """1:N as IJB-C has it: the first template of each identity is enrolled, in G1 or G2 in turn; the others are
+    searched for in both.
+    """
     ids = np.arange(eval_identities * _TEMPLATES).reshape(eval_identities, _TEMPLATES) + 1
     subjects = np.arange(eval_identities) + 1
     probes, probe_subjects = ids[:, 1:].ravel(), np.repeat(subjects, _TEMPLATES - 1)
-    return [Gallery(name, ids[start::2, 0], subjects[start::2], probes, probe_subjects) for start, name in enumerate(("G1", "G2"))]
+    return [
+        Gallery(name, ids[start::2, 0], subjects[start::2], probes, probe_subjects)
+        for start, name in enumerate(("G1", "G2"))
+    ]
 
 
 def _write_templates(out, parameters):
     """One template protocol. Landmarks are the true ones; there is no detector, so every score is 1."""
     pictures = list(_pictures(out, parameters, "templates"))
     names = [f"{number}.jpg" for number in range(1, len(pictures) + 1)]
-    identity, template, medium = np.array([(picture.identity, picture.template, picture.medium) for picture in pictures]).T
+    identity, template, medium = np.array(
+        [(picture.identity, picture.template, picture.medium) for picture in pictures]
+    ).T
     template_ids = (identity - parameters.identities) * _TEMPLATES + template + 1
     media_ids = np.unique(template_ids * (_TEMPLATE_MEDIA[1] + 1) + medium, return_inverse=True)[1] + 1
     pairs, same = _template_pairs(_rng(parameters.seed, _TEMPLATE_PAIRS), parameters.eval_identities)
     write_template_protocol(
-        out / "templates", "synthetic", names=names, images=[picture.encoded for picture in pictures], template_ids=template_ids,
-        media_ids=media_ids, landmarks=np.stack([picture.landmarks for picture in pictures]), detector_score=np.ones(len(names)),
-        pair_template_ids=pairs, pair_labels=same, galleries=_galleries(parameters.eval_identities))
-    _write_csv(out / "templates" / "severity.csv", ("name", "identity", "severity"),
-               ((name, picture.identity, f"{picture.severity:.6f}") for name, picture in zip(names, pictures)))
-    return {"images": len(names), "templates": int(template_ids.max()), "media": int(media_ids.max()), "pairs": len(same),
-            "genuine_pairs": int(same.sum())}
+        out / "templates",
+        "synthetic",
+        names=names,
+        images=[picture.encoded for picture in pictures],
+        template_ids=template_ids,
+        media_ids=media_ids,
+        landmarks=np.stack([picture.landmarks for picture in pictures]),
+        detector_score=np.ones(len(names)),
+        pair_template_ids=pairs,
+        pair_labels=same,
+        galleries=_galleries(parameters.eval_identities),
+    )
+    _write_csv(
+        out / "templates" / "severity.csv",
+        ("name", "identity", "severity"),
+        ((name, picture.identity, f"{picture.severity:.6f}") for name, picture in zip(names, pictures)),
+    )
+    return {
+        "images": len(names),
+        "templates": int(template_ids.max()),
+        "media": int(media_ids.max()),
+        "pairs": len(same),
+        "genuine_pairs": int(same.sum()),
+    }
 
 
 def contact_sheet(seed: int, identities, variations: int = 4, severities=(0.2, 0.4, 0.6, 0.8, 1.0)) -> Image.Image:
@@ -344,21 +412,33 @@ def _claim(out, parameters, overwrite):
     held = next((path for path in (manifest, note) if path.exists()), None)
     if held is None:
         if not overwrite and out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} must be empty or hold a synthetic set, and holds other files: choose another folder, or pass --overwrite")
+            raise ValueError(
+                f"{out} must be empty or hold a synthetic set, and holds other files: choose another folder, or pass "
+                "--overwrite"
+            )
         with atomic_output(note) as file:
             file.write(json.dumps({"parameters": wanted}).encode())
         return False
     try:
         found = json.loads(held.read_text())["parameters"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{held} is damaged: choose another folder, or pass --overwrite to make the set anew") from error
+        raise ValueError(
+            f"{held} is damaged: choose another folder, or pass --overwrite to make the set anew"
+        ) from error
     if found != wanted:
-        raise ValueError(f"{out} holds another synthetic set ({_differences(found, wanted)}): choose another folder, or pass --overwrite")
+        raise ValueError(
+            f"{out} holds another synthetic set ({_differences(found, wanted)}): choose another folder, or pass "
+            "--overwrite"
+        )
     return held == manifest
 
 
 def _differences(found, wanted):
-    return ", ".join(f"{name} is {found.get(name)} there and {value} here" for name, value in wanted.items() if found.get(name) != value)
+    return ", ".join(
+        f"{name} is {found.get(name)} there and {value} here"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    )
 
 
 def write_synthetic_set(out, parameters: Parameters, *, workers: int | None = None, overwrite: bool = False) -> dict:
@@ -381,13 +461,18 @@ def write_synthetic_set(out, parameters: Parameters, *, workers: int | None = No
         _render_parts(out, parameters, workers or len(os.sched_getaffinity(0)))
         counts = {"train": {"images": _write_train(out, parameters), "identities": parameters.identities}}
         if parameters.eval_identities:
-            counts["verification"] = {split: {"pairs": _write_verification(out, parameters, split)} for split in ("clean", "mixed")}
+            counts["verification"] = {
+                split: {"pairs": _write_verification(out, parameters, split)} for split in ("clean", "mixed")
+            }
             counts["templates"] = _write_templates(out, parameters)
         first_shown = parameters.identities if parameters.eval_identities else 0
         with atomic_output(out / "contact_sheet.png") as file:
             contact_sheet(parameters.seed, range(first_shown, first_shown + 7)).save(file, "PNG")
-        manifest = {"parameters": {"format": FORMAT, **dataclasses.asdict(parameters)}, "counts": counts,
-                    "versions": {"numpy": np.__version__, "pillow": PIL.__version__}}
+        manifest = {
+            "parameters": {"format": FORMAT, **dataclasses.asdict(parameters)},
+            "counts": counts,
+            "versions": {"numpy": np.__version__, "pillow": PIL.__version__},
+        }
         with atomic_output(out / "manifest.json") as file:
             file.write(json.dumps(manifest, indent=2).encode())
     shutil.rmtree(out / ".parts", ignore_errors=True)
@@ -395,16 +480,42 @@ def write_synthetic_set(out, parameters: Parameters, *, workers: int | None = No
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scf_fast.pipelines.synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scf_fast.pipelines.synthetic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     defaults = Parameters()
-    parser.add_argument("out", metavar="OUT", help="folder to write; an interrupted set is completed, a complete one is left as it is")
-    parser.add_argument("--identities", type=int, metavar="N", default=defaults.identities, help="training identities (default %(default)s)")
-    parser.add_argument("--images-per-identity", type=int, metavar="M", default=defaults.images_per_identity,
-                        help="training pictures of each (default %(default)s)")
-    parser.add_argument("--eval-identities", type=int, metavar="E", default=defaults.eval_identities,
-                        help="further identities for the evaluation sets, 0 for none (default %(default)s)")
-    parser.add_argument("--seed", type=int, metavar="S", default=defaults.seed, help="another seed, other faces (default %(default)s)")
-    parser.add_argument("--workers", type=int, metavar="W", help="processes (default: one a core); the pictures do not depend on it")
+    parser.add_argument(
+        "out", metavar="OUT", help="folder to write; an interrupted set is completed, a complete one is left as it is"
+    )
+    parser.add_argument(
+        "--identities",
+        type=int,
+        metavar="N",
+        default=defaults.identities,
+        help="training identities (default %(default)s)",
+    )
+    parser.add_argument(
+        "--images-per-identity",
+        type=int,
+        metavar="M",
+        default=defaults.images_per_identity,
+        help="training pictures of each (default %(default)s)",
+    )
+    parser.add_argument(
+        "--eval-identities",
+        type=int,
+        metavar="E",
+        default=defaults.eval_identities,
+        help="further identities for the evaluation sets, 0 for none (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="S", default=defaults.seed, help="another seed, other faces (default %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="W", help="processes (default: one a core); the pictures do not depend on it"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace whatever set OUT holds")
     options = parser.parse_args(arguments)
     try:
@@ -414,7 +525,11 @@ def main(arguments=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenExecutor as error:
-        print(f"error: {error} (out of memory? try fewer --workers); the same command goes on with what lies in {options.out}", file=sys.stderr)
+        print(
+            f"error: {error} (out of memory? try fewer --workers); the same command goes on with what lies in "
+            f"{options.out}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with what lies in {options.out}", file=sys.stderr)

@@ -1,15 +1,17 @@
 """Degradations of known severity: a clean picture and a severity in [0, 1] in, a JPEG file out.
 
-Six kinds take part: blur, down-sampling, sensor noise, JPEG coding, occlusion and low light. A picture's mixture is a vector of six
-amounts in [0, 1], drawn with a random direction and a length equal to its severity:
+Six kinds take part: blur, down-sampling, sensor noise, JPEG coding, occlusion and low light. A picture's mixture is a
+vector of six amounts in [0, 1], drawn with a random direction and a length equal to its severity:
 
     sqrt(sum_k amounts_k^2) = severity
 
-Each kind's strength at a given amount stands in a table (`_STRENGTHS`), set so that an amount costs a face recogniser about the same
-whatever the kind, and that log(cosine to the clean picture's identity) falls with its square; that is why amounts add up as squares.
-Measured with a small network on identities it was not trained on, over mixtures grouped by their strongest kind: mean cosines of 0.79 to
-0.85 for severities below 1/3, 0.60 to 0.68 up to 2/3, 0.36 to 0.42 above; clean pictures have 0.86.
+Each kind's strength at a given amount stands in a table (`_STRENGTHS`), set so that an amount costs a face recogniser
+about the same whatever the kind, and that log(cosine to the clean picture's identity) falls with its square; that is
+why amounts add up as squares. Measured with a small network on identities it was not trained on, over mixtures grouped
+by their strongest kind: mean cosines of 0.79 to 0.85 for severities below 1/3, 0.60 to 0.68 up to 2/3, 0.36 to 0.42
+above; clean pictures have 0.86.
 """
+
 import functools
 import io
 
@@ -28,8 +30,11 @@ _STRENGTHS = {  # at _AMOUNTS, linear in between
     "low_light": (0.0, 5.5, 8.5, 10.2, 11.7),  # stops below the right exposure
 }
 _PHOTONS = 2000.0  # counted by a pixel at white and right exposure: sets the shot noise that low light brings out
-_JPEG_SHARE = 0.5  # of a mixture's length, at most: even the lowest quality leaves a face as recognisable as other kinds do at half
-_READ_NOISE = 0.0008  # standard deviation of what a sensor adds in low light, before its gain; white at right exposure is 1
+# of a mixture's length, at most: even the lowest quality leaves a face as recognisable as other kinds do at half
+_JPEG_SHARE = 0.5
+_READ_NOISE = (
+    0.0008  # standard deviation of what a sensor adds in low light, before its gain; white at right exposure is 1
+)
 
 
 def draw_amounts(severity: float, rng: np.random.Generator) -> np.ndarray:
@@ -37,7 +42,8 @@ def draw_amounts(severity: float, rng: np.random.Generator) -> np.ndarray:
 
     Args:
         severity: in [0, 1]; 0 leaves the picture clean, at 1 next to nothing is left of the face.
-        rng: picks one to three kinds, with JPEG coding as a further one in half of the mixtures, and how they share the severity.
+        rng: picks one to three kinds, with JPEG coding as a further one in half of the mixtures, and how they share the
+            severity.
     Returns:
         (6,) float64 in [0, 1], in the order of KINDS, of Euclidean length `severity`.
     Raises:
@@ -72,7 +78,9 @@ def degrade(picture: np.ndarray, amounts: np.ndarray, rng: np.random.Generator) 
     Returns:
         A JPEG file of the same size in pixels.
     """
-    blur, coarseness, noise, quality, occlusion, stops = (strength(kind, amount) for kind, amount in zip(KINDS, amounts))
+    blur, coarseness, noise, quality, occlusion, stops = (
+        strength(kind, amount) for kind, amount in zip(KINDS, amounts)
+    )
     if occlusion > 0:
         picture = _occlude(picture, occlusion, rng)
     image = Image.fromarray(picture)
@@ -90,7 +98,9 @@ def degrade(picture: np.ndarray, amounts: np.ndarray, rng: np.random.Generator) 
 
 
 def _expose(picture, noise, stops, rng):
-    """What a sensor makes of 2^-stops of the light: noise of its own, shot noise, and a gain that makes up for three stops in four."""
+    """What a sensor makes of 2^-stops of the light: noise of its own, shot noise, and a gain that makes up for three
+    stops in four.
+    """
     signal = picture * np.float32(1 / 255)
     grain = rng.standard_normal(picture.shape, dtype=np.float32)
     if stops > 0:
@@ -108,7 +118,9 @@ def _expose(picture, noise, stops, rng):
 @functools.lru_cache(maxsize=4)
 def _occlusion_grid(height, width):
     """x and y from -1 to 1 as float32, and the flat indices of a quarter of the pixels on the face."""
-    y, x = np.meshgrid(np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32), indexing="ij")
+    y, x = np.meshgrid(
+        np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32), indexing="ij"
+    )
     face = (x / 0.72) ** 2 + (y / 0.95) ** 2 < 1
     face[1::2], face[:, 1::2] = False, False
     return x, y, np.flatnonzero(face)
@@ -119,7 +131,9 @@ def _occlude(picture, share, rng):
     height, width = picture.shape[:2]
     x, y, face = _occlusion_grid(height, width)
     angle = rng.uniform(0, 2 * np.pi)
-    outline = np.asarray(Image.fromarray(rng.standard_normal((4, 4), dtype=np.float32)).resize((width, height), Image.Resampling.BICUBIC))
+    outline = np.asarray(
+        Image.fromarray(rng.standard_normal((4, 4), dtype=np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    )
     level = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y + np.float32(0.35) * outline
     edge = np.sort(level.ravel()[face])[round((1 - share) * (len(face) - 1))]
     cover = np.clip((level - edge) * np.float32(width / 4) + np.float32(0.5), 0, 1)

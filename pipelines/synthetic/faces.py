@@ -1,14 +1,15 @@
 """Procedural faces: an identity and a variation in, a 112 x 112 RGB picture out.
 
-A face is stated in canonical units: one unit is one pixel of the aligned crop, u points right, v down, z towards the camera, and the
-origin is the tip of an average nose. `Face` bakes what an identity keeps (head, ears, nose, hair, skin) into one texture over (u, v):
-albedo, coverage and surface normals. `render_face` looks that texture up through the pose, draws eyes, brows and mouth analytically from
-their signed distances, lights the result, and lays it over a background. Pose is a rotation of the relief (u, v, z(u, v)), so near
-parts move further than far ones; the picture is then aligned by the similarity transform that brings its own five landmarks closest to
-the template, as real crops are.
+A face is stated in canonical units: one unit is one pixel of the aligned crop, u points right, v down, z towards the
+camera, and the origin is the tip of an average nose. `Face` bakes what an identity keeps (head, ears, nose, hair, skin)
+into one texture over (u, v): albedo, coverage and surface normals. `render_face` looks that texture up through the
+pose, draws eyes, brows and mouth analytically from their signed distances, lights the result, and lays it over a
+background. Pose is a rotation of the relief (u, v, z(u, v)), so near parts move further than far ones; the picture is
+then aligned by the similarity transform that brings its own five landmarks closest to the template, as real crops are.
 
 Everything is a pure function of its arguments. No picture of any person went into it.
 """
+
 import math
 from dataclasses import dataclass, field, fields
 
@@ -17,11 +18,18 @@ from PIL import Image
 
 IMAGE_SIZE = 112  # pixels, both ways
 # Eyes, nose tip and mouth corners of the aligned 112 x 112 crop, pixels (x, y): the five-point template of insightface.
-ALIGNED_LANDMARKS = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
+ALIGNED_LANDMARKS = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
 
 _TEXELS = 1.5  # texture samples per canonical unit: keeps strands and freckles crisp through the bilinear look-up
-_U_RANGE, _V_RANGE = (-66.0, 66.0), (-84.0, 52.0)  # canonical rectangle the texture covers; look-ups outside are clamped to its border
-_INVERSION_STEPS = 6  # of the fixed-point iteration for the inverse pose; each leaves at most 0.7 of the error on the steepest nose
+_U_RANGE, _V_RANGE = (
+    (-66.0, 66.0),
+    (-84.0, 52.0),
+)  # canonical rectangle the texture covers; look-ups outside are clamped to its border
+_INVERSION_STEPS = (
+    6  # of the fixed-point iteration for the inverse pose; each leaves at most 0.7 of the error on the steepest nose
+)
 _AMBIENT_FLOOR = 0.12  # a surface that faces away from the light keeps this much
 
 
@@ -38,7 +46,9 @@ def _draw(cls, rng: np.random.Generator, **given):
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a person: independent, uniform, in canonical units (pixels of the aligned crop), radians or fractions of 1."""
+    """What makes a person: independent, uniform, in canonical units (pixels of the aligned crop), radians or fractions
+    of 1.
+    """
 
     head_width: float = _between(33.0, 41.0)  # half width at the cheekbones
     cheek_height: float = _between(-16.0, 2.0)  # v of the widest place
@@ -125,7 +135,9 @@ class Identity:
 
 @dataclass(frozen=True)
 class Variation:
-    """What changes between two pictures of a person. Angles in radians, colours linear gains, expressions as fractions."""
+    """What changes between two pictures of a person. Angles in radians, colours linear gains, expressions as
+    fractions.
+    """
 
     yaw: float = _between(-0.34, 0.34)
     pitch: float = _between(-0.20, 0.20)
@@ -169,7 +181,9 @@ _IRIS = [(74, 46, 30), (120, 84, 44), (104, 122, 72), (86, 128, 168), (140, 152,
 
 
 def _cover(distance):
-    """Coverage of a pixel whose centre lies `distance` pixels outside (positive) or inside an edge: a box filter one pixel wide."""
+    """Coverage of a pixel whose centre lies `distance` pixels outside (positive) or inside an edge: a box filter one
+    pixel wide.
+    """
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
@@ -190,7 +204,9 @@ def _paint(layers, coverage, colour):
 
 
 def _enlarge(grid, shape=(IMAGE_SIZE, IMAGE_SIZE)):
-    """A float32 grid interpolated to `shape`. Pillow gives the same bits with any thread count, which a matrix product would not."""
+    """A float32 grid interpolated to `shape`. Pillow gives the same bits with any thread count, which a matrix product
+    would not.
+    """
     return np.asarray(Image.fromarray(grid).resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
@@ -211,14 +227,16 @@ class Face:
 
     Args:
         identity: the geometry and colours.
-        rng: draws the skin field, freckles, moles and hair strands, which belong to the identity as much as its geometry does.
+        rng: draws the skin field, freckles, moles and hair strands, which belong to the identity as much as its
+            geometry does.
     """
 
     def __init__(self, identity: Identity, rng: np.random.Generator):
         self.identity = identity
         self.skin = self._skin_colour()
         self.hair = self._hair_colour()
-        # Over the canonical rectangle, _TEXELS samples a unit: albedo red, green, blue, coverage, hair over the face; unit normal x, y, z.
+        # Over the canonical rectangle, _TEXELS samples a unit: albedo red, green, blue, coverage, hair over the face;
+        # unit normal x, y, z.
         self.surface, self.normals = self._bake(rng)
 
     def _skin_colour(self):
@@ -227,7 +245,9 @@ class Face:
 
     def _hair_colour(self):
         i = self.identity
-        colour = _palette(_HAIR, i.hair_tone) * (1 + max(0.0, i.hair_redness) * np.array([0.32, -0.12, -0.34], dtype=np.float32))
+        colour = _palette(_HAIR, i.hair_tone) * (
+            1 + max(0.0, i.hair_redness) * np.array([0.32, -0.12, -0.34], dtype=np.float32)
+        )
         grey = max(0.0, i.hair_grey)
         return np.clip(colour + grey * (np.float32(0.66) - colour), 0.0, 1.0)
 
@@ -248,12 +268,21 @@ class Face:
         """(5, 2) canonical positions of eyes, nose tip and mouth corners, left to right in the picture."""
         i = self.identity
         corner_u, corner_v = self.mouth_corner(variation)
-        return np.array([[-i.eye_spacing, i.eye_height], [i.eye_spacing, i.eye_height], [0.0, i.nose_tip],
-                         [-corner_u, corner_v], [corner_u, corner_v]])
+        return np.array(
+            [
+                [-i.eye_spacing, i.eye_height],
+                [i.eye_spacing, i.eye_height],
+                [0.0, i.nose_tip],
+                [-corner_u, corner_v],
+                [corner_u, corner_v],
+            ]
+        )
 
     def mouth_corner(self, variation: Variation) -> tuple[float, float]:
         i, opening = self.identity, max(0.0, variation.mouth_opening)
-        return i.mouth_width * (1 + 0.13 * variation.smile - 0.08 * opening), i.mouth_height - i.mouth_curve - 2.4 * variation.smile
+        return i.mouth_width * (
+            1 + 0.13 * variation.smile - 0.08 * opening
+        ), i.mouth_height - i.mouth_curve - 2.4 * variation.smile
 
     def _head_distance(self, u, v):
         """Approximate signed distance to the outline of the head, from an implicit superellipse and its gradient."""
@@ -261,7 +290,11 @@ class Face:
         low = np.maximum(v - i.cheek_height, 0) / (i.chin - i.cheek_height)
         high = np.maximum(i.cheek_height - v, 0) / (i.cheek_height + 88)
         width = i.head_width * (1 - i.temple_narrowing * _step(high, 0.05, 0.7))
-        level = (np.abs(u) / width) ** i.jaw_squareness + low ** (i.jaw_squareness * 0.85) + high ** (1.9 * i.jaw_squareness)
+        level = (
+            (np.abs(u) / width) ** i.jaw_squareness
+            + low ** (i.jaw_squareness * 0.85)
+            + high ** (1.9 * i.jaw_squareness)
+        )
         # The root makes the level nearly linear across the outline, so that one gradient serves a wide band.
         level = level ** (1 / i.jaw_squareness) - 1
         slope_v, slope_u = np.gradient(level, 1 / _TEXELS)
@@ -292,7 +325,10 @@ class Face:
         fall = np.maximum(side - i.head_width - 0.9 * i.hair_volume - 0.6 * strands, v - i.hair_length - 2 * strands)
         lay(_cover(np.minimum(crown, np.maximum(fall, -40 - v))), 0.72 * hair_colour)
         lay(_cover(np.maximum(side - 0.58 * i.head_width - 0.12 * np.maximum(v - 40, 0), 14 - v)), 0.78 * self.skin)
-        ear_u, ear_v = (side - i.head_width - 0.35 * i.ear_protrusion) / (0.5 * i.ear_size), (v - i.ear_height) / (1.25 * i.ear_size)
+        ear_u, ear_v = (
+            (side - i.head_width - 0.35 * i.ear_protrusion) / (0.5 * i.ear_size),
+            (v - i.ear_height) / (1.25 * i.ear_size),
+        )
         lay(_cover((np.hypot(ear_u, ear_v) - 1) * 0.5 * i.ear_size), 0.92 * self.skin)
         lay(0.5 * _cover((np.hypot(ear_u - 0.1, ear_v) - 0.5) * 0.5 * i.ear_size), 0.66 * self.skin)
 
@@ -314,7 +350,9 @@ class Face:
         relief = self.depth(u, v) - 0.4 * i.nose_projection * self._nose_profile(u, v) + self._fine_relief(u, side, v)
         slope_v, slope_u = np.gradient(relief, np.float32(1 / _TEXELS))
         towards_camera = 1 / np.sqrt(1 + slope_u**2 + slope_v**2)
-        return surface, np.stack([-slope_u * towards_camera, -slope_v * towards_camera, towards_camera]).astype(np.float32)
+        return surface, np.stack([-slope_u * towards_camera, -slope_v * towards_camera, towards_camera]).astype(
+            np.float32
+        )
 
     def _strands(self, rng, u, v):
         """Hair strands: noise across them, waving along them."""
@@ -347,14 +385,20 @@ class Face:
         for mole_u, mole_v, radius, strength in moles[moles[:, 3] > 0].tolist():  # the others are not there
             tone -= strength * _cover(np.hypot(u - mole_u, v - mole_v) - radius)
         skin = self.skin[:, None, None] * tone
-        red = 0.045 * i.mottling * ruddy + 0.11 * i.blush * _bump(side - 21, v - 4, 10, 8) + 0.05 * i.blush * _bump(u, v - i.nose_tip, 6, 5)
+        red = (
+            0.045 * i.mottling * ruddy
+            + 0.11 * i.blush * _bump(side - 21, v - 4, 10, 8)
+            + 0.05 * i.blush * _bump(u, v - i.nose_tip, 6, 5)
+        )
         return skin * (1 + red * np.array([0.35, -1.0, -0.8], dtype=np.float32)[:, None, None])
 
     def _draw_nose(self, albedo, u, v):
         i = self.identity
         side, below = np.abs(u), v - i.nose_tip
         dark = 0.42 * self.skin
-        flank = np.exp(-(((side - i.nose_bridge_width - 1.2) / 1.7) ** 2)) * _step(-below, -1, 8) * _step(below, -24, -12)
+        flank = (
+            np.exp(-(((side - i.nose_bridge_width - 1.2) / 1.7) ** 2)) * _step(-below, -1, 8) * _step(below, -24, -12)
+        )
         _paint(albedo, 0.20 * flank, dark)
         wing = np.hypot(side - i.nose_width + 2.6, (below - 2.2) * 0.85) - 3.1
         _paint(albedo, 0.60 * _cover(np.abs(wing) - 0.35) * _step(side, i.nose_width - 2.4, i.nose_width - 0.6), dark)
@@ -392,14 +436,17 @@ class Face:
         )
 
 
-_COARSE = 2 * np.arange(-1, IMAGE_SIZE // 2 + 1, dtype=np.float32) + 0.5  # pixel positions of the grid on which pose and light are found
+_COARSE = (
+    2 * np.arange(-1, IMAGE_SIZE // 2 + 1, dtype=np.float32) + 0.5
+)  # pixel positions of the grid on which pose and light are found
 
 
 def render_face(face: Face, variation: Variation) -> tuple[np.ndarray, np.ndarray]:
     """Picture of a face.
 
     Returns:
-        (112, 112, 3) uint8 RGB, and the (5, 2) float64 positions of eyes, nose tip and mouth corners in it, pixels (x, y).
+        (112, 112, 3) uint8 RGB, and the (5, 2) float64 positions of eyes, nose tip and mouth corners in it, pixels (x,
+        y).
     """
     pose = _Pose(face, variation)
     coarse = pose.canonical_coordinates()
@@ -432,13 +479,22 @@ def _expose(picture, variation):
 
 
 class _Pose:
-    """Rotation of the relief and the similarity that aligns its landmarks; complex numbers stand for points of the plane."""
+    """Rotation of the relief and the similarity that aligns its landmarks; complex numbers stand for points of the
+    plane.
+    """
 
     def __init__(self, face: Face, variation: Variation):
         self.face = face
-        sin_y, cos_y, sin_p, cos_p = np.sin(variation.yaw), np.cos(variation.yaw), np.sin(variation.pitch), np.cos(variation.pitch)
+        sin_y, cos_y, sin_p, cos_p = (
+            np.sin(variation.yaw),
+            np.cos(variation.yaw),
+            np.sin(variation.pitch),
+            np.cos(variation.pitch),
+        )
         # Rows: picture x, picture y, towards the camera; columns: u, v, z.
-        self.rotation = np.array([[cos_y, 0, sin_y], [-sin_y * sin_p, cos_p, cos_y * sin_p], [-sin_y * cos_p, -sin_p, cos_y * cos_p]])
+        self.rotation = np.array(
+            [[cos_y, 0, sin_y], [-sin_y * sin_p, cos_p, cos_y * sin_p], [-sin_y * cos_p, -sin_p, cos_y * cos_p]]
+        )
         points = face.landmarks(variation)
         rotated = self._rotate(points[:, 0], points[:, 1])
         target = ALIGNED_LANDMARKS @ [1, 1j]
@@ -461,7 +517,9 @@ class _Pose:
 
     def to_pixels(self, u, v) -> np.ndarray:
         """Canonical points (N,), (N,) -> (N, 2) pixels."""
-        return self._to_xy(self.scale * self._rotate(np.asarray(u, dtype=np.float64), np.asarray(v, dtype=np.float64)) + self.offset)
+        return self._to_xy(
+            self.scale * self._rotate(np.asarray(u, dtype=np.float64), np.asarray(v, dtype=np.float64)) + self.offset
+        )
 
     def canonical_coordinates(self):
         """Canonical u and v seen by each second pixel, on a grid with one more point on each side: (2, 58, 58) float32.
@@ -482,7 +540,9 @@ class _Pose:
         return np.stack([u, v])
 
     def window(self, u, v, margin: float) -> tuple[slice, slice]:
-        """Rows and columns that hold the canonical points (N,), (N,) and `margin` pixels around them, cut to the picture."""
+        """Rows and columns that hold the canonical points (N,), (N,) and `margin` pixels around them, cut to the
+        picture.
+        """
         points = self.to_pixels(u, v)
         left, top = np.clip(points.min(axis=0) - margin, 0, IMAGE_SIZE).astype(int)
         right, bottom = np.clip(points.max(axis=0) + margin + 1, 0, IMAGE_SIZE).astype(int)
@@ -517,7 +577,9 @@ def _light(face, variation, pose, u, v):
     """(112, 112) factors of the albedo, and highlights to add; u and v are coarse, since both are smooth."""
     normals = _look_up(face.normals, u, v)
     azimuth, elevation, strength = variation.light_azimuth, variation.light_elevation, variation.light_strength
-    in_picture = np.array([np.sin(azimuth) * np.cos(elevation), -np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
+    in_picture = np.array(
+        [np.sin(azimuth) * np.cos(elevation), -np.sin(elevation), np.cos(azimuth) * np.cos(elevation)]
+    )
     light, camera = in_picture @ pose.rotation, pose.rotation[2]  # in the frame of the face, where the normals are
     half = (light + camera) / np.linalg.norm(light + camera)
 
@@ -550,7 +612,9 @@ def _draw_eyes(albedo, face, variation, pose, u, v):
     _paint(layers, 0.55 * i.eyelid_crease * _cover(np.maximum(crease, beyond)), 0.5 * face.skin)
     white = 0.92 - 0.3 * np.clip(1 - (y - upper) / 2.2, 0, 1)  # in the shade of the upper lid
     _paint(layers, inside, white)
-    from_pupil = np.hypot(inwards - 1.1 * variation.gaze_x * np.sign(u), down - 0.6 * variation.gaze_y + 0.25 * opening - 0.3)
+    from_pupil = np.hypot(
+        inwards - 1.1 * variation.gaze_x * np.sign(u), down - 0.6 * variation.gaze_y + 0.25 * opening - 0.3
+    )
     rim = np.clip(1.15 - 0.65 * np.square(np.square(from_pupil / i.iris_radius)), 0.3, 1.2)
     iris = rim * np.clip(_palette(_IRIS, i.iris_hue) * i.iris_lightness, 0, 1)[:, None, None]
     iris *= 1 - _cover(from_pupil - 0.45 * i.iris_radius)

@@ -1,19 +1,24 @@
-"""Class centers of stage 1, their rows spread over the ranks: margin softmax, SGD, checkpoints and export without all rows on any one rank.
+"""Class centers of stage 1, their rows spread over the ranks: margin softmax, SGD, checkpoints and export without all
+rows on any one rank.
 
 Every rank holds a contiguous block of rows and its momentum, and computes the loss of the whole batch against its rows:
 
-    embeddings, labels  --all-gather-->  statistics of the own rows  --two all-reduces of (B,)-->  loss  --backward, reduce-scatter-->  features
+    embeddings, labels  --all-gather-->  statistics of the own rows  --two all-reduces of (B,)-->  loss  --backward,
+    reduce-scatter-->  features
 
-Communication runs beside computation where there is any that does not wait for it: the embeddings are gathered while the labels find their
-rows and the sample is drawn, and the gradient of the features is scattered while the last block of class centers (on a GPU often the only
-one) gets its gradient and its update. The order of sums does not change.
+Communication runs beside computation where there is any that does not wait for it: the embeddings are gathered while
+the labels find their rows and the sample is drawn, and the gradient of the features is scattered while the last block
+of class centers (on a GPU often the only one) gets its gradient and its update. The order of sums does not change.
 
-The class centers live outside the DeepSpeed engine, which would give every rank the rows of rank 0. It averages the backbone's gradients
-over ranks, while this loss is already the mean over all ranks' images: the gradient of the features is multiplied by the world size. The
-gradient of the class centers needs neither: it does not see the engine's loss scale and is divided by the accumulation steps here.
+The class centers live outside the DeepSpeed engine, which would give every rank the rows of rank 0. It averages the
+backbone's gradients over ranks, while this loss is already the mean over all ranks' images: the gradient of the
+features is multiplied by the world size. The gradient of the class centers needs neither: it does not see the engine's
+loss scale and is divided by the accumulation steps here.
 
-Clipping: --max_grad_norm bounds the norm of the backbone's gradient alone, as arcface_torch does. --max_grad_clip bounds each value here too.
+Clipping: --max_grad_norm bounds the norm of the backbone's gradient alone, as arcface_torch does. --max_grad_clip
+bounds each value here too.
 """
+
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +45,9 @@ _EXPORT_BYTES = 64 * 2**20  # of one message to rank 0
 
 
 def rows_of(rank: int, world_size: int, num_classes: int) -> tuple[int, int]:
-    """[start, stop) of a rank's rows: contiguous, lengths differ by one at most, none where there are more ranks than classes."""
+    """[start, stop) of a rank's rows: contiguous, lengths differ by one at most, none where there are more ranks than
+    classes.
+    """
     size, longer = divmod(num_classes, world_size)
     start = rank * size + min(rank, longer)
     return start, start + size + (rank < longer)
@@ -54,7 +61,9 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_classes(start: int, stop: int, rate: float, seed: int, draw: int, device: torch.device) -> torch.Tensor:
-    """(stop - start,) bool: which classes this draw takes, each with probability ``rate``, by a hash of seed, draw and class alone."""
+    """(stop - start,) bool: which classes this draw takes, each with probability ``rate``, by a hash of seed, draw and
+    class alone.
+    """
     key = _mix(_mix(torch.tensor(seed & 0x7FFFFFFF)) ^ (draw & 0x7FFFFFFF)).item()
     return _mix(_mix(torch.arange(start, stop, device=device)) ^ key) < int(rate * 2**31)
 
@@ -64,14 +73,17 @@ class ClassCenters:
 
     Attributes:
         weight: (C_local, D) float32.
-        momentum: the same, bfloat16 with ``centers_state="bf16"``: rounded stochastically, so that its expectation is that of float32.
+        momentum: the same, bfloat16 with ``centers_state="bf16"``: rounded stochastically, so that its expectation is
+            that of float32.
         start, stop: the rows' place among all ``num_classes``.
         lr: learning rate of the next update; whoever trains sets it.
-        fused: whether the update happens in the backward pass, block by block, so that no (C_local, D) gradient is stored.
+        fused: whether the update happens in the backward pass, block by block, so that no (C_local, D) gradient is
+            stored.
     Args:
-        config: reads seed, scale, margins, margin_gradient, label_smoothing, sample_rate, skip_below, momentum, weight_decay, max_grad_clip,
-            gradient_accumulation_steps, centers_state and fused_center_update.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` for the matrix products; class centers, momentum, cosines and the loss are float32.
+        config: reads seed, scale, margins, margin_gradient, label_smoothing, sample_rate, skip_below, momentum,
+            weight_decay, max_grad_clip, gradient_accumulation_steps, centers_state and fused_center_update.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` for the matrix products; class centers, momentum, cosines and
+            the loss are float32.
     """
 
     def __init__(self, num_classes: int, width: int, config: Config, runtime: Runtime, precision: str = "fp32"):
@@ -86,7 +98,11 @@ class ClassCenters:
         self._initialise()
         self.momentum = torch.zeros_like(self.weight, dtype=_STATES[config.centers_state])
         self._gradient = None if self.fused else torch.zeros_like(self.weight)
-        self._touched = torch.zeros(len(self.weight), dtype=torch.bool, device=runtime.device) if self._samples and not self.fused else None
+        self._touched = (
+            torch.zeros(len(self.weight), dtype=torch.bool, device=runtime.device)
+            if self._samples and not self.fused
+            else None
+        )
 
     @property
     def _samples(self) -> bool:
@@ -97,7 +113,7 @@ class ClassCenters:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + first)
             block = torch.empty(_INITIAL_ROWS, self.width).normal_(std=_INITIAL_STD, generator=generator)
             low, high = max(first, self.start), min(first + _INITIAL_ROWS, self.stop)
-            self.weight[low - self.start:high - self.start] = block[low - first:high - first].to(self.weight.device)
+            self.weight[low - self.start : high - self.start] = block[low - first : high - first].to(self.weight.device)
 
     def loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean margin-softmax loss over the images of all ranks; collective, and so is its backward pass.
@@ -106,8 +122,9 @@ class ClassCenters:
             features: (B, D) float32 of this rank's images, as many on every rank.
             labels: (B,) int64; -1 leaves an image out, any other label outside [0, num_classes) makes the loss NaN.
         Returns:
-            (loss, correct): the scalar loss, equal on all ranks and differentiable in features; (B,) bool whether the own class center is the
-            nearest of all (of those sampled). The backward pass also updates the class centers where ``fused``, else adds to their gradient.
+            (loss, correct): the scalar loss, equal on all ranks and differentiable in features; (B,) bool whether the
+            own class center is the nearest of all (of those sampled). The backward pass also updates the class centers
+            where ``fused``, else adds to their gradient.
         """
         self._noise.manual_seed(((self.config.seed * 1_000_003 + self._draw) * 1_000_003 + self.start) % 2**63)
         result = _ShardedLoss.apply(features, labels, self)
@@ -115,7 +132,9 @@ class ClassCenters:
         return result
 
     def step(self, applied: bool = True) -> None:
-        """End of an optimiser step: update from the gradients since the last one, or drop them where the engine has skipped its step."""
+        """End of an optimiser step: update from the gradients since the last one, or drop them where the engine has
+        skipped its step.
+        """
         if self.fused:
             return
         for rows in self._changed_rows() if applied else ():
@@ -130,14 +149,18 @@ class ClassCenters:
         return iter(self._touched.nonzero().squeeze(1).split(_UPDATE_ROWS))
 
     def _update(self, start: int, active: torch.Tensor | None, gradient: torch.Tensor) -> None:
-        """Update the rows from ``start`` on, or those that ``active`` lists from there on, as many as ``gradient`` has."""
+        """Update the rows from ``start`` on, or those that ``active`` lists from there on, as many as ``gradient``
+        has.
+        """
         for at in range(0, len(gradient), _UPDATE_ROWS):
-            piece = gradient[at:at + _UPDATE_ROWS]
+            piece = gradient[at : at + _UPDATE_ROWS]
             rows = slice(start + at, start + at + len(piece))
             self._update_rows(rows if active is None else active[rows], piece)
 
     def _update_rows(self, rows: slice | torch.Tensor, gradient: torch.Tensor) -> None:
-        """SGD with momentum and the L2 term in the gradient, as torch.optim.SGD; ``gradient`` is overwritten. Rows not sampled keep their momentum."""
+        """SGD with momentum and the L2 term in the gradient, as torch.optim.SGD; ``gradient`` is overwritten. Rows not
+        sampled keep their momentum.
+        """
         weight, stored = self.weight[rows], self.momentum[rows]
         momentum = stored.float()
         if self.config.max_grad_clip > 0:
@@ -156,7 +179,9 @@ class ClassCenters:
         local = torch.where(here, labels - self.start, -1)
         if not self._samples:
             return None, local
-        active = sampled_classes(self.start, self.stop, self.config.sample_rate, self.config.seed, self._draw, self.weight.device)
+        active = sampled_classes(
+            self.start, self.stop, self.config.sample_rate, self.config.seed, self._draw, self.weight.device
+        )
         active[local[here]] = True
         position = torch.cumsum(active, dim=0) - 1
         return active.nonzero().squeeze(1), torch.where(here, position[local], -1) if len(position) else local
@@ -185,23 +210,32 @@ class ClassCenters:
             try:
                 shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # on a damaged file the unpickler fails in any way there is
-                raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give --resume another "
-                                 "checkpoint, or use --overwrite") from None
+                raise ValueError(
+                    f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give --resume "
+                    "another "
+                    "checkpoint, or use --overwrite"
+                ) from None
             if (shard["num_classes"], shard["weight"].shape[1]) != (self.num_classes, self.width):
-                raise ValueError(f"{path}: holds class centers of {shard['num_classes']} identities, width {shard['weight'].shape[1]}, but this run has "
-                                 f"{self.num_classes}, width {self.width}; resume with the data and --z_dim of the checkpoint")
+                raise ValueError(
+                    f"{path}: holds class centers of {shard['num_classes']} identities, width "
+                    f"{shard['weight'].shape[1]}, but this run has "
+                    f"{self.num_classes}, width {self.width}; resume with the data and --z_dim of the checkpoint"
+                )
             first, last = rows_of(rank, written_by, self.num_classes)
             low, high = max(first, self.start), min(last, self.stop)
             if low < high:
                 for name in ("weight", "momentum"):
-                    getattr(self, name)[low - self.start:high - self.start] = shard[name][low - first:high - first].to(self.weight.device)
+                    getattr(self, name)[low - self.start : high - self.start] = shard[name][
+                        low - first : high - first
+                    ].to(self.weight.device)
             self._draw = shard["draw"]
 
     def export(self, path: Path, facts: dict) -> None:
-        """Write all rows as the published code has them, ``['arc_face_state_dict']['weight']``, beside ``facts``; collective.
+        """Write all rows as the published code has them, ``['arc_face_state_dict']['weight']``, beside ``facts``;
+        collective.
 
-        Rank 0 receives them in blocks and holds them in a memory-mapped file, so that they need disk, not memory. If it cannot write, it
-        receives them all the same, so that no rank is left waiting, and raises at the end.
+        Rank 0 receives them in blocks and holds them in a memory-mapped file, so that they need disk, not memory. If it
+        cannot write, it receives them all the same, so that no rank is left waiting, and raises at the end.
 
         Raises:
             OSError: on rank 0, the file could not be written.
@@ -210,19 +244,23 @@ class ClassCenters:
         rows_file = path.with_name(path.name + ".rows")
         if self.runtime.is_main:
             try:
-                with open(rows_file, "wb") as file:  # on a disk that is full the mapping of a sparse file would be a fatal signal, not an error
+                with open(
+                    rows_file, "wb"
+                ) as file:  # on a disk that is full the mapping of a sparse file would be a fatal signal, not an error
                     os.posix_fallocate(file.fileno(), 0, 4 * self.num_classes * self.width)
             except OSError as error:
                 problem = error
         if self.runtime.is_main and problem is None:
-            for_all = torch.from_file(str(rows_file), shared=True, size=self.num_classes * self.width).view(self.num_classes, self.width)
+            for_all = torch.from_file(str(rows_file), shared=True, size=self.num_classes * self.width).view(
+                self.num_classes, self.width
+            )
         block = max(1, _EXPORT_BYTES // (4 * self.width))
         for rank in range(self.runtime.world_size):
             start, stop = rows_of(rank, self.runtime.world_size, self.num_classes)
             for low in range(start, stop, block):
                 high = min(low + block, stop)
                 if rank == self.runtime.rank:
-                    rows = self.weight[low - start:high - start]
+                    rows = self.weight[low - start : high - start]
                     if rank:
                         dist.send(rows.contiguous(), 0)
                 elif self.runtime.is_main:
@@ -243,8 +281,8 @@ class ClassCenters:
 def fuses(config: Config, precision: str) -> bool:
     """Whether the update of the class centers happens in the backward pass: by default wherever it can.
 
-    With accumulation the gradients of several backward passes make one update, and with fp16 the engine says only after the backward
-    pass whether its step counts.
+    With accumulation the gradients of several backward passes make one update, and with fp16 the engine says only after
+    the backward pass whether its step counts.
     """
     possible = config.gradient_accumulation_steps == 1 and precision != "fp16"
     return possible if config.fused_center_update is None else config.fused_center_update
@@ -261,15 +299,26 @@ class _ShardedLoss(torch.autograd.Function):
         rows, local = centers._active(labels)
         embeddings = embeddings()
         smoothing = config.label_smoothing > 0
-        own = margin_softmax_statistics(embeddings, centers.weight, local, config.scale, class_rows=rows, compute_dtype=centers.compute_dtype,
-                                        with_cosine_sum=smoothing)
+        own = margin_softmax_statistics(
+            embeddings,
+            centers.weight,
+            local,
+            config.scale,
+            class_rows=rows,
+            compute_dtype=centers.compute_dtype,
+            with_cosine_sum=smoothing,
+        )
         count = len(centers.weight) if rows is None else len(rows)
         whole, classes = _combine(own, count, world_size)
-        leaves = [value.detach().requires_grad_() for value in (whole.log_sum_exp, whole.target_cosine, whole.cosine_sum)]
+        leaves = [
+            value.detach().requires_grad_() for value in (whole.log_sum_exp, whole.target_cosine, whole.cosine_sum)
+        ]
         outside = (labels < -1) | (labels >= centers.num_classes)
         with torch.enable_grad():
             statistics = MarginSoftmaxStatistics(leaves[0], leaves[1], whole.nearest_other, leaves[2])
-            per_row = margin_softmax_rows(statistics, classes, config.scale, config.margins, config.margin_gradient, config.label_smoothing)
+            per_row = margin_softmax_rows(
+                statistics, classes, config.scale, config.margins, config.margin_gradient, config.label_smoothing
+            )
             loss = mean_over_labelled(per_row, labels, outside)
             grads = torch.autograd.grad(loss, leaves if smoothing else leaves[:2])
         ctx.centers, ctx.rows, ctx.grads = centers, rows, grads
@@ -300,19 +349,34 @@ class _ShardedLoss(torch.autograd.Function):
             nonlocal scattered
             scattered = _start_reduce_scatter(gradient, world_size)
 
-        margin_softmax_gradients(embeddings, centers.weight, local, log_sum_exp, *ctx.grads, scale=centers.config.scale, finish=finish, consume=consume,
-                                 class_rows=rows, compute_dtype=centers.compute_dtype, skip_below=centers.config.skip_below)
+        margin_softmax_gradients(
+            embeddings,
+            centers.weight,
+            local,
+            log_sum_exp,
+            *ctx.grads,
+            scale=centers.config.scale,
+            finish=finish,
+            consume=consume,
+            class_rows=rows,
+            compute_dtype=centers.compute_dtype,
+            skip_below=centers.config.skip_below,
+        )
         return scattered() * (grad_loss * world_size), None, None
 
 
-def _combine(own: MarginSoftmaxStatistics, count: int, world_size: int) -> tuple[MarginSoftmaxStatistics, int | torch.Tensor]:
+def _combine(
+    own: MarginSoftmaxStatistics, count: int, world_size: int
+) -> tuple[MarginSoftmaxStatistics, int | torch.Tensor]:
     """Statistics over the classes of all ranks, and how many these are."""
     if world_size == 1:
         return own, count
     highest = torch.stack([own.log_sum_exp, own.nearest_other])
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     shift = highest[0].clamp_min(torch.finfo(highest.dtype).min)  # where no rank has another class
-    sums = torch.stack([torch.exp(own.log_sum_exp - shift), own.target_cosine, own.cosine_sum, torch.full_like(shift, count)])
+    sums = torch.stack(
+        [torch.exp(own.log_sum_exp - shift), own.target_cosine, own.cosine_sum, torch.full_like(shift, count)]
+    )
     dist.all_reduce(sums)
     return MarginSoftmaxStatistics(highest[0] + torch.log(sums[0]), sums[1], highest[1], sums[2]), sums[3]
 
@@ -343,11 +407,13 @@ def _started(collective, output: torch.Tensor, source: torch.Tensor) -> Callable
     def wait():
         work.wait()
         return output
+
     return wait
 
 
 def _stochastic_bfloat16(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 rounded to one of its two bfloat16 neighbours, to the nearer with the higher probability: right on average. Overwrites values.
+    """float32 rounded to one of its two bfloat16 neighbours, to the nearer with the higher probability: right on
+    average. Overwrites values.
 
     Rounding to nearest would hold a momentum still once a step changes it by less than 1/512.
     """

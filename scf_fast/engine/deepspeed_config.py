@@ -8,14 +8,16 @@ from scf_fast.config import Config
 from scf_fast.distributed import Runtime
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typing error would silently train something else.
-_KNOWN_KEYS = frozenset("""
+_KNOWN_KEYS = frozenset(
+    """
     train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler zero_optimization
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer fp16 bf16 amp torch_autocast data_types gradient_clipping prescale_gradients
     gradient_predivide_factor sparse_gradients communication_data_type seq_parallel_communication_data_type gradient_allreduce_op
     graph_harvesting dump_state steps_per_print wall_clock_breakdown memory_breakdown log_level flops_profiler tensorboard wandb comet
     csv_monitor comms_logger activation_checkpointing aio checkpoint data_efficiency curriculum_learning compile
     disable_allgather load_universal_checkpoint dataloader_drop_last use_data_before_expert_parallel_ timers nebula
-    """.split())
+    """.split()
+)
 
 
 def resolve_precision(config: Config, device: torch.device) -> str:
@@ -43,20 +45,40 @@ def load_deepspeed_config(path: str) -> dict:
     for key in values:
         if key not in _KNOWN_KEYS:
             close = difflib.get_close_matches(key, _KNOWN_KEYS, n=1)
-            raise ValueError(f"--deepspeed_config {path}: DeepSpeed has no key {key!r} and would ignore it{f'; did you mean {close[0]}?' if close else ''}")
+            raise ValueError(
+                f"--deepspeed_config {path}: DeepSpeed has no key {key!r} and would ignore "
+                f"it{f'; did you mean {close[0]}?' if close else ''}"
+            )
         if key in ("optimizer", "scheduler"):
-            raise ValueError(f"--deepspeed_config {path}: {key!r} is set by our flags (--optimizer, --lr, --lr_scheduler ...); leave it out")
+            raise ValueError(
+                f"--deepspeed_config {path}: {key!r} is set by our flags (--optimizer, --lr, --lr_scheduler ...); "
+                "leave it out"
+            )
         if key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-            raise ValueError(f"--deepspeed_config {path}: {key!r} is set by --batch_size and --gradient_accumulation_steps; leave it out")
+            raise ValueError(
+                f"--deepspeed_config {path}: {key!r} is set by --batch_size and --gradient_accumulation_steps; leave "
+                "it out"
+            )
         if key in ("fp16", "bf16", "amp", "torch_autocast"):
-            raise ValueError(f"--deepspeed_config {path}: {key!r} is set by --precision, which keeps parameters in float32; leave it out")
+            raise ValueError(
+                f"--deepspeed_config {path}: {key!r} is set by --precision, which keeps parameters in float32; leave "
+                "it out"
+            )
     zero = values.get("zero_optimization", {})
     offload = zero.get("offload_optimizer", {}) if isinstance(zero, dict) else None
     if not isinstance(offload, dict):
-        raise ValueError(f"--deepspeed_config {path}: 'zero_optimization', and 'offload_optimizer' in it, must be JSON objects")
-    for flag, given in (("zero_stage", "stage" in zero), ("offload_optimizer", "device" in offload)):  # memory and resume are planned by these
+        raise ValueError(
+            f"--deepspeed_config {path}: 'zero_optimization', and 'offload_optimizer' in it, must be JSON objects"
+        )
+    for flag, given in (
+        ("zero_stage", "stage" in zero),
+        ("offload_optimizer", "device" in offload),
+    ):  # memory and resume are planned by these
         if given:
-            raise ValueError(f"--deepspeed_config {path}: --{flag} sets it; leave out {'stage' if flag == 'zero_stage' else 'device'!r}")
+            raise ValueError(
+                f"--deepspeed_config {path}: --{flag} sets it; leave out "
+                f"{'stage' if flag == 'zero_stage' else 'device'!r}"
+            )
     return values
 
 
@@ -75,17 +97,29 @@ def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict:
     """
     generated: dict = {
         "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.batch_size // (runtime.world_size * config.gradient_accumulation_steps),
+        "train_micro_batch_size_per_gpu": config.batch_size
+        // (runtime.world_size * config.gradient_accumulation_steps),
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.max_grad_norm,  # DeepSpeed clips at 1.0 when the key is absent
         "zero_allow_untested_optimizer": True,  # SGD is elementwise, so it is safe on ZeRO's flat partitions
-        # The bucket is allocated whole, twice with overlap: DeepSpeed's default of 500 million values would take more than the network.
-        "zero_optimization": {"stage": config.zero_stage_on(runtime.world_size), "overlap_comm": runtime.device.type == "cuda",
-                              "reduce_bucket_size": 50_000_000},
+        # The bucket is allocated whole, twice with overlap: DeepSpeed's default of 500 million values would take more
+        # than the network.
+        "zero_optimization": {
+            "stage": config.zero_stage_on(runtime.world_size),
+            "overlap_comm": runtime.device.type == "cuda",
+            "reduce_bucket_size": 50_000_000,
+        },
     }
     if config.offload_optimizer != "none":
-        generated["zero_optimization"]["offload_optimizer"] = {"device": config.offload_optimizer, "pin_memory": runtime.device.type == "cuda"}
+        generated["zero_optimization"]["offload_optimizer"] = {
+            "device": config.offload_optimizer,
+            "pin_memory": runtime.device.type == "cuda",
+        }
         generated["zero_force_ds_cpu_optimizer"] = False  # torch's fused Adam works there too, without a compiler
     if precision != "fp32":
-        generated["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision], "lower_precision_safe_modules": []}
+        generated["torch_autocast"] = {
+            "enabled": True,
+            "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision],
+            "lower_precision_safe_modules": [],
+        }
     return _merge(generated, load_deepspeed_config(config.deepspeed_config)) if config.deepspeed_config else generated

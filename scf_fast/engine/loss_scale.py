@@ -7,7 +7,8 @@ class LossScaler:
     """Dynamic loss scaling for fp16 autocast under every ZeRO stage, by the rule of ``torch.amp.GradScaler``.
 
     Attributes:
-        scale: what the next loss is multiplied by. It halves after a step that overflowed and doubles after 2000 in a row that did not.
+        scale: what the next loss is multiplied by. It halves after a step that overflowed and doubles after 2000 in a
+            row that did not.
         good_steps: how many have not in a row.
     """
 
@@ -42,11 +43,11 @@ class LossScaler:
 
 
 class _StepWithoutZero:
-    """Stands where the engine without ZeRO has ``torch.amp.GradScaler``, and does as ZeRO does: it leaves out the steps whose gradients are not
-    all finite, in every precision.
+    """Stands where the engine without ZeRO has ``torch.amp.GradScaler``, and does as ZeRO does: it leaves out the steps
+    whose gradients are not all finite, in every precision.
 
-    PyTorch's scaler leaves it to a fused optimiser to unscale and to skip. Values are then clipped while they are scaled, and SGD whose first
-    step is skipped goes on from a momentum that nothing has filled.
+    PyTorch's scaler leaves it to a fused optimiser to unscale and to skip. Values are then clipped while they are
+    scaled, and SGD whose first step is skipped goes on from a momentum that nothing has filled.
     """
 
     def __init__(self, loss_scaler: LossScaler | None):
@@ -57,7 +58,12 @@ class _StepWithoutZero:
 
     def unscale_(self, optimizer) -> None:
         """The engine asks for it before it clips the norm."""
-        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
         if self._loss_scaler:
             torch._foreach_mul_(gradients, 1 / self._loss_scaler.scale)
         optimizer.overflow = not torch.nn.utils.get_total_norm(gradients).isfinite()  # where the engine looks for it

@@ -1,4 +1,5 @@
 """SGD and Adam in the fastest implementation that is there, and the learning rate as a function of the step."""
+
 import importlib.util
 import logging
 import math
@@ -11,7 +12,9 @@ log = logging.getLogger(__name__)
 
 
 def nvidia_apex_problem() -> str | None:
-    """Why NVIDIA Apex's fused optimisers cannot be used, or None. The index's package called apex is an unrelated web project."""
+    """Why NVIDIA Apex's fused optimisers cannot be used, or None. The index's package called apex is an unrelated web
+    project.
+    """
     if importlib.util.find_spec("apex") is None:
         return "not installed"
     try:
@@ -30,6 +33,7 @@ def _apex(rule, parameters, lr, momentum, weight_decay, device):
     if problem:
         raise RuntimeError(problem)
     from apex.optimizers import FusedAdam, FusedSGD
+
     if rule == "sgd":
         return FusedSGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     return FusedAdam(parameters, lr=lr, weight_decay=weight_decay, adam_w_mode=False)
@@ -39,9 +43,12 @@ def _deepspeed(rule, parameters, lr, momentum, weight_decay, device):
     if rule == "sgd":
         raise RuntimeError("has no fused SGD")
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
     if device.type == "cpu":
         return DeepSpeedCPUAdam(parameters, lr=lr, weight_decay=weight_decay, adamw_mode=False)
-    return FusedAdam(parameters, lr=lr, weight_decay=weight_decay, adam_w_mode=False)  # compiles its extension at the first use
+    return FusedAdam(
+        parameters, lr=lr, weight_decay=weight_decay, adam_w_mode=False
+    )  # compiles its extension at the first use
 
 
 def _torch(rule, parameters, lr, momentum, weight_decay, device):
@@ -54,7 +61,8 @@ _IMPLEMENTATIONS = {"apex": _apex, "deepspeed": _deepspeed, "torch": _torch}
 
 
 def build_optimizer(rule: str, parameters, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """SGD with momentum or Adam, both with the L2 term in the gradient; logs once which implementation it took and why not another.
+    """SGD with momentum or Adam, both with the L2 term in the gradient; logs once which implementation it took and why
+    not another.
 
     Args:
         rule: ``"sgd"`` or ``"adam"``.
@@ -66,16 +74,30 @@ def build_optimizer(rule: str, parameters, config: Config, device: torch.device)
     parameters = list(parameters)
     if config.offload_optimizer == "cpu":
         device = torch.device("cpu")
-    # On a CPU DeepSpeed's extension takes a minute to compile and is no faster than torch's fused one, so auto leaves it out there.
-    names = [config.optimizer] if config.optimizer != "auto" else ["apex", "deepspeed", "torch"] if device.type == "cuda" else ["torch"]
+    # On a CPU DeepSpeed's extension takes a minute to compile and is no faster than torch's fused one, so auto leaves
+    # it out there.
+    names = (
+        [config.optimizer]
+        if config.optimizer != "auto"
+        else ["apex", "deepspeed", "torch"]
+        if device.type == "cuda"
+        else ["torch"]
+    )
     problems = []
     for name in names:
         try:
-            optimizer = _IMPLEMENTATIONS[name](rule, parameters, config.lr, config.momentum, config.weight_decay, device)
+            optimizer = _IMPLEMENTATIONS[name](
+                rule, parameters, config.lr, config.momentum, config.weight_decay, device
+            )
         except Exception as error:  # a failed extension build raises almost anything
             problems.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
-        log.info("optimizer: fused %s of %s%s", rule.upper() if rule == "sgd" else "Adam", name, f" ({'; '.join(problems)})" if problems else "")
+        log.info(
+            "optimizer: fused %s of %s%s",
+            rule.upper() if rule == "sgd" else "Adam",
+            name,
+            f" ({'; '.join(problems)})" if problems else "",
+        )
         if config.max_grad_clip > 0:
             _clip_values_before_step(optimizer, config.max_grad_clip)
         return optimizer
@@ -83,17 +105,22 @@ def build_optimizer(rule: str, parameters, config: Config, device: torch.device)
 
 
 def _clip_values_before_step(optimizer, bound):
-    """Clip values where ZeRO hands the reduced gradient partition to the optimiser: earlier there is no full gradient to clip."""
+    """Clip values where ZeRO hands the reduced gradient partition to the optimiser: earlier there is no full gradient
+    to clip.
+    """
+
     def clip(optimizer, *_):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.clamp_(-bound, bound)
+
     optimizer.register_step_pre_hook(clip)
 
 
 class LearningRate:
-    """Sets the optimiser's learning rate before each step, by a closed form of the step, so that resuming needs no state.
+    """Sets the optimiser's learning rate before each step, by a closed form of the step, so that resuming needs no
+    state.
 
     ReduceLROnPlateau is the exception: it follows the loss and keeps state (``state_dict``).
     """
@@ -102,7 +129,9 @@ class LearningRate:
         self.config, self.optimizer, self.steps_per_epoch = config, optimizer, steps_per_epoch
         self.plateau = None
         if config.lr_scheduler == "ReduceLROnPlateau":
-            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=config.plateau_patience)
+            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, factor=0.1, patience=config.plateau_patience
+            )
 
     def at(self, step: int) -> float:
         """Learning rate of the optimiser step with this number, counted from 0."""
@@ -112,11 +141,13 @@ class LearningRate:
             return c.lr * (step + 1) / max(warmup, 1)
         progress = min((step - warmup) / max(total - warmup, 1), 1.0)
         epoch = step // per_epoch
-        factor = {"Polynomial": lambda: (1.0 - progress)**c.power,
-                  "Cosine": lambda: 0.5 * (1.0 + math.cos(math.pi * progress)),
-                  "StepLR": lambda: c.gamma**(epoch // c.step_size),
-                  "MultiStep": lambda: c.gamma**sum(epoch >= m for m in c.milestones),
-                  "Constant": lambda: 1.0}[c.lr_scheduler]
+        factor = {
+            "Polynomial": lambda: (1.0 - progress) ** c.power,
+            "Cosine": lambda: 0.5 * (1.0 + math.cos(math.pi * progress)),
+            "StepLR": lambda: c.gamma ** (epoch // c.step_size),
+            "MultiStep": lambda: c.gamma ** sum(epoch >= m for m in c.milestones),
+            "Constant": lambda: 1.0,
+        }[c.lr_scheduler]
         return c.lr * factor()
 
     def before_step(self, step: int) -> float:
@@ -134,5 +165,7 @@ class LearningRate:
     def load_state_dict(self, state: dict) -> None:
         if self.plateau:
             self.plateau.load_state_dict(state)
-            for group, rate in zip(self.optimizer.param_groups, state["_last_lr"]):  # before_step takes the rate from there
+            for group, rate in zip(
+                self.optimizer.param_groups, state["_last_lr"]
+            ):  # before_step takes the rate from there
                 group["lr"] = rate

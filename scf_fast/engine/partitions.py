@@ -1,8 +1,11 @@
-"""The part of an engine's trained state that this rank holds, piece by piece and under any ZeRO stage: weights and optimiser state.
+"""The part of an engine's trained state that this rank holds, piece by piece and under any ZeRO stage: weights and
+optimiser state.
 
-A piece is a run of elements of one flattened parameter, so what one layout of ranks has saved any other can load: every rank fills the
-pieces it holds from whichever saved pieces overlap them. ZeRO 0 keeps everything on every rank; there each rank answers for an equal share.
+A piece is a run of elements of one flattened parameter, so what one layout of ranks has saved any other can load: every
+rank fills the pieces it holds from whichever saved pieces overlap them. ZeRO 0 keeps everything on every rank; there
+each rank answers for an equal share.
 """
+
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,6 +18,7 @@ WEIGHT = "weight"
 
 class Piece(NamedTuple):
     """Elements [start, start + length) of a flattened parameter."""
+
     name: str
     start: int
     values: dict[str, torch.Tensor]  # 1-D, equally long: the float32 weight and the optimiser's tensors
@@ -23,30 +27,46 @@ class Piece(NamedTuple):
 def owned_pieces(engine) -> list[Piece]:
     """The pieces that this rank answers for; together the ranks' pieces cover every trained parameter once.
 
-    The tensors are views wherever memory allows, so that writing to those of an engine that :func:`prepare` has seen sets its state.
+    The tensors are views wherever memory allows, so that writing to those of an engine that :func:`prepare` has seen
+    sets its state.
     """
     return _pieces(engine, dist.get_rank(), dist.get_world_size())
 
 
 def _pieces(engine, share: int, shares: int) -> list[Piece]:
     state = engine.basic_optimizer.state
-    return [Piece(name, start, {WEIGHT: weight, **{key: whole.reshape(-1)[place] for key, whole in _elementwise(state.get(flat, {}))}})
-            for name, start, weight, flat, place in _places(engine, share, shares)]
+    return [
+        Piece(
+            name,
+            start,
+            {WEIGHT: weight, **{key: whole.reshape(-1)[place] for key, whole in _elementwise(state.get(flat, {}))}},
+        )
+        for name, start, weight, flat, place in _places(engine, share, shares)
+    ]
 
 
 def shared_state(engine) -> dict:
     """What belongs to no element and is the same on every rank: step counters and the loss scale."""
     optimizer = engine.basic_optimizer
-    *_, last = [{}, *optimizer.state.values()]  # DeepSpeed's fused Adam counts its steps in the last parameter's state alone
+    *_, last = [
+        {},
+        *optimizer.state.values(),
+    ]  # DeepSpeed's fused Adam counts its steps in the last parameter's state alone
     counters = {key: value for key, value in last.items() if not (torch.is_tensor(value) and value.dim())}
     # Copies: the optimiser goes on counting while a checkpoint is being written.
-    return {"counters": {key: value.to("cpu", copy=True) if torch.is_tensor(value) else value for key, value in counters.items()},
-            "group_steps": [group.get("step") for group in optimizer.param_groups],
-            "loss_scaler": engine.loss_scaler.state_dict() if engine.loss_scaler else {}, "skipped_steps": engine.skipped_steps}
+    return {
+        "counters": {
+            key: value.to("cpu", copy=True) if torch.is_tensor(value) else value for key, value in counters.items()
+        },
+        "group_steps": [group.get("step") for group in optimizer.param_groups],
+        "loss_scaler": engine.loss_scaler.state_dict() if engine.loss_scaler else {},
+        "skipped_steps": engine.skipped_steps,
+    }
 
 
 def restore(engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
-    """Give a new engine the optimiser state, the counters and the loss scale of a checkpoint; the weights must be in the module already.
+    """Give a new engine the optimiser state, the counters and the loss scale of a checkpoint; the weights must be in
+    the module already.
 
     Args:
         saved: all ranks' pieces, on any device.
@@ -54,8 +74,14 @@ def restore(engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
     saved, optimizer = list(saved), engine.basic_optimizer
     keys = [key for key in saved[0].values if key != WEIGHT]
     for flat in {id(flat): flat for _, _, _, flat, _ in _places(engine, 0, 1)}.values():
-        counters = {key: value.to(flat.device, copy=True) if torch.is_tensor(value) else value for key, value in shared["counters"].items()}
-        optimizer.state[flat] = {**{key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in keys}, **counters}
+        counters = {
+            key: value.to(flat.device, copy=True) if torch.is_tensor(value) else value
+            for key, value in shared["counters"].items()
+        }
+        optimizer.state[flat] = {
+            **{key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in keys},
+            **counters,
+        }
     by_name = _by_name(saved)
     for piece in _pieces(engine, 0, 1):
         for key in keys:
@@ -82,7 +108,10 @@ def load_weights(module: nn.Module, saved: Iterable[Piece], buffers: dict[str, t
     for name, pieces in by_name.items():
         whole = torch.empty(state[name].numel())
         if sum(len(piece.values[WEIGHT]) for piece in pieces) != len(whole):
-            raise ValueError(f"the checkpoint has {sum(len(piece.values[WEIGHT]) for piece in pieces)} elements of {name}, the network {len(whole)}")
+            raise ValueError(
+                f"the checkpoint has {sum(len(piece.values[WEIGHT]) for piece in pieces)} elements of {name}, the "
+                f"network {len(whole)}"
+            )
         _fill(whole, 0, pieces, WEIGHT)
         state[name].copy_(whole.view(state[name].shape))
     for name, value in buffers.items():
@@ -100,11 +129,14 @@ def _fill(target: torch.Tensor, start: int, saved: list[Piece], key: str) -> Non
     for piece in saved:
         low, high = max(start, piece.start), min(start + len(target), piece.start + len(piece.values[key]))
         if low < high:
-            target[low - start:high - start] = piece.values[key][low - piece.start:high - piece.start].to(target.device)
+            target[low - start : high - start] = piece.values[key][low - piece.start : high - piece.start].to(
+                target.device
+            )
 
 
 def _places(engine, share: int, shares: int):
-    """(name, start, weight, flat, place) of each piece: the optimiser's state of it is ``state[flat]``, there flattened at ``place``.
+    """(name, start, weight, flat, place) of each piece: the optimiser's state of it is ``state[flat]``, there flattened
+    at ``place``.
 
     Under ZeRO 0 those of one of so many equal shares of what every rank has whole; else the shares are the ranks' own.
     """
@@ -120,7 +152,10 @@ def _places(engine, share: int, shares: int):
             mapping = parameter._hp_mapping
             if mapping is not None:  # None: this rank has no part of the parameter
                 inside, within = mapping.hp_fragment_address, mapping.lp_fragment_address
-                flat, place = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index], slice(inside.start, inside.start + inside.numel)
+                flat, place = (
+                    engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index],
+                    slice(inside.start, inside.start + inside.numel),
+                )
                 yield name, within.start, flat.detach()[place], flat, place
         else:
             group, offset, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]

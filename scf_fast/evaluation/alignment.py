@@ -1,9 +1,12 @@
-"""Five-point alignment on the fly: a loose crop and its landmarks -> the 112 x 112 face that the models were trained on.
+"""Five-point alignment on the fly: a loose crop and its landmarks -> the 112 x 112 face that the models were trained
+on.
 
     z -> a z + b in complex numbers,  a = sum conj(z_k - zc) (w_k - wc) / sum |z_k - zc|^2,  b = wc - a zc
 
-is the similarity transform that brings landmarks z_k closest to the template's w_k in the least squares (zc, wc: their means).
+is the similarity transform that brings landmarks z_k closest to the template's w_k in the least squares (zc, wc: their
+means).
 """
+
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -11,7 +14,9 @@ from scf_fast.pipelines.loading.decode import FACE_SIZE, open_image, pack_face
 from scf_fast.pipelines.sources.base import ImageSource
 
 # Eyes, nose and mouth corners (x, y) in pixels, of insightface's alignment: pixel centers have whole coordinates.
-TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
+TEMPLATE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
 _STILL = 0.05  # pixels: a transform that moves no corner further is left out, since resampling would only blur
 _CORNERS = np.array([0, FACE_SIZE - 1, 1j * (FACE_SIZE - 1), (1 + 1j) * (FACE_SIZE - 1)])
 
@@ -27,14 +32,16 @@ def similarity_transform(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 class AlignedFaces(ImageSource):
-    """The images of a source, each brought to the template by its landmarks when it is asked for; bilinear, black outside the picture.
+    """The images of a source, each brought to the template by its landmarks when it is asked for; bilinear, black
+    outside the picture.
 
-    An image of 112 x 112 whose landmarks lie on the template already is handed on as it is; others are handed on uncompressed (PPM), so
-    that any loader can be fed from it.
+    An image of 112 x 112 whose landmarks lie on the template already is handed on as it is; others are handed on
+    uncompressed (PPM), so that any loader can be fed from it.
 
     Args:
         source: N images.
-        landmarks: (N, 5, 2) x and y in pixels of the upright image: left eye, right eye, nose, left and right mouth corner.
+        landmarks: (N, 5, 2) x and y in pixels of the upright image: left eye, right eye, nose, left and right mouth
+            corner.
     Raises:
         ValueError: the landmarks of an image are not finite, or all in one point.
     """
@@ -45,8 +52,11 @@ class AlignedFaces(ImageSource):
         self._a, self._b = similarity_transform(landmarks)
         bad = np.flatnonzero(~(np.isfinite(self._a) & (self._a != 0)))
         if len(bad):
-            raise ValueError(f"landmarks must be finite and not all in one point; those of {len(bad)} of {len(source)} images are not so, the first "
-                             f"{source.name(int(bad[0]))}: {landmarks[bad[0]].tolist()}; detect them anew")
+            raise ValueError(
+                f"landmarks must be finite and not all in one point; those of {len(bad)} of {len(source)} images are "
+                "not so, the first "
+                f"{source.name(int(bad[0]))}: {landmarks[bad[0]].tolist()}; detect them anew"
+            )
         moved = np.abs(self._a[:, None] * _CORNERS + self._b[:, None] - _CORNERS).max(axis=1)
         self._in_place = moved < _STILL
 
@@ -65,17 +75,29 @@ class AlignedFaces(ImageSource):
                 if "exif" in image.info:
                     image = ImageOps.exif_transpose(image)
                 face = self._warp(image.convert("RGB"), i)
-        except Exception as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
-            reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error  # that error's text is an address
-            raise ValueError(f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out") from error
+        except (
+            Exception
+        ) as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
+            reason = (
+                "unknown format" if isinstance(error, UnidentifiedImageError) else error
+            )  # that error's text is an address
+            raise ValueError(
+                f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out"
+            ) from error
         return pack_face(face)
 
     def _warp(self, image, i):
-        """(112, 112, 3) uint8. In float32: of bytes Pillow cuts the fraction off, which makes faces darker by half a grey level."""
+        """(112, 112, 3) uint8. In float32: of bytes Pillow cuts the fraction off, which makes faces darker by half a
+        grey level.
+        """
         # Pillow asks for the way back, and has pixel centers at 1/2.
         a = 1 / self._a[i]
         b = -self._b[i] * a + (0.5 + 0.5j) * (1 - a)
         way_back = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
-        colors = [color.convert("F").transform((FACE_SIZE, FACE_SIZE), Image.Transform.AFFINE, way_back, Image.Resampling.BILINEAR)
-                  for color in image.split()]
+        colors = [
+            color.convert("F").transform(
+                (FACE_SIZE, FACE_SIZE), Image.Transform.AFFINE, way_back, Image.Resampling.BILINEAR
+            )
+            for color in image.split()
+        ]
         return np.stack(colors, axis=-1).round().astype(np.uint8)

@@ -56,8 +56,8 @@ class Subjects(NamedTuple):
 
 
 def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> dict[str, PairSet]:
-    """Verification sets by name: `.bin` files, text files of pairs, folders of `.bin` files (or that hold such a folder, `verification`), and
-    folders with one folder of images for each identity, of which pairs are drawn.
+    """Verification sets by name: `.bin` files, text files of pairs, folders of `.bin` files (or that hold such a
+    folder, `verification`), and folders with one folder of images for each identity, of which pairs are drawn.
 
     Known severities are in a CSV beside a `.bin`, under its name (columns image and severity).
 
@@ -71,15 +71,20 @@ def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> d
         found = sorted([*path.glob("*.bin"), *(path / "verification").glob("*.bin")]) if path.is_dir() else [path]
         for pairs in map(_open_pair_set, found) if found else [_draw_pair_set(path, num_pairs, seed)]:
             if pairs.name in sets:
-                raise ValueError(f"two verification sets are named {pairs.name}, the second in {path}; rename one of them")
+                raise ValueError(
+                    f"two verification sets are named {pairs.name}, the second in {path}; rename one of them"
+                )
             sets[pairs.name] = pairs
     return sets
 
 
 def _draw_pair_set(path, num_pairs, seed):
     if not any(child.is_dir() for child in path.iterdir()):
-        raise ValueError(f"{path} must hold verification sets (*.bin or verification/*.bin) or one folder of images for each identity; "
-                         "give the folder or the file that has them")
+        raise ValueError(
+            f"{path} must hold verification sets (*.bin or verification/*.bin) or one folder of images for each "
+            "identity; "
+            "give the folder or the file that has them"
+        )
     source, names = open_subjects(path)
     labelled = ImageFiles(list(map(source.name, range(len(source)))), np.unique(names, return_inverse=True)[1])
     try:
@@ -94,13 +99,18 @@ def _open_pair_set(path):
     source, same = read_verification_set(path) if path.suffix == ".bin" else read_pair_list(path)
     check_pairs(path, same)
     severity = path.with_suffix(".csv")
-    known = read_severity(severity, "image", list(map(str, range(len(source))))) if path.suffix == ".bin" and severity.exists() else None
+    known = (
+        read_severity(severity, "image", list(map(str, range(len(source)))))
+        if path.suffix == ".bin" and severity.exists()
+        else None
+    )
     return PairSet(path.stem, source, same, known)
 
 
 def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
-    """Pairs named in a text file, one a line: `path path label`, label 1 for one person and 0 for two, between them blanks, or tabs where
-    paths hold blanks; relative paths start from the file's folder. Consecutive tenths of the lines are the folds.
+    """Pairs named in a text file, one a line: `path path label`, label 1 for one person and 0 for two, between them
+    blanks, or tabs where paths hold blanks; relative paths start from the file's folder. Consecutive tenths of the
+    lines are the folds.
 
     Returns:
         Images, 2k and 2k + 1 of line k, and (P,) bool.
@@ -119,11 +129,16 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
         if not any(words):
             continue
         if len(words) != 3 or words[2] not in ("0", "1"):
-            raise ValueError(f"{path} line {number} must be `path path label` with label 0 or 1, got {line[:80]!r}; repair the line")
+            raise ValueError(
+                f"{path} line {number} must be `path path label` with label 0 or 1, got {line[:80]!r}; repair the line"
+            )
         for word in words[:2]:
             image = path.parent / word
             if not image.exists():
-                raise ValueError(f"{path} line {number} names {image}, and there is no such file; check the folder that the paths start from")
+                raise ValueError(
+                    f"{path} line {number} names {image}, and there is no such file; check the folder that the paths "
+                    "start from"
+                )
             images.append(image)
         same.append(words[2] == "1")
     return ImageFiles(images), np.array(same, dtype=bool)
@@ -131,12 +146,15 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
 
 def check_pairs(what: Path, same: np.ndarray) -> None:
     """Raises:
-        ValueError: too few pairs to measure anything, or only one kind of them.
+    ValueError: too few pairs to measure anything, or only one kind of them.
     """
     genuine = np.count_nonzero(same)
     if len(same) < 10 or genuine in (0, len(same)):
-        raise ValueError(f"{what} must have at least 10 pairs, genuine and impostor ones among them, got {len(same)} with {genuine} genuine; "
-                         "leave it out")
+        raise ValueError(
+            f"{what} must have at least 10 pairs, genuine and impostor ones among them, got {len(same)} with "
+            f"{genuine} genuine; "
+            "leave it out"
+        )
 
 
 def is_template_set(path: Path) -> bool:
@@ -144,7 +162,8 @@ def is_template_set(path: Path) -> bool:
 
 
 def open_template_set(path: Path, align: bool = True) -> TemplateSet:
-    """A protocol folder (meta, loose_crop), with its 1:N files and severity.csv (columns name and severity) where there are such.
+    """A protocol folder (meta, loose_crop), with its 1:N files and severity.csv (columns name and severity) where there
+    are such.
 
     Args:
         align: False takes the crops for aligned faces and their landmarks for those of other pictures.
@@ -155,8 +174,12 @@ def open_template_set(path: Path, align: bool = True) -> TemplateSet:
     check_pairs(path, protocol.pair_labels)
     severity = path / "severity.csv"
     return TemplateSet(
-        _protocol_name(path), protocol, AlignedFaces(protocol.source, protocol.landmarks) if align else protocol.source, read_galleries(path, protocol),
-        read_severity(severity, "name", protocol.names) if severity.exists() else None)
+        _protocol_name(path),
+        protocol,
+        AlignedFaces(protocol.source, protocol.landmarks) if align else protocol.source,
+        read_galleries(path, protocol),
+        read_severity(severity, "name", protocol.names) if severity.exists() else None,
+    )
 
 
 def _protocol_name(path):
@@ -166,8 +189,8 @@ def _protocol_name(path):
 
 
 def open_subjects(path: Path) -> Subjects:
-    """Faces by subject: a folder with one folder a subject; or any other data set of scf_fast.pipelines.index.open_source, such as a list of lines
-    `path label`, whose subjects are its labels.
+    """Faces by subject: a folder with one folder a subject; or any other data set of
+    scf_fast.pipelines.index.open_source, such as a list of lines `path label`, whose subjects are its labels.
 
     Raises:
         ValueError: nothing is there, it is damaged, or it holds no image.
@@ -178,5 +201,7 @@ def open_subjects(path: Path) -> Subjects:
     images = find_images([path])
     loose = next((image for image in images if image.parent == path), None)
     if loose is not None:
-        raise ValueError(f"{path} must hold one folder a subject, and holds the image {loose.name}; put it in its subject's folder")
+        raise ValueError(
+            f"{path} must hold one folder a subject, and holds the image {loose.name}; put it in its subject's folder"
+        )
     return Subjects(ImageFiles(images), np.array([image.relative_to(path).parts[0] for image in images]))

@@ -1,6 +1,7 @@
 """Verification, identification and error-versus-reject metrics, in NumPy, each exact over the scores it is given.
 
-A pair is accepted where score > threshold. `scores` (P,) float, larger is more alike; `same` (P,) bool, True for genuine pairs.
+A pair is accepted where score > threshold. `scores` (P,) float, larger is more alike; `same` (P,) bool, True for
+genuine pairs.
 """
 
 import math
@@ -11,7 +12,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Roc:
-    """Operating points from the threshold that accepts nothing to the one that accepts everything, one per distinct score."""
+    """Operating points from the threshold that accepts nothing to the one that accepts everything, one per distinct
+    score.
+    """
 
     false_accept_rate: np.ndarray  # (K,) fraction of impostor pairs accepted, rising from 0 to 1
     true_accept_rate: np.ndarray  # (K,) fraction of genuine pairs accepted, rising from 0 to 1
@@ -44,17 +47,23 @@ def roc(scores: np.ndarray, same: np.ndarray) -> Roc:
     """
     genuine, impostor = _split(scores, same)
     threshold = np.concatenate([np.unique(scores)[::-1], [-np.inf]])
-    rates = [(len(part) - np.searchsorted(np.sort(part), threshold, side="right")) / len(part) for part in (impostor, genuine)]
+    rates = [
+        (len(part) - np.searchsorted(np.sort(part), threshold, side="right")) / len(part)
+        for part in (impostor, genuine)
+    ]
     return Roc(*rates, threshold)
 
 
 def measurable_fars(fars: tuple[float, ...], num_impostors: int, least_accepts: int = 10) -> list[float]:
-    """Those false accept rates at which at least `least_accepts` impostor pairs are accepted: below it the estimate is mostly noise."""
+    """Those false accept rates at which at least `least_accepts` impostor pairs are accepted: below it the estimate is
+    mostly noise.
+    """
     return [far for far in fars if far * num_impostors >= least_accepts * (1 - 1e-9)]  # 1e-3 * 10,000 must count as 10
 
 
 def tar_at_far(scores: np.ndarray, same: np.ndarray, fars: list[float]) -> dict[float, float]:
-    """True accept rate at the lowest threshold whose false accept rate does not pass `far`, for each of `fars` in [0, 1].
+    """True accept rate at the lowest threshold whose false accept rate does not pass `far`, for each of `fars` in [0,
+    1].
 
     Raises:
         ValueError: as in roc.
@@ -74,7 +83,9 @@ def threshold_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
 
 
 def _threshold(falling: np.ndarray, rate: float) -> float:
-    """The highest of the falling scores that must be refused, whatever ties it has, for a share of at most `rate` to pass."""
+    """The highest of the falling scores that must be refused, whatever ties it has, for a share of at most `rate` to
+    pass.
+    """
     allowed = math.floor(rate * len(falling) + 1e-9)  # 1e-9: a product such as 0.29 * 100 rounds to 28.999...
     return float(falling[allowed]) if allowed < len(falling) else -math.inf
 
@@ -86,7 +97,9 @@ def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
     """
     order = np.argsort(-scores, kind="stable")
     scores, same = scores[order], same[order]
-    correct = np.concatenate([[0], np.cumsum(np.where(same, 1, -1))])  # plus a constant: right answers when the first n are accepted
+    correct = np.concatenate(
+        [[0], np.cumsum(np.where(same, 1, -1))]
+    )  # plus a constant: right answers when the first n are accepted
     is_cut = np.concatenate([[True], scores[1:] < scores[:-1], [True]])
     cut = int(np.argmax(np.where(is_cut, correct, np.iinfo(correct.dtype).min)))
     if cut in (0, len(scores)):
@@ -97,8 +110,9 @@ def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
 
 
 def k_fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: int = 10) -> KFoldAccuracy:
-    """Verification accuracy of the LFW protocol as insightface runs it: contiguous folds of pairs in file order, the threshold chosen
-    on the others and tested on each. The threshold search is exact where insightface's steps over a grid of 0.01 in squared distance.
+    """Verification accuracy of the LFW protocol as insightface runs it: contiguous folds of pairs in file order, the
+    threshold chosen on the others and tested on each. The threshold search is exact where insightface's steps over a
+    grid of 0.01 in squared distance.
 
     Raises:
         ValueError: as in roc, or there are fewer pairs than folds.
@@ -126,7 +140,8 @@ def equal_error_threshold(scores: np.ndarray, same: np.ndarray) -> float:
 
 
 def error_versus_reject(wrong: np.ndarray, quality: np.ndarray) -> RejectCurve:
-    """Error rate of the pairs kept when those of lowest quality are rejected first, the decisions having been made once on all pairs.
+    """Error rate of the pairs kept when those of lowest quality are rejected first, the decisions having been made once
+    on all pairs.
 
     Pairs of equal quality are rejected in random order: the curve is the expectation over that order.
 
@@ -177,7 +192,9 @@ class Searches:
     """Q searches of a gallery that holds one entry a subject."""
 
     mate_score: np.ndarray  # (Q,) float, with the entry of the probe's subject; NaN where the gallery has none
-    mate_rank: np.ndarray  # (Q,) int64, place of the mate among the best entries, from 1; one more than is told apart where it is beyond; 0: no mate
+    # (Q,) int64, place of the mate among the best entries, from 1; one more than is told apart where it is beyond; 0:
+    # no mate
+    mate_rank: np.ndarray
     best_other: np.ndarray  # (Q,) float, the highest score with another subject's entry; -inf where there is no other
 
     @property
@@ -199,16 +216,18 @@ def rank_rates(searches: Searches, ranks: tuple[int, ...]) -> dict[int, float]:
 
 
 def tpir_at_fpir(searches: Searches, fpirs: list[float]) -> dict[float, float]:
-    """Open set: share of mated searches that return the mate first and above the threshold, at the lowest threshold at which at most a
-    share `fpir` of the searches without mate returns anything.
+    """Open set: share of mated searches that return the mate first and above the threshold, at the lowest threshold at
+    which at most a share `fpir` of the searches without mate returns anything.
 
     Raises:
         ValueError: all searches are mated, or none.
     """
     mated = searches.mated
     if mated.all() or not mated.any():
-        raise ValueError("open-set identification needs probes with and without their subject in the gallery, "
-                         f"got {np.count_nonzero(mated)} with it of {len(mated)}")
+        raise ValueError(
+            "open-set identification needs probes with and without their subject in the gallery, "
+            f"got {np.count_nonzero(mated)} with it of {len(mated)}"
+        )
     falling = np.sort(searches.best_other[~mated])[::-1]
     first = searches.mate_rank[mated] == 1
     return {fpir: float(np.mean(first & (searches.mate_score[mated] > _threshold(falling, fpir)))) for fpir in fpirs}
@@ -219,7 +238,11 @@ def _split(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if scores.shape != same.shape or scores.ndim != 1 or same.dtype != bool:
         raise ValueError(f"scores (P,) and same (P,) bool must agree, got {scores.shape} and {same.shape} {same.dtype}")
     if not np.isfinite(scores).all():
-        raise ValueError(f"scores must be finite, got {np.count_nonzero(~np.isfinite(scores))} of {len(scores)} that are not")
+        raise ValueError(
+            f"scores must be finite, got {np.count_nonzero(~np.isfinite(scores))} of {len(scores)} that are not"
+        )
     if same.all() or not same.any():
-        raise ValueError(f"verification needs genuine and impostor pairs, got {np.count_nonzero(same)} genuine of {len(same)}")
+        raise ValueError(
+            f"verification needs genuine and impostor pairs, got {np.count_nonzero(same)} genuine of {len(same)}"
+        )
     return scores[same], scores[~same]

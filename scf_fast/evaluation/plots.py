@@ -41,16 +41,23 @@ def _png(figure: Figure) -> bytes:
 
 
 def roc_points(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """400 points (FAR, TAR), evenly spaced on a logarithmic axis from where ten impostor pairs pass: all that a curve shows."""
+    """400 points (FAR, TAR), evenly spaced on a logarithmic axis from where ten impostor pairs pass: all that a curve
+    shows.
+    """
     fars = np.geomspace(min(1, 10 / np.count_nonzero(~same)), 1, 400)
     return fars, np.array(list(tar_at_far(scores, same, fars.tolist()).values()))
 
 
 def _styles(curves: Curves):
     """A colour for what is compared, a line style for the score."""
-    colors = dict(zip(dict.fromkeys(what for what, _ in curves), itertools.cycle((_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY, _RED))))
+    colors = dict(
+        zip(dict.fromkeys(what for what, _ in curves), itertools.cycle((_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY, _RED)))
+    )
     lines = dict(zip(dict.fromkeys(score for _, score in curves), itertools.cycle(("-", "--"))))
-    return {(what, score): {"label": f"{what}, {score}", "color": colors[what], "ls": lines[score], "lw": 1.8} for what, score in curves}
+    return {
+        (what, score): {"label": f"{what}, {score}", "color": colors[what], "ls": lines[score], "lw": 1.8}
+        for what, score in curves
+    }
 
 
 def plot_roc(title: str, curves: Curves) -> bytes:
@@ -77,21 +84,32 @@ def plot_det(title: str, curves: Curves) -> bytes:
 
 
 def plot_rejection(rejection: Rejection, score: str) -> bytes:
-    """Error rate of the pairs kept over the fraction rejected, for every order, down to fifty pairs; the areas are of whole curves."""
+    """Error rate of the pairs kept over the fraction rejected, for every order, down to fifty pairs; the areas are of
+    whole curves.
+    """
     figure, axes = _figure("Error versus reject", "pairs rejected [%]", "error rate of the pairs kept [%]")
     for order, curve in rejection.curves.items():
         label, style = _REJECTION_STYLES[order]
         shown = np.unique(np.linspace(0, max(0, len(curve.error) - 50), 2000).astype(int))
-        axes.plot(100 * curve.rejected[shown], 100 * curve.error[shown], label=f"{label} (area {curve.area:.4f})", **style)
+        axes.plot(
+            100 * curve.rejected[shown], 100 * curve.error[shown], label=f"{label} (area {curve.area:.4f})", **style
+        )
     axes.set(xlim=(0, 100), ylim=(0, 100 * 1.3 * rejection.curves["oracle"].error_at(0) + 0.1))
-    axes.legend(frameon=False, title=f"accepted above {score} {rejection.threshold:.3f}", title_fontsize=9, alignment="left")
+    axes.legend(
+        frameon=False, title=f"accepted above {score} {rejection.threshold:.3f}", title_fontsize=9, alignment="left"
+    )
     return _png(figure)
 
 
 def plot_severity(kappa: np.ndarray, severity: np.ndarray, correlation: float | None) -> bytes:
-    """Kappa of each image over its known degradation severity, with the median and the middle 80 % of twenty equal groups."""
-    figure, axes = _figure("κ against degradation" if correlation is None else f"κ against degradation (Spearman {correlation:.3f})",
-                           "known severity", "κ")
+    """Kappa of each image over its known degradation severity, with the median and the middle 80 % of twenty equal
+    groups.
+    """
+    figure, axes = _figure(
+        "κ against degradation" if correlation is None else f"κ against degradation (Spearman {correlation:.3f})",
+        "known severity",
+        "κ",
+    )
     axes.scatter(severity, kappa, s=5, alpha=0.25, color=_BLUE, lw=0, rasterized=True)
     groups = np.array_split(np.argsort(severity, kind="stable"), min(20, len(severity)))
     centre = [np.median(severity[group]) for group in groups]
@@ -104,7 +122,9 @@ def plot_severity(kappa: np.ndarray, severity: np.ndarray, correlation: float | 
 
 
 def plot_kappa_histogram(kappa: np.ndarray, same: np.ndarray) -> bytes:
-    """Distribution of each pair's lower kappa, (P,), among genuine and impostor pairs: the share of either kind in each bin."""
+    """Distribution of each pair's lower kappa, (P,), among genuine and impostor pairs: the share of either kind in each
+    bin.
+    """
     figure, axes = _figure("Lower κ of a pair", "κ", "share of pairs")
     positive = kappa[kappa > 0]  # a logarithmic axis has no place for 0
     bins = np.geomspace(positive.min(), positive.max() * (1 + 1e-9), 41) if len(positive) else 1
@@ -118,7 +138,9 @@ def plot_kappa_histogram(kappa: np.ndarray, same: np.ndarray) -> bytes:
 
 
 def plot_scores(title: str, histogram: ScoreHistogram) -> bytes:
-    """Distribution of Eqn (13) among genuine and impostor comparisons: the share of either kind in each bin, on a logarithmic axis."""
+    """Distribution of Eqn (13) among genuine and impostor comparisons: the share of either kind in each bin, on a
+    logarithmic axis.
+    """
     figure, axes = _figure(title, "Eqn (13) against chance [nats]", "share of comparisons")
     edges = histogram.edges[::4]  # few genuine comparisons look like a comb otherwise
     for label, counts, color in ("genuine", histogram.genuine, _BLUE), ("impostor", histogram.impostor, _ORANGE):
@@ -146,8 +168,12 @@ def _empty_grid(title: str, rows: int, columns: int, row_height: float):
     return figure, grid
 
 
-def plot_faces(source: ImageSource, kappa: np.ndarray, severity: np.ndarray | None, columns: int = 10, rows: int = 2) -> bytes:
-    """Faces at evenly spaced ranks of kappa, from the lowest to the highest, with kappa (and the known severity) under each."""
+def plot_faces(
+    source: ImageSource, kappa: np.ndarray, severity: np.ndarray | None, columns: int = 10, rows: int = 2
+) -> bytes:
+    """Faces at evenly spaced ranks of kappa, from the lowest to the highest, with kappa (and the known severity) under
+    each.
+    """
     order = np.argsort(kappa, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, columns * rows).round().astype(int))]
     figure, grid = _empty_grid("Faces by κ, lowest to highest", rows, columns, 1.6)
@@ -157,15 +183,26 @@ def plot_faces(source: ImageSource, kappa: np.ndarray, severity: np.ndarray | No
     return _png(figure)
 
 
-def plot_pairs(source: ImageSource, scores: np.ndarray, same: np.ndarray, kappa: np.ndarray | None, score: str, columns: int = 5) -> bytes:
-    """The best and worst pairs of either kind: a pair is two faces side by side, kappa under each (None: nothing) and the score above both."""
+def plot_pairs(
+    source: ImageSource, scores: np.ndarray, same: np.ndarray, kappa: np.ndarray | None, score: str, columns: int = 5
+) -> bytes:
+    """The best and worst pairs of either kind: a pair is two faces side by side, kappa under each (None: nothing) and
+    the score above both.
+    """
     order = np.argsort(scores, kind="stable")
     genuine, impostor = order[same[order]], order[~same[order]]
-    kinds = {"worst genuine": genuine, "worst impostor": impostor[::-1], "best genuine": genuine[::-1], "best impostor": impostor}
+    kinds = {
+        "worst genuine": genuine,
+        "worst impostor": impostor[::-1],
+        "best genuine": genuine[::-1],
+        "best impostor": impostor,
+    }
     figure, grid = _empty_grid(f"Best and worst pairs by {score}", len(kinds), 2 * columns, 1.55)
     for row, (kind, pairs) in zip(grid, kinds.items()):
         for column, pair in enumerate(pairs[:columns]):
-            for axes, i in zip(row[2 * column:], (2 * pair, 2 * pair + 1)):
+            for axes, i in zip(row[2 * column :], (2 * pair, 2 * pair + 1)):
                 _show(axes, source, i, "" if kappa is None else f"κ {kappa[i]:.3g}")
-            row[2 * column].set_title(f"{kind}: {scores[pair]:.3f}" if column == 0 else f"{scores[pair]:.3f}", fontsize=8, loc="left")
+            row[2 * column].set_title(
+                f"{kind}: {scores[pair]:.3f}" if column == 0 else f"{scores[pair]:.3f}", fontsize=8, loc="left"
+            )
     return _png(figure)

@@ -1,4 +1,5 @@
 """A pass over a data set that computes features and trains nothing: what the programs beside training share."""
+
 from pathlib import Path
 
 from scf_fast import distributed
@@ -10,7 +11,8 @@ from scf_fast.weights import reading
 
 
 class FeaturePass:
-    """The inputs of a pass: everything that can be wrong with them is found before :meth:`start` forms the group of ranks.
+    """The inputs of a pass: everything that can be wrong with them is found before :meth:`start` forms the group of
+    ranks.
 
     Args:
         flags: of train.py, ``--data`` and ``--saved_bkb`` among them.
@@ -23,7 +25,9 @@ class FeaturePass:
     """
 
     def __init__(self, flags: list[str], folder: Path):
-        config = self.config = parse(["--stage", "confidence", "--output_dir", str(folder), "--saved_fc", "none", "--batch_size", "256", *flags])
+        config = self.config = parse(
+            ["--stage", "confidence", "--output_dir", str(folder), "--saved_fc", "none", "--batch_size", "256", *flags]
+        )
         self.source, self.backbone = open_data(config), reading.read(config.saved_bkb, "--saved_bkb")
         facts = {}
         if config.saved_fc != "none":

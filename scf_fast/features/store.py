@@ -19,7 +19,13 @@ import zlib
 import numpy as np
 import torch
 
-CACHE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+CACHE_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 _LARGEST = {"fp8": 448.0, "int8": 127.0}  # the value that the largest magnitude of a record is scaled to
 _SHARD_BYTES = 1 << 34  # Glint360K's 1.8 TB are 110 files, all open at once
 _ALIGN = 64
@@ -31,6 +37,7 @@ _FORMAT = 3
 @dataclass(frozen=True)
 class CacheLayout:
     """Shapes and types of a cache's records."""
+
     num_images: int  # rows of the cache: the first images of the data set, all of them unless a budget cuts it
     z_dim: int
     convf_shape: tuple[int, int, int]  # (C, H, W)
@@ -64,7 +71,9 @@ class CacheLayout:
 
 
 def cache_key(backbone_state: dict[str, torch.Tensor], source, normalization: str, precision: str) -> dict[str, str]:
-    """What decides the cached values: digests of the backbone's weights and of the data, pixel convention and arithmetic."""
+    """What decides the cached values: digests of the backbone's weights and of the data, pixel convention and
+    arithmetic.
+    """
     weights = hashlib.sha256()
     for name in sorted(backbone_state):
         weights.update(name.encode())
@@ -72,7 +81,12 @@ def cache_key(backbone_state: dict[str, torch.Tensor], source, normalization: st
     data = hashlib.sha256(np.ascontiguousarray(source.labels))
     for index in np.linspace(0, len(source) - 1, num=min(64, len(source)), dtype=np.int64):
         data.update(source.encoded(int(index)))
-    return {"backbone": weights.hexdigest()[:16], "data": data.hexdigest()[:16], "normalization": normalization, "precision": precision}
+    return {
+        "backbone": weights.hexdigest()[:16],
+        "data": data.hexdigest()[:16],
+        "normalization": normalization,
+        "precision": precision,
+    }
 
 
 def encode(layout: CacheLayout, features: torch.Tensor, convf: torch.Tensor) -> torch.Tensor:
@@ -91,12 +105,14 @@ def encode(layout: CacheLayout, features: torch.Tensor, convf: torch.Tensor) -> 
 
 
 def decode(layout: CacheLayout, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of :func:`encode`: features (B, z_dim) float32, convf (B, C, H, W) channels_last, float32 for fp8 and int8."""
+    """Inverse of :func:`encode`: features (B, z_dim) float32, convf (B, C, H, W) channels_last, float32 for fp8 and
+    int8.
+    """
     rows, (c, h, w) = packed.shape[0], layout.convf_shape
     features_end = 4 + 4 * layout.z_dim
     scale = packed[:, :4].contiguous().view(torch.float32)
     features = packed[:, 4:features_end].contiguous().view(torch.float32)
-    convf = packed[:, features_end:features_end + layout.convf_bytes].contiguous().view(CACHE_DTYPES[layout.dtype])
+    convf = packed[:, features_end : features_end + layout.convf_bytes].contiguous().view(CACHE_DTYPES[layout.dtype])
     if layout.dtype in _LARGEST:
         convf = convf.float() * scale
     return features, convf.view(rows, h, w, c).permute(0, 3, 1, 2)
@@ -117,9 +133,14 @@ class FeatureCache:
     def __init__(self, folder: Path, layout: CacheLayout, rank: int):
         self.folder, self.layout = folder, layout
         self._mark = folder / f"writing-{rank}"
-        self._shards = [os.open(folder / f"rows-{i:05d}.bin", os.O_RDWR) for i in range(-(-layout.num_images // layout.rows_per_shard))]
+        self._shards = [
+            os.open(folder / f"rows-{i:05d}.bin", os.O_RDWR)
+            for i in range(-(-layout.num_images // layout.rows_per_shard))
+        ]
         for shard in self._shards:
-            os.posix_fadvise(shard, 0, 0, os.POSIX_FADV_RANDOM)  # or the kernel would read neighbours that nothing has asked for
+            os.posix_fadvise(
+                shard, 0, 0, os.POSIX_FADV_RANDOM
+            )  # or the kernel would read neighbours that nothing has asked for
         self._checksums = np.memmap(folder / "checksums.bin", dtype=np.uint32, mode="r+").reshape(-1, 2)
         self.problem: OSError | None = None
         self._sound = np.zeros(self._checksums.shape, dtype=bool)  # compared with its checksum by this process
@@ -129,42 +150,64 @@ class FeatureCache:
 
     @classmethod
     def create_or_check(cls, folder: Path, key: dict, layout: CacheLayout, convf_error: float = 0.0) -> None:
-        """Make the folder's files, or check that they hold what this run needs; by one rank, before the others :meth:`open` it.
+        """Make the folder's files, or check that they hold what this run needs; by one rank, before the others
+        :meth:`open` it.
 
         Args:
             convf_error: to be noted in a new cache, see :func:`encoding_error`.
         Raises:
-            ValueError: the folder belongs to another backbone, preprocessing, data set or layout, the disk is too small, or the dtype's range is.
+            ValueError: the folder belongs to another backbone, preprocessing, data set or layout, the disk is too
+                small, or the dtype's range is.
         """
         if not math.isfinite(convf_error):
-            raise ValueError(f"--cache_dtype {layout.dtype}: cannot hold the last map of this backbone, whose values are too large for it; use bf16")
+            raise ValueError(
+                f"--cache_dtype {layout.dtype}: cannot hold the last map of this backbone, whose values are too large "
+                "for it; use bf16"
+            )
         meta_file = folder / "meta.json"
         if meta_file.exists():
             meta = read_meta(folder)
             wanted = {**key, **_plain(layout)}
-            different = [f"{name}: cached {meta['key'].get(name, meta['layout'].get(name))}, needed {value}" for name, value in wanted.items()
-                         if {**meta["key"], **meta["layout"]}.get(name) != value]
+            different = [
+                f"{name}: cached {meta['key'].get(name, meta['layout'].get(name))}, needed {value}"
+                for name, value in wanted.items()
+                if {**meta["key"], **meta["layout"]}.get(name) != value
+            ]
             if different:
-                raise ValueError(f"--feature_cache {folder}: was made for something else ({'; '.join(different)}); give another folder, or delete it")
+                raise ValueError(
+                    f"--feature_cache {folder}: was made for something else ({'; '.join(different)}); give another "
+                    "folder, or delete it"
+                )
             if list(folder.glob("writing-*")):
                 checked = cls(folder, layout, 0)
                 bad = checked.verify()
                 checked.close()
                 for mark in folder.glob("writing-*"):
                     mark.unlink()
-                tqdm.write(f"feature cache: the last run died while writing; checked every record, {bad} were damaged and will be made anew", file=sys.stderr)
+                tqdm.write(
+                    f"feature cache: the last run died while writing; checked every record, {bad} were damaged and "
+                    "will be made anew",
+                    file=sys.stderr,
+                )
             return
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if layout.total_bytes > free:
-            raise ValueError(f"--feature_cache {folder}: needs {layout.total_bytes / 1e9:.1f} GB for {layout.num_images} images, but {free / 1e9:.1f} GB are "
-                             f"free; use --cache_dtype int8, or --cache_budget {0.9 * free / 1e9:.1f} (GB; the rest is recomputed in every epoch)")
+            raise ValueError(
+                f"--feature_cache {folder}: needs {layout.total_bytes / 1e9:.1f} GB for {layout.num_images} images, "
+                f"but {free / 1e9:.1f} GB are "
+                f"free; use --cache_dtype int8, or --cache_budget {0.9 * free / 1e9:.1f} (GB; the rest is recomputed "
+                "in every epoch)"
+            )
         for start in range(0, layout.num_images, layout.rows_per_shard):
             rows = min(layout.rows_per_shard, layout.num_images - start)
             _allocate(folder / f"rows-{start // layout.rows_per_shard:05d}.bin", rows * layout.record_bytes)
         _allocate(folder / "checksums.bin", 8 * layout.num_images)
         part = folder / "meta.json.part"
-        part.write_text(json.dumps({"format": _FORMAT, "key": key, "layout": _plain(layout), "convf_error": convf_error}, indent=2) + "\n")
+        part.write_text(
+            json.dumps({"format": _FORMAT, "key": key, "layout": _plain(layout), "convf_error": convf_error}, indent=2)
+            + "\n"
+        )
         os.replace(part, meta_file)
 
     @classmethod
@@ -180,8 +223,9 @@ class FeatureCache:
         self.present = (np.asarray(self._checksums) != 0).all(axis=1)
 
     def write(self, indices: np.ndarray, views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Store images, in the background: ``views`` holds (features, convf) of the plain and of the mirrored images. Images beyond the rows
-        are left out. Where the disk refuses one, ``problem`` says why and nothing more is stored: what is missing can be computed anew.
+        """Store images, in the background: ``views`` holds (features, convf) of the plain and of the mirrored images.
+        Images beyond the rows are left out. Where the disk refuses one, ``problem`` says why and nothing more is
+        stored: what is missing can be computed anew.
         """
         if self.problem is not None:
             return
@@ -195,7 +239,9 @@ class FeatureCache:
 
     def _write(self, indices, packed, copied):
         if copied is not None:
-            with torch.cuda.device(copied.device):  # a thread starts on GPU 0, where every rank would take some hundred megabytes to wait
+            with torch.cuda.device(
+                copied.device
+            ):  # a thread starts on GPU 0, where every rank would take some hundred megabytes to wait
                 copied.synchronize()
         rows = packed.numpy()
 
@@ -209,8 +255,12 @@ class FeatureCache:
             list(self._threads.map(store, np.flatnonzero(indices < self.layout.num_images)))
         except OSError as error:
             if self.problem is None:
-                log.error("feature cache: %s cannot be written (%s); what is not in it is computed anew in every epoch", self.folder, error.strerror,
-                          extra={"event": "cache_failed"})
+                log.error(
+                    "feature cache: %s cannot be written (%s); what is not in it is computed anew in every epoch",
+                    self.folder,
+                    error.strerror,
+                    extra={"event": "cache_failed"},
+                )
             self.problem = error
 
     def flush(self, but: int = 0) -> None:
@@ -223,7 +273,8 @@ class FeatureCache:
 
         Raises:
             OSError: a file is shorter than it was.
-            ValueError: a record is not what was written; it is missing from then on, so that the next run makes it anew.
+            ValueError: a record is not what was written; it is missing from then on, so that the next run makes it
+                anew.
         """
         size = self.layout.view_bytes
         packed = torch.empty(len(indices), size, dtype=torch.uint8, pin_memory=pin_memory)
@@ -233,20 +284,26 @@ class FeatureCache:
             for row in part:
                 shard, offset = self._place(indices[row])
                 if os.preadv(shard, [rows[row]], offset + size * int(flips[row])) != size:
-                    raise OSError(f"--feature_cache {self.folder}: image {indices[row]} lies beyond the end of its file; delete the folder and build it anew")
+                    raise OSError(
+                        f"--feature_cache {self.folder}: image {indices[row]} lies beyond the end of its file; delete "
+                        "the folder and build it anew"
+                    )
                 view = (indices[row], int(flips[row]))
                 if not self._sound[view]:
                     if _checksum(rows[row]) != self._checksums[view]:
                         self._checksums[indices[row]] = 0
-                        raise ValueError(f"--feature_cache {self.folder}: the record of image {indices[row]} is damaged; start again with --resume, which "
-                                         "makes it anew; python -m scf_fast.feature_cache verify looks for more")
+                        raise ValueError(
+                            f"--feature_cache {self.folder}: the record of image {indices[row]} is damaged; start "
+                            "again with --resume, which "
+                            "makes it anew; python -m scf_fast.feature_cache verify looks for more"
+                        )
                     self._sound[view] = True
 
         list(self._threads.map(fill, np.array_split(np.arange(len(indices)), _THREADS)))
         return packed
 
     def _checksums_of(self, record) -> list[int]:
-        return [_checksum(record[start:start + self.layout.view_bytes]) for start in (0, self.layout.view_bytes)]
+        return [_checksum(record[start : start + self.layout.view_bytes]) for start in (0, self.layout.view_bytes)]
 
     def _place(self, index) -> tuple[int, int]:
         """File and offset of an image's record."""
@@ -255,6 +312,7 @@ class FeatureCache:
 
     def verify(self, progress: bool = True) -> int:
         """Check every record against its checksum; damaged ones become missing. Returns how many there were."""
+
         def damaged(index):
             shard, offset = self._place(index)
             if self._checksums_of(os.pread(shard, self.layout.record_bytes, offset)) == self._checksums[index].tolist():
@@ -263,7 +321,16 @@ class FeatureCache:
             return True
 
         rows = np.flatnonzero((np.asarray(self._checksums) != 0).all(axis=1))
-        bad = sum(tqdm(self._threads.map(damaged, rows, chunksize=64), total=len(rows), desc="checking", unit="img", unit_scale=True, disable=not progress))
+        bad = sum(
+            tqdm(
+                self._threads.map(damaged, rows, chunksize=64),
+                total=len(rows),
+                desc="checking",
+                unit="img",
+                unit_scale=True,
+                disable=not progress,
+            )
+        )
         self.refresh()
         return bad
 
@@ -297,14 +364,20 @@ def read_meta(folder: Path) -> dict:
             raise ValueError(f"format {meta['format']}")
         layout = layout_of(meta)
         sizes = (layout.num_images, layout.z_dim, *layout.convf_shape)
-        if layout.dtype not in CACHE_DTYPES or len(sizes) != 5 or not all(isinstance(size, int) and 0 < size < 1 << 40 for size in sizes):
+        if (
+            layout.dtype not in CACHE_DTYPES
+            or len(sizes) != 5
+            or not all(isinstance(size, int) and 0 < size < 1 << 40 for size in sizes)
+        ):
             raise ValueError(f"layout {meta['layout']}")
         if not isinstance(meta["key"], dict) or not isinstance(meta["convf_error"], float):
             raise TypeError("key and convf_error")
     except OSError as error:
         raise ValueError(f"--feature_cache {folder}: holds no feature cache ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"--feature_cache {folder}: meta.json is damaged ({error}); delete the folder and build it anew") from None
+        raise ValueError(
+            f"--feature_cache {folder}: meta.json is damaged ({error}); delete the folder and build it anew"
+        ) from None
     return meta
 
 
@@ -323,4 +396,6 @@ def _allocate(path: Path, size: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            raise ValueError(f"--feature_cache {path}: cannot allocate {size / 1e9:.2f} GB ({error.strerror})") from None
+            raise ValueError(
+                f"--feature_cache {path}: cannot allocate {size / 1e9:.2f} GB ({error.strerror})"
+            ) from None

@@ -1,11 +1,14 @@
-"""IR-ResNet backbones of the published SCF code, of TFace and of insightface, in one class and under one set of parameter names.
+"""IR-ResNet backbones of the published SCF code, of TFace and of insightface, in one class and under one set of
+parameter names.
 
     images (B, 3, 112, 112) -> features (B, z_dim), convf (B, C, 7, 7)
 
 ``features`` is the embedding before normalisation (mu = features / |features|), ``convf`` the last feature map that the confidence net
-reads. An IR unit is BN - conv3x3 [- BN] - PReLU - conv3x3(stride) - BN [- SE] beside a shortcut. The names are those of the published
-code; what the other families call the same parameters is a one-to-one map (:func:`family_state`, :func:`native_state`).
+reads. An IR unit is BN - conv3x3 [- BN] - PReLU - conv3x3(stride) - BN [- SE] beside a shortcut. The names are those of
+the published code; what the other families call the same parameters is a one-to-one map (:func:`family_state`,
+:func:`native_state`).
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,7 @@ IMAGE_SIZE = 112
 @dataclass(frozen=True)
 class Family:
     """What the networks of one code base have in common: where their units differ, and how they are trained."""
+
     inner_batchnorm: bool  # between the two convolutions of a unit
     strided_projection: bool  # a shortcut with a stride is conv1x1 - BN even where the width stays
     affine_features: bool  # the last BatchNorm has a bias, and a weight that stays 1
@@ -25,15 +29,24 @@ class Family:
 
 
 FAMILIES = {
-    "published": Family(inner_batchnorm=False, strided_projection=False, affine_features=False, dropout=0.4, normalization="published"),
-    "tface": Family(inner_batchnorm=True, strided_projection=False, affine_features=False, dropout=0.4, normalization="insightface"),
-    "insightface": Family(inner_batchnorm=True, strided_projection=True, affine_features=True, dropout=0.0, normalization="insightface"),
+    "published": Family(
+        inner_batchnorm=False, strided_projection=False, affine_features=False, dropout=0.4, normalization="published"
+    ),
+    "tface": Family(
+        inner_batchnorm=True, strided_projection=False, affine_features=False, dropout=0.4, normalization="insightface"
+    ),
+    "insightface": Family(
+        inner_batchnorm=True, strided_projection=True, affine_features=True, dropout=0.0, normalization="insightface"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What sets one IR-ResNet apart from another: its family, channels of the stem and the four stages, units and stride of each stage."""
+    """What sets one IR-ResNet apart from another: its family, channels of the stem and the four stages, units and
+    stride of each stage.
+    """
+
     units: tuple[int, ...]
     family: str = "published"
     widths: tuple[int, ...] = (64, 64, 128, 256, 512)
@@ -59,11 +72,22 @@ class Architecture:
         return self.widths[-1] * self.map_size**2
 
 
-_UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3), 200: (6, 26, 60, 6)}
+_UNITS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 14, 3),
+    100: (3, 13, 30, 3),
+    152: (3, 8, 36, 3),
+    200: (6, 26, 60, 6),
+}
 # A CPU trains these: the stem halves the image, so that nothing runs at 112 x 112, and the last stage stays at 7 x 7.
 _SMALL = {"units": (1, 2, 2, 1), "widths": (16, 16, 32, 64, 128), "strides": (2, 2, 2, 2, 1)}
 _MEDIUM = {**_SMALL, "widths": (32, 32, 64, 128, 256)}
-_TINY = {"units": (1, 1, 1, 1), "widths": (16, 16, 16, 16, 16), "strides": (2, 2, 2, 2, 1)}  # and a confidence net of 0.4 M parameters
+_TINY = {
+    "units": (1, 1, 1, 1),
+    "widths": (16, 16, 16, 16, 16),
+    "strides": (2, 2, 2, 2, 1),
+}  # and a confidence net of 0.4 M parameters
 BACKBONES: dict[str, Architecture] = {
     **{f"ir_{depth}": Architecture(_UNITS[depth]) for depth in (50, 100, 152)},
     **{f"ir_se_{depth}": Architecture(_UNITS[depth], squeeze_excitation=True) for depth in (50, 100, 152)},
@@ -75,7 +99,10 @@ BACKBONES: dict[str, Architecture] = {
     "iresnet_small": Architecture(**_SMALL, family="insightface"),
     # TFace calls the network of 100 layers IR_101.
     **{f"tface_ir_{depth + (depth == 100)}": Architecture(_UNITS[depth], "tface") for depth in (18, 34, 50, 100)},
-    **{f"tface_ir_se_{depth + (depth == 100)}": Architecture(_UNITS[depth], "tface", squeeze_excitation=True) for depth in (50, 100)},
+    **{
+        f"tface_ir_se_{depth + (depth == 100)}": Architecture(_UNITS[depth], "tface", squeeze_excitation=True)
+        for depth in (50, 100)
+    },
     "tface_ir_small": Architecture(**_SMALL, family="tface"),
 }
 ALIASES = {f"r{depth}": f"iresnet{depth}" for depth in (18, 34, 50, 100, 200)}  # as insightface's recipes call them
@@ -102,12 +129,18 @@ class IRUnit(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, family: Family, squeeze_excitation: bool):
         super().__init__()
         if in_channels != channels or (family.strided_projection and stride != 1):
-            self.shortcut_layer = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+            self.shortcut_layer = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
         else:
             self.shortcut_layer = nn.MaxPool2d(1, stride)
         layers = [nn.BatchNorm2d(in_channels), nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)]
         layers += [nn.BatchNorm2d(channels)] if family.inner_batchnorm else []
-        layers += [nn.PReLU(channels), nn.Conv2d(channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels)]
+        layers += [
+            nn.PReLU(channels),
+            nn.Conv2d(channels, channels, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        ]
         layers += [SqueezeExcitation(channels)] if squeeze_excitation else []
         self.res_layer = nn.Sequential(*layers)
 
@@ -134,21 +167,32 @@ class Backbone(nn.Module):
         family = FAMILIES[architecture.family]
         self.name, self.z_dim, self.architecture = name, z_dim, architecture
         stem, *widths = architecture.widths
-        self.input_layer = nn.Sequential(nn.Conv2d(3, stem, 3, architecture.strides[0], 1, bias=False), nn.BatchNorm2d(stem), nn.PReLU(stem))
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(3, stem, 3, architecture.strides[0], 1, bias=False), nn.BatchNorm2d(stem), nn.PReLU(stem)
+        )
         units, in_channels = [], stem
         for channels, count, stride in zip(widths, architecture.units, architecture.strides[1:]):
             for index in range(count):
-                units.append(IRUnit(in_channels, channels, stride if index == 0 else 1, family, architecture.squeeze_excitation))
+                units.append(
+                    IRUnit(in_channels, channels, stride if index == 0 else 1, family, architecture.squeeze_excitation)
+                )
                 in_channels = channels
         self.body = nn.Sequential(*units)
-        self.output_layer = nn.Sequential(nn.BatchNorm2d(in_channels), nn.Dropout(family.dropout if dropout is None else dropout), nn.Flatten(),
-                                          nn.Linear(architecture.convf_dim, z_dim), nn.BatchNorm1d(z_dim, affine=family.affine_features))
+        self.output_layer = nn.Sequential(
+            nn.BatchNorm2d(in_channels),
+            nn.Dropout(family.dropout if dropout is None else dropout),
+            nn.Flatten(),
+            nn.Linear(architecture.convf_dim, z_dim),
+            nn.BatchNorm1d(z_dim, affine=family.affine_features),
+        )
         if family.affine_features:
             self.output_layer[4].weight.requires_grad_(False)
         self._initialise()
 
     def _initialise(self):
-        """As each family does: what the learning rate does to a convolution under BatchNorm depends on the size of its weights."""
+        """As each family does: what the learning rate does to a convolution under BatchNorm depends on the size of its
+        weights.
+        """
         for module in self.modules():
             if self.architecture.family == "insightface":
                 if isinstance(module, nn.Conv2d):

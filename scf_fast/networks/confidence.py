@@ -4,6 +4,7 @@
 
 Both end in the published code's floor, log_kappa = log(1e-6 + exp(raw)), so kappa never falls below 1e-6.
 """
+
 import math
 
 import torch
@@ -20,13 +21,20 @@ def _floor(raw: torch.Tensor) -> torch.Tensor:
 
 
 class MLPConfidence(nn.Module):
-    """The published network: N - N/2 - N/4 - 1 with ReLU on the flattened map, N = C * H * W. Keys ``_log_kappa.{0,2,4}``."""
+    """The published network: N - N/2 - N/4 - 1 with ReLU on the flattened map, N = C * H * W. Keys
+    ``_log_kappa.{0,2,4}``.
+    """
 
     def __init__(self, channels: int, map_size: int):
         super().__init__()
         width = channels * map_size**2
-        self._log_kappa = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(inplace=True), nn.Linear(width // 2, width // 4),
-                                        nn.ReLU(inplace=True), nn.Linear(width // 4, 1))
+        self._log_kappa = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.ReLU(inplace=True),
+            nn.Linear(width // 2, width // 4),
+            nn.ReLU(inplace=True),
+            nn.Linear(width // 4, 1),
+        )
 
     def forward(self, convf: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) or (B, C*H*W) -> (B,) float32 log kappa."""
@@ -34,14 +42,18 @@ class MLPConfidence(nn.Module):
 
 
 class _Patches(torch.autograd.Function):
-    """(B, C, H, W) -> (B, H - 2, W - 2, 3, 3, C): what a 3x3 convolution without padding reads for each output position."""
+    """(B, C, H, W) -> (B, H - 2, W - 2, 3, 3, C): what a 3x3 convolution without padding reads for each output
+    position.
+    """
 
     @staticmethod
     def forward(ctx, x):
         batch, channels, height, width = ctx.shape = x.shape
         x = x.permute(0, 2, 3, 1).contiguous()
         image, row, pixel, _ = x.stride()
-        return x.as_strided((batch, height - 2, width - 2, 3, 3, channels), (image, row, pixel, row, pixel, 1)).contiguous()
+        return x.as_strided(
+            (batch, height - 2, width - 2, 3, 3, channels), (image, row, pixel, row, pixel, 1)
+        ).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -50,13 +62,14 @@ class _Patches(torch.autograd.Function):
         result = torch.zeros(batch, height, width, channels)  # float32, for nine summands
         for i in range(3):
             for j in range(3):
-                result[:, i:i + height - 2, j:j + width - 2] += gradient[:, :, :, i, j]
+                result[:, i : i + height - 2, j : j + width - 2] += gradient[:, :, :, i, j]
         return result.to(gradient.dtype).permute(0, 3, 1, 2)
 
 
 class _Convolution(nn.Conv2d):
-    """``nn.Conv2d(inputs, outputs, 3, bias=False)``. Where a CPU trains in bf16, as one product of matrices: oneDNN has these at twice the rate
-    of its convolutions of so small a map."""
+    """``nn.Conv2d(inputs, outputs, 3, bias=False)``. Where a CPU trains in bf16, as one product of matrices: oneDNN has
+    these at twice the rate of its convolutions of so small a map.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 3, bias=False)
@@ -70,18 +83,34 @@ class _Convolution(nn.Conv2d):
 
 
 class ConvConfidence(nn.Module):
-    """TFace's network: three unpadded 3x3 convolutions on the map, average pool, C - C/2 - C/4 - 1. Keys ``conv_.N``, ``_log_kappa.N``."""
+    """TFace's network: three unpadded 3x3 convolutions on the map, average pool, C - C/2 - C/4 - 1. Keys ``conv_.N``,
+    ``_log_kappa.N``.
+    """
 
     def __init__(self, channels: int, map_size: int):
         super().__init__()
         if map_size < 7:
-            raise ValueError(f"the convolutional confidence net needs a feature map of at least 7 x 7, got {map_size} x {map_size}; use the mlp")
+            raise ValueError(
+                f"the convolutional confidence net needs a feature map of at least 7 x 7, got {map_size} x "
+                f"{map_size}; use the mlp"
+            )
         self.conv_ = nn.Sequential(
-            _Convolution(channels, channels), nn.ReLU(inplace=True),
-            _Convolution(channels, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
-            _Convolution(channels, channels), nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(1))
-        self._log_kappa = nn.Sequential(nn.Linear(channels, channels // 2), nn.ReLU(inplace=True), nn.Linear(channels // 2, channels // 4),
-                                        nn.ReLU(inplace=True), nn.Linear(channels // 4, 1))
+            _Convolution(channels, channels),
+            nn.ReLU(inplace=True),
+            _Convolution(channels, channels),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            _Convolution(channels, channels),
+            nn.BatchNorm2d(channels),
+            nn.AdaptiveAvgPool2d(1),
+        )
+        self._log_kappa = nn.Sequential(
+            nn.Linear(channels, channels // 2),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // 2, channels // 4),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // 4, 1),
+        )
 
     def forward(self, convf: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B,) float32 log kappa."""

@@ -9,14 +9,27 @@ from scf_fast.networks.backbones import BACKBONES, Architecture, Backbone
 def _family_modules(family: str, units: tuple[int, ...]) -> dict[str, str]:
     """What a family calls the modules whose name differs from ours: ours -> theirs."""
     if family == "tface":
-        return {f"body.{k}.res_layer.6.{fc}": f"body.{k}.res_layer.se_block.{fc}" for k in range(sum(units)) for fc in ("fc1", "fc2")}
+        return {
+            f"body.{k}.res_layer.6.{fc}": f"body.{k}.res_layer.se_block.{fc}"
+            for k in range(sum(units))
+            for fc in ("fc1", "fc2")
+        }
     if family != "insightface":
         return {}
-    names = {"input_layer.0": "conv1", "input_layer.1": "bn1", "input_layer.2": "prelu",
-             "output_layer.0": "bn2", "output_layer.3": "fc", "output_layer.4": "features"}
+    names = {
+        "input_layer.0": "conv1",
+        "input_layer.1": "bn1",
+        "input_layer.2": "prelu",
+        "output_layer.0": "bn2",
+        "output_layer.3": "fc",
+        "output_layer.4": "features",
+    }
     places = [f"layer{stage}.{index}" for stage, count in enumerate(units, 1) for index in range(count)]
     for k, place in enumerate(places):
-        names |= {f"body.{k}.res_layer.{i}": f"{place}.{name}" for i, name in enumerate(("bn1", "conv1", "bn2", "prelu", "conv2", "bn3"))}
+        names |= {
+            f"body.{k}.res_layer.{i}": f"{place}.{name}"
+            for i, name in enumerate(("bn1", "conv1", "bn2", "prelu", "conv2", "bn3"))
+        }
         names |= {f"body.{k}.shortcut_layer.{i}": f"{place}.downsample.{i}" for i in (0, 1)}
     return names
 
@@ -27,7 +40,9 @@ def _rename(key: str, modules: dict[str, str]) -> str:
 
 
 def _theirs_to_ours(keys) -> dict[str, str]:
-    """Module names of whichever family wrote these keys -> ours; the keys themselves say how many units each stage has."""
+    """Module names of whichever family wrote these keys -> ours; the keys themselves say how many units each stage
+    has.
+    """
     places = [re.match(r"layer(\d+)\.(\d+)\.", key) for key in keys]
     if any(places):
         units: dict[int, int] = {}
@@ -58,18 +73,23 @@ def _expected_shapes(name: str, z_dim: int) -> dict[str, tuple[int, ...]]:
 
 
 def identify_backbone(state_dict: dict[str, torch.Tensor]) -> tuple[str, int]:
-    """Name and embedding width of the architecture that a state_dict belongs to, by its keys and shapes under any family's names.
+    """Name and embedding width of the architecture that a state_dict belongs to, by its keys and shapes under any
+    family's names.
 
     Raises:
-        ValueError: no known architecture has these keys; the message names the nearest and what differs, in the file's own words.
+        ValueError: no known architecture has these keys; the message names the nearest and what differs, in the file's
+            own words.
     """
     theirs_to_ours = _theirs_to_ours(state_dict)
     ours_to_theirs = {ours: theirs for theirs, ours in theirs_to_ours.items()}
     shapes = {_rename(key, theirs_to_ours): tuple(value.shape) for key, value in state_dict.items()}
     embedding = shapes.get("output_layer.3.weight", ())
     if len(embedding) != 2:
-        raise ValueError(f"no backbone: must have 'output_layer.3.weight' (insightface: 'fc.weight') as IR-ResNets do, got keys like {list(state_dict)[:3]}; "
-                         "give the file that stage 1 wrote")
+        raise ValueError(
+            "no backbone: must have 'output_layer.3.weight' (insightface: 'fc.weight') as IR-ResNets do, got keys "
+            f"like {list(state_dict)[:3]}; "
+            "give the file that stage 1 wrote"
+        )
     z_dim = embedding[0]
     units = len({key.split(".")[1] for key in shapes if key.startswith("body.")})
     for name, architecture in BACKBONES.items():  # of the right depth only: building each of them takes a second
@@ -78,8 +98,11 @@ def identify_backbone(state_dict: dict[str, torch.Tensor]) -> tuple[str, int]:
 
     def differences(name):
         expected = _expected_shapes(name, z_dim)
-        return {"missing": expected.keys() - shapes.keys(), "unexpected": shapes.keys() - expected.keys(),
-                "misshaped": {key for key in expected.keys() & shapes.keys() if expected[key] != shapes[key]}}
+        return {
+            "missing": expected.keys() - shapes.keys(),
+            "unexpected": shapes.keys() - expected.keys(),
+            "misshaped": {key for key in expected.keys() & shapes.keys() if expected[key] != shapes[key]},
+        }
 
     nearest = min(BACKBONES, key=lambda name: sum(map(len, differences(name).values())))
     parts = []

@@ -5,11 +5,14 @@ A BatchNorm is y = a x + b for each channel, with a = weight / sqrt(var + eps) a
     after a convolution:        scales the filters by a and adds b
     before a padded one:        conv(pad(a x + b), w) = conv(pad(x), w a) + conv(pad(b 1), w)
 
-The padding of the second is zero in y, not in x, so its constant term differs at the border: a map over positions, computed once.
+The padding of the second is zero in y, not in x, so its constant term differs at the border: a map over positions,
+computed once.
 
-In bf16 and fp16 the weights and what passes from layer to layer are rounded; constants, slopes and sums between two layers are float32.
-That costs nothing where the pointwise work is fused, and rounding the constants alone moves the features as much as rounding the filters.
+In bf16 and fp16 the weights and what passes from layer to layer are rounded; constants, slopes and sums between two
+layers are float32. That costs nothing where the pointwise work is fused, and rounding the constants alone moves the
+features as much as rounding the filters.
 """
+
 import contextlib
 import copy
 import logging
@@ -39,7 +42,8 @@ def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class FoldedConv(nn.Module):
-    """[BN -] conv [- BN] as one convolution and one addition: x (B, C, H, W) in ``dtype`` -> (B, C', H', W') float32, or float64 as the module.
+    """[BN -] conv [- BN] as one convolution and one addition: x (B, C, H, W) in ``dtype`` -> (B, C', H', W') float32,
+    or float64 as the module.
 
     Args:
         before, conv, after: the modules, in evaluation mode; the BatchNorms may be None.
@@ -47,20 +51,30 @@ class FoldedConv(nn.Module):
         dtype: of the weights.
     """
 
-    def __init__(self, before: nn.Module | None, conv: nn.Conv2d, after: nn.Module | None, size: int, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        before: nn.Module | None,
+        conv: nn.Conv2d,
+        after: nn.Module | None,
+        size: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.stride, self.padding = conv.stride, conv.padding
         weight = conv.weight.double()
         constant = weight.new_zeros(1, weight.shape[0], 1, 1)
         if before is not None:
             a, b = _affine(before)
-            constant = F.conv2d(b[None, :, None, None].expand(1, -1, size, size), weight, None, conv.stride, conv.padding)
+            constant = F.conv2d(
+                b[None, :, None, None].expand(1, -1, size, size), weight, None, conv.stride, conv.padding
+            )
             weight = weight * a[None, :, None, None]
         if after is not None:
             a, b = _affine(after)
             weight = weight * a[:, None, None, None]
             constant = constant * a[None, :, None, None] + b[None, :, None, None]
-        # The inner constant takes part in the convolution's own sum, before that is rounded; the addition has the rest of it.
+        # The inner constant takes part in the convolution's own sum, before that is rounded; the addition has the rest
+        # of it.
         middle = constant.shape[-1] // 2
         bias = constant[0, :, middle, middle].to(dtype)
         rest = constant - bias.double()[:, None, None]
@@ -85,7 +99,9 @@ class FoldedUnit(nn.Module):
         self.conv1 = FoldedConv(first_norm, conv1, middle, size, dtype)
         self.register_buffer("slope", prelu.weight.detach().float())
         self.conv2 = FoldedConv(None, conv2, last_norm, size, dtype)
-        self.gate = copy.deepcopy(gate[0]).to(dtype) if gate else None  # a change of dtype here must not reach the model it came from
+        self.gate = (
+            copy.deepcopy(gate[0]).to(dtype) if gate else None
+        )  # a change of dtype here must not reach the model it came from
         if isinstance(unit.shortcut_layer, nn.MaxPool2d):
             self.shortcut, self.step = None, unit.shortcut_layer.stride
         else:
@@ -98,14 +114,15 @@ class FoldedUnit(nn.Module):
             y = self.gate(y.to(x.dtype))
         if self.shortcut is not None:
             return (y + self.shortcut(x)).to(x.dtype)
-        return (y + (x if self.step == 1 else x[:, :, ::self.step, ::self.step])).to(x.dtype)
+        return (y + (x if self.step == 1 else x[:, :, :: self.step, :: self.step])).to(x.dtype)
 
 
 class FoldedBackbone(nn.Module):
-    """images (B, 3, 112, 112) in ``dtype`` -> features (B, z_dim) float32, unnormalised, and convf (B, C, 7, 7) in ``dtype``, channels_last.
+    """images (B, 3, 112, 112) in ``dtype`` -> features (B, z_dim) float32, unnormalised, and convf (B, C, 7, 7) in
+    ``dtype``, channels_last.
 
-    The embedding layer (BN - flatten - linear - BN) is one linear map. Its weight is stored in the order of the channels_last map, so that
-    flattening the map copies nothing.
+    The embedding layer (BN - flatten - linear - BN) is one linear map. Its weight is stored in the order of the
+    channels_last map, so that flattening the map copies nothing.
     """
 
     def __init__(self, backbone: Backbone, dtype: torch.dtype = torch.float32):
@@ -121,7 +138,10 @@ class FoldedBackbone(nn.Module):
             units.append(folded)
             size = -(-size // folded.conv2.stride[0])
         self.body = nn.ModuleList(units)
-        norm2d, linear, norm1d = (next(m for m in backbone.output_layer if isinstance(m, kind)) for kind in (nn.BatchNorm2d, nn.Linear, nn.BatchNorm1d))
+        norm2d, linear, norm1d = (
+            next(m for m in backbone.output_layer if isinstance(m, kind))
+            for kind in (nn.BatchNorm2d, nn.Linear, nn.BatchNorm1d)
+        )
         (a_in, b_in), (a_out, b_out) = _affine(norm2d), _affine(norm1d)
         weight = linear.weight.double().unflatten(1, (-1, size, size))
         bias = linear.bias.double() + (weight * b_in[:, None, None]).sum((1, 2, 3))
@@ -138,7 +158,9 @@ class FoldedBackbone(nn.Module):
 
 @contextlib.contextmanager
 def full_float32():
-    """Float32 convolutions in float32: cuDNN may use TF32 unless told otherwise, whose 10 bits cost a thousandth of the map."""
+    """Float32 convolutions in float32: cuDNN may use TF32 unless told otherwise, whose 10 bits cost a thousandth of the
+    map.
+    """
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -148,13 +170,16 @@ def full_float32():
 
 
 def _plain_products():
-    """Convolutions by plain products of matrices, in which float32 is judged: cuDNN may take Winograd's algorithm, which rounds far more than the
-    folding does."""
+    """Convolutions by plain products of matrices, in which float32 is judged: cuDNN may take Winograd's algorithm,
+    which rounds far more than the folding does.
+    """
     return torch.backends.cudnn.flags(enabled=False, allow_tf32=False)
 
 
 def frozen_precisions(precision: str, device: torch.device) -> tuple[str, ...]:
-    """The precisions to try for a frozen backbone, in order. float16 resolves eight times finer than bfloat16 at the same speed on a GPU."""
+    """The precisions to try for a frozen backbone, in order. float16 resolves eight times finer than bfloat16 at the
+    same speed on a GPU.
+    """
     if precision != "auto":
         return (precision,) if precision == "fp32" else (precision, "fp32")
     if device.type == "cuda":
@@ -168,29 +193,44 @@ class FrozenBackbone(nn.Module):
     Args:
         backbone: any of :mod:`scf_fast.networks.backbones`, with its weights; left as it is.
         device: where to run.
-        precisions: of ``"fp32"``, ``"bf16"``, ``"fp16"``: the first that is accurate enough becomes the dtype of weights and activations.
-        compile: fuse the pointwise work with torch.compile; on CUDA as one graph a batch size, whose outputs are overwritten by the next call.
-            Each takes a minute or more, so that a batch smaller than the largest before it is filled up to the next quarter of that.
-        calibration: gives the images (B, 3, 112, 112) that the precisions are judged on; by default those of the first call. Ranks that
-            must decide alike give the same images.
+        precisions: of ``"fp32"``, ``"bf16"``, ``"fp16"``: the first that is accurate enough becomes the dtype of
+            weights and activations.
+        compile: fuse the pointwise work with torch.compile; on CUDA as one graph a batch size, whose outputs are
+            overwritten by the next call. Each takes a minute or more, so that a batch smaller than the largest before
+            it is filled up to the next quarter of that.
+        calibration: gives the images (B, 3, 112, 112) that the precisions are judged on; by default those of the first
+            call. Ranks that must decide alike give the same images.
         batch_size: of the largest batch to come, where that is known beforehand.
     Attributes:
         dtype: of weights and activations; None until :meth:`choose` or the first call has settled it.
     """
 
-    def __init__(self, backbone: Backbone, device: torch.device | str = "cpu", precisions: tuple[str, ...] = ("fp32",), compile: bool = False,
-                 calibration: Callable[[], torch.Tensor] | None = None, batch_size: int = 0):
+    def __init__(
+        self,
+        backbone: Backbone,
+        device: torch.device | str = "cpu",
+        precisions: tuple[str, ...] = ("fp32",),
+        compile: bool = False,
+        calibration: Callable[[], torch.Tensor] | None = None,
+        batch_size: int = 0,
+    ):
         super().__init__()
         self.z_dim, self.architecture = backbone.z_dim, backbone.architecture
         self._reference = copy.deepcopy(backbone).eval().requires_grad_(False).to(device)
-        self._device, self._precisions, self._compile, self._calibration = torch.device(device), precisions, compile, calibration
+        self._device, self._precisions, self._compile, self._calibration = (
+            torch.device(device),
+            precisions,
+            compile,
+            calibration,
+        )
         self._folded = self._call = self.dtype = None
         self._largest_batch = batch_size
 
     @torch.no_grad()
     @full_float32()
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, 112, 112) normalised RGB -> features (B, z_dim) float32, convf (B, C, 7, 7) in ``self.dtype``, which the first call sets.
+        """(B, 3, 112, 112) normalised RGB -> features (B, z_dim) float32, convf (B, C, 7, 7) in ``self.dtype``, which
+        the first call sets.
 
         Raises:
             ValueError: on the first call only: no precision is accurate enough.
@@ -202,7 +242,7 @@ class FrozenBackbone(nn.Module):
             return self._folded(images)
         try:
             features, convf = self._call(self._filled_up(images))
-            return features[:len(images)], convf[:len(images)]
+            return features[: len(images)], convf[: len(images)]
         except torch._dynamo.exc.TorchDynamoException as error:  # no compiler on this machine, as a rule
             log.warning("frozen backbone: not compiled, so it runs slower (%s)", str(error).strip().splitlines()[0])
             self._call = self._folded
@@ -217,7 +257,8 @@ class FrozenBackbone(nn.Module):
     @torch.no_grad()
     @full_float32()
     def choose(self, images: torch.Tensor) -> str:
-        """Take the first precision that agrees with the float32 model on some of these images, and return it; lets go of that model.
+        """Take the first precision that agrees with the float32 model on some of these images, and return it; lets go
+        of that model.
 
         Raises:
             ValueError: no precision is accurate enough.
@@ -227,19 +268,32 @@ class FrozenBackbone(nn.Module):
             expected, expected_map = self._reference(images.float())
         for precision in self._precisions:
             self.dtype = DTYPES[precision]
-            self._folded = FoldedBackbone(self._reference, self.dtype).to(self._device, memory_format=torch.channels_last)
+            self._folded = FoldedBackbone(self._reference, self.dtype).to(
+                self._device, memory_format=torch.channels_last
+            )
             with _plain_products() if precision == "fp32" else contextlib.nullcontext():
                 features, convf = self._folded(images.to(self.dtype, memory_format=torch.channels_last))
             cosine = F.cosine_similarity(features.float(), expected).min().item()
             error = ((convf.float() - expected_map).norm() / expected_map.norm()).item()
             accurate = cosine >= MIN_COSINE and error <= MAX_CONVF_ERROR[precision]
-            log.info("frozen backbone: %s %s: against float32, cosine of features >= %.6f, relative error of convf %.1e", precision,
-                     "taken" if accurate else "refused, not accurate enough", cosine, error)
+            log.info(
+                "frozen backbone: %s %s: against float32, cosine of features >= %.6f, relative error of convf %.1e",
+                precision,
+                "taken" if accurate else "refused, not accurate enough",
+                cosine,
+                error,
+            )
             if accurate:
                 self._reference = None
                 self._call = self._folded
                 if self._compile:
-                    self._call = torch.compile(self._folded, mode="reduce-overhead" if self._device.type == "cuda" else None, dynamic=False)
+                    self._call = torch.compile(
+                        self._folded, mode="reduce-overhead" if self._device.type == "cuda" else None, dynamic=False
+                    )
                 return precision
-        raise ValueError(f"the frozen backbone differs from the float32 model in every precision of {', '.join(self._precisions)}: cosine must be >= "
-                           f"{MIN_COSINE} and the relative error of convf <= {MAX_CONVF_ERROR[precision]:.0e}; the weights may be damaged")
+        raise ValueError(
+            f"the frozen backbone differs from the float32 model in every precision of {', '.join(self._precisions)}: "
+            "cosine must be >= "
+            f"{MIN_COSINE} and the relative error of convf <= {MAX_CONVF_ERROR[precision]:.0e}; the weights may be "
+            "damaged"
+        )

@@ -1,4 +1,5 @@
-"""What a run resumes from: one folder a checkpoint, written by all ranks, complete or absent, read by any number of ranks and any ZeRO stage.
+"""What a run resumes from: one folder a checkpoint, written by all ranks, complete or absent, read by any number of
+ranks and any ZeRO stage.
 
     checkpoints/latest            name of the newest one
     checkpoints/step00001234/
@@ -8,6 +9,7 @@
 
 A folder with a ``state.json`` is complete. Whether it is intact is found by reading it, before a run starts from it.
 """
+
 import json
 import logging
 import os
@@ -66,21 +68,40 @@ class Checkpoints:
         """Take the state of this moment; it is on the disk after :meth:`finish`, in the foreground after this call.
 
         Args:
-            state: what JSON can hold: ``step``, ``metric`` (or None) and whatever else the run needs; the same on all ranks.
+            state: what JSON can hold: ``step``, ``metric`` (or None) and whatever else the run needs; the same on all
+                ranks.
         Raises:
             FloatingPointError: a weight is not finite: no run should ever resume from that.
         """
         self.finish()
-        pieces = [Piece(name, start, {key: value.to("cpu", copy=True) for key, value in values.items()})
-                  for name, start, values in partitions.owned_pieces(engine)]
-        finite = all(bool(torch.stack(torch.aminmax(piece.values[partitions.WEIGHT])).isfinite().all()) for piece in pieces)  # NaN goes through aminmax
+        pieces = [
+            Piece(name, start, {key: value.to("cpu", copy=True) for key, value in values.items()})
+            for name, start, values in partitions.owned_pieces(engine)
+        ]
+        finite = all(
+            bool(torch.stack(torch.aminmax(piece.values[partitions.WEIGHT])).isfinite().all()) for piece in pieces
+        )  # NaN goes through aminmax
         if not self._all_ranks(finite):
-            raise FloatingPointError(f"step {state['step']}: weights are not finite; --resume continues from {self.written or 'the start'}; lower --lr")
-        content = {"pieces": [tuple(piece) for piece in pieces], "shared": partitions.shared_state(engine), "random": _random_state()}
+            raise FloatingPointError(
+                f"step {state['step']}: weights are not finite; --resume continues from "
+                f"{self.written or 'the start'}; lower --lr"
+            )
+        content = {
+            "pieces": [tuple(piece) for piece in pieces],
+            "shared": partitions.shared_state(engine),
+            "random": _random_state(),
+        }
         if self.runtime.is_main:
             trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
-            content["buffers"] = {name: value.to("cpu", copy=True) for name, value in engine.module.state_dict().items() if name not in trained}
-        rows = centers and {name: value.to("cpu", copy=self.background) if torch.is_tensor(value) else value for name, value in centers.state().items()}
+            content["buffers"] = {
+                name: value.to("cpu", copy=True)
+                for name, value in engine.module.state_dict().items()
+                if name not in trained
+            }
+        rows = centers and {
+            name: value.to("cpu", copy=self.background) if torch.is_tensor(value) else value
+            for name, value in centers.state().items()
+        }
         state = {**state, "world_size": self.runtime.world_size, "zero_stage": engine.zero_optimization_stage()}
         tag = f"step{state['step']:08d}"
         self._pending = (tag, state, self._writer.submit(self._write, tag, content, rows))
@@ -95,12 +116,17 @@ class Checkpoints:
             files[ClassCenters.file_name(rank)] = rows
         for name, value in files.items():
             save_file(value, folder / name)
-        write_whole(folder / f"rank{rank}.json", lambda file: file.write(json.dumps({name: _fingerprint(folder / name) for name in files}).encode()))
+        write_whole(
+            folder / f"rank{rank}.json",
+            lambda file: file.write(json.dumps({name: _fingerprint(folder / name) for name in files}).encode()),
+        )
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is on every rank's disk, then make it count: no other moment leaves a folder that is taken for complete.
+        """Wait until the last checkpoint is on every rank's disk, then make it count: no other moment leaves a folder
+        that is taken for complete.
 
-        A disk that is full, or gone, is logged and remembered in ``failed``, and the half checkpoint deleted: the run goes on with the older ones.
+        A disk that is full, or gone, is logged and remembered in ``failed``, and the half checkpoint deleted: the run
+        goes on with the older ones.
         """
         if self._pending is None:
             return
@@ -118,8 +144,13 @@ class Checkpoints:
         complete = complete and self._all_ranks(error is None)
         self.failed = not complete
         if error is not None:
-            log.error("checkpoint of step %d could not be written: %s; training goes on, a resume would start from %s", state["step"],
-                      str(error).splitlines()[0], self.written or "the beginning", extra={"event": "checkpoint_failed", "step": state["step"]})
+            log.error(
+                "checkpoint of step %d could not be written: %s; training goes on, a resume would start from %s",
+                state["step"],
+                str(error).splitlines()[0],
+                self.written or "the beginning",
+                extra={"event": "checkpoint_failed", "step": state["step"]},
+            )
         if complete:
             self.written = tag
         if self.runtime.is_main:
@@ -131,15 +162,23 @@ class Checkpoints:
     def _complete(self, tag: str, state: dict) -> None:
         parts = [self.folder / tag / f"rank{rank}.json" for rank in range(self.runtime.world_size)]
         files = {name: fingerprint for part in parts for name, fingerprint in json.loads(part.read_text()).items()}
-        write_whole(self.folder / tag / _STATE, lambda file: file.write(json.dumps({**state, "files": files}, indent=1).encode()))
+        write_whole(
+            self.folder / tag / _STATE,
+            lambda file: file.write(json.dumps({**state, "files": files}, indent=1).encode()),
+        )
         write_whole(self.folder / _LATEST, lambda file: file.write(tag.encode()))
         for part in parts:
             part.unlink()
-        log.info("checkpoint: %s, %.2f GB", tag, sum(size for size, _ in files.values()) / 1e9, extra={"event": "checkpoint", "step": state["step"]})
+        log.info(
+            "checkpoint: %s, %.2f GB",
+            tag,
+            sum(size for size, _ in files.values()) / 1e9,
+            extra={"event": "checkpoint", "step": state["step"]},
+        )
 
     def _prune(self) -> None:
         complete = _complete_ones(self.folder)
-        kept = complete[:self.keep]
+        kept = complete[: self.keep]
         if self.keep_best:
             metrics = {tag: _metric(self.folder / tag) for tag in complete}
             kept += sorted((tag for tag in complete if metrics[tag] is not None), key=metrics.get)[:1]
@@ -155,7 +194,11 @@ class Checkpoints:
                     shutil.rmtree(folder)
                 elif tag is None or folder.name > tag:
                     aside = folder.with_name(f"aside-{folder.name}")
-                    log.warning("checkpoint %s, which this run does not start from, is now %s and can be deleted", folder, aside.name)
+                    log.warning(
+                        "checkpoint %s, which this run does not start from, is now %s and can be deleted",
+                        folder,
+                        aside.name,
+                    )
                     shutil.rmtree(aside, ignore_errors=True)
                     folder.rename(aside)
         self.written = tag
@@ -173,7 +216,8 @@ class Checkpoints:
 
 
 def newest_intact(folder: Path) -> tuple[str, dict] | None:
-    """Name and state of the newest checkpoint whose every file is as it was written, of those up to ``latest``; None where there are none.
+    """Name and state of the newest checkpoint whose every file is as it was written, of those up to ``latest``; None
+    where there are none.
 
     Reads all of it, at 1 GB/s or more. Damaged ones are named in the log.
 
@@ -188,10 +232,17 @@ def newest_intact(folder: Path) -> tuple[str, dict] | None:
         problem = _damage(folder / tag)
         if problem is None:
             return tag, _read_state(folder / tag)
-        log.warning("checkpoint %s is damaged (%s); trying the one before it", folder / tag, problem, extra={"event": "checkpoint_damaged"})
+        log.warning(
+            "checkpoint %s is damaged (%s); trying the one before it",
+            folder / tag,
+            problem,
+            extra={"event": "checkpoint_damaged"},
+        )
         problems.append(f"{tag}: {problem}")
     if problems:
-        raise ValueError(f"--resume: no checkpoint in {folder} is intact ({'; '.join(problems)}); --overwrite starts anew")
+        raise ValueError(
+            f"--resume: no checkpoint in {folder} is intact ({'; '.join(problems)}); --overwrite starts anew"
+        )
     return None
 
 
@@ -202,7 +253,8 @@ def load_weights(module: torch.nn.Module, folder: Path, state: dict) -> None:
 
 
 def load(engine, folder: Path, state: dict, centers: ClassCenters | None = None) -> None:
-    """The rest of a checkpoint, into an engine made of a module that has its weights, and the class centers; collective.
+    """The rest of a checkpoint, into an engine made of a module that has its weights, and the class centers;
+    collective.
 
     With as many ranks as wrote it, each goes on with its own random state; otherwise these begin anew.
     """
@@ -225,7 +277,10 @@ def _rank_file(rank: int) -> str:
 
 def _open(folder: Path, state: dict) -> list[dict]:
     """All ranks' files, memory-mapped: what this rank does not need is not read."""
-    return [torch.load(folder / _rank_file(rank), map_location="cpu", mmap=True, weights_only=True) for rank in range(state["world_size"])]
+    return [
+        torch.load(folder / _rank_file(rank), map_location="cpu", mmap=True, weights_only=True)
+        for rank in range(state["world_size"])
+    ]
 
 
 def _pieces(ranks: list[dict]) -> list[Piece]:
@@ -256,7 +311,9 @@ def _metric(folder: Path) -> float | None:
 def _delete(folder: Path) -> None:
     """As far as can be; one that cannot be deleted is no reason to end a run."""
     try:
-        (folder / _STATE).unlink(missing_ok=True)  # first, so that what an interrupted deletion leaves is not taken for complete
+        (folder / _STATE).unlink(
+            missing_ok=True
+        )  # first, so that what an interrupted deletion leaves is not taken for complete
         shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         log.warning("checkpoint %s could not be deleted: %s", folder, error)

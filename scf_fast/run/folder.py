@@ -1,4 +1,5 @@
 """The folder of a run: whose it is, that nobody else is writing to it, and what it is known by."""
+
 import contextlib
 import fcntl
 import importlib.metadata
@@ -19,17 +20,54 @@ from scf_fast.run import checkpoints
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
 _LOCK_SECONDS = 15  # workers of a run that was killed notice within 5
-# A run may be continued with other hardware settings, a longer schedule or another cadence of logs, but these make it another run.
-_IDENTITY = ("stage", "data", "batch_size", "seed", "network", "z_dim", "loss", "margins", "saved_bkb", "saved_fc", "finetune_bkb", "confidence_net",
-             "normalizer", "radius", "label_smoothing", "sample_rate", "scale", "margin_gradient", "dropout", "augmentation", "flip", "shuffle", "data_weights",
-             "images_per_identity", "max_images_per_identity", "normalization")
-_READ = ("data", "dataroot", "saved_bkb", "saved_fc", "feature_cache", "index_dir", "deepspeed_config")  # files that a run needs and does not make
+# A run may be continued with other hardware settings, a longer schedule or another cadence of logs, but these make it
+# another run.
+_IDENTITY = (
+    "stage",
+    "data",
+    "batch_size",
+    "seed",
+    "network",
+    "z_dim",
+    "loss",
+    "margins",
+    "saved_bkb",
+    "saved_fc",
+    "finetune_bkb",
+    "confidence_net",
+    "normalizer",
+    "radius",
+    "label_smoothing",
+    "sample_rate",
+    "scale",
+    "margin_gradient",
+    "dropout",
+    "augmentation",
+    "flip",
+    "shuffle",
+    "data_weights",
+    "images_per_identity",
+    "max_images_per_identity",
+    "normalization",
+)
+_READ = (
+    "data",
+    "dataroot",
+    "saved_bkb",
+    "saved_fc",
+    "feature_cache",
+    "index_dir",
+    "deepspeed_config",
+)  # files that a run needs and does not make
 
 
 def versions() -> dict:
     """What decides a result besides the configuration."""
-    found = {"python": platform.python_version(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-             "torch": str(torch.__version__)}  # with the CUDA that it is built for, which the metadata of some wheels leaves out
+    found = {
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "torch": str(torch.__version__),
+    }  # with the CUDA that it is built for, which the metadata of some wheels leaves out
     for package in ("triton", "deepspeed", "nvidia-dali-cuda130", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -38,12 +76,18 @@ def versions() -> dict:
     found["scf_fast"] = __version__
     if shutil.which("git"):
         root = Path(__file__).resolve().parents[2]
-        found["git"] = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip() or None
+        found["git"] = (
+            subprocess.run(
+                ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+            ).stdout.strip()
+            or None
+        )
     return found
 
 
 def claim(config: Config) -> tuple[str, dict] | None:
-    """Check the output folder against this run, before anything is written; name and state of the checkpoint to resume from, if any.
+    """Check the output folder against this run, before anything is written; name and state of the checkpoint to resume
+    from, if any.
 
     Raises:
         ValueError: the folder holds another run, or this one without --resume.
@@ -58,7 +102,10 @@ def claim(config: Config) -> tuple[str, dict] | None:
         return checkpoints.newest_intact(folder / CHECKPOINTS)
     if not old.exists():
         if folder.exists() and any(folder.iterdir()) and not config.overwrite:
-            raise ValueError(f"--output_dir {folder}: holds files that are no run of this program; give another folder, or --overwrite to delete them")
+            raise ValueError(
+                f"--output_dir {folder}: holds files that are no run of this program; give another folder, or "
+                "--overwrite to delete them"
+            )
         return None
     if config.overwrite:
         return None
@@ -66,9 +113,13 @@ def claim(config: Config) -> tuple[str, dict] | None:
     different = [key for key in _IDENTITY if not _same(key, before.get(key), now[key])]
     if different:
         what = ", ".join(f"{key} {before.get(key)!r} -> {now[key]!r}" for key in different)
-        raise ValueError(f"--output_dir {folder}: holds a different run ({what}); give another folder, or --overwrite to delete it")
+        raise ValueError(
+            f"--output_dir {folder}: holds a different run ({what}); give another folder, or --overwrite to delete it"
+        )
     if not config.resume:
-        raise ValueError(f"--output_dir {folder}: holds this run already; give --resume to continue it, or --overwrite to delete it")
+        raise ValueError(
+            f"--output_dir {folder}: holds this run already; give --resume to continue it, or --overwrite to delete it"
+        )
     return checkpoints.newest_intact(folder / CHECKPOINTS)
 
 
@@ -78,7 +129,10 @@ def _check_nothing_else_is_lost(config: Config) -> None:
     named = [(f"--{flag}", path) for flag in _READ for path in str(getattr(config, flag) or "").split(",") if path]
     for what, path in [("the current folder", "."), *named]:
         if os.path.commonpath([folder, os.path.realpath(path)]) == folder:
-            raise ValueError(f"--overwrite would delete all of {config.output_dir}, and {what} {path} lies in it; give another --output_dir")
+            raise ValueError(
+                f"--overwrite would delete all of {config.output_dir}, and {what} {path} lies in it; give another "
+                "--output_dir"
+            )
 
 
 def _same(key: str, before, now) -> bool:
@@ -105,7 +159,10 @@ def only_run_in(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if attempt == _LOCK_SECONDS:
-                    raise ValueError(f"--output_dir {folder}: another run is writing to it; wait for its end, or stop its ranks: pkill -f train.py") from None
+                    raise ValueError(
+                        f"--output_dir {folder}: another run is writing to it; wait for its end, or stop its ranks: "
+                        "pkill -f train.py"
+                    ) from None
                 time.sleep(1)
             except OSError:  # a file system without locks
                 break

@@ -1,4 +1,7 @@
-"""What a run tells: log lines, progress bar, metrics, TensorBoard, one JSON line for every event, and where the time went."""
+"""What a run tells: log lines, progress bar, metrics, TensorBoard, one JSON line for every event, and where the time
+went.
+"""
+
 import contextlib
 import errno
 import json
@@ -22,25 +25,41 @@ _EXTRA = ("step", "images", "seconds", "counts", "rates", "signal")
 
 
 class _EventHandler(logging.FileHandler):
-    """Every log record as a JSON object: time (seconds since 1970), level, event, message and what the record has besides."""
+    """Every log record as a JSON object: time (seconds since 1970), level, event, message and what the record has
+    besides.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {"time": round(record.created, 3), "level": record.levelname, "event": getattr(record, "event", "log"), "message": record.getMessage(),
-                  **{key: getattr(record, key) for key in _EXTRA if hasattr(record, key)}}
+        fields = {
+            "time": round(record.created, 3),
+            "level": record.levelname,
+            "event": getattr(record, "event", "log"),
+            "message": record.getMessage(),
+            **{key: getattr(record, key) for key in _EXTRA if hasattr(record, key)},
+        }
         if record.exc_info:
             fields["error"] = repr(record.exc_info[1])
         return json.dumps(fields)
 
 
-_early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)  # what was said before the run's folder was there
+_early = logging.handlers.MemoryHandler(
+    10_000, flushLevel=logging.CRITICAL + 1
+)  # what was said before the run's folder was there
 
 
 def set_up_logging(is_main: bool) -> None:
     """Log lines to stderr; from the other ranks errors alone, and what they know of broken images."""
-    logging.raiseExceptions = False  # a disk that is full must not fill the terminal with tracebacks of lines it could not take
+    logging.raiseExceptions = (
+        False  # a disk that is full must not fill the terminal with tracebacks of lines it could not take
+    )
     _early.buffer.clear()
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True,
-                        handlers=[logging.StreamHandler(sys.stderr), _early])
+    logging.basicConfig(
+        level=logging.INFO if is_main else logging.ERROR,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+        handlers=[logging.StreamHandler(sys.stderr), _early],
+    )
     logging.getLogger("scf_fast.pipelines.loading.broken").setLevel(logging.WARNING)
 
 
@@ -56,7 +75,9 @@ def log_to_files(folder: Path) -> None:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps from a file of :class:`StepLines`: a run that died had made them after its last checkpoint, and makes them again."""
+    """Drop the lines of later steps from a file of :class:`StepLines`: a run that died had made them after its last
+    checkpoint, and makes them again.
+    """
     if path.exists():
         with open(path, "r+b") as file:
             kept = 0
@@ -69,7 +90,9 @@ def forget_after(path: Path, step: int) -> None:
 
 
 class StepLines:
-    """A file of JSON lines, one a step, that survives a full disk: what could not be written is written with the next line."""
+    """A file of JSON lines, one a step, that survives a full disk: what could not be written is written with the next
+    line.
+    """
 
     def __init__(self, path: Path):
         self._file = open(path, "ab", buffering=0)  # a buffer would try again by itself, and write twice
@@ -87,7 +110,11 @@ class StepLines:
         except OSError as error:
             self._file.truncate(self._size)
             if not self._warned:
-                log.warning("%s: %s; its lines are kept in memory and written when there is room", self._file.name, error.strerror)
+                log.warning(
+                    "%s: %s; its lines are kept in memory and written when there is room",
+                    self._file.name,
+                    error.strerror,
+                )
                 self._warned = True
             return
         self._pending, self._size, self._warned = [], self._size + len(data), False
@@ -100,9 +127,16 @@ class StepLines:
 class Reporter:
     """Progress of a run on the main rank; silent on the others."""
 
-    def __init__(self, folder: Path, runtime: Runtime, total_images: int, done_images: int, first_step: int, tensorboard: bool):
+    def __init__(
+        self, folder: Path, runtime: Runtime, total_images: int, done_images: int, first_step: int, tensorboard: bool
+    ):
         self.is_main = runtime.is_main
-        self._started, self._start_images, self._done, self._total = time.monotonic(), done_images, done_images, total_images
+        self._started, self._start_images, self._done, self._total = (
+            time.monotonic(),
+            done_images,
+            done_images,
+            total_images,
+        )
         if not self.is_main:
             return
         forget_after(folder / METRICS_FILE, first_step)
@@ -110,9 +144,18 @@ class Reporter:
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(folder / "runs"), purge_step=first_step + 1)
         self._interactive = sys.stderr.isatty()
-        self._bar = tqdm(total=total_images, initial=done_images, unit="img", unit_scale=True, smoothing=0.1, dynamic_ncols=True, disable=not self._interactive)
+        self._bar = tqdm(
+            total=total_images,
+            initial=done_images,
+            unit="img",
+            unit_scale=True,
+            smoothing=0.1,
+            dynamic_ncols=True,
+            disable=not self._interactive,
+        )
         self._last_line = 0.0
 
     @property
@@ -126,7 +169,9 @@ class Reporter:
             self._bar.update(images)
 
     def metrics(self, step: int, values: dict[str, float], rate: float, distribution: torch.Tensor | None) -> None:
-        """One log point: the step's means over ranks, its learning rate and, in stage 2, kappa of this rank's images."""
+        """One log point: the step's means over ranks, its learning rate and, in stage 2, kappa of this rank's
+        images.
+        """
         if not self.is_main:
             return
         if distribution is not None:
@@ -144,8 +189,15 @@ class Reporter:
             self._last_line = time.monotonic()
             left = (self._total - self._done) / max(speed, 1e-9)
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            log.info("step %d  %3.0f %%  %.0f img/s  %s left  %s", step, 100 * self._done / self._total, speed, tqdm.format_interval(left), text,
-                     extra={"event": "progress", "step": step})
+            log.info(
+                "step %d  %3.0f %%  %.0f img/s  %s left  %s",
+                step,
+                100 * self._done / self._total,
+                speed,
+                tqdm.format_interval(left),
+                text,
+                extra={"event": "progress", "step": step},
+            )
 
     def _to_tensorboard(self, step: int, record: dict, distribution: torch.Tensor | None) -> None:
         if not self._writer:

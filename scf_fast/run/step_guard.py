@@ -1,4 +1,7 @@
-"""What the ranks must agree on in every step: whether its loss is finite everywhere, whether to stop, whether a checkpoint is on all disks."""
+"""What the ranks must agree on in every step: whether its loss is finite everywhere, whether to stop, whether a
+checkpoint is on all disks.
+"""
+
 import contextlib
 import json
 import logging
@@ -16,16 +19,19 @@ log = logging.getLogger(__name__)
 
 class Votes(NamedTuple):
     """Whether it is so on any rank."""
+
     not_finite: bool
     stop: bool
     writing: bool  # a checkpoint's files
 
 
 class StepGuard:
-    """Keeps a step whose loss is not finite, on any rank, from changing anything: weights, optimiser state, BatchNorm statistics.
+    """Keeps a step whose loss is not finite, on any rank, from changing anything: weights, optimiser state, BatchNorm
+    statistics.
 
     The optimiser's ``step`` does nothing in such a step; gradients are dropped by the engine as after any other.
-    :meth:`decide` asks the device for the answer and :meth:`votes` waits for it, so that a GPU computes the backward pass meanwhile.
+    :meth:`decide` asks the device for the answer and :meth:`votes` waits for it, so that a GPU computes the backward
+    pass meanwhile.
 
     Args:
         limit: after so many steps in a row the run is lost.
@@ -72,7 +78,9 @@ class StepGuard:
         self._votes = votes
 
     def votes(self) -> Votes:
-        """The outcome. After a loss that is not finite the statistics are as before the step, and the optimiser will not act."""
+        """The outcome. After a loss that is not finite the statistics are as before the step, and the optimiser will
+        not act.
+        """
         if self.runtime.device.type == "cuda":
             self._event.synchronize()
         not_finite, stop, writing, own = map(bool, self._votes.tolist())
@@ -97,13 +105,38 @@ class StepGuard:
         self._in_a_row += 1
         if self._own:
             names = images()
-            with contextlib.suppress(OSError), open(self.report, "a") as file:  # on a disk that is full the log line has to do
-                file.write(json.dumps({"step": step, "rank": self.runtime.rank, "losses": [str(loss.item()) for loss in self._losses], "images": names}) + "\n")
-            log.error("step %d skipped: the loss is not finite on rank %d; its %d images are in %s: %s%s", step, self.runtime.rank, len(names), self.report,
-                      ", ".join(names[:4]), " ..." if len(names) > 4 else "", extra={"event": "skipped", "step": step, "images": names})
+            with (
+                contextlib.suppress(OSError),
+                open(self.report, "a") as file,
+            ):  # on a disk that is full the log line has to do
+                file.write(
+                    json.dumps(
+                        {
+                            "step": step,
+                            "rank": self.runtime.rank,
+                            "losses": [str(loss.item()) for loss in self._losses],
+                            "images": names,
+                        }
+                    )
+                    + "\n"
+                )
+            log.error(
+                "step %d skipped: the loss is not finite on rank %d; its %d images are in %s: %s%s",
+                step,
+                self.runtime.rank,
+                len(names),
+                self.report,
+                ", ".join(names[:4]),
+                " ..." if len(names) > 4 else "",
+                extra={"event": "skipped", "step": step, "images": names},
+            )
         if self._in_a_row >= self.limit:
-            raise FloatingPointError(f"the loss had no finite value in any of the steps {step - self.limit + 1} to {step}; their images are in "
-                                     f"{self.report.parent}/not_finite_rank*.jsonl; look at these, lower --lr, or --resume from the last checkpoint")
+            raise FloatingPointError(
+                f"the loss had no finite value in any of the steps {step - self.limit + 1} to {step}; their images "
+                "are in "
+                f"{self.report.parent}/not_finite_rank*.jsonl; look at these, lower --lr, or --resume from the last "
+                "checkpoint"
+            )
 
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -8,7 +8,8 @@ _IMPATIENT_SECONDS = 2.0  # launchers pass one Ctrl-C on as two signals at once
 class StopSignal:
     """A request to stop at the end of the step: SIGTERM, SIGINT or SIGUSR1, as schedulers send them before they kill.
 
-    A later SIGINT, 2 s after the first or more, ends the process at once. Use it as a context manager, in the main thread.
+    A later SIGINT, 2 s after the first or more, ends the process at once. Use it as a context manager, in the main
+    thread.
     """
 
     def __init__(self):

@@ -1,4 +1,7 @@
-"""A look into a few steps of a run: how much of them is communication, and on request a trace for chrome://tracing or perfetto."""
+"""A look into a few steps of a run: how much of them is communication, and on request a trace for chrome://tracing or
+perfetto.
+"""
+
 import logging
 import time
 from pathlib import Path
@@ -18,8 +21,8 @@ class StepProfile:
     """Profiles one step for the share of communication, where there is any; with ``trace`` five, whose trace is kept.
 
     Attributes:
-        communication: share of the profiled steps' time in which a collective ran, waiting for other ranks included; None where nothing was
-            measured. Where they overlap with computation it is time in which both went on.
+        communication: share of the profiled steps' time in which a collective ran, waiting for other ranks included;
+            None where nothing was measured. Where they overlap with computation it is time in which both went on.
     """
 
     def __init__(self, runtime: Runtime, first_step: int, last_step: int, trace: Path | None):
@@ -31,7 +34,9 @@ class StepProfile:
 
     def before(self, step: int) -> None:
         if self._steps and step == self._steps[0]:
-            activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (self._runtime.device.type == "cuda")
+            activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (
+                self._runtime.device.type == "cuda"
+            )
             self._profiler = torch.profiler.profile(activities=activities)
             self._profiler.start()
             self._began = time.perf_counter()
@@ -46,8 +51,12 @@ class StepProfile:
         self.close()
         on_device = self._runtime.device.type == "cuda"
         # A collective has one event where it is called and one where it runs: on a GPU its kernel.
-        spans = [(event.time_range.start, event.time_range.end) for event in profiler.events() if event.name.startswith(_COLLECTIVES)
-                 and (event.device_type == torch.autograd.DeviceType.CUDA) == on_device]
+        spans = [
+            (event.time_range.start, event.time_range.end)
+            for event in profiler.events()
+            if event.name.startswith(_COLLECTIVES)
+            and (event.device_type == torch.autograd.DeviceType.CUDA) == on_device
+        ]
         self.communication = min(1.0, _covered(spans) / 1e6 / seconds)
         if self._trace:
             path = self._trace / f"steps{self._steps[0]}-{step}_rank{self._runtime.rank}.json"
@@ -74,11 +83,11 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-
 class Breakdown:
     """Where the time of a run goes: each :meth:`mark` gives the time since the last one to a part.
 
-    On CUDA the time is the stream's, taken by events that are read when :meth:`collect` is called, after a synchronisation that is due anyway.
+    On CUDA the time is the stream's, taken by events that are read when :meth:`collect` is called, after a
+    synchronisation that is due anyway.
     """
 
     def __init__(self, device: torch.device):

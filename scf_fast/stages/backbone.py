@@ -1,4 +1,5 @@
 """Stage 1: a backbone under a margin softmax over all identities."""
+
 import logging
 from pathlib import Path
 
@@ -26,8 +27,8 @@ log = logging.getLogger(__name__)
 class BackboneStage:
     """What :mod:`scf_fast.trainer` needs to train stage 1.
 
-    The engine trains the backbone alone. ``centers``, there from :meth:`build` on, are beside it: they take the engine's learning rate,
-    and whoever makes the engine's step makes theirs, ``centers.step()``, after it.
+    The engine trains the backbone alone. ``centers``, there from :meth:`build` on, are beside it: they take the
+    engine's learning rate, and whoever makes the engine's step makes theirs, ``centers.step()``, after it.
     """
 
     optimizer_rule = "sgd"
@@ -44,7 +45,9 @@ class BackboneStage:
         self.memory.check()
 
     def build(self, runtime: Runtime, precision: str) -> nn.Module:
-        """The module for the engine. Its weights stay contiguous, as DeepSpeed needs them; channels_last images make the convolutions so."""
+        """The module for the engine. Its weights stay contiguous, as DeepSpeed needs them; channels_last images make
+        the convolutions so.
+        """
         log.info("%s", self.memory)
         self.centers = ClassCenters(self.num_classes, self.config.z_dim, self.config, runtime, precision)
         return Backbone(self.config.network, self.config.z_dim, self.config.dropout).to(runtime.device)

@@ -3,7 +3,8 @@ from scf_fast.networks.flops import network_counts
 
 
 def flop_per_image(config: Config, network: str, z_dim: int, num_classes: int) -> int:
-    """Of a training step: backward passes cost two forward ones, the margin softmax four products of an image with all class centers in it.
+    """Of a training step: backward passes cost two forward ones, the margin softmax four products of an image with all
+    class centers in it.
 
     A frozen backbone counts once an image, with a feature cache not at all.
     """

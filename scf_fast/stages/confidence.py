@@ -1,4 +1,5 @@
 """Stage 2: log kappa from the frozen backbone's last feature map, under the SCF loss."""
+
 import logging
 from pathlib import Path
 
@@ -28,7 +29,8 @@ _COLLAPSED = 0.01  # of the kappa that training began with, and of the one that 
 class KappaWatch:
     """Says once in the log that kappa has collapsed: too large a step has thrown it to where the loss is flat.
 
-    The gradient with respect to log kappa is kappa (A_d(kappa) - cos theta), and vanishes with kappa. The published normaliser has no such
+    The gradient with respect to log kappa is kappa (A_d(kappa) - cos theta), and vanishes with kappa. The published
+    normaliser has no such
     end: it counts every kappa below 255 (d = 512) as too small.
     """
 
@@ -38,12 +40,21 @@ class KappaWatch:
     def look(self, step: int, kappa: float, cos_theta: float) -> None:
         """At means over a batch."""
         self._highest = max(self._highest, kappa)
-        fitting = inverse_mean_resultant_length(torch.tensor(max(cos_theta, 0.0), dtype=torch.float64), self._dim).item()
+        fitting = inverse_mean_resultant_length(
+            torch.tensor(max(cos_theta, 0.0), dtype=torch.float64), self._dim
+        ).item()
         if kappa < _COLLAPSED * min(self._highest, fitting) and not self._said:
             self._said = True
-            log.warning("step %d: kappa has collapsed to %.1e, where its gradient vanishes, though a mean cosine of %.2f asks for %.0f; it will hardly "
-                        "come back: start anew with a lower --lr, with --warmup_epochs, or with another --initial_kappa", step, kappa, cos_theta, fitting,
-                        extra={"event": "kappa_collapsed", "step": step})
+            log.warning(
+                "step %d: kappa has collapsed to %.1e, where its gradient vanishes, though a mean cosine of %.2f asks "
+                "for %.0f; it will hardly "
+                "come back: start anew with a lower --lr, with --warmup_epochs, or with another --initial_kappa",
+                step,
+                kappa,
+                cos_theta,
+                fitting,
+                extra={"event": "kappa_collapsed", "step": step},
+            )
 
 
 class ConfidenceStage:
@@ -57,30 +68,49 @@ class ConfidenceStage:
         self.name, self.z_dim = backbone.network()
         self._watch = KappaWatch(self.z_dim)
         self.backbone_state = backbone.backbone
-        for flag, given, actual in (("convf_dim", config.convf_dim, BACKBONES[self.name].convf_dim), ("z_dim", config.z_dim, self.z_dim)):
+        for flag, given, actual in (
+            ("convf_dim", config.convf_dim, BACKBONES[self.name].convf_dim),
+            ("z_dim", config.z_dim, self.z_dim),
+        ):
             if given not in (None, actual):
-                raise ValueError(f"--{flag} must be {actual} for the {self.name} in {config.saved_bkb}, got {given}; leave it out")
+                raise ValueError(
+                    f"--{flag} must be {actual} for the {self.name} in {config.saved_bkb}, got {given}; leave it out"
+                )
         fc = reading.read(config.saved_fc, "--saved_fc")
         self.class_centers = fc.usable_class_centers()
         classes, width = self.class_centers.shape
         if width != self.z_dim:
-            raise ValueError(f"--saved_fc {config.saved_fc}: class centers are {width} wide but the backbone's features {self.z_dim}; "
-                             "both files must come from the same stage-1 run")
+            raise ValueError(
+                f"--saved_fc {config.saved_fc}: class centers are {width} wide but the backbone's features "
+                f"{self.z_dim}; "
+                "both files must come from the same stage-1 run"
+            )
         if source.num_classes > classes or (source.num_classes < classes and not config.partial_identities):
-            way_out = "" if source.num_classes > classes else ", or give --partial_identities if these are some of them under the same numbers"
+            way_out = (
+                ""
+                if source.num_classes > classes
+                else ", or give --partial_identities if these are some of them under the same numbers"
+            )
             only = "only " if source.num_classes > classes else ""
-            raise ValueError(f"--data {config.data} has {source.num_classes} identities but --saved_fc {config.saved_fc} {only}{classes} class centers; "
-                             f"train stage 2 on the identities of stage 1{way_out}")
+            raise ValueError(
+                f"--data {config.data} has {source.num_classes} identities but --saved_fc {config.saved_fc} "
+                f"{only}{classes} class centers; "
+                f"train stage 2 on the identities of stage 1{way_out}"
+            )
         # The resolved value goes into the configuration, as every other default does.
         config.normalization, self._pixels = pixel_convention(config, self.name, fc.facts)
 
     def build(self, runtime: Runtime, precision: str) -> nn.Module:
-        """The module for the engine: the confidence net alone. The frozen backbone and the class centers stay outside."""
+        """The module for the engine: the confidence net alone. The frozen backbone and the class centers stay
+        outside.
+        """
         log.info("backbone: %s; pixels: %s, %s", self.name, self.config.normalization, self._pixels)
         self.class_centers = self.class_centers.to(runtime.device)
         self.net_dtype = torch.float32 if precision == "fp32" else None  # None: autocast takes what comes
         architecture = BACKBONES[self.name]
-        net = build_confidence_net(self.config.confidence_net, architecture.widths[-1], architecture.map_size, self.config.initial_kappa)
+        net = build_confidence_net(
+            self.config.confidence_net, architecture.widths[-1], architecture.map_size, self.config.initial_kappa
+        )
         return net.to(runtime.device)
 
     def network(self) -> tuple[str, int]:
@@ -97,11 +127,24 @@ class ConfidenceStage:
         return self._scf_loss(features, engine(convf.to(self.net_dtype or convf.dtype)), labels)
 
     def _scf_loss(self, features, log_kappa, labels) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, terms = scf_loss(features, log_kappa, self.class_centers, labels, radius=self.config.radius,
-                               normalizer=self.config.normalizer, return_terms=True)
-        return loss, {"total_loss": loss.detach(), "kappa": terms.kappa.mean(), "neg_kappa_times_cos_theta": terms.l1.mean(),
-                      "neg_dim_scalar_times_log_kappa": terms.l2.mean(), "log_iv_kappa": terms.l3.mean(), "cos_theta": terms.cos.mean(),
-                      "kappa_distribution": terms.kappa}
+        loss, terms = scf_loss(
+            features,
+            log_kappa,
+            self.class_centers,
+            labels,
+            radius=self.config.radius,
+            normalizer=self.config.normalizer,
+            return_terms=True,
+        )
+        return loss, {
+            "total_loss": loss.detach(),
+            "kappa": terms.kappa.mean(),
+            "neg_kappa_times_cos_theta": terms.l1.mean(),
+            "neg_dim_scalar_times_log_kappa": terms.l2.mean(),
+            "log_iv_kappa": terms.l3.mean(),
+            "cos_theta": terms.cos.mean(),
+            "kappa_distribution": terms.kappa,
+        }
 
     def look(self, step: int, means: dict[str, float]) -> None:
         """At what is logged of a step."""
@@ -119,8 +162,15 @@ class ConfidenceStage:
         if is_main:
             published_files.write_hparams(self.config, self.z_dim, BACKBONES[self.name].convf_dim)
             save_file({"uncer_net_state_dict": net_state, **progress}, files[0])
-            save_model(files[1], trained_backbone or self.backbone_state, net_state, radius=self.config.radius, normalization=self.config.normalization,
-                       normalizer=self.config.normalizer, **progress)
+            save_model(
+                files[1],
+                trained_backbone or self.backbone_state,
+                net_state,
+                radius=self.config.radius,
+                normalization=self.config.normalization,
+                normalizer=self.config.normalizer,
+                **progress,
+            )
             if optimizer_state is not None:
                 backbone = family_state(trained_backbone, BACKBONES[self.name]) if trained_backbone else None
                 files.append(published_files.write_checkpoint(folder, progress, net_state, optimizer_state, backbone))

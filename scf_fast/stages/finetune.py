@@ -1,4 +1,5 @@
 """Stage 2 with the backbone in training too: what the published flag ``--finetune_bkb`` stands for."""
+
 import torch
 from torch import nn
 
@@ -26,8 +27,8 @@ class JointModel(nn.Module):
 class FinetuneStage(ConfidenceStage):
     """The loss reaches the backbone through ``mu`` and through ``convf``.
 
-    As in the published code the backbone is in train mode: BatchNorm takes the batch's statistics and goes on averaging them, and
-    dropout is on. The class centers stay fixed.
+    As in the published code the backbone is in train mode: BatchNorm takes the batch's statistics and goes on averaging
+    them, and dropout is on. The class centers stay fixed.
     """
 
     def build(self, runtime: Runtime, precision: str) -> nn.Module:
@@ -47,5 +48,8 @@ class FinetuneStage(ConfidenceStage):
 
     def _trained_states(self, engine) -> tuple[dict, dict | None]:
         state = full_state_dict(engine, engine.module)
-        net, backbone = ({key.removeprefix(part): value for key, value in state.items() if key.startswith(part)} for part in ("confidence_net.", "backbone."))
+        net, backbone = (
+            {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
+            for part in ("confidence_net.", "backbone.")
+        )
         return net, backbone

@@ -1,4 +1,5 @@
 """What stage 1 will take in memory, per rank, before it takes it."""
+
 import os
 import re
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _GB = 1e9
 @dataclass(frozen=True)
 class MemoryForecast:
     """Bytes of one rank, the one with most class centers, and of those it has."""
+
     backbone: int  # weights, gradients and optimiser states under the ZeRO stage
     class_centers: int
     center_momentum: int
@@ -31,9 +33,13 @@ class MemoryForecast:
 
     def __str__(self) -> str:
         gradient = f", their gradient {self.center_gradient / _GB:.2f}" if self.center_gradient else ""
-        return (f"memory a rank, in GB: backbone {self.backbone / _GB:.2f}, class centers {self.class_centers / _GB:.2f}, their momentum "
-                f"{self.center_momentum / _GB:.2f}{gradient}, activations about {self.activations / _GB:.2f}; {self.total / _GB:.2f} of "
-                f"{self.available / _GB:.2f}")
+        return (
+            f"memory a rank, in GB: backbone {self.backbone / _GB:.2f}, class centers {self.class_centers / _GB:.2f}, "
+            "their momentum "
+            f"{self.center_momentum / _GB:.2f}{gradient}, activations about {self.activations / _GB:.2f}; "
+            f"{self.total / _GB:.2f} of "
+            f"{self.available / _GB:.2f}"
+        )
 
     def check(self) -> None:
         """
@@ -47,7 +53,10 @@ class MemoryForecast:
             ways.append("--centers_state bf16 (half their momentum)")
         if self.center_gradient:
             ways.append("--fused_center_update with --gradient_accumulation_steps 1 (no gradient of the class centers)")
-        ways += ["a smaller --batch_size", "a higher --zero_stage" if self.backbone > self.class_centers else "a smaller --z_dim"]
+        ways += [
+            "a smaller --batch_size",
+            "a higher --zero_stage" if self.backbone > self.class_centers else "a smaller --z_dim",
+        ]
         raise ValueError(f"this run does not fit into memory ({self}); what helps: {', '.join(ways)}")
 
 
@@ -61,7 +70,11 @@ def forecast(config: Config, num_classes: int, world_size: int, precision: str) 
         # The difference of two batches, so that what does not grow with the batch drops out.
         an_image = (_kept_for_backward(backbone, 4, precision) - _kept_for_backward(backbone, 2, precision)) // 2
     stage = config.zero_stage_on(world_size)
-    shares = [size // (world_size if stage >= 3 else 1), size // (world_size if stage >= 2 else 1), size // (world_size if stage >= 1 else 1)]
+    shares = [
+        size // (world_size if stage >= 3 else 1),
+        size // (world_size if stage >= 2 else 1),
+        size // (world_size if stage >= 1 else 1),
+    ]
     master = size // world_size if stage >= 1 else 0  # ZeRO keeps its own partition of float32 weights
     if torch.cuda.is_available():
         available = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
@@ -70,7 +83,14 @@ def forecast(config: Config, num_classes: int, world_size: int, precision: str) 
         available = kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     micro_batch = config.batch_size // (world_size * config.gradient_accumulation_steps)
     momentum = centers // 2 if config.centers_state == "bf16" else centers
-    return MemoryForecast(sum(shares) + master, centers, momentum, 0 if fuses(config, precision) else centers, an_image * micro_batch, available)
+    return MemoryForecast(
+        sum(shares) + master,
+        centers,
+        momentum,
+        0 if fuses(config, precision) else centers,
+        an_image * micro_batch,
+        available,
+    )
 
 
 def _kept_for_backward(backbone: Backbone, batch: int, precision: str) -> int:

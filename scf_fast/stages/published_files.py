@@ -1,4 +1,7 @@
-"""What users of the published SCF code know by name: its loss class, ``hparams.json``, ``ckpts/ckpt_eN.pt``, and what its flags do here."""
+"""What users of the published SCF code know by name: its loss class, ``hparams.json``, ``ckpts/ckpt_eN.pt``, and what
+its flags do here.
+"""
+
 import json
 from pathlib import Path
 
@@ -8,8 +11,31 @@ from scf_fast.config import Config
 from scf_fast.engine.engine import full_optimizer_state
 from scf_fast.weights.files import save_file
 
-_HPARAMS = ("dataset", "dataroot", "seed", "gpu_ids", "batch_size", "eval_batch_size", "output_dir", "saved_bkb", "saved_fc", "num_workers", "cuda", "epochs",
-            "lr", "lr_scheduler", "step_size", "gamma", "convf_dim", "z_dim", "radius", "max_grad_clip", "max_grad_norm", "tensorboard", "finetune_bkb")
+_HPARAMS = (
+    "dataset",
+    "dataroot",
+    "seed",
+    "gpu_ids",
+    "batch_size",
+    "eval_batch_size",
+    "output_dir",
+    "saved_bkb",
+    "saved_fc",
+    "num_workers",
+    "cuda",
+    "epochs",
+    "lr",
+    "lr_scheduler",
+    "step_size",
+    "gamma",
+    "convf_dim",
+    "z_dim",
+    "radius",
+    "max_grad_clip",
+    "max_grad_norm",
+    "tensorboard",
+    "finetune_bkb",
+)
 
 
 def flag_notes(config: Config, launched: bool) -> list[str]:
@@ -20,30 +46,52 @@ def flag_notes(config: Config, launched: bool) -> list[str]:
     """
     notes = []
     if config.gpu_ids:
-        what = "the launcher chooses the GPUs" if launched else f"plain python trains on one GPU, the first of {config.gpu_ids}"
-        notes.append(f"--gpu_ids {config.gpu_ids}: {what}; for these: deepspeed --include localhost:{config.gpu_ids.replace(' ', '')} train.py ...")
+        what = (
+            "the launcher chooses the GPUs"
+            if launched
+            else f"plain python trains on one GPU, the first of {config.gpu_ids}"
+        )
+        notes.append(
+            f"--gpu_ids {config.gpu_ids}: {what}; for these: deepspeed --include "
+            f"localhost:{config.gpu_ids.replace(' ', '')} train.py ..."
+        )
     if config.eval_batch_size is not None:
         notes.append("--eval_batch_size has no effect; evaluate with python -m scf_fast.evaluation")
     if config.stage == "confidence":
-        notes.append({
-            "exact": "normalizer: exact, the paper's objective. The published code's float32 formula holds d log I/d kappa at 1 up to kappa = 3000 "
-                     "(d = 512), so that its kappa tends to (d/2 - 1)/(1 - cos), never under 255; --normalizer published reproduces it",
-            "published": "normalizer: published. This float32 formula holds d log I/d kappa at 1 up to kappa = 3000 (d = 512), so that kappa tends to "
-                         "(d/2 - 1)/(1 - cos), never under 255; --normalizer exact is the paper's objective"}[config.normalizer])
+        notes.append(
+            {
+                "exact": "normalizer: exact, the paper's objective. The published code's float32 formula holds d log "
+                "I/d kappa at 1 up to kappa = 3000 "
+                "(d = 512), so that its kappa tends to (d/2 - 1)/(1 - cos), never under 255; --normalizer published "
+                "reproduces it",
+                "published": "normalizer: published. This float32 formula holds d log I/d kappa at 1 up to kappa = "
+                "3000 (d = 512), so that kappa tends to "
+                "(d/2 - 1)/(1 - cos), never under 255; --normalizer exact is the paper's objective",
+            }[config.normalizer]
+        )
     if config.finetune_bkb:
-        notes.append("--finetune_bkb: the whole backbone trains, in train mode, with the confidence net's learning rate; the published code lists its "
-                     "output layer alone, under names that its backbone does not have")
+        notes.append(
+            "--finetune_bkb: the whole backbone trains, in train mode, with the confidence net's learning rate; the "
+            "published code lists its "
+            "output layer alone, under names that its backbone does not have"
+        )
     return notes
 
 
 def write_hparams(config: Config, z_dim: int, convf_dim: int) -> None:
     """``hparams.json`` of the published code: its command line's values, sorted."""
-    values = {**{key: getattr(config, key) for key in _HPARAMS}, "z_dim": z_dim, "convf_dim": convf_dim, "eval_batch_size": config.eval_batch_size or 1}
+    values = {
+        **{key: getattr(config, key) for key in _HPARAMS},
+        "z_dim": z_dim,
+        "convf_dim": convf_dim,
+        "eval_batch_size": config.eval_batch_size or 1,
+    }
     Path(config.output_dir, "hparams.json").write_text(json.dumps(values, sort_keys=True, indent=4))
 
 
 def adam_state_dict(engine) -> dict:
-    """The state_dict that ``torch.optim.Adam`` over the engine's trained parameters would have, under any ZeRO stage; collective.
+    """The state_dict that ``torch.optim.Adam`` over the engine's trained parameters would have, under any ZeRO stage;
+    collective.
 
     On the main rank; the others get one without the moments.
     """
@@ -54,7 +102,9 @@ def adam_state_dict(engine) -> dict:
     return {"state": state, "param_groups": like.state_dict()["param_groups"]}
 
 
-def write_checkpoint(folder: Path, progress: dict, net_state: dict, optimizer_state: dict, backbone_state: dict | None) -> Path:
+def write_checkpoint(
+    folder: Path, progress: dict, net_state: dict, optimizer_state: dict, backbone_state: dict | None
+) -> Path:
     """``ckpts/ckpt_eN.pt`` as the published code writes it after epoch N, counted from 1.
 
     Args:

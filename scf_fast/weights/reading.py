@@ -12,9 +12,14 @@ from scf_fast.networks.confidence import identify_confidence_net
 from scf_fast.networks.families import identify_backbone, native_state
 from scf_fast.weights.files import load_file
 
-BACKBONE_FILE, CENTERS_FILE, CONFIDENCE_FILE, MODEL_FILE = "backbone.pth", "fc.pth", "confidence.pth", "scf_model.pt"  # what the stages write
-# What a folder may stand for: insightface's shards of all ranks, the model of stage 2, the two files of stage 1. In its releases until 2022
-# insightface put a rank's class centers into a file of their own, beside the backbone.
+BACKBONE_FILE, CENTERS_FILE, CONFIDENCE_FILE, MODEL_FILE = (
+    "backbone.pth",
+    "fc.pth",
+    "confidence.pth",
+    "scf_model.pt",
+)  # what the stages write
+# What a folder may stand for: insightface's shards of all ranks, the model of stage 2, the two files of stage 1. In its
+# releases until 2022 insightface put a rank's class centers into a file of their own, beside the backbone.
 _FOLDERS = (("checkpoint_gpu_*.pt",), (MODEL_FILE,), (BACKBONE_FILE, CENTERS_FILE, "rank[:_]*_softmax_weight.pt"))
 _PROGRESS = ("epoch", "global_step")  # as every family counts them: from 0 in the published code and here
 _FACTS = (*_PROGRESS, "radius", "normalization", "normalizer")
@@ -34,6 +39,7 @@ class Weights:
         facts: what else the file says: epoch, global_step, radius, normalization, normalizer.
         other: state_dicts that are none of these.
     """
+
     source: str = ""
     backbone: dict[str, torch.Tensor] | None = None
     class_centers: torch.Tensor | None = None
@@ -56,8 +62,11 @@ class Weights:
         """
         if part in self.parts:
             return Weights(self.source, facts=self.facts, **{part: getattr(self, part)})
-        wanted = {"backbone": "a backbone's state_dict of tensors", "class_centers": "class centers, one (classes, width) tensor",
-                  "confidence_net": "a confidence net's state_dict of tensors"}[part]
+        wanted = {
+            "backbone": "a backbone's state_dict of tensors",
+            "class_centers": "class centers, one (classes, width) tensor",
+            "confidence_net": "a confidence net's state_dict of tensors",
+        }[part]
         if self.parts:
             raise ValueError(f"{self.source}: must hold {wanted}, but holds {' and '.join(self.describe())}")
         if part == "backbone" and self.other:
@@ -91,7 +100,10 @@ class Weights:
         """
         value = self.only("class_centers").class_centers.float()
         if not torch.isfinite(value).all() or not value.any(dim=1).all():
-            raise ValueError(f"{self.source}: class centers must be finite and no row zero; the file is damaged or its training diverged")
+            raise ValueError(
+                f"{self.source}: class centers must be finite and no row zero; the file is damaged or its training "
+                "diverged"
+            )
         return value
 
     def describe(self) -> list[str]:
@@ -100,32 +112,46 @@ class Weights:
         if self.backbone is not None:
             name, z_dim = self.network()
             a = self.architecture
-            size = sum(value.numel() for key, value in self.backbone.items() if not key.endswith(("running_mean", "running_var", "num_batches_tracked")))
-            lines.append(f"backbone {name} ({a.family}), embedding {z_dim}, last map {a.widths[-1]} x {a.map_size} x {a.map_size}, "
-                         f"{size / 1e6:.1f} M parameters, {_dtype(self.backbone.values())}")
+            size = sum(
+                value.numel()
+                for key, value in self.backbone.items()
+                if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+            )
+            lines.append(
+                f"backbone {name} ({a.family}), embedding {z_dim}, last map {a.widths[-1]} x {a.map_size} x "
+                f"{a.map_size}, "
+                f"{size / 1e6:.1f} M parameters, {_dtype(self.backbone.values())}"
+            )
         if self.class_centers is not None:
-            lines.append(f"class centers of {len(self.class_centers)} identities, width {self.class_centers.shape[1]}, {_dtype([self.class_centers])}")
+            lines.append(
+                f"class centers of {len(self.class_centers)} identities, width {self.class_centers.shape[1]}, "
+                f"{_dtype([self.class_centers])}"
+            )
         if self.confidence_net is not None:
             net = self.confidence_net
-            lines.append(f"confidence net {identify_confidence_net(net)} on {net['_log_kappa.0.weight'].shape[1]} values, "
-                         f"{sum(value.numel() for value in net.values()) / 1e6:.1f} M values, {_dtype(net.values())}")
+            lines.append(
+                f"confidence net {identify_confidence_net(net)} on {net['_log_kappa.0.weight'].shape[1]} values, "
+                f"{sum(value.numel() for value in net.values()) / 1e6:.1f} M values, {_dtype(net.values())}"
+            )
         return lines
 
 
 def _dtype(tensors) -> str:
-    return "/".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()}))
+    return "/".join(
+        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()})
+    )
 
 
 def read(spec: str | Path, flag: str = "file") -> Weights:
     """Everything known in a weight file.
 
-    A state_dict may be bare or nested, with the ``module.`` prefix of DataParallel or not. Class centers are the published
-    ``['arc_face_state_dict']['weight']``, insightface's ``['state_dict_softmax_fc']['weight']``, TFace's ``[data set]['kernel']``, in which a
-    column is a class, or a bare tensor.
+    A state_dict may be bare or nested, with the ``module.`` prefix of DataParallel or not. Class centers are the
+    published ``['arc_face_state_dict']['weight']``, insightface's ``['state_dict_softmax_fc']['weight']``, TFace's
+    ``[data set]['kernel']``, in which a column is a class, or a bare tensor.
 
     Args:
-        spec: a file; or several that belong together, as a comma-separated list, a pattern or a folder. Class centers of several
-            files are one rank's each, as insightface saves them in ``checkpoint_gpu_R.pt`` and TFace in
+        spec: a file; or several that belong together, as a comma-separated list, a pattern or a folder. Class centers
+            of several files are one rank's each, as insightface saves them in ``checkpoint_gpu_R.pt`` and TFace in
             ``HEAD_Epoch_E_Split_R_checkpoint.pth``, in the order of the ranks.
         flag: what the user named it with, for messages.
     Raises:
@@ -138,24 +164,36 @@ def read(spec: str | Path, flag: str = "file") -> Weights:
         value = load_file(path, flag)
         _collect(value, found)
         if not found.parts and not found.other:
-            raise ValueError(f"{flag} {path}: must hold a state_dict of tensors or class centers, got {type(value).__name__} without tensors")
+            raise ValueError(
+                f"{flag} {path}: must hold a state_dict of tensors or class centers, got {type(value).__name__} "
+                "without tensors"
+            )
         shards += [] if found.class_centers is None else [found.class_centers]
         for part in ("backbone", "confidence_net"):
             old, new = getattr(weights, part), getattr(found, part)
             if old is not None and new is not None and not _same_parameters(old, new):
-                raise ValueError(f"{flag} {spec}: must hold one {part.replace('_', ' ')}, but {path} has another than the files before it")
+                raise ValueError(
+                    f"{flag} {spec}: must hold one {part.replace('_', ' ')}, but {path} has another than the files "
+                    "before it"
+                )
             setattr(weights, part, old if old is not None else new)
         weights.facts = {**found.facts, **weights.facts}
         weights.other += found.other
     if shards:
         rows = [len(shard) for shard in shards]
         if rows != sorted(rows, reverse=True) or rows[0] - rows[-1] > 1:
-            raise ValueError(f"{flag} {spec}: the ranks' class centers must be in the order of the ranks, each as many rows as the next or one more, got "
-                             f"{', '.join(map(str, rows))}; a file is missing or out of order")
+            raise ValueError(
+                f"{flag} {spec}: the ranks' class centers must be in the order of the ranks, each as many rows as the "
+                "next or one more, got "
+                f"{', '.join(map(str, rows))}; a file is missing or out of order"
+            )
         widths = {shard.shape[1] for shard in shards}
         if len(widths) > 1:
-            raise ValueError(f"{flag} {spec}: the ranks' class centers must have one width, got {', '.join(map(str, sorted(widths)))}; "
-                             "give the files of one run")
+            raise ValueError(
+                f"{flag} {spec}: the ranks' class centers must have one width, got "
+                f"{', '.join(map(str, sorted(widths)))}; "
+                "give the files of one run"
+            )
         weights.class_centers = torch.cat(shards) if len(shards) > 1 else shards[0]
     return weights
 
@@ -166,24 +204,35 @@ def _expand(spec: str | Path, flag: str) -> list[str]:
     if os.path.isdir(text):
         for patterns in _FOLDERS:
             found = [(glob.glob(os.path.join(glob.escape(text), pattern)), "*" in pattern) for pattern in patterns]
-            paths = [path for some, are_shards in found for path in (_by_rank(some, text, flag) if are_shards else some)]
+            paths = [
+                path for some, are_shards in found for path in (_by_rank(some, text, flag) if are_shards else some)
+            ]
             if paths:
                 return paths
-        raise ValueError(f"{flag} {text}: is a folder without {', '.join(name for names in _FOLDERS for name in names)}; give a checkpoint file")
+        raise ValueError(
+            f"{flag} {text}: is a folder without {', '.join(name for names in _FOLDERS for name in names)}; give a "
+            "checkpoint file"
+        )
     if not os.path.exists(text) and re.search(r"[*?\[]", text):
         paths = glob.glob(text)
         if not paths:
             raise ValueError(f"{flag} {text}: no file has a name like that; check the pattern")
         return _by_rank(paths, text, flag)
-    return [text] if os.path.exists(text) or "," not in text else [part.strip() for part in text.split(",") if part.strip()]
+    return (
+        [text]
+        if os.path.exists(text) or "," not in text
+        else [part.strip() for part in text.split(",") if part.strip()]
+    )
 
 
 def _by_rank(paths: list[str], spec: str, flag: str) -> list[str]:
     numbered = sorted((int((re.findall(r"\d+", os.path.basename(path)) or [-1])[-1]), path) for path in paths)
     ranks = [rank for rank, _ in numbered]
     if len(paths) > 1 and ranks != list(range(len(paths))):
-        raise ValueError(f"{flag} {spec}: the files must be those of ranks 0 to {len(paths) - 1}, got {', '.join(map(str, ranks))}; "
-                         "add the missing ones, or list the files with commas")
+        raise ValueError(
+            f"{flag} {spec}: the files must be those of ranks 0 to {len(paths) - 1}, got {', '.join(map(str, ranks))}; "
+            "add the missing ones, or list the files with commas"
+        )
     return [path for _, path in numbered]
 
 
@@ -198,7 +247,10 @@ def _collect(value, weights: Weights) -> None:
     for key, entry in value.items():
         if isinstance(entry, torch.Tensor) and isinstance(key, str):
             key = key.removeprefix("module.")
-            holder = next((name for name in ("backbone", "confidence_net") if key.startswith(f"{name}.")), "class_centers" if key == "class_centers" else "")
+            holder = next(
+                (name for name in ("backbone", "confidence_net") if key.startswith(f"{name}.")),
+                "class_centers" if key == "class_centers" else "",
+            )
             groups.setdefault(holder, {})[key.removeprefix(f"{holder}.")] = entry
         elif isinstance(entry, dict) and not entry.keys() >= _OPTIMIZER:
             _collect(entry, weights)
@@ -214,20 +266,24 @@ def _collect(value, weights: Weights) -> None:
             weights.other.append(state)
             continue
         if getattr(weights, part) is not None:
-            raise ValueError(f"{weights.source}: must hold {part.replace('_', ' ')} once, got several; save what is meant in a file of its own")
+            raise ValueError(
+                f"{weights.source}: must hold {part.replace('_', ' ')} once, got several; save what is meant in a "
+                "file of its own"
+            )
         setattr(weights, part, value)
 
 
 def _class_centers_in(state: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """(C, z_dim) class centers where a state_dict is one matrix of them, else None.
 
-    TFace's heads have a column for each class, and CurricularFace a running mean ``t`` beside it. Its PartialFC saves the matrix under the
-    name of the data set, as others do theirs under names of their own: then the longer side is that of the classes.
+    TFace's heads have a column for each class, and CurricularFace a running mean ``t`` beside it. Its PartialFC saves
+    the matrix under the name of the data set, as others do theirs under names of their own: then the longer side is
+    that of the classes.
     """
     names = {key.rpartition(".")[2]: value for key, value in state.items() if value.ndim == 2}
     if len(names) != 1 or (len(state) > 1 and state.keys() != {"kernel", "t"}):
         return None
-    (name, matrix), = names.items()
+    ((name, matrix),) = names.items()
     if name in ("weight", "class_centers"):
         return matrix
     rows, columns = matrix.shape
@@ -237,10 +293,18 @@ def _class_centers_in(state: dict[str, torch.Tensor]) -> torch.Tensor | None:
 
 
 def _same_parameters(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Equal but for BatchNorm's statistics, which differ between the ranks of one insightface run; rank 0's are the ones it evaluates with."""
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a if not key.endswith(("running_mean", "running_var", "num_batches_tracked")))
+    """Equal but for BatchNorm's statistics, which differ between the ranks of one insightface run; rank 0's are the
+    ones it evaluates with.
+    """
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key])
+        for key in a
+        if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    )
 
 
 def model_facts(weights: Weights) -> dict:
-    """The facts of a whole model: where the file is silent, the radius is 64 and the pixels are what the backbone's family takes."""
+    """The facts of a whole model: where the file is silent, the radius is 64 and the pixels are what the backbone's
+    family takes.
+    """
     return {"radius": _DEFAULT_RADIUS, "normalization": weights.architecture.normalization, **weights.facts}

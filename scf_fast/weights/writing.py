@@ -15,7 +15,10 @@ from scf_fast.weights.reading import _PROGRESS, Weights, model_facts
 
 def _only_part(weights: Weights, layout: str) -> str:
     if len(weights.parts) != 1:
-        raise ValueError(f"{weights.source}: one {layout} file holds one part, here are {', '.join(weights.parts) or 'none'}; choose with --part")
+        raise ValueError(
+            f"{weights.source}: one {layout} file holds one part, here are {', '.join(weights.parts) or 'none'}; "
+            "choose with --part"
+        )
     return weights.parts[0]
 
 
@@ -32,16 +35,25 @@ def _of_family(weights: Weights, family: str) -> None:
         return
     name = weights.network()[0]
     if weights.architecture.family != family:
-        differ = {"published": "no BatchNorm between the convolutions of a unit", "tface": "a BatchNorm between the convolutions of a unit, and no "
-                  "projection where the width stays", "insightface": "a BatchNorm between the convolutions of a unit, and a projection at every stride"}
-        raise ValueError(f"{weights.source}: {name} cannot be written for {family}, whose backbones have {differ[family]}: it is another network; "
-                         f"use --to {weights.architecture.family}")
+        differ = {
+            "published": "no BatchNorm between the convolutions of a unit",
+            "tface": "a BatchNorm between the convolutions of a unit, and no projection where the width stays",
+            "insightface": "a BatchNorm between the convolutions of a unit, and a projection at every stride",
+        }
+        raise ValueError(
+            f"{weights.source}: {name} cannot be written for {family}, whose backbones have {differ[family]}: it is "
+            "another network; "
+            f"use --to {weights.architecture.family}"
+        )
 
 
 def _net_must_be(weights: Weights, layout: str, net: str) -> None:
     if weights.confidence_net is not None and identify_confidence_net(weights.confidence_net) != net:
-        raise ValueError(f"{weights.source}: the confidence net {identify_confidence_net(weights.confidence_net)} cannot be written for {layout}, "
-                         f"which has {net} alone; use --to scf_fast or safetensors")
+        raise ValueError(
+            f"{weights.source}: the confidence net {identify_confidence_net(weights.confidence_net)} cannot be "
+            f"written for {layout}, "
+            f"which has {net} alone; use --to scf_fast or safetensors"
+        )
 
 
 def _published(weights: Weights):
@@ -64,7 +76,10 @@ def _tface(weights: Weights):
 
 def _insightface(weights: Weights):
     if weights.confidence_net is not None:
-        raise ValueError(f"{weights.source}: insightface has no confidence net; choose another part with --part, or use --to scf_fast")
+        raise ValueError(
+            f"{weights.source}: insightface has no confidence net; choose another part with --part, or use --to "
+            "scf_fast"
+        )
     _of_family(weights, "insightface")
     if weights.parts == ("backbone",):
         return _own_names(weights)
@@ -73,15 +88,23 @@ def _insightface(weights: Weights):
 
 
 def _scf_fast(weights: Weights):
-    """What the stages write: a backbone under its family's names, class centers and confidence nets as the published code has them, and
-    backbone and confidence net together as a model that says how to use it."""
+    """What the stages write: a backbone under its family's names, class centers and confidence nets as the published
+    code has them, and backbone and confidence net together as a model that says how to use it.
+    """
     if weights.parts == ("backbone", "confidence_net"):
-        return {"format": "scf_fast model", "backbone_state_dict": weights.backbone, "uncer_net_state_dict": weights.confidence_net,
-                **model_facts(weights)}
+        return {
+            "format": "scf_fast model",
+            "backbone_state_dict": weights.backbone,
+            "uncer_net_state_dict": weights.confidence_net,
+            **model_facts(weights),
+        }
     part = _only_part(weights, "scf_fast")
     if part == "backbone":
         return _own_names(weights)
-    entry = {"class_centers": ("arc_face_state_dict", {"weight": weights.class_centers}), "confidence_net": ("uncer_net_state_dict", weights.confidence_net)}
+    entry = {
+        "class_centers": ("arc_face_state_dict", {"weight": weights.class_centers}),
+        "confidence_net": ("uncer_net_state_dict", weights.confidence_net),
+    }
     return {**dict([entry[part]]), **weights.facts}
 
 
@@ -98,7 +121,12 @@ def _safetensors(weights: Weights) -> dict[str, torch.Tensor]:
 
 
 LAYOUTS: dict[str, Callable[[Weights], Any]] = {
-    "published": _published, "tface": _tface, "insightface": _insightface, "scf_fast": _scf_fast, "safetensors": _safetensors}
+    "published": _published,
+    "tface": _tface,
+    "insightface": _insightface,
+    "scf_fast": _scf_fast,
+    "safetensors": _safetensors,
+}
 
 
 def write(weights: Weights, path: str | Path, layout: str = "scf_fast") -> None:
@@ -115,5 +143,9 @@ def write(weights: Weights, path: str | Path, layout: str = "scf_fast") -> None:
     if layout != "safetensors":
         return save_file(value, Path(path))
     part = Path(path).with_name(Path(path).name + ".part")
-    save_safetensors({key: tensor.contiguous() for key, tensor in value.items()}, part, {"format": "pt", "scf_fast": json.dumps(weights.facts)})
+    save_safetensors(
+        {key: tensor.contiguous() for key, tensor in value.items()},
+        part,
+        {"format": "pt", "scf_fast": json.dumps(weights.facts)},
+    )
     os.replace(part, path)

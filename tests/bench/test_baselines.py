@@ -46,7 +46,9 @@ def test_published_normalizer_is_its_formula(order):
 
 
 def test_published_normalizer_ignores_moderate_kappa():
-    """At d = 512 in float32: off by hundreds, with a gradient of exactly 1, where the true one runs from 25.5 to 1.03."""
+    """At d = 512 in float32: off by hundreds, with a gradient of exactly 1, where the true one runs from 25.5 to
+    1.03.
+    """
     value, gradient = value_and_gradient(published_log_bessel_i, 255.0, [10.0, 100.0, 1000.0, 10000.0], torch.float32)
     np.testing.assert_allclose(value, [-3.8, 86.2, 986.2, 9991.23], atol=0.05)
     np.testing.assert_allclose(gradient, [1.0, 1.0, 1.0, 1.0003], atol=5e-5)
@@ -66,11 +68,17 @@ def test_published_loss_is_its_formula():
     np.testing.assert_allclose(result.l1.detach(), l1, rtol=1e-11)
     np.testing.assert_allclose(result.l2.detach(), l2, rtol=1e-11)
     np.testing.assert_allclose(result.l3.detach(), l3, rtol=1e-11)
-    np.testing.assert_allclose(result.loss.detach(), l1 + l2 + l3 + 256 * np.log(2 * np.pi) + 512 * np.log(64), rtol=1e-11)
+    np.testing.assert_allclose(
+        result.loss.detach(), l1 + l2 + l3 + 256 * np.log(2 * np.pi) + 512 * np.log(64), rtol=1e-11
+    )
 
     to_features, to_log_kappa = torch.autograd.grad(result.loss.sum(), (features, log_kappa))
     kappa, cos = kappa[:6], cos[:6]  # up to 200, where iv and ivp do not overflow
-    slope = np.exp(-kappa) * (scipy.special.ivp(255, kappa) - scipy.special.iv(255, kappa)) / (1e-6 + scipy.special.ive(255, kappa))
+    slope = (
+        np.exp(-kappa)
+        * (scipy.special.ivp(255, kappa) - scipy.special.iv(255, kappa))
+        / (1e-6 + scipy.special.ive(255, kappa))
+    )
     expected = (kappa - 1e-6) * (-cos - 255 / (1e-6 + kappa) + 1 + slope)
     np.testing.assert_allclose(to_log_kappa[:6], expected, rtol=1e-9)
     # The loss sees the direction of a feature only, so its gradient has no part along the feature.
@@ -84,14 +92,18 @@ def test_eager_expansion_is_log_bessel_i(dim):
     entries = [entry for entry in load_reference()[dim] if entry["kappa"] >= 1e-2]
     kappas = np.array([entry["kappa"] for entry in entries])
     value, gradient = value_and_gradient(eager_log_bessel_i, order, kappas, torch.float64)
-    np.testing.assert_allclose(value, [float(entry["psi"]) for entry in entries] + order * np.log(kappas), rtol=1e-12, atol=order**-4)
+    np.testing.assert_allclose(
+        value, [float(entry["psi"]) for entry in entries] + order * np.log(kappas), rtol=1e-12, atol=order**-4
+    )
     np.testing.assert_allclose(gradient, [float(entry["A"]) for entry in entries] + order / kappas, rtol=order**-4)
 
 
 def test_eager_loss_is_the_vmf_likelihood():
     """loss = -log vMF(w / r; mu, kappa) + d log r, by scipy's own distribution."""
     features, log_kappa, centers, labels = a_batch(batch=4, dtype=torch.float64)
-    loss = eager_scf_loss(features, log_kappa, 5 * centers, labels, RADIUS)  # the length of a class center does not matter
+    loss = eager_scf_loss(
+        features, log_kappa, 5 * centers, labels, RADIUS
+    )  # the length of a class center does not matter
     for i in range(len(labels)):
         mu = (features[i] / features[i].norm()).numpy()
         vmf = scipy.stats.vonmises_fisher(mu, math.exp(log_kappa[i].item()))
@@ -101,5 +113,7 @@ def test_eager_loss_is_the_vmf_likelihood():
 
 def test_compiled_is_eager():
     kappas = np.geomspace(50, 5000, 100)
-    for compiled, eager in zip(*(value_and_gradient(f, 255.0, kappas, torch.float32) for f in (compiled_log_bessel_i, eager_log_bessel_i))):
+    for compiled, eager in zip(
+        *(value_and_gradient(f, 255.0, kappas, torch.float32) for f in (compiled_log_bessel_i, eager_log_bessel_i))
+    ):
         np.testing.assert_allclose(compiled, eager, rtol=1e-5, atol=1e-3)

@@ -1,4 +1,6 @@
-"""The suite in real processes at tiny sizes, and what is left of a section that is interrupted, wrong or out of time."""
+"""The suite in real processes at tiny sizes, and what is left of a section that is interrupted, wrong or out of
+time.
+"""
 
 import importlib
 import json
@@ -27,6 +29,7 @@ def ready():
 def failing(error):
     def prepare():
         raise error
+
     return prepare
 
 
@@ -38,13 +41,21 @@ def test_a_record_has_samples_floor_memory_and_facts():
     record = measure(case(), "cpu", MACHINE, budget=0.001)
     assert record["size"] == 8 and len(record["seconds"]) >= 5 and min(record["seconds"]) > 0
     assert record["floor_seconds"] == 1e-6 and record["bound"] == "launch"
-    assert record["times_floor"] == pytest.approx(record["median_seconds"] / 1e-6) and record["per_second"] == pytest.approx(8 / record["median_seconds"])
+    assert record["times_floor"] == pytest.approx(record["median_seconds"] / 1e-6) and record[
+        "per_second"
+    ] == pytest.approx(8 / record["median_seconds"])
     assert record["peak_mib"] * 2**20 == 32
 
 
-@pytest.mark.parametrize("error, field, text", [
-    (NotMeasured("too large"), "not_measured", "too large"), (torch.OutOfMemoryError("no\nmore"), "not_measured", "no"),
-    (AssertionError("off"), "wrong", "off"), (RuntimeError("CUDA"), "failed", "RuntimeError: CUDA")])
+@pytest.mark.parametrize(
+    "error, field, text",
+    [
+        (NotMeasured("too large"), "not_measured", "too large"),
+        (torch.OutOfMemoryError("no\nmore"), "not_measured", "no"),
+        (AssertionError("off"), "wrong", "off"),
+        (RuntimeError("CUDA"), "failed", "RuntimeError: CUDA"),
+    ],
+)
 def test_what_cannot_be_timed_says_why(error, field, text):
     record = measure(case(prepare=failing(error)), "cpu", MACHINE, budget=0.001)
     assert record[field] == text and "seconds" not in record
@@ -58,6 +69,7 @@ def test_an_interrupted_section_keeps_what_it_had(tmp_path):
     def cases():
         yield case("first")
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         suite.run_cases("made_up", cases(), options(tmp_path), MACHINE)
     content = json.loads((tmp_path / "made_up.json").read_text())
@@ -65,7 +77,12 @@ def test_an_interrupted_section_keeps_what_it_had(tmp_path):
 
 
 def test_a_wrong_result_fails_the_section_and_a_trace_is_kept(tmp_path):
-    found = suite.run_cases("made_up", [case(prepare=failing(AssertionError("off"))), case("after")], options(tmp_path, profile=tmp_path / "traces"), MACHINE)
+    found = suite.run_cases(
+        "made_up",
+        [case(prepare=failing(AssertionError("off"))), case("after")],
+        options(tmp_path, profile=tmp_path / "traces"),
+        MACHINE,
+    )
     content = json.loads((tmp_path / "made_up.json").read_text())
     assert found is True and content["complete"] is True and len(content["records"]) == 2
     assert "exp" in (tmp_path / "traces" / "made_up" / "exp,-8-values,-after.json").read_text()
@@ -79,14 +96,18 @@ def test_a_section_out_of_time_is_ended(tmp_path, monkeypatch):
 @pytest.mark.parametrize("module", ["no_such_package", "no_such_package.part", "torch.no_such_part"])
 def test_a_section_that_needs_what_is_not_there_is_left_out(module, tmp_path, monkeypatch):
     monkeypatch.setitem(suite.SECTIONS, "scf_loss", replace(suite.SECTIONS["scf_loss"], needs=("json", module)))
-    assert suite.run_section("scf_loss", options(tmp_path))["status"] == f"left out: needs {module}" and not list(tmp_path.iterdir())
+    assert suite.run_section("scf_loss", options(tmp_path))["status"] == f"left out: needs {module}" and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_every_section_says_what_it_runs():
     for name, section in suite.SECTIONS.items():
         assert section.limit < 480 and (section.commands is None or set(section.commands) == {"tiny", "cpu", "cuda"})
         assert (section.commands is None) == (section.cases is not None or name == suite.FLOORS)
-        for words in (words for lists in (section.commands or {}).values() for words in lists if words[0].startswith("bench.")):
+        for words in (
+            words for lists in (section.commands or {}).values() for words in lists if words[0].startswith("bench.")
+        ):
             assert (ROOT / (words[0].replace(".", "/") + ".py")).exists()
 
 
@@ -98,19 +119,41 @@ def test_cases_of_a_gpu_have_floors_and_names_of_their_own(name):
     h200 = Machine(4.3e12, {"float32": 60e12, "bfloat16": 788e12}, 5e-6)
     assert len(set(map(str, cases))) == len(cases) > 10
     assert all(5e-6 <= case.least.floor(h200)[0] < 2 for case in cases)
-    assert all(any(case.way.startswith("scf_fast") for case in cases if case.work == work) for work in {case.work for case in cases})
+    assert all(
+        any(case.way.startswith("scf_fast") for case in cases if case.work == work)
+        for work in {case.work for case in cases}
+    )
 
 
 def test_the_command_runs_sections_in_processes(tmp_path):
     sections = ["floors", "scf_loss", "margin_softmax", "stage1", "scoring", "center_memory"]
-    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--out", str(tmp_path), "--sections", ",".join(sections[1:])]
-    finished = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu",
+        "--tiny",
+        "--out",
+        str(tmp_path),
+        "--sections",
+        ",".join(sections[1:]),
+    ]
+    finished = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = json.loads((tmp_path / "suite.json").read_text())
-    assert list(summary["sections"]) == sections and all(section["status"] == "ok" for section in summary["sections"].values())
+    assert list(summary["sections"]) == sections and all(
+        section["status"] == "ok" for section in summary["sections"].values()
+    )
     for name in sections[:-1]:
         content = json.loads((tmp_path / f"{name}.json").read_text())
-        assert content["complete"] and content["environment"]["command"].startswith(f"python -m bench.suite --sections {name}")
+        assert content["complete"] and content["environment"]["command"].startswith(
+            f"python -m bench.suite --sections {name}"
+        )
         assert str(tmp_path) not in json.dumps(content) and str(ROOT) not in json.dumps(content)
         measured = [record for record in content["records"] if "seconds" in record]
         assert name == "floors" or {"scf_fast"} <= {record["way"] for record in measured}
@@ -118,9 +161,20 @@ def test_the_command_runs_sections_in_processes(tmp_path):
     assert json.loads((tmp_path / "center_memory-2000.json").read_text())["holds"]["no_logits"]
 
 
-@pytest.mark.parametrize("words, message", [
-    (["bench.suite", "--sections", "stage3"], "must be some of floors"), (["bench.suite", "--tiny"], "must be given with --out"),
-    (["bench.gpu"], "found none")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["bench.suite", "--sections", "stage3"], "must be some of floors"),
+        (["bench.suite", "--tiny"], "must be given with --out"),
+        (["bench.gpu"], "found none"),
+    ],
+)
 def test_bad_arguments(words, message):
-    finished = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode and message in finished.stderr

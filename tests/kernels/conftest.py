@@ -1,4 +1,6 @@
-"""Where the Triton kernels run: compiled on a CUDA device, interpreted on the CPU where there is none (see tests/conftest.py)."""
+"""Where the Triton kernels run: compiled on a CUDA device, interpreted on the CPU where there is none (see
+tests/conftest.py).
+"""
 
 from typing import NamedTuple
 
@@ -43,7 +45,9 @@ def place(request):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fills what torch.empty and torch.empty_like return with NaN, so that an element a kernel forgets to write shows."""
+    """Fills what torch.empty and torch.empty_like return with NaN, so that an element a kernel forgets to write
+    shows.
+    """
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 

@@ -3,12 +3,13 @@
     psi_v(kappa) = log I_v(kappa) - v log kappa,   v = d/2 - 1
     A_d(kappa)   = I_(v+1)(kappa) / I_v(kappa),    A_d' = 1 - A_d^2 - (d-1) A_d / kappa
 
-First way:  A by the continued fraction of the ratio (DLMF 10.33.1), K_v and K_(v+1) by their upward recurrence, which is stable,
-            and I_v from the Wronskian I_v K_(v+1) + I_(v+1) K_v = 1/kappa (DLMF 10.28.2).
-Second way: the power series (DLMF 10.25.2), all of whose terms are positive, or from LARGE_KAPPA on the expansion for large
-            argument (DLMF 10.40.1) with enough digits for its cancellation; A as the quotient of two of them.
+First way:  A by the continued fraction of the ratio (DLMF 10.33.1), K_v and K_(v+1) by their upward recurrence, which
+            is stable, and I_v from the Wronskian I_v K_(v+1) + I_(v+1) K_v = 1/kappa (DLMF 10.28.2).
+Second way: the power series (DLMF 10.25.2), all of whose terms are positive, or from LARGE_KAPPA on the expansion for
+            large argument (DLMF 10.40.1) with enough digits for its cancellation; A as the quotient of two of them.
 
-The uniform expansion that the kernels use takes no part. Run from anywhere: `python tests/kernels/make_reference.py`; about a minute.
+The uniform expansion that the kernels use takes no part. Run from anywhere: `python tests/kernels/make_reference.py`;
+about a minute.
 """
 
 import json
@@ -78,7 +79,9 @@ def reference(dim, kappa):
     ratio_again = kappa * mp.exp(psi_by_series(order + 1, kappa) - psi_again)
     for name, first, second in (("psi", psi, psi_again), ("A", ratio, ratio_again)):
         if abs(first - second) > abs(first) * mpf(10) ** -AGREED_DIGITS:
-            raise ArithmeticError(f"{name} at dim {dim}, kappa {kappa}: {mp.nstr(first, 50)} and {mp.nstr(second, 50)} differ")
+            raise ArithmeticError(
+                f"{name} at dim {dim}, kappa {kappa}: {mp.nstr(first, 50)} and {mp.nstr(second, 50)} differ"
+            )
     return psi, ratio, 1 - ratio**2 - (dim - 1) * ratio / kappa
 
 

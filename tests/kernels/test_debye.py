@@ -24,22 +24,28 @@ def test_first_polynomials():
     """Q_1 and Q_2 follow from U_1 and U_2 of DLMF 10.41.10."""
     t2 = mpmath.mpf(1) / 3
     u1, u2 = (3 - 5 * t2) / 24, (81 - 462 * t2 + 385 * t2**2) / 1152
-    q1, q2 = (sum(mpmath.mpf(c.numerator) / c.denominator * t2**j for j, c in enumerate(q)) for q in debye._SERIES.zeroth[:2])
+    q1, q2 = (
+        sum(mpmath.mpf(c.numerator) / c.denominator * t2**j for j, c in enumerate(q)) for q in debye._SERIES.zeroth[:2]
+    )
     assert mpmath.almosteq(q1, u1, 1e-14) and mpmath.almosteq(q2, u2 - u1**2 / 2, 1e-14)
 
 
 @pytest.mark.parametrize("kappa", [1, 20, 45, 200])
 @pytest.mark.parametrize("terms", [1, 4, 13])
 def test_series_is_as_good_as_its_first_neglected_term(kappa, terms):
-    """The bound that the plan chooses N and K by, for psi and A, in exact arithmetic at m = 40; A' and A'' to the same power of m."""
+    """The bound that the plan chooses N and K by, for psi and A, in exact arithmetic at m = 40; A' and A'' to the same
+    power of m.
+    """
     with mpmath.workdps(60):
         m, kappa = mpmath.mpf(40), mpmath.mpf(kappa)
         s = mpmath.sqrt(m**2 + kappa**2)
         p, x = 1 / s, (m / s) ** 2
 
         def series(polynomials):
-            return sum(p**k * sum(mpmath.mpf(c.numerator) / c.denominator * x**j for j, c in enumerate(f))
-                       for k, f in enumerate(polynomials[:terms], 1))
+            return sum(
+                p**k * sum(mpmath.mpf(c.numerator) / c.denominator * x**j for j, c in enumerate(f))
+                for k, f in enumerate(polynomials[:terms], 1)
+            )
 
         zeroth, first, second, third = (series(polynomials) for polynomials in debye._SERIES)
         y = m + s
@@ -93,7 +99,9 @@ def test_psi_keeps_its_digits_where_it_crosses_zero(order):
 def test_constant_is_added(constant):
     kappa = torch.tensor([0.0, 3.0, 1e3], dtype=torch.float64)
     plain, shifted = (debye_reference(kappa, debye_plan(255.0, torch.float64, c)) for c in (0.0, constant))
-    torch.testing.assert_close(shifted.psi + shifted.psi_tail, plain.psi + plain.psi_tail + constant, rtol=3e-16, atol=0)
+    torch.testing.assert_close(
+        shifted.psi + shifted.psi_tail, plain.psi + plain.psi_tail + constant, rtol=3e-16, atol=0
+    )
 
 
 def test_logarithm_in_two_floats():
@@ -117,4 +125,6 @@ def test_plan_bounds_the_truncation(order, dtype):
     assert m == order + plan.steps
     assert debye._NEXT_ZEROTH[plan.terms] / m ** (plan.terms + 1) <= debye._TRUNCATION[dtype] * (1 + 1e-12)
     assert len(plan.zeroth) == sum(range(2, plan.terms + 2)) and len(plan.second) == sum(range(3, plan.terms + 3))
-    assert math.isclose(plan.half_ln2[0] + plan.half_ln2[1], math.log(2) / 2, rel_tol=1e-15 if dtype == torch.float64 else 1e-11)
+    assert math.isclose(
+        plan.half_ln2[0] + plan.half_ln2[1], math.log(2) / 2, rel_tol=1e-15 if dtype == torch.float64 else 1e-11
+    )

@@ -27,7 +27,8 @@ DTYPES = [torch.float32, torch.float64]
 # Of A, relative; of psi, log I and log C relative to max(1, their size).
 RATIO_TOLERANCE = {torch.float32: 5e-7, torch.float64: 1e-13}
 VALUE_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
-# Of A', relative; small orders, brought down N steps by a recurrence that magnifies what each step rounds off, lose two digits.
+# Of A', relative; small orders, brought down N steps by a recurrence that magnifies what each step rounds off, lose two
+# digits.
 SLOPE_TOLERANCE = {torch.float32: 5e-7, torch.float64: 1e-14}
 
 FUNCTIONS = {
@@ -50,12 +51,16 @@ def table(dim):
     entries = [e for e in REFERENCE["entries"] if e["dim"] == dim]
     assert len(entries) >= 20
     with mpmath.workdps(45):
-        return [e["kappa"] for e in entries], *([mpmath.mpf(e[name]) for e in entries] for name in ("psi", "A", "A_prime"))
+        return [e["kappa"] for e in entries], *(
+            [mpmath.mpf(e[name]) for e in entries] for name in ("psi", "A", "A_prime")
+        )
 
 
 def assert_digits(result, exact, tolerance, floor=0.0):
     with mpmath.workdps(45):
-        errors = [float(abs(mpmath.mpf(value) - x) / max(floor, abs(x))) for value, x in zip(result.double().tolist(), exact)]
+        errors = [
+            float(abs(mpmath.mpf(value) - x) / max(floor, abs(x))) for value, x in zip(result.double().tolist(), exact)
+        ]
     assert max(errors) <= tolerance, max(errors)
 
 
@@ -83,13 +88,13 @@ def test_against_mpmath(dim, table, dtype, place, poisoned):
     assert_digits(torch.autograd.grad(mean.sum(), kappa)[0], slope, SLOPE_TOLERANCE[dtype] * (100 if dim < 32 else 1))
 
 
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("shape", [(1,), (513,), (3, 5, 7)])
 @pytest.mark.parametrize("dim", [2, 37, 512])
 def test_triton_against_float64_pytorch(name, shape, dim, triton_device, poisoned):
-    """Value and derivative in float32, on random input of odd shapes; the conditioning of the inverse is its derivative's."""
+    """Value and derivative in float32, on random input of odd shapes; the conditioning of the inverse is its
+    derivative's.
+    """
     x = arguments(name, shape, torch.float32, seed=len(shape) + dim)
     results = {}
     for backend, argument in (("torch", x.double()), ("triton", x.to(triton_device))):
@@ -117,7 +122,9 @@ def test_mean_resultant_length_is_bounded_and_monotone(dim, dtype, place):
     kappa = torch.logspace(-6, 7, 300, dtype=dtype, device=device)
     mean = mean_resultant_length(kappa, dim, backend=backend)
     assert (mean > 0).all() and (mean < 1).all()
-    resolved = 1 - mean.double() > 1e-5 if dtype == torch.float32 else mean < 1  # below, steps of kappa get lost in the rounding of A
+    resolved = (
+        1 - mean.double() > 1e-5 if dtype == torch.float32 else mean < 1
+    )  # below, steps of kappa get lost in the rounding of A
     assert (mean.diff()[resolved[1:]] > 0).all() and (mean.diff() >= 0).all()
 
 
@@ -126,14 +133,18 @@ def test_mean_resultant_length_is_bounded_and_monotone(dim, dtype, place):
 def test_inverse(dim, dtype, place):
     """A(A^(-1)(rho)) = rho, with the float64 A that is tested against mpmath above."""
     backend, device = place
-    rho = torch.cat([torch.logspace(-7, -0.31, 60, dtype=dtype), 1 - torch.logspace(-6, -0.31, 60, dtype=dtype)]).to(device)
+    rho = torch.cat([torch.logspace(-7, -0.31, 60, dtype=dtype), 1 - torch.logspace(-6, -0.31, 60, dtype=dtype)]).to(
+        device
+    )
     kappa = inverse_mean_resultant_length(rho, dim, backend=backend)
     exact = mean_resultant_length(kappa.double(), dim, backend="torch")
     tolerance = {torch.float32: 1e-6, torch.float64: 2e-15}[dtype]
     assert ((exact / rho.double() - 1).abs() <= tolerance).all()
     # Near 1 that says little: there 1 - rho holds the digits, and has to equal 1 - A.
     near = rho > 0.5
-    complement = debye_reference(kappa[near].cpu().double(), debye_plan(dim / 2 - 1, torch.float64)).complement.to(device)
+    complement = debye_reference(kappa[near].cpu().double(), debye_plan(dim / 2 - 1, torch.float64)).complement.to(
+        device
+    )
     tolerance = {torch.float32: 2e-6, torch.float64: 2e-14}[dtype] * (50 if dim < 32 else 1)  # as for A'
     assert ((complement / (1 - rho.double()[near]) - 1).abs() <= tolerance).all()
 
@@ -150,7 +161,10 @@ def test_limits(dim, dtype, place):
     assert ratio[:2].tolist() == [0, 1] and ratio[2].isnan()
     assert log_vmf_normalizer(kappa, dim, backend=backend)[1].item() == -math.inf
     log_bessel = log_bessel_i(order, kappa, backend=backend)
-    assert log_bessel[0].item() == (pytest.approx(0, abs=1e-7) if dim == 2 else -math.inf) and log_bessel[1].item() == math.inf
+    assert (
+        log_bessel[0].item() == (pytest.approx(0, abs=1e-7) if dim == 2 else -math.inf)
+        and log_bessel[1].item() == math.inf
+    )
     mean = mean_resultant_length(kappa, dim, backend=backend)
     (slope,) = torch.autograd.grad(mean.sum(), kappa)
     assert mean[:2].tolist() == [0, 1]
@@ -169,7 +183,9 @@ def test_smallest_and_largest_numbers(place):
     torch.testing.assert_close(log_bessel[:2], 255 * tiny - 255 * math.log(2) - math.lgamma(256), rtol=1e-6, atol=0)
     torch.testing.assert_close(log_bessel[2:], large, rtol=1e-6, atol=0)
     mean = mean_resultant_length(kappa, 512, backend=backend).double()
-    torch.testing.assert_close(mean, torch.cat([kappa[:2].double() / 512, torch.ones_like(large)]), rtol=1e-6, atol=1e-45)
+    torch.testing.assert_close(
+        mean, torch.cat([kappa[:2].double() / 512, torch.ones_like(large)]), rtol=1e-6, atol=1e-45
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -194,7 +210,9 @@ def test_shapes_and_strides(name, place, poisoned):
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_promoted(name, dtype, place):
-    """To float32 in the result; a half is a float32, so that nothing else may change. The gradient has the type of its argument."""
+    """To float32 in the result; a half is a float32, so that nothing else may change. The gradient has the type of its
+    argument.
+    """
     backend, device = place
     x = arguments(name, (40,), dtype, device).requires_grad_()
     result = FUNCTIONS[name](x, backend=backend)
@@ -206,7 +224,9 @@ def test_half_precision_is_promoted(name, dtype, place):
 @pytest.mark.parametrize("name", [*FUNCTIONS, "psi_and_ratio"])
 @pytest.mark.parametrize("dim", [2, 3, 512])
 def test_gradients(name, dim):
-    function = (lambda x: psi_and_ratio(dim / 2 - 1, x)) if name == "psi_and_ratio" else lambda x: FUNCTIONS[name](x, dim)
+    function = (
+        (lambda x: psi_and_ratio(dim / 2 - 1, x)) if name == "psi_and_ratio" else lambda x: FUNCTIONS[name](x, dim)
+    )
     x = arguments(name, (4,), torch.float64, seed=dim).requires_grad_()
     assert torch.autograd.gradcheck(function, x)
     assert torch.autograd.gradgradcheck(function, x)
@@ -271,7 +291,9 @@ def test_cuda_graph():
         results = log_vmf_normalizer(kappa, 512), inverse_mean_resultant_length(rho, 512)
     kappa.mul_(0.5), rho.mul_(0.5)
     graph.replay()
-    assert torch.equal(results[0], log_vmf_normalizer(kappa, 512)) and torch.equal(results[1], inverse_mean_resultant_length(rho, 512))
+    assert torch.equal(results[0], log_vmf_normalizer(kappa, 512)) and torch.equal(
+        results[1], inverse_mean_resultant_length(rho, 512)
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,12 +305,18 @@ def test_cuda_graph():
         (lambda: log_vmf_normalizer(torch.ones(2), 1), "dim must be an integer >= 2"),
         (lambda: mean_resultant_length(torch.ones(2), 2.5), "dim must be an integer >= 2"),
         (lambda: inverse_mean_resultant_length(torch.ones(2), 0), "dim must be an integer >= 2"),
-        (lambda: log_vmf_normalizer(torch.ones(2, dtype=torch.int64), 8), "kappa must be float16, bfloat16, float32 or float64"),
+        (
+            lambda: log_vmf_normalizer(torch.ones(2, dtype=torch.int64), 8),
+            "kappa must be float16, bfloat16, float32 or float64",
+        ),
         (lambda: inverse_mean_resultant_length(torch.ones(2, dtype=torch.int32), 8), "rho must be float16"),
         (lambda: log_bessel_i(1.0, torch.tensor([1.0, -2.0])), "kappa must be >= 0, got -2"),
         (lambda: log_vmf_normalizer(torch.tensor([math.nan, -2.0]), 8), "kappa must be >= 0, got -2"),
         (lambda: inverse_mean_resultant_length(torch.tensor([0.5, 1.25]), 8), r"rho must be in \[0, 1\], got 1.25"),
-        (lambda: mean_resultant_length(torch.ones(2), 8, backend="cuda"), 'backend must be "auto", "triton" or "torch"'),
+        (
+            lambda: mean_resultant_length(torch.ones(2), 8, backend="cuda"),
+            'backend must be "auto", "triton" or "torch"',
+        ),
     ],
 )
 def test_errors(call, message):
@@ -300,7 +328,11 @@ def test_errors(call, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_negative_kappa_on_cuda():
     kappa = torch.tensor([1.0, -2.0], device="cuda")
-    for function in (partial(log_vmf_normalizer, dim=8), partial(mean_resultant_length, dim=8), partial(log_bessel_i, 3.0)):
+    for function in (
+        partial(log_vmf_normalizer, dim=8),
+        partial(mean_resultant_length, dim=8),
+        partial(log_bessel_i, 3.0),
+    ):
         assert function(kappa=kappa).isnan().tolist() == [False, True]
         with pytest.raises(ValueError, match="kappa must be >= 0, got -2"):
             function(kappa=kappa, debug=True)

@@ -1,4 +1,5 @@
 """Against a dense float64 composition of PyTorch's own functions, the angle by acos."""
+
 import math
 
 import numpy as np
@@ -101,7 +102,11 @@ def test_no_loss_without_labels_and_none_without_other_classes(place):
     loss, correct = margin_softmax_loss(e, w[:1], torch.zeros(3, dtype=torch.int64, device=device), backend=backend)
     assert loss.item() == 0 and correct.all()
     empty = margin_softmax_statistics(e, w[:0], torch.full((3,), -1, device=device), backend=backend)
-    assert (empty.log_sum_exp == -math.inf).all() and (empty.nearest_other == -math.inf).all() and not empty.target_cosine.any()
+    assert (
+        (empty.log_sum_exp == -math.inf).all()
+        and (empty.nearest_other == -math.inf).all()
+        and not empty.target_cosine.any()
+    )
 
 
 def gradient_of_embeddings(*arguments, **options):
@@ -116,11 +121,28 @@ def test_embeddings_have_their_gradient_before_the_last_block_of_class_centers(p
     e, w, labels = batch(6, 9, 12, device=device)
     e, w, order = e.detach(), w.detach(), []
     statistics = margin_softmax_statistics(e, w, labels, backend=backend)
-    margin_softmax_gradients(e, w, labels, statistics.log_sum_exp, torch.rand(6, device=device), torch.rand(6, device=device), backend=backend,
-                             finish=lambda gradient: order.append("embeddings"), consume=lambda start, stop, gradient: order.append(stop))
+    margin_softmax_gradients(
+        e,
+        w,
+        labels,
+        statistics.log_sum_exp,
+        torch.rand(6, device=device),
+        torch.rand(6, device=device),
+        backend=backend,
+        finish=lambda gradient: order.append("embeddings"),
+        consume=lambda start, stop, gradient: order.append(stop),
+    )
     assert order[-2:] == ["embeddings", 9] and order.count("embeddings") == 1
-    margin_softmax_gradients(e, w[:0], labels.fill_(-1), torch.zeros(6, device=device), torch.zeros(6, device=device), torch.zeros(6, device=device),
-                             backend=backend, finish=lambda gradient: order.append(gradient.abs().sum().item()))
+    margin_softmax_gradients(
+        e,
+        w[:0],
+        labels.fill_(-1),
+        torch.zeros(6, device=device),
+        torch.zeros(6, device=device),
+        torch.zeros(6, device=device),
+        backend=backend,
+        finish=lambda gradient: order.append(gradient.abs().sum().item()),
+    )
     assert order[-1] == 0
 
 
@@ -134,7 +156,16 @@ def test_shards_combine_to_the_whole(place, small_blocks):
     row_grad, target_grad = torch.rand(2, 6, device=device)
     target_grad = torch.where(labels >= 0, target_grad, 0.0)
     expected = torch.zeros_like(w)
-    grad_e = gradient_of_embeddings(e, w, labels, whole.log_sum_exp, row_grad, target_grad, consume=lambda a, b, g: expected[a:b].copy_(g), **options)
+    grad_e = gradient_of_embeddings(
+        e,
+        w,
+        labels,
+        whole.log_sum_exp,
+        row_grad,
+        target_grad,
+        consume=lambda a, b, g: expected[a:b].copy_(g),
+        **options,
+    )
 
     parts, sums, found = [], torch.zeros_like(e), torch.zeros_like(w)
     for rows in (torch.arange(0, 4, device=device), torch.tensor([8, 6, 5, 4, 7], device=device)):
@@ -147,7 +178,10 @@ def test_shards_combine_to_the_whole(place, small_blocks):
         def consume(start, stop, grad, rows=rows, consumed=consumed):
             consumed.extend(range(start, stop))
             found[rows[start:stop]] = grad
-        sums += gradient_of_embeddings(e, w, local, whole.log_sum_exp, row_grad, own_target, class_rows=rows, consume=consume, **options)
+
+        sums += gradient_of_embeddings(
+            e, w, local, whole.log_sum_exp, row_grad, own_target, class_rows=rows, consume=consume, **options
+        )
         assert consumed == list(range(len(rows)))
     torch.testing.assert_close(torch.logaddexp(parts[0].log_sum_exp, parts[1].log_sum_exp), whole.log_sum_exp)
     torch.testing.assert_close(parts[0].target_cosine + parts[1].target_cosine, whole.target_cosine)
@@ -165,8 +199,17 @@ def test_skipped_tiles_leave_out_less_than_the_threshold(triton_device, small_bl
 
     def gradients(skip_below):
         centers = torch.zeros_like(w)
-        return gradient_of_embeddings(e, w, labels, statistics.log_sum_exp, row_grad, -64 * row_grad, skip_below=skip_below, backend="triton",
-                                      consume=lambda a, b, g: centers[a:b].copy_(g)), centers
+        return gradient_of_embeddings(
+            e,
+            w,
+            labels,
+            statistics.log_sum_exp,
+            row_grad,
+            -64 * row_grad,
+            skip_below=skip_below,
+            backend="triton",
+            consume=lambda a, b, g: centers[a:b].copy_(g),
+        ), centers
 
     exact, skipped, nothing = gradients(0.0), gradients(0.5), gradients(1.01)
     assert not torch.equal(exact[1], skipped[1]) and not nothing[0].any() and not nothing[1].any()
@@ -217,7 +260,10 @@ def test_operators_are_well_formed_and_compile():
     settings = (8.0, torch.float32, True, 0.0, False)
     torch.library.opcheck(module._statistics_op, (e, w, labels, *settings))
     row = torch.rand(4)
-    torch.library.opcheck(module._gradients_op, (e.detach(), w.detach(), labels, row, row, row, None, 8.0, torch.float32, 0.0, False, True))
+    torch.library.opcheck(
+        module._gradients_op,
+        (e.detach(), w.detach(), labels, row, row, row, None, 8.0, torch.float32, 0.0, False, True),
+    )
     compiled = torch.compile(margin_softmax_loss, backend="aot_eager", fullgraph=True)
     ours, eager = compiled(e, w, labels)[0], margin_softmax_loss(e, w, labels)[0]
     assert ours.item() == eager.item()
@@ -256,17 +302,18 @@ def test_nan_is_passed_on(place, small_blocks):
 def test_errors():
     e, w, labels = torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, 1])
     for error, match, arguments in (
-            (ValueError, "margin_gradient must be", {"margin_gradient": "approximate"}),
-            (ValueError, "margins must have m1 >= 1", {"margins": (0.5, 0.0, 0.0)}),
-            (ValueError, "margins must have m1 >= 1", {"margins": (1.0, np.nan, 0.0)}),
-            (ValueError, r"label_smoothing must be in \[0, 1\)", {"label_smoothing": 1.0}),
-            (ValueError, "to match class_centers", {"embeddings": e[:, :3]}),
-            (ValueError, "embeddings must be float16", {"embeddings": e.long()}),
-            (ValueError, r"labels must be \(2,\) int64", {"labels": labels[:1]}),
-            (ValueError, "compute_dtype must be", {"compute_dtype": torch.float64}),
-            (ValueError, "float64 is computed by PyTorch", {"embeddings": e.double(), "backend": "triton"}),
-            (ValueError, "backend must be", {"backend": "numpy"}),
-            (IndexError, r"labels must be in \[0, 3\).*got 3", {"labels": torch.tensor([0, 3])}),
-            (IndexError, "got -2", {"labels": torch.tensor([-2, 0])})):
+        (ValueError, "margin_gradient must be", {"margin_gradient": "approximate"}),
+        (ValueError, "margins must have m1 >= 1", {"margins": (0.5, 0.0, 0.0)}),
+        (ValueError, "margins must have m1 >= 1", {"margins": (1.0, np.nan, 0.0)}),
+        (ValueError, r"label_smoothing must be in \[0, 1\)", {"label_smoothing": 1.0}),
+        (ValueError, "to match class_centers", {"embeddings": e[:, :3]}),
+        (ValueError, "embeddings must be float16", {"embeddings": e.long()}),
+        (ValueError, r"labels must be \(2,\) int64", {"labels": labels[:1]}),
+        (ValueError, "compute_dtype must be", {"compute_dtype": torch.float64}),
+        (ValueError, "float64 is computed by PyTorch", {"embeddings": e.double(), "backend": "triton"}),
+        (ValueError, "backend must be", {"backend": "numpy"}),
+        (IndexError, r"labels must be in \[0, 3\).*got 3", {"labels": torch.tensor([0, 3])}),
+        (IndexError, "got -2", {"labels": torch.tensor([-2, 0])}),
+    ):
         with pytest.raises(error, match=match):
             margin_softmax_loss(**{"embeddings": e, "class_centers": w, "labels": labels, **arguments})

@@ -1,4 +1,6 @@
-"""The margin-softmax kernels compiled for GPUs that need not be there: no spills, tensor cores, and tiles that fit into shared memory."""
+"""The margin-softmax kernels compiled for GPUs that need not be there: no spills, tensor cores, and tiles that fit into
+shared memory.
+"""
 
 import json
 import os
@@ -60,7 +62,13 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def compiled():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=Path(__file__).resolve().parents[2], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -72,5 +80,9 @@ def test_every_kernel_fits(arch, compiled):
     for usage in kernels:
         assert usage["STACK"] == usage["LOCAL"] == 0 and 0 < usage["REG"] <= 255, usage
         assert usage["shared"] <= 163 * 1024, usage  # of an sm_80, the least of the three
-        if usage["operand"] == "*bf16" and usage["kernel"] in ("_statistics_kernel", "_cosine_gradient_kernel", "_product_kernel"):
+        if usage["operand"] == "*bf16" and usage["kernel"] in (
+            "_statistics_kernel",
+            "_cosine_gradient_kernel",
+            "_product_kernel",
+        ):
             assert usage["tensor_cores"], usage

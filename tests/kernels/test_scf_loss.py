@@ -16,7 +16,9 @@ RADIUS = 64.0
 
 
 def inputs(batch, dim, classes=11, *, dtype=torch.float32, device="cpu", spread=1.0, seed=0, log_kappa=(-2.0, 11.0)):
-    """Features around their class center, the closer the smaller `spread`; log kappa over a wide range; centers of any length."""
+    """Features around their class center, the closer the smaller `spread`; log kappa over a wide range; centers of any
+    length.
+    """
     generator = torch.Generator().manual_seed(seed + 1000 * batch + dim)
     class_centers = 3 * torch.randn(classes, dim, generator=generator)
     labels = torch.randint(classes, (batch,), generator=generator)
@@ -72,7 +74,9 @@ def test_float64(dim, place):
 @pytest.mark.parametrize("kappa", [1e-2, 10.0, 1e3, 1e5])
 @pytest.mark.parametrize("normalizer", ["exact", "published"])
 def test_nothing_cancels(cos, kappa, normalizer, place, poisoned):
-    """Loss, and d loss / d log kappa relative to its larger half, hold float32's digits where -kappa cos + psi would lose them."""
+    """Loss, and d loss / d log kappa relative to its larger half, hold float32's digits where -kappa cos + psi would
+    lose them.
+    """
     backend, device = place
     generator = torch.Generator().manual_seed(3)
     first, second = torch.linalg.qr(torch.randn(64, 2, dtype=torch.float64, generator=generator)).Q.T
@@ -82,7 +86,10 @@ def test_nothing_cancels(cos, kappa, normalizer, place, poisoned):
     labels = torch.zeros(1, dtype=torch.int64, device=device)
     (expected, _, slope, _), (value, _, got, _) = (
         value_and_gradients(partial(scf_loss, normalizer=normalizer, backend=b), *data)
-        for b, data in (("torch", doubled(features, log_kappa, class_centers, labels)), (backend, (features, log_kappa, class_centers, labels)))
+        for b, data in (
+            ("torch", doubled(features, log_kappa, class_centers, labels)),
+            (backend, (features, log_kappa, class_centers, labels)),
+        )
     )
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
     half = max(abs(slope.item()), 0.5 * kappa * (1 - cos), 1e-2 * min(kappa, 31.5))
@@ -110,16 +117,29 @@ def test_published_against_scipy(dim, dtype, place, poisoned):
     batch = 24
     features, _, class_centers, labels = inputs(batch, dim, dtype=dtype, device=device, spread=3.0)
     log_kappa = torch.linspace(0, math.log(1e5), batch, dtype=dtype, device=device).unsqueeze(1).requires_grad_()
-    loss, terms = scf_loss(features, log_kappa, class_centers, labels, normalizer="published", reduction="none", return_terms=True, backend=backend)
+    loss, terms = scf_loss(
+        features,
+        log_kappa,
+        class_centers,
+        labels,
+        normalizer="published",
+        reduction="none",
+        return_terms=True,
+        backend=backend,
+    )
     (slope,) = torch.autograd.grad(loss.sum(), log_kappa)
     assert slope.shape == (batch, 1)
-    expected_terms, expected, expected_slope = published_with_scipy(features, log_kappa.detach().squeeze(1), class_centers, labels)
+    expected_terms, expected, expected_slope = published_with_scipy(
+        features, log_kappa.detach().squeeze(1), class_centers, labels
+    )
     # A rounding of each of the terms that the published code adds up. SciPy's own ive is good to 1e-12 at these orders.
     unit = {torch.float32: 2e-7, torch.float64: 1e-11}[dtype]
     size = sum(abs(t) for t in expected_terms[2:]) + 6 * dim
     assert (abs(loss.detach().cpu().numpy() - expected) <= 2 * unit * size).all()
     for got, exact in zip(terms, expected_terms):
-        numpy.testing.assert_allclose(got.cpu().numpy(), exact, rtol=5 * unit, atol=unit * dim)  # d / 2 times the rounding of log(kappa) near 0
+        numpy.testing.assert_allclose(
+            got.cpu().numpy(), exact, rtol=5 * unit, atol=unit * dim
+        )  # d / 2 times the rounding of log(kappa) near 0
     scale = expected_terms.kappa * (1 + dim / expected_terms.kappa)
     assert (abs(slope.squeeze(1).cpu().numpy() - expected_slope) <= 4 * unit * scale).all()
 
@@ -129,7 +149,8 @@ def test_published_gradients_of_features():
     data = inputs(9, 32)
     leaves = [data[0].clone().requires_grad_() for _ in range(2)]
     exact, published = (
-        torch.autograd.grad(scf_loss(leaf, *data[1:], normalizer=n), leaf)[0] for leaf, n in zip(leaves, ("exact", "published"))
+        torch.autograd.grad(scf_loss(leaf, *data[1:], normalizer=n), leaf)[0]
+        for leaf, n in zip(leaves, ("exact", "published"))
     )
     torch.testing.assert_close(published, exact, rtol=1e-5, atol=1e-9)
 
@@ -173,7 +194,9 @@ def test_strides_and_types(place, poisoned):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, place):
-    """Halves are read as float32, so the loss is that of the converted tensors; gradients are rounded to the type of their argument."""
+    """Halves are read as float32, so the loss is that of the converted tensors; gradients are rounded to the type of
+    their argument.
+    """
     backend, device = place
     features, log_kappa, class_centers, labels = inputs(6, 64, device=device)
     halves = features.to(dtype), log_kappa.to(dtype), class_centers.to(dtype), labels
@@ -187,7 +210,9 @@ def test_half_precision(dtype, place):
 
 
 def test_gradients_only_where_asked(place, poisoned):
-    """With features and class centers frozen, the operator's second pass is a product; with one of them, only its gradient is made."""
+    """With features and class centers frozen, the operator's second pass is a product; with one of them, only its
+    gradient is made.
+    """
     backend, device = place
     features, log_kappa, class_centers, labels = inputs(6, 37, device=device)
     full = value_and_gradients(partial(scf_loss, backend=backend), features, log_kappa, class_centers, labels)
@@ -205,7 +230,8 @@ def test_same_bits_every_time(place):
     features, log_kappa, class_centers, labels = inputs(64, 37, classes=3, device=device)
     class_centers.requires_grad_()
     first, second = (
-        torch.autograd.grad(scf_loss(features, log_kappa, class_centers, labels, backend=backend), class_centers)[0] for _ in range(2)
+        torch.autograd.grad(scf_loss(features, log_kappa, class_centers, labels, backend=backend), class_centers)[0]
+        for _ in range(2)
     )
     assert torch.equal(first, second)
 
@@ -215,7 +241,9 @@ def test_empty_batch(reduction, place):
     backend, device = place
     features, log_kappa, class_centers, labels = inputs(0, 37, device=device)
     features.requires_grad_(), class_centers.requires_grad_()
-    loss, terms = scf_loss(features, log_kappa, class_centers, labels, reduction=reduction, return_terms=True, backend=backend)
+    loss, terms = scf_loss(
+        features, log_kappa, class_centers, labels, reduction=reduction, return_terms=True, backend=backend
+    )
     assert loss.shape == (() if reduction == "sum" else (0,)) and terms.l3.shape == (0,)
     gradients = torch.autograd.grad(loss.sum(), [features, class_centers])
     assert gradients[0].shape == (0, 37) and not gradients[1].any()
@@ -264,7 +292,18 @@ def test_operators(place):
     frozen = [t.detach() for t in leaves]
     rows = torch.rand(3, device=device)
     torch.library.opcheck(
-        _scf_loss_backward, (torch.ones((), device=device), rows, torch.rand(3, 3, device=device), *frozen, labels, True, True, bool(words)))
+        _scf_loss_backward,
+        (
+            torch.ones((), device=device),
+            rows,
+            torch.rand(3, 3, device=device),
+            *frozen,
+            labels,
+            True,
+            True,
+            bool(words),
+        ),
+    )
 
 
 @pytest.mark.parametrize("normalizer", ["exact", "published"])
@@ -284,9 +323,14 @@ def test_compile_and_export(normalizer):
             return function(features, log_kappa, class_centers, labels)[0]
 
     batch = {0: torch.export.Dim("batch", min=2)}
-    exported = torch.export.export(Module(), (features, log_kappa, class_centers, labels), dynamic_shapes=(batch, batch, None, batch))
+    exported = torch.export.export(
+        Module(), (features, log_kappa, class_centers, labels), dynamic_shapes=(batch, batch, None, batch)
+    )
     more = inputs(20, 37)
-    assert torch.equal(exported.module()(more[0], more[1], class_centers, more[3]), function(more[0], more[1], class_centers, more[3])[0])
+    assert torch.equal(
+        exported.module()(more[0], more[1], class_centers, more[3]),
+        function(more[0], more[1], class_centers, more[3])[0],
+    )
 
 
 @pytest.mark.gpu

@@ -6,10 +6,14 @@ from scf_fast.kernels.template_pooling import _pool_templates, pool_templates
 
 def unit_rows(count, dim, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+    return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64), dim=1).to(
+        dtype
+    )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)]
+)
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dim", [2, 37])
 def test_equals_a_loop_over_templates(dtype, tolerance, weighted, dim):
@@ -38,19 +42,32 @@ def check_against_loop(directions, kappas, mu, kappa, ids, tolerance):
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize(("dtype", "dim", "tolerance"), [(torch.float32, 37, 1e-6), (torch.float64, 2, 1e-14), (torch.float16, 600, 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "tolerance"), [(torch.float32, 37, 1e-6), (torch.float64, 2, 1e-14), (torch.float16, 600, 1e-6)]
+)
 def test_triton_equals_a_loop_over_templates(triton_device, poisoned, dtype, dim, tolerance, weighted):
     mu = unit_rows(40, dim, dtype)
-    ids = torch.tensor([3, 0, 5]).repeat_interleave(torch.tensor([25, 14, 1]))[torch.randperm(40, generator=torch.Generator().manual_seed(3))]
+    ids = torch.tensor([3, 0, 5]).repeat_interleave(torch.tensor([25, 14, 1]))[
+        torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    ]
     kappa = torch.logspace(-1, 3, 40, dtype=dtype) if weighted else None
     directions, kappas = pool_templates(
-        mu.to(triton_device), None if kappa is None else kappa.to(triton_device), ids.to(triton_device), 7, backend="triton")
+        mu.to(triton_device),
+        None if kappa is None else kappa.to(triton_device),
+        ids.to(triton_device),
+        7,
+        backend="triton",
+    )
     assert directions.shape == (7, dim) and directions.dtype == torch.promote_types(dtype, torch.float32)
     check_against_loop(directions.cpu(), kappas.cpu(), mu, kappa, ids, tolerance)
 
 
 def test_operator():
-    mu, kappa, ids = unit_rows(5, 6).float().requires_grad_(), torch.rand(5).requires_grad_(), torch.tensor([1, 0, 1, 3, 3])
+    mu, kappa, ids = (
+        unit_rows(5, 6).float().requires_grad_(),
+        torch.rand(5).requires_grad_(),
+        torch.tensor([1, 0, 1, 3, 3]),
+    )
     for triton_kernel in (False, True):
         torch.library.opcheck(_pool_templates, (mu, kappa, ids, 5, triton_kernel))
         torch.library.opcheck(_pool_templates, (mu, None, ids, 5, triton_kernel))
@@ -73,7 +90,9 @@ def test_order_of_templates_does_not_change_a_bit():
     mu, kappa = unit_rows(500, 16, torch.float32), torch.rand(500, generator=torch.Generator().manual_seed(2))
     ids = torch.arange(500) % 7
     by_template = torch.argsort(ids, stable=True)
-    for first, second in zip(pool_templates(mu, kappa, ids), pool_templates(mu[by_template], kappa[by_template], ids[by_template])):
+    for first, second in zip(
+        pool_templates(mu, kappa, ids), pool_templates(mu[by_template], kappa[by_template], ids[by_template])
+    ):
         assert torch.equal(first, second)
 
 
@@ -90,17 +109,20 @@ def test_templates_without_images():
     assert directions.shape == (3, 8) and not directions.any() and not kappas.any()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"mu": torch.ones(3)}, "mu must be"),
-    ({"mu": torch.ones(3, 2, dtype=torch.int64)}, "mu must be"),
-    ({"kappa": torch.ones(2)}, "kappa must be"),
-    ({"kappa": torch.ones(3, dtype=torch.int64)}, "kappa must be"),
-    ({"backend": "numpy"}, "backend must be"),
-    ({"template_ids": torch.zeros(3)}, "template_ids must be"),
-    ({"template_ids": torch.tensor([0, 1, -1])}, "must lie in"),
-    ({"num_templates": 2}, r"must lie in \[0, 2\), got 0\.\.2"),
-    ({"num_templates": 0}, "at least one template"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mu": torch.ones(3)}, "mu must be"),
+        ({"mu": torch.ones(3, 2, dtype=torch.int64)}, "mu must be"),
+        ({"kappa": torch.ones(2)}, "kappa must be"),
+        ({"kappa": torch.ones(3, dtype=torch.int64)}, "kappa must be"),
+        ({"backend": "numpy"}, "backend must be"),
+        ({"template_ids": torch.zeros(3)}, "template_ids must be"),
+        ({"template_ids": torch.tensor([0, 1, -1])}, "must lie in"),
+        ({"num_templates": 2}, r"must lie in \[0, 2\), got 0\.\.2"),
+        ({"num_templates": 0}, "at least one template"),
+    ],
+)
 def test_refuses(change, message):
     arguments = {"mu": torch.ones(3, 2), "kappa": torch.ones(3), "template_ids": torch.tensor([0, 1, 2])} | change
     with pytest.raises(ValueError, match=message):

@@ -27,7 +27,9 @@ KAPPAS = [0.0, 1e-2, 1.0, 37.0, 255.0, 1e3, 1e5]
 
 
 def unit_rows(count, dim, seed=0):
-    return torch.nn.functional.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
+    return torch.nn.functional.normalize(
+        torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1
+    )
 
 
 def at_angle(angle, dim):
@@ -41,11 +43,21 @@ def scalar(x):
     return torch.tensor([x], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("kappa1", "kappa2", "angle"), [(0.5, 3.0, 0.7), (20.0, 4.0, 2.5), (6.0, 6.0, math.pi), (0.0, 9.0, 1.0)])
+@pytest.mark.parametrize(
+    ("kappa1", "kappa2", "angle"), [(0.5, 3.0, 0.7), (20.0, 4.0, 2.5), (6.0, 6.0, math.pi), (0.0, 9.0, 1.0)]
+)
 def test_circle_against_integration(kappa1, kappa2, angle):
-    """d = 2: the integral of the product of the densities, each 1/(2 pi I_0(kappa)) exp(kappa cos), over the unit circle."""
+    """d = 2: the integral of the product of the densities, each 1/(2 pi I_0(kappa)) exp(kappa cos), over the unit
+    circle.
+    """
     normaliser = [quad(lambda t, k=k: math.exp(k * math.cos(t)), -math.pi, math.pi)[0] for k in (kappa1, kappa2)]
-    product = quad(lambda t: math.exp(kappa1 * math.cos(t) + kappa2 * math.cos(t - angle)), -math.pi, math.pi, epsabs=0, epsrel=1e-12)[0]
+    product = quad(
+        lambda t: math.exp(kappa1 * math.cos(t) + kappa2 * math.cos(t - angle)),
+        -math.pi,
+        math.pi,
+        epsabs=0,
+        epsrel=1e-12,
+    )[0]
     mu1, mu2 = at_angle(angle, 2)
     score = vmf_similarity(mu1, scalar(kappa1), mu2, scalar(kappa2), radius=1.0)
     assert score.item() == pytest.approx(math.log(product / normaliser[0] / normaliser[1]), abs=1e-9)
@@ -54,6 +66,7 @@ def test_circle_against_integration(kappa1, kappa2, angle):
 @pytest.mark.parametrize(("kappa1", "kappa2", "angle"), [(0.5, 3.0, 0.7), (12.0, 4.0, 2.5), (5.0, 5.0, math.pi)])
 def test_sphere_against_integration(kappa1, kappa2, angle):
     """d = 3: as above, with density kappa / (4 pi sinh kappa) exp(kappa cos) over the unit sphere."""
+
     def product(azimuth, polar):
         cos1 = math.cos(polar)
         cos2 = math.cos(angle) * cos1 + math.sin(angle) * math.sin(polar) * math.cos(azimuth)
@@ -85,18 +98,25 @@ def test_published_dimension_against_mpmath(angle):
         for i, kappa1 in enumerate(map(mpmath.mpf, KAPPAS)):
             for j, kappa2 in enumerate(map(mpmath.mpf, KAPPAS)):
                 kappa_sum = mpmath.sqrt(kappa1**2 + kappa2**2 + 2 * kappa1 * kappa2 * cos)
-                expected[i, j] = log_c(kappa1, dim) + log_c(kappa2, dim) - log_c(kappa_sum, dim) - dim * mpmath.log(radius)
+                expected[i, j] = (
+                    log_c(kappa1, dim) + log_c(kappa2, dim) - log_c(kappa_sum, dim) - dim * mpmath.log(radius)
+                )
     kappas = torch.tensor(KAPPAS, dtype=torch.float64)
     rows, columns = torch.meshgrid(kappas, kappas, indexing="ij")
-    pairs = vmf_similarity(mu1.expand(rows.numel(), -1), rows.reshape(-1), mu2.expand(rows.numel(), -1), columns.reshape(-1), radius)
+    pairs = vmf_similarity(
+        mu1.expand(rows.numel(), -1), rows.reshape(-1), mu2.expand(rows.numel(), -1), columns.reshape(-1), radius
+    )
     matrix = vmf_similarity_matrix(mu1.expand(len(kappas), -1), kappas, mu2.expand(len(kappas), -1), kappas, radius)
-    # The terms reach 1e5, of which float64 keeps 1e-11; the matrix form resolves kt to sqrt(1e-16) kappa where the directions oppose.
+    # The terms reach 1e5, of which float64 keeps 1e-11; the matrix form resolves kt to sqrt(1e-16) kappa where the
+    # directions oppose.
     np.testing.assert_allclose(pairs.reshape(rows.shape), expected, rtol=1e-13, atol=1e-9)
     np.testing.assert_allclose(matrix, expected, rtol=1e-13, atol=1e-6 if angle == math.pi else 1e-9)
 
 
 def test_float32_inputs_keep_float64_scores_apart():
-    """A step of 1e-6 in cosine moves the score by about kappa 1e-6 / 2, less than float32 arithmetic on the terms would show."""
+    """A step of 1e-6 in cosine moves the score by about kappa 1e-6 / 2, less than float32 arithmetic on the terms would
+    show.
+    """
     kappa = torch.full((2,), 300.0)
     mu1, mu2 = torch.zeros(2, 512), torch.zeros(2, 512)
     mu1[:, 0] = 1
@@ -111,7 +131,9 @@ def test_float32_inputs_keep_float64_scores_apart():
 def test_matrix_is_every_pair_whatever_the_band(monkeypatch, dim):
     mu1, mu2 = unit_rows(7, dim, seed=1), unit_rows(5, dim, seed=2)
     kappa1, kappa2 = torch.logspace(-2, 5, 7, dtype=torch.float64), torch.logspace(4, -1, 5, dtype=torch.float64)
-    pairs = torch.stack([vmf_similarity(mu1, kappa1, mu2[j].expand(7, -1), kappa2[j].expand(7)) for j in range(5)], dim=1)
+    pairs = torch.stack(
+        [vmf_similarity(mu1, kappa1, mu2[j].expand(7, -1), kappa2[j].expand(7)) for j in range(5)], dim=1
+    )
     whole = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2)
     torch.testing.assert_close(whole, pairs, rtol=1e-12, atol=1e-9)
     for scores, at_once in (1, 3), (12, 12):  # one row in two pieces, then two rows and a remainder
@@ -130,7 +152,9 @@ def test_symmetric_in_the_faces_and_blind_to_the_length_of_mu():
 
 def test_the_uniform_distribution_says_nothing_about_direction():
     mu = unit_rows(4, 512)
-    scores = vmf_similarity_matrix(mu, torch.zeros(4, dtype=torch.float64), mu, torch.full((4,), 500.0, dtype=torch.float64))
+    scores = vmf_similarity_matrix(
+        mu, torch.zeros(4, dtype=torch.float64), mu, torch.full((4,), 500.0, dtype=torch.float64)
+    )
     torch.testing.assert_close(scores, scores[0, 0].expand(4, 4), rtol=1e-14, atol=0)
     without = vmf_similarity(torch.zeros_like(mu), torch.zeros(4), mu, torch.full((4,), 500.0, dtype=torch.float64))
     torch.testing.assert_close(without, scores[0], rtol=1e-14, atol=0)
@@ -165,7 +189,9 @@ def test_float32_arguments_cost_no_more_than_their_rounding():
 
 def test_neutral_radius_makes_zero_mean_nothing():
     mu = unit_rows(2, 37)
-    assert vmf_similarity(mu[:1], scalar(0.0), mu[1:], scalar(500.0), radius=neutral_radius(37)).item() == pytest.approx(0, abs=1e-10)
+    assert vmf_similarity(
+        mu[:1], scalar(0.0), mu[1:], scalar(500.0), radius=neutral_radius(37)
+    ).item() == pytest.approx(0, abs=1e-10)
     assert vmf_similarity(mu[:1], scalar(500.0), mu[:1], scalar(500.0), radius=neutral_radius(37)).item() > 10
 
 
@@ -176,7 +202,9 @@ def faces(count, dim, device, seed, dtype=torch.float32):
 
 
 def rounding(kappa1, kappa2, radius, dim):
-    """What float32 arithmetic may do to a score: 3e-7 of the greater kappa, and the rounding of a score of this size."""
+    """What float32 arithmetic may do to a score: 3e-7 of the greater kappa, and the rounding of a score of this
+    size.
+    """
     return 3e-7 * torch.maximum(kappa1.double()[:, None], kappa2.double()) + 1.2e-7 * abs(dim * math.log(radius)) + 1e-5
 
 
@@ -192,7 +220,10 @@ def test_triton_matrix_against_float64(triton_device, poisoned, dim):
 
 def test_triton_matrix_of_half_precision(triton_device, poisoned):
     """float16 directions are multiplied as they are; the score is that of the rounded directions."""
-    (mu1, kappa1), (mu2, kappa2) = faces(5, 40, triton_device, 1, torch.float16), faces(6, 40, triton_device, 2, torch.float16)
+    (mu1, kappa1), (mu2, kappa2) = (
+        faces(5, 40, triton_device, 1, torch.float16),
+        faces(6, 40, triton_device, 2, torch.float16),
+    )
     exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), neutral_radius(40))
     scores = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, neutral_radius(40), backend="triton", dtype=torch.float16)
     assert scores.dtype == torch.float16
@@ -205,8 +236,12 @@ def test_triton_pairs_against_float64(triton_device, poisoned, dim):
     mu1[0], kappa1[0] = 0, 0
     mu1[1], kappa1[1] = -2 * mu2[1], kappa2[1]
     exact = vmf_similarity(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), backend="torch")
-    torch.testing.assert_close(vmf_similarity(mu1, kappa1, mu2, kappa2, backend="triton"), exact.float(), rtol=1.2e-7, atol=1e-6)
-    double = vmf_similarity(mu1.t().contiguous().t().double(), kappa1.double(), mu2.double(), kappa2.double(), backend="triton")
+    torch.testing.assert_close(
+        vmf_similarity(mu1, kappa1, mu2, kappa2, backend="triton"), exact.float(), rtol=1.2e-7, atol=1e-6
+    )
+    double = vmf_similarity(
+        mu1.t().contiguous().t().double(), kappa1.double(), mu2.double(), kappa2.double(), backend="triton"
+    )
     torch.testing.assert_close(double, exact, rtol=1e-13, atol=1e-9)
 
 
@@ -216,21 +251,29 @@ def test_nan_stays_where_it_is(triton_device):
     expected = torch.tensor([False, True, False, True], device=triton_device)
     for backend in ("torch", "triton"):
         assert torch.equal(vmf_similarity(mu, kappa, mu, kappa, backend=backend).isnan(), expected)
-        assert torch.equal(vmf_similarity_matrix(mu, kappa, mu, kappa, backend=backend).isnan(), expected[:, None] | expected)
+        assert torch.equal(
+            vmf_similarity_matrix(mu, kappa, mu, kappa, backend=backend).isnan(), expected[:, None] | expected
+        )
 
 
 @pytest.mark.parametrize("distinct", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_histogram_counts_the_matrix(triton_device, distinct, backend, monkeypatch):
-    monkeypatch.setattr(sys.modules["scf_fast.kernels.vmf_similarity"], "_MOST_PROGRAMS", 1)  # two layers where there are two blocks of columns
+    monkeypatch.setattr(
+        sys.modules["scf_fast.kernels.vmf_similarity"], "_MOST_PROGRAMS", 1
+    )  # two layers where there are two blocks of columns
     mu1, kappa1 = faces(131, 16, triton_device, 1)
     mu2, kappa2 = (mu1, kappa1) if distinct else faces(40, 16, triton_device, 2)
     mu1[7] = math.nan
     ids1, ids2 = (torch.arange(len(mu), device=triton_device) % 5 - 2 for mu in (mu1, mu2))
     scores = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), 2.0)
-    low, high = scores.nanquantile(torch.tensor([0.2, 0.8], dtype=torch.float64, device=triton_device)).tolist()  # scores lie beyond both
+    low, high = scores.nanquantile(
+        torch.tensor([0.2, 0.8], dtype=torch.float64, device=triton_device)
+    ).tolist()  # scores lie beyond both
     bins = 8
-    counts = vmf_similarity_histogram(mu1, kappa1, ids1, mu2, kappa2, ids2, low, high, bins, 2.0, distinct=distinct, backend=backend)
+    counts = vmf_similarity_histogram(
+        mu1, kappa1, ids1, mu2, kappa2, ids2, low, high, bins, 2.0, distinct=distinct, backend=backend
+    )
     wanted = ~scores.isnan() & (torch.ones_like(scores).triu(1).bool() if distinct else True)
     genuine = ids1[:, None] == ids2
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64, device=triton_device)
@@ -248,14 +291,20 @@ def test_histogram_counts_the_matrix(triton_device, distinct, backend, monkeypat
 
 @pytest.mark.parametrize("dim", [47, 53, 283, 512, 4096])
 def test_matrix_to_1e_11_nats(dim):
-    """The one polynomial that the series is folded into, against the pairs; from dimension 47 on, where the order needs no shift."""
+    """The one polynomial that the series is folded into, against the pairs; from dimension 47 on, where the order needs
+    no shift.
+    """
     mu1, mu2 = unit_rows(40, dim, seed=1), unit_rows(30, dim, seed=2)
     kappa1, kappa2 = torch.logspace(-2, 4, 40, dtype=torch.float64), torch.logspace(4, -2, 30, dtype=torch.float64)
-    pairs = torch.stack([vmf_similarity(mu1, kappa1, mu2[j].expand(40, -1), kappa2[j].expand(40), 1.0) for j in range(30)], dim=1)
+    pairs = torch.stack(
+        [vmf_similarity(mu1, kappa1, mu2[j].expand(40, -1), kappa2[j].expand(40), 1.0) for j in range(30)], dim=1
+    )
     torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, 1.0), pairs, rtol=1e-14, atol=2e-11)
 
 
-@pytest.mark.parametrize(("n", "m", "dim", "k"), [(1, 1, 2, 1), (70, 150, 37, 11), (9, 300, 16, 16), (3, 40, 16, 20), (130, 65, 16, 3)])
+@pytest.mark.parametrize(
+    ("n", "m", "dim", "k"), [(1, 1, 2, 1), (70, 150, 37, 11), (9, 300, 16, 16), (3, 40, 16, 20), (130, 65, 16, 3)]
+)
 def test_top_k_is_the_head_of_the_sorted_matrix(place, poisoned, monkeypatch, n, m, dim, k):
     (mu1, kappa1), (mu2, kappa2) = faces(n, dim, place.device, 1), faces(m, dim, place.device, 2)
     monkeypatch.setitem(_BAND, "cpu", 3 * m)  # three rows at a time
@@ -271,7 +320,10 @@ def test_top_k_is_the_head_of_the_sorted_matrix(place, poisoned, monkeypatch, n,
 
 
 def test_top_k_puts_nan_first_and_takes_equal_scores_once(place):
-    mu, kappa = torch.eye(4, device=place.device)[[0, 1, 1, 1, 2]], torch.tensor([5.0, 5.0, 5.0, 5.0, math.nan], device=place.device)
+    mu, kappa = (
+        torch.eye(4, device=place.device)[[0, 1, 1, 1, 2]],
+        torch.tensor([5.0, 5.0, 5.0, 5.0, math.nan], device=place.device),
+    )
     scores, indices = vmf_similarity_top_k(mu[1:2], kappa[1:2], mu, kappa, 4, backend=place.backend)
     assert scores[0, 0].isnan() and indices[0, 0] == 4
     assert sorted(indices[0, 1:].tolist()) == [1, 2, 3] and (scores[0, 1:] == scores[0, 1]).all()
@@ -296,7 +348,9 @@ def test_operators():
     for triton_kernel in (False, True):
         torch.library.opcheck(_vmf_similarity, (*leaves, 64.0, triton_kernel))
         # Without a gradient there is no graph of it to check.
-        check = partial(torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+        check = partial(
+            torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        )
         check(_vmf_similarity_matrix, (mu1, kappa1, mu2, kappa2, 64.0, torch.float32, triton_kernel))
         check(_vmf_similarity_top_k, (mu1, kappa1, mu2, kappa2, 2, 64.0, triton_kernel))
         check(_vmf_similarity_histogram, (mu1, kappa1, ids, mu2, kappa2, ids, -1.0, 1.0, 4, False, 64.0, triton_kernel))
@@ -304,7 +358,9 @@ def test_operators():
 
 def test_gradients():
     mu1, mu2 = unit_rows(3, 6, seed=1).requires_grad_(), unit_rows(3, 6, seed=2).requires_grad_()
-    kappa1, kappa2 = (torch.tensor(k, dtype=torch.float64, requires_grad=True) for k in ([0.5, 8.0, 30.0], [20.0, 0.1, 6.0]))
+    kappa1, kappa2 = (
+        torch.tensor(k, dtype=torch.float64, requires_grad=True) for k in ([0.5, 8.0, 30.0], [20.0, 0.1, 6.0])
+    )
     assert torch.autograd.gradcheck(vmf_similarity, (mu1, kappa1, mu2, kappa2))
     assert torch.autograd.gradgradcheck(vmf_similarity, (mu1, kappa1, mu2, kappa2))
 
@@ -330,18 +386,27 @@ def test_a_zero_direction_with_a_concentration_gives_nan():
 
 
 @pytest.mark.parametrize("function", [vmf_similarity, vmf_similarity_matrix])
-@pytest.mark.parametrize(("change", "message"), [
-    ({"mu1": torch.ones(3)}, "mu1 and mu2 must be"),
-    ({"mu2": torch.ones(3, 5)}, "mu1 and mu2 must be"),
-    ({"mu1": torch.ones(3, 1), "mu2": torch.ones(3, 1)}, "D in 2"),
-    ({"mu2": torch.ones(3, 4, dtype=torch.int64)}, "mu2 must be float16, bfloat16, float32 or float64"),
-    ({"kappa1": torch.ones(2)}, "kappa1 must be"),
-    ({"kappa2": torch.ones(3, 1)}, "kappa2 must be"),
-    ({"radius": 0.0}, "radius must be > 0, got 0.0"),
-    ({"radius": math.nan}, "radius must be > 0"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mu1": torch.ones(3)}, "mu1 and mu2 must be"),
+        ({"mu2": torch.ones(3, 5)}, "mu1 and mu2 must be"),
+        ({"mu1": torch.ones(3, 1), "mu2": torch.ones(3, 1)}, "D in 2"),
+        ({"mu2": torch.ones(3, 4, dtype=torch.int64)}, "mu2 must be float16, bfloat16, float32 or float64"),
+        ({"kappa1": torch.ones(2)}, "kappa1 must be"),
+        ({"kappa2": torch.ones(3, 1)}, "kappa2 must be"),
+        ({"radius": 0.0}, "radius must be > 0, got 0.0"),
+        ({"radius": math.nan}, "radius must be > 0"),
+    ],
+)
 def test_refuses(function, change, message):
-    arguments = {"mu1": torch.ones(3, 4), "kappa1": torch.ones(3), "mu2": torch.ones(3, 4), "kappa2": torch.ones(3), "radius": 64.0}
+    arguments = {
+        "mu1": torch.ones(3, 4),
+        "kappa1": torch.ones(3),
+        "mu2": torch.ones(3, 4),
+        "kappa2": torch.ones(3),
+        "radius": 64.0,
+    }
     with pytest.raises(ValueError, match=message):
         function(**arguments | change)
 
@@ -351,29 +416,57 @@ def test_pairs_need_one_count():
         vmf_similarity(torch.ones(3, 4), torch.ones(3), torch.ones(2, 4), torch.ones(2))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"ids1": torch.zeros(2, dtype=torch.int64)}, "ids1 must be"),
-    ({"ids2": torch.zeros(3)}, "ids2 must be"),
-    ({"bins": 12}, "power of two"),
-    ({"bins": 2048}, "power of two"),
-    ({"low": 1.0}, "low < high"),
-    ({"high": math.inf}, "low < high"),
-    ({"mu2": torch.ones(2, 4), "kappa2": torch.ones(2), "ids2": torch.zeros(2, dtype=torch.int64), "distinct": True}, "same rows"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids1": torch.zeros(2, dtype=torch.int64)}, "ids1 must be"),
+        ({"ids2": torch.zeros(3)}, "ids2 must be"),
+        ({"bins": 12}, "power of two"),
+        ({"bins": 2048}, "power of two"),
+        ({"low": 1.0}, "low < high"),
+        ({"high": math.inf}, "low < high"),
+        (
+            {
+                "mu2": torch.ones(2, 4),
+                "kappa2": torch.ones(2),
+                "ids2": torch.zeros(2, dtype=torch.int64),
+                "distinct": True,
+            },
+            "same rows",
+        ),
+    ],
+)
 def test_histogram_refuses(change, message):
     ids = torch.zeros(3, dtype=torch.int64)
-    arguments = {"mu1": torch.ones(3, 4), "kappa1": torch.ones(3), "ids1": ids, "mu2": torch.ones(3, 4), "kappa2": torch.ones(3), "ids2": ids,
-                 "low": 0.0, "high": 1.0}
+    arguments = {
+        "mu1": torch.ones(3, 4),
+        "kappa1": torch.ones(3),
+        "ids1": ids,
+        "mu2": torch.ones(3, 4),
+        "kappa2": torch.ones(3),
+        "ids2": ids,
+        "low": 0.0,
+        "high": 1.0,
+    }
     with pytest.raises(ValueError, match=message):
         vmf_similarity_histogram(**arguments | change)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda mu, kappa: vmf_similarity_top_k(mu, kappa, mu, kappa, 4), "k must be in 1 .. 3"),
-    (lambda mu, kappa: vmf_similarity_matrix(mu, kappa, mu, kappa, dtype=torch.int64), "dtype must be floating point"),
-    (lambda mu, kappa: vmf_similarity_matrix(mu.double(), kappa, mu, kappa, backend="triton"), "in float32, got float64"),
-    (lambda mu, kappa: vmf_similarity(mu, kappa, mu, kappa, backend="numpy"), "backend must be"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda mu, kappa: vmf_similarity_top_k(mu, kappa, mu, kappa, 4), "k must be in 1 .. 3"),
+        (
+            lambda mu, kappa: vmf_similarity_matrix(mu, kappa, mu, kappa, dtype=torch.int64),
+            "dtype must be floating point",
+        ),
+        (
+            lambda mu, kappa: vmf_similarity_matrix(mu.double(), kappa, mu, kappa, backend="triton"),
+            "in float32, got float64",
+        ),
+        (lambda mu, kappa: vmf_similarity(mu, kappa, mu, kappa, backend="numpy"), "backend must be"),
+    ],
+)
 def test_other_arguments_that_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(3, 4), torch.ones(3))

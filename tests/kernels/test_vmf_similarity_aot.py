@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 
 CASES = [  # kernel, type of mu, dim, architecture
-    ("matrix", "*bf16", 512, 90), ("matrix", "*fp32", 512, 80), ("histogram", "*bf16", 512, 100), ("top_k", "*fp32", 512, 80), ("top_k", "*bf16", 512, 90),
-    ("pairs", "*fp64", 512, 80), ("pairs", "*fp32", 8192, 90), ("pool", "*fp32", 512, 100), ("pool", "*fp32", 8192, 80),
+    ("matrix", "*bf16", 512, 90),
+    ("matrix", "*fp32", 512, 80),
+    ("histogram", "*bf16", 512, 100),
+    ("top_k", "*fp32", 512, 80),
+    ("top_k", "*bf16", 512, 90),
+    ("pairs", "*fp64", 512, 80),
+    ("pairs", "*fp32", 8192, 90),
+    ("pool", "*fp32", 512, 100),
+    ("pool", "*fp32", 8192, 80),
 ]
 # In a process of its own: kernels that were imported for the interpreter cannot be compiled.
 PROGRAM = """
@@ -68,7 +75,9 @@ print(json.dumps([compile_case(*case) for case in json.loads(sys.argv[1])]))
 def usages():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[2]
-    run = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(CASES)], cwd=root, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(CASES)], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     return dict(zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True))
 

@@ -33,7 +33,11 @@ def content(source):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".index"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".index"
+    }
 
 
 @pytest.mark.parametrize("chain", itertools.permutations(FORMATS, 2))
@@ -97,7 +101,11 @@ def test_broken_images_are_left_out(source, tmp_path):
     assert convert(some, tmp_path / "dst", "folder") == 7
     assert open_source(tmp_path / "dst").labels.tolist() == [0, 0, 0, 1, 1, 3, 3]
     some = EncodedImages([b"garbage"], [0])
-    with pytest.raises(ValueError, match=r"image 0 is no image of a known kind \(unknown format\); run `python -m scf_fast\.pipelines\.index SRC --verify`"):
+    with pytest.raises(
+        ValueError,
+        match=r"image 0 is no image of a known kind \(unknown format\); run `python -m scf_fast\.pipelines\.index SRC "
+        r"--verify`",
+    ):
         convert(some, tmp_path / "bad", "tar")
 
 
@@ -138,7 +146,20 @@ def test_folder_with_something_else_is_refused(source, tmp_path, capsys):
 
 def test_command_line(source, tmp_path, capsys, monkeypatch):
     convert(source, tmp_path / "a", "recordio")
-    assert main([str(tmp_path / "a"), str(tmp_path / "a" / "train.rec"), str(tmp_path / "b"), "--to", "tar", "--shard-images", "4"]) == 0
+    assert (
+        main(
+            [
+                str(tmp_path / "a"),
+                str(tmp_path / "a" / "train.rec"),
+                str(tmp_path / "b"),
+                "--to",
+                "tar",
+                "--shard-images",
+                "4",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"{tmp_path / 'b'}: 18 images of 16 identities, equal to the source\n"
     assert len(list((tmp_path / "b").glob("*.tar"))) == 5
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--to", "tar"]) == 2 and "error: " in capsys.readouterr().err
@@ -146,5 +167,9 @@ def test_command_line(source, tmp_path, capsys, monkeypatch):
 
     def stop(*arguments):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(module, "convert", stop)
-    assert main([str(tmp_path / "a"), str(tmp_path / "c"), "--to", "tar"]) == 130 and "the same command goes on" in capsys.readouterr().err
+    assert (
+        main([str(tmp_path / "a"), str(tmp_path / "c"), "--to", "tar"]) == 130
+        and "the same command goes on" in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
 """Faults put in on purpose: what docs/data.md says happens then."""
+
 import errno
 import io
 import os
@@ -62,13 +63,25 @@ def images_list(folder):
 def loader_of(source, backend):
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
-    return make_loader(source, EpochSampler(COUNT, 8, seed=1), backend=backend, num_workers=2 if backend == "dali" else 0, on_broken="replace")
+    return make_loader(
+        source,
+        EpochSampler(COUNT, 8, seed=1),
+        backend=backend,
+        num_workers=2 if backend == "dali" else 0,
+        on_broken="replace",
+    )
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-@pytest.mark.parametrize(("make", "vanish"), [
-    (records, lambda path: os.truncate(path, 0)), (shards, lambda path: os.truncate(path, 0)), (files, shutil.rmtree),
-    (images_list, lambda path: shutil.rmtree(path.with_name("faces")))])
+@pytest.mark.parametrize(
+    ("make", "vanish"),
+    [
+        (records, lambda path: os.truncate(path, 0)),
+        (shards, lambda path: os.truncate(path, 0)),
+        (files, shutil.rmtree),
+        (images_list, lambda path: shutil.rmtree(path.with_name("faces"))),
+    ],
+)
 def test_data_that_vanishes_ends_the_epoch_with_one_error(tmp_path, caplog, backend, make, vanish):
     path = make(tmp_path)
     source = open_source(path)
@@ -76,8 +89,11 @@ def test_data_that_vanishes_ends_the_epoch_with_one_error(tmp_path, caplog, back
         batches = loader.batches(0)
         next(batches)
         vanish(path)
-        with pytest.raises(ValueError, match=r"/(train\.rec|a\.tar|faces/\d+/\d+\.png).* and the 99 images after it cannot be read or decoded: .*"
-                                             "; check that the data is still there"):
+        with pytest.raises(
+            ValueError,
+            match=r"/(train\.rec|a\.tar|faces/\d+/\d+\.png).* and the 99 images after it cannot be read or decoded: .*"
+            "; check that the data is still there",
+        ):
             list(batches)
         assert len(loader.broken) < COUNT  # the search for a good image ended, it did not go through millions
 
@@ -93,6 +109,7 @@ def test_input_output_errors_are_told_apart_by_their_number(tmp_path, monkeypatc
             if bad is None or offset in bad:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return read(descriptor, what, offset)
+
         return wrapped
 
     monkeypatch.setattr(os, "pread", fails(os.pread))
@@ -100,9 +117,14 @@ def test_input_output_errors_are_told_apart_by_their_number(tmp_path, monkeypatc
     with loader_of(source, backend) as loader:
         shown = torch.cat([batch.indices for batch in loader.batches(0)]).tolist()
         assert sorted(shown) == sorted([*(i for i in range(COUNT) if i != 17), 18])
-        assert loader.broken.found == {17: f"cannot read image 17 in {tmp_path / 'train.rec'}: Input/output error; check that the data is still there"}
+        assert loader.broken.found == {
+            17: f"cannot read image 17 in {tmp_path / 'train.rec'}: Input/output error; check that the data is still "
+            "there"
+        }
         bad = None
-        with pytest.raises(ValueError, match=r"train\.rec.* and the 99 images after it cannot be read or decoded: .*Input/output error"):
+        with pytest.raises(
+            ValueError, match=r"train\.rec.* and the 99 images after it cannot be read or decoded: .*Input/output error"
+        ):
             list(loader.batches(1))
 
 
@@ -112,9 +134,14 @@ def test_full_disk_leaves_no_half_index(tmp_path, monkeypatch):
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(ValueError, match=r"cannot write the index .*train\.rec\.index: No space left on device; make room there, or give another"):
+        with pytest.raises(
+            ValueError,
+            match=r"cannot write the index .*train\.rec\.index: No space left on device; make room there, or give "
+            r"another",
+        ):
             open_source(path)
         assert sorted(tmp_path.iterdir()) == before
     assert len(open_source(path)) == COUNT
@@ -123,7 +150,9 @@ def test_full_disk_leaves_no_half_index(tmp_path, monkeypatch):
 def read_only(patch, folder):
     """As a read-only mount, also where the tests run as root."""
     access = os.access
-    patch.setattr(os, "access", lambda path, mode: access(path, mode) and not (mode == os.W_OK and str(path) == str(folder)))
+    patch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not (mode == os.W_OK and str(path) == str(folder))
+    )
 
 
 def test_stale_index_in_a_read_only_folder(tmp_path, monkeypatch):
@@ -144,7 +173,9 @@ def test_stale_index_in_a_read_only_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("make", [records, shards, files, images_list])
 def test_dates_in_the_future_are_dates(tmp_path, monkeypatch, make):
-    """Only a change of a date counts, so a clock that jumps makes no index anew, and a later change is still noticed."""
+    """Only a change of a date counts, so a clock that jumps makes no index anew, and a later change is still
+    noticed.
+    """
     path = make(tmp_path)
     future = time.time() + 1e8
     for place in (path, *path.rglob("*")):
@@ -155,7 +186,11 @@ def test_dates_in_the_future_are_dates(tmp_path, monkeypatch, make):
         patch.setattr(time, "time", lambda: 0.0)
         assert len(open_source(path)) == COUNT
     scanned = []
-    monkeypatch.setattr(kind, "_scan", classmethod(lambda cls, *arguments, scan=kind._scan.__func__: scanned.append(1) or scan(cls, *arguments)))
+    monkeypatch.setattr(
+        kind,
+        "_scan",
+        classmethod(lambda cls, *arguments, scan=kind._scan.__func__: scanned.append(1) or scan(cls, *arguments)),
+    )
     os.utime(path)
     assert len(open_source(path)) == COUNT and scanned
 
@@ -188,7 +223,9 @@ def test_index_that_contradicts_itself_is_made_anew(tmp_path, caplog, tamper):
     write_arrays(index, meta, arrays)
     source = open_source(path)
     assert "making the index anew" in caplog.text
-    assert [source.encoded(i).tobytes() for i in range(COUNT)] == IMAGES and source.labels.tolist() == [i // 8 for i in range(COUNT)]
+    assert [source.encoded(i).tobytes() for i in range(COUNT)] == IMAGES and source.labels.tolist() == [
+        i // 8 for i in range(COUNT)
+    ]
 
 
 def test_files_that_would_wait_or_fill_memory(tmp_path):
@@ -204,7 +241,13 @@ def test_files_that_would_wait_or_fill_memory(tmp_path):
     (tmp_path / "list.txt").write_text("".join(f"faces/someone/{name} 0\n" for name in names))
     source = open_source(tmp_path / "list.txt")
     assert source.encoded(3).tobytes() == IMAGES[0]
-    for i, reason in ((0, "it is none"), (1, "it is none"), (2, "it has 1099511627776 bytes"), (4, "it is none"), (5, "there is no such name")):
+    for i, reason in (
+        (0, "it is none"),
+        (1, "it is none"),
+        (2, "it has 1099511627776 bytes"),
+        (4, "it is none"),
+        (5, "there is no such name"),
+    ):
         with pytest.raises(ValueError, match=reason):
             source.encoded(i)
     data, starts, lengths = source.read(np.arange(6))
@@ -222,7 +265,9 @@ def test_huge_records_are_broken_images(tmp_path):
         file.truncate(start + 8 + (40 << 20))
     source = open_source(path)
     assert len(source) == COUNT + 1 and source.read(np.array([COUNT]))[2].tolist() == [0]
-    with pytest.raises(ValueError, match=r"image 240 in .*train\.rec must have at most 33554432 bytes and has 41943048"):
+    with pytest.raises(
+        ValueError, match=r"image 240 in .*train\.rec must have at most 33554432 bytes and has 41943048"
+    ):
         source.encoded(COUNT)
 
 

@@ -1,4 +1,5 @@
 """Whatever bytes a file of a stranger has, they are data or a ValueError; bench.fuzz looks further, by hand."""
+
 import contextlib
 import random
 import time
@@ -11,9 +12,18 @@ from bench.robustness import fuzz
 from bench.robustness.fuzz import TARGETS
 from scf_fast.pipelines.formats.recordio import read_num_classes
 
-EDITS = st.lists(st.tuples(st.integers(0, 1 << 14), st.integers(0, 40), st.one_of(
-    st.binary(max_size=12), st.sampled_from(fuzz._NUMBERS).map(lambda number: number.to_bytes(8, "little")),
-    st.integers(0, 10**400).map(lambda number: str(number).encode()))), max_size=5)
+EDITS = st.lists(
+    st.tuples(
+        st.integers(0, 1 << 14),
+        st.integers(0, 40),
+        st.one_of(
+            st.binary(max_size=12),
+            st.sampled_from(fuzz._NUMBERS).map(lambda number: number.to_bytes(8, "little")),
+            st.integers(0, 10**400).map(lambda number: str(number).encode()),
+        ),
+    ),
+    max_size=5,
+)
 
 
 @pytest.mark.parametrize("target", sorted({*TARGETS} - {"bin"}))  # that one is in test_verification_set
@@ -24,7 +34,7 @@ def test_any_bytes_are_data_or_a_value_error(target, number, edits, length):
     content = bytearray(seeds[number % len(seeds)])
     for place, removed, added in edits:
         place %= len(content) + 1
-        content[place:place + removed] = added
+        content[place : place + removed] = added
     if length < len(content):
         del content[length:]
     with contextlib.suppress(ValueError):
@@ -48,7 +58,13 @@ def test_findings_and_coverage(tmp_path, monkeypatch):
     good, error = fuzz.run(target, b"12,112,112")
     assert isinstance(fuzz.run(target, b"13")[1], KeyError)
     bad, refused = fuzz.run(target, b"x")
-    assert error is None and refused is None and good and bad - good and all(code.co_name == "read_num_classes" for code, *_ in good)
+    assert (
+        error is None
+        and refused is None
+        and good
+        and bad - good
+        and all(code.co_name == "read_num_classes" for code, *_ in good)
+    )
     monkeypatch.setattr(fuzz, "TIMEOUT", 0.05)
     assert isinstance(fuzz.run(lambda _: time.sleep(1), b"")[1], fuzz.Slow)
     monkeypatch.undo()
@@ -58,7 +74,10 @@ def test_findings_and_coverage(tmp_path, monkeypatch):
     (finding,) = (path for path in (tmp_path / "out").glob("planted-*") if not path.suffix)
     with pytest.raises(KeyError, match="planted"):
         target(finding.read_bytes())
-    assert "KeyError: 'planted'" in finding.with_suffix(".txt").read_text() and len(list((tmp_path / "out" / "planted").iterdir())) >= 2
+    assert (
+        "KeyError: 'planted'" in finding.with_suffix(".txt").read_text()
+        and len(list((tmp_path / "out" / "planted").iterdir())) >= 2
+    )
     assert not list((tmp_path / "out").glob("*.running"))
 
 

@@ -38,6 +38,7 @@ def index_files(folder):
 def forbid_scanning(monkeypatch):
     def scan(data, progress):
         raise AssertionError("the file was scanned although its index is up to date")
+
     monkeypatch.setattr("scf_fast.pipelines.sources.recordio.scan_image_records", scan)
 
 
@@ -51,7 +52,9 @@ def test_images_and_labels(tmp_path, opener, name):
     assert not source.encoded(0).flags.writeable
     order = np.array([3, 0, 5, 0])
     data, starts, lengths = source.read(order)
-    assert [data[start:start + length].tobytes() for start, length in zip(starts, lengths)] == [IMAGES[i] for i in order]
+    assert [data[start : start + length].tobytes() for start, length in zip(starts, lengths)] == [
+        IMAGES[i] for i in order
+    ]
     assert [len(part) for part in source.read(order[:0])] == [0, 0, 0]
 
 
@@ -96,7 +99,9 @@ def test_pickled_copy_is_small_and_forked_process_reads(tmp_path):
     assert len(pickled) < 1000 and images_of(pickle.loads(pickled)) == images_of(source)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(images_of, (source,)) == [b"face"] * 2000
-    child_reads = multiprocessing.get_context("fork").Process(target=lambda: os._exit(images_of(source) != [b"face"] * 2000))
+    child_reads = multiprocessing.get_context("fork").Process(
+        target=lambda: os._exit(images_of(source) != [b"face"] * 2000)
+    )
     child_reads.start()
     child_reads.join()
     assert child_reads.exitcode == 0
@@ -113,7 +118,9 @@ def test_label_outside_the_classes_names_the_record(tmp_path):
 
 @pytest.mark.parametrize("label", [1.5, -1, float("nan"), 2.0**25])
 def test_label_that_is_no_class(tmp_path, label):
-    with pytest.raises(ValueError, match=r"train\.rec: record 2 has label .*; a label must be a whole number in 0\.\.16777216"):
+    with pytest.raises(
+        ValueError, match=r"train\.rec: record 2 has label .*; a label must be a whole number in 0\.\.16777216"
+    ):
         RecordIndex.open(write(tmp_path, IMAGES[:2], [0, label]))
     assert not index_files(tmp_path)
 
@@ -148,7 +155,9 @@ def test_missing_and_unknown_paths(tmp_path):
         RecordIndex.open(tmp_path)
     with pytest.raises(ValueError, match=r"there is no data set at .*nowhere; check the path"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"must hold train\.rec, \.tar or \.tfrecord shards, or a folder of images for each identity"):
+    with pytest.raises(
+        ValueError, match=r"must hold train\.rec, \.tar or \.tfrecord shards, or a folder of images for each identity"
+    ):
         open_source(tmp_path)
 
 
@@ -160,7 +169,10 @@ def test_parts_of_one_set(tmp_path):
                 writer.write_image(record_id, label, image)
     source = open_source(tmp_path)
     assert images_of(source) == IMAGES and source.labels.tolist() == LABELS and source.num_classes == 3
-    assert source.name(4) == f"{tmp_path / 'b.rec'} record 2" and source.rec_paths == [tmp_path / "a.rec", tmp_path / "b.rec"]
+    assert source.name(4) == f"{tmp_path / 'b.rec'} record 2" and source.rec_paths == [
+        tmp_path / "a.rec",
+        tmp_path / "b.rec",
+    ]
     assert index_files(tmp_path) == [tmp_path / "recordio.index"]
     source.will_need(np.array([0, 5]))
     (tmp_path / "a.rec").unlink()
@@ -190,8 +202,14 @@ def test_images_of_no_bytes_are_skipped_and_counted(tmp_path, caplog):
     assert "1 images in RecordIO, indexed in" in caplog.text and "; skipped 1 empty images" in caplog.text
 
 
-@pytest.mark.parametrize("damage", [lambda index: index.write_bytes(index.read_bytes()[:-1]), lambda index: index.write_bytes(b"nothing"),
-                                    lambda index: index.write_bytes(index.read_bytes()[:-70] + bytes([9]) * 70)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda index: index.write_bytes(index.read_bytes()[:-1]),
+        lambda index: index.write_bytes(b"nothing"),
+        lambda index: index.write_bytes(index.read_bytes()[:-70] + bytes([9]) * 70),
+    ],
+)
 def test_damaged_index_is_made_anew(tmp_path, damage, caplog):
     open_source(write(tmp_path))
     (index,) = index_files(tmp_path)
@@ -212,16 +230,29 @@ def test_verify_records_broken_images_until_the_file_changes(tmp_path, capsys):
     write(tmp_path, images, LABELS[:5])
     assert main([str(tmp_path)]) == 0
     report = capsys.readouterr().out
-    for line in ("format                 RecordIO", "images                 5", "identities             3 with images, 0 numbers without",
-                 "images per identity    1 to 2, median 2, mean 1.7", "kind                   4 JPEG 112 x 112", "broken                 not known",
-                 "unreadable             1 unknown format", "train.idx              agrees; not used"):
+    for line in (
+        "format                 RecordIO",
+        "images                 5",
+        "identities             3 with images, 0 numbers without",
+        "images per identity    1 to 2, median 2, mean 1.7",
+        "kind                   4 JPEG 112 x 112",
+        "broken                 not known",
+        "unreadable             1 unknown format",
+        "train.idx              agrees; not used",
+    ):
         assert line in report
     assert main([str(tmp_path), "--verify", "--workers", "1"]) == 1
     report = capsys.readouterr().out
     assert "broken                 2 of 5" in report
-    assert f"broken                 {tmp_path / 'train.rec'} record 3 cannot be decoded: image file is truncated" in report
+    assert (
+        f"broken                 {tmp_path / 'train.rec'} record 3 cannot be decoded: image file is truncated" in report
+    )
     source = open_source(tmp_path)
-    assert source.broken.tolist() == [2, 4] and source.verified and pickle.loads(pickle.dumps(source)).broken.tolist() == [2, 4]
+    assert (
+        source.broken.tolist() == [2, 4]
+        and source.verified
+        and pickle.loads(pickle.dumps(source)).broken.tolist() == [2, 4]
+    )
     assert open_source([tmp_path, tmp_path]).broken.tolist() == [2, 4, 7, 9]
     os.utime(tmp_path / "train.rec")
     assert not len(open_source(tmp_path).broken)
@@ -239,7 +270,10 @@ def test_report_on_labels_with_wide_gaps(tmp_path):
 def test_report_on_a_wrong_idx(tmp_path, capsys):
     write(tmp_path)
     (tmp_path / "train.idx").write_text("1\t0\n2\t40\n")
-    assert main([str(tmp_path)]) == 0 and "train.idx              wrong: 5 images are not where it says; not used" in capsys.readouterr().out
+    assert (
+        main([str(tmp_path)]) == 0
+        and "train.idx              wrong: 5 images are not where it says; not used" in capsys.readouterr().out
+    )
     (tmp_path / "train.idx").write_text("not an index")
     assert main([str(tmp_path)]) == 0 and "train.idx              wrong: 6 images" in capsys.readouterr().out
     (tmp_path / "train.idx").unlink()
@@ -254,6 +288,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys):
 def test_unreadable_directory(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)
+
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=r"cannot list .*: Permission denied; check its permissions"):
         open_source(tmp_path)

@@ -1,4 +1,5 @@
 """Both backends against Pillow called here, and against each other."""
+
 import builtins
 import gc
 import io
@@ -26,7 +27,10 @@ except ImportError:
     HAS_DALI = False
 else:
     HAS_DALI = True
-BACKENDS = [pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")), "torch"]
+BACKENDS = [
+    pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")),
+    "torch",
+]
 NUM_IMAGES = 22
 
 
@@ -38,7 +42,9 @@ def encode(pixels, fmt, **options):
 
 def picture(rng, height=112, width=112, channels=3):
     """Smooth colours with some noise, so that decoders agree as they do on photographs."""
-    smooth = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     pixels = np.clip(np.asarray(smooth) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
     return pixels if channels == 3 else pixels[..., 0]
 
@@ -66,7 +72,9 @@ def source():
 
 def pillow_face(encoded):
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
-    return np.asarray(image if image.size == (112, 112) else image.resize((112, 112), Image.Resampling.BILINEAR)).astype(np.float64)
+    return np.asarray(
+        image if image.size == (112, 112) else image.resize((112, 112), Image.Resampling.BILINEAR)
+    ).astype(np.float64)
 
 
 def same_batches(a, b):
@@ -87,10 +95,16 @@ def test_batches_are_the_samplers_images_decoded_flipped_and_normalised(source, 
         assert batch.indices.tolist() == indices.tolist() and batch.labels.tolist() == (indices % 5).tolist()
         assert batch.images.shape == (len(indices), 3, 112, 112) and batch.images.dtype == torch.float32
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        pixels = batch.images.permute(0, 2, 3, 1).double().numpy() * {"insightface": 127.5, "published": 128.0}[normalization] + 127.5
+        pixels = (
+            batch.images.permute(0, 2, 3, 1).double().numpy()
+            * {"insightface": 127.5, "published": 128.0}[normalization]
+            + 127.5
+        )
         for face, i, flip in zip(pixels, indices, flips):
-            error = np.abs(face - pillow_face(source.encoded(i))[:, ::-1 if flip else 1])
-            assert error.max() < 3.01 and error.mean() < 0.5  # decoders may round differently; a wrong flip or channel is 10 and more
+            error = np.abs(face - pillow_face(source.encoded(i))[:, :: -1 if flip else 1])
+            assert (
+                error.max() < 3.01 and error.mean() < 0.5
+            )  # decoders may round differently; a wrong flip or channel is 10 and more
     assert flips.any() and not flips.all()
 
 
@@ -170,12 +184,21 @@ def broken_images(source):
     images = [source.encoded(i % 3).tobytes() for i in range(24)]
     png = encode(picture(np.random.default_rng(3)), "PNG")
     data = png.index(b"IDAT") + 300
-    bad_table = images[0].replace(b"\xff\xdb", b"\xff\xfe")  # no quantisation table: libjpeg gives up in the middle of a whole file
-    bad = {3: b"", 4: b"no image", 9: images[9][:-300], 12: png[:data] + bytes([png[data] ^ 255]) + png[data + 1:], 17: bad_table, 23: png[:90]}
+    bad_table = images[0].replace(
+        b"\xff\xdb", b"\xff\xfe"
+    )  # no quantisation table: libjpeg gives up in the middle of a whole file
+    bad = {
+        3: b"",
+        4: b"no image",
+        9: images[9][:-300],
+        12: png[:data] + bytes([png[data] ^ 255]) + png[data + 1 :],
+        17: bad_table,
+        23: png[:90],
+    }
     for i, image in bad.items():
         images[i] = image
     end = len(png) - 13  # a wrong checksum: Pillow does not mind, DALI does
-    images[14] = png[:end] + bytes([png[end] ^ 255]) + png[end + 1:]
+    images[14] = png[:end] + bytes([png[end] ^ 255]) + png[end + 1 :]
     replaced = {3: 5, 4: 5, 9: 10, 12: 13, 17: 18, 23: 0}
     return EncodedImages(images, labels=np.arange(24)), replaced
 
@@ -187,7 +210,9 @@ def test_broken_images_are_replaced_counted_and_named(source, backend, prefetch,
     sampler = EpochSampler(24, 4, seed=1)
     with make_loader(images, sampler, backend=backend, num_workers=2, prefetch=prefetch, on_broken="replace") as loader:
         epochs = [list(loader.batches(epoch)) for epoch in range(3)]
-        assert sorted(loader.broken.found) == sorted(replaced) and len(loader.broken) == 6 and loader.broken.replaced == 18
+        assert (
+            sorted(loader.broken.found) == sorted(replaced) and len(loader.broken) == 6 and loader.broken.replaced == 18
+        )
         assert backend == "torch" or loader._converted == {14}
         assert all(message.startswith(f"image {i} cannot be decoded") for i, message in loader.broken.found.items())
     named = sorted(int(record.args[0].split()[1]) for record in caplog.records)
@@ -195,11 +220,15 @@ def test_broken_images_are_replaced_counted_and_named(source, backend, prefetch,
     for epoch, batches in enumerate(epochs):
         asked = np.concatenate([sampler.indices(epoch, batch) for batch in range(6)])
         shown = [replaced.get(i, i) for i in asked.tolist()]
-        assert torch.cat([batch.indices for batch in batches]).tolist() == shown == torch.cat([batch.labels for batch in batches]).tolist()
+        assert (
+            torch.cat([batch.indices for batch in batches]).tolist()
+            == shown
+            == torch.cat([batch.labels for batch in batches]).tolist()
+        )
         flips = sampler.flips(epoch, asked)
         pixels = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).double().numpy() * 127.5 + 127.5
         for face, i, flip in zip(pixels, shown, flips):
-            assert np.abs(face - decode_face(images.encoded(i))[:, ::-1 if flip else 1]).max() < 3.01
+            assert np.abs(face - decode_face(images.encoded(i))[:, :: -1 if flip else 1]).max() < 3.01
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -209,7 +238,10 @@ def test_what_is_known_to_be_broken_is_not_tried(source, backend, caplog):
     with make_loader(images, EpochSampler(24, 8, shuffle=False), backend=backend, on_broken="replace") as loader:
         batches = list(loader.batches(0))
         assert len(loader.broken) == 6 and not loader.broken.found
-    assert torch.cat([batch.indices for batch in batches]).tolist() == [replaced.get(i, i) for i in range(24)] and not caplog.records
+    assert (
+        torch.cat([batch.indices for batch in batches]).tolist() == [replaced.get(i, i) for i in range(24)]
+        and not caplog.records
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,6 +249,7 @@ def test_data_that_disappears_is_one_error(source, backend):
     class Gone(EncodedImages):
         def encoded(self, i):
             raise ValueError(f"cannot read image {i}: the mount is gone")
+
     images = Gone([b"x"] * 8, labels=np.zeros(8))
     with make_loader(images, EpochSampler(8, 4), backend=backend, on_broken="replace") as loader:
         for _ in range(2):
@@ -240,14 +273,16 @@ def test_epoch_goes_on_with_another_batch_size(source, backend):
         tail = [torch.cat([a.indices, b.indices]) for a, b in zip(*shares)]
         order = torch.cat([*(batch.indices for batch in seen), *tail])
         whole = EpochSampler(NUM_IMAGES, NUM_IMAGES, seed=2).indices(1, 0).tolist()
-        assert order.tolist() == whole[:6] + whole[6 + 4 * start_batch:]
+        assert order.tolist() == whole[:6] + whole[6 + 4 * start_batch :]
     with pytest.raises(ValueError, match=r"start_batch must lie in 0\.\.4, got 5"):
         loader.batches(1, 5, start_sample=6)
 
 
 @pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
 def test_backends_augment_alike(source):
-    preprocessing = Preprocessing(augmentation=Augmentation(crop=0.5, resample=0.5, blur=0.5, hue_saturation=0.5, grey=0.3, occlusion=0.5))
+    preprocessing = Preprocessing(
+        augmentation=Augmentation(crop=0.5, resample=0.5, blur=0.5, hue_saturation=0.5, grey=0.3, occlusion=0.5)
+    )
     sampler = EpochSampler(NUM_IMAGES, 6, seed=1)
     epochs = []
     for backend, chosen in (("dali", preprocessing), ("torch", preprocessing), ("torch", Preprocessing())):
@@ -274,8 +309,14 @@ def test_disk_is_asked_in_order_and_ahead(source):
         patch.setattr("scf_fast.pipelines.loading.base._READ_AHEAD", 12)
         with loader:
             list(loader.batches(0, 1))
-    groups = [np.sort(np.concatenate([sampler.indices(0, batch) for batch in batches])).tolist() for batches in ((1, 2, 3), (4, 5, 6), (7, 8, 9))]
-    assert images.asked == groups and images.read == np.concatenate([sampler.indices(0, batch) for batch in range(1, 10)]).tolist()
+    groups = [
+        np.sort(np.concatenate([sampler.indices(0, batch) for batch in batches])).tolist()
+        for batches in ((1, 2, 3), (4, 5, 6), (7, 8, 9))
+    ]
+    assert (
+        images.asked == groups
+        and images.read == np.concatenate([sampler.indices(0, batch) for batch in range(1, 10)]).tolist()
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -287,7 +328,10 @@ def test_unreadable_image_is_named(backend, source):
             return super().encoded(i)
 
     images = Unreadable([source.encoded(i).tobytes() for i in range(4)])
-    with make_loader(images, EpochSampler(4, 2), backend=backend) as loader, pytest.raises(ValueError, match=r"^cannot read image 2: the disk"):
+    with (
+        make_loader(images, EpochSampler(4, 2), backend=backend) as loader,
+        pytest.raises(ValueError, match=r"^cannot read image 2: the disk"),
+    ):
         list(loader.batches(0))
 
 
@@ -307,10 +351,14 @@ def test_normalisation_is_rounded_once(dtype, normalization, scale):
 def test_dali_normalises_exactly(dtype, normalization):
     """PNG decodes exactly, so the backends agree bit for bit."""
     rng = np.random.default_rng(1)
-    images = EncodedImages([encode(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8), "PNG") for _ in range(6)], labels=np.arange(6))
+    images = EncodedImages(
+        [encode(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8), "PNG") for _ in range(6)], labels=np.arange(6)
+    )
     epochs = []
     for backend in ("dali", "torch"):
-        with make_loader(images, EpochSampler(6, 3, seed=1), Preprocessing(normalization), backend=backend, dtype=dtype) as loader:
+        with make_loader(
+            images, EpochSampler(6, 3, seed=1), Preprocessing(normalization), backend=backend, dtype=dtype
+        ) as loader:
             epochs.append(list(loader.batches(0)))
     assert same_batches(*epochs) and len(epochs[0]) == 2 and epochs[0][0].images.dtype == dtype
     assert epochs[0][0].images.is_contiguous(memory_format=torch.channels_last)
@@ -318,7 +366,9 @@ def test_dali_normalises_exactly(dtype, normalization):
 
 def test_without_flips(source):
     sampler = EpochSampler(NUM_IMAGES, NUM_IMAGES, shuffle=False)
-    with make_loader(source, sampler, Preprocessing(horizontal_flip=False), backend="torch", num_workers=0, dtype=torch.bfloat16) as loader:
+    with make_loader(
+        source, sampler, Preprocessing(horizontal_flip=False), backend="torch", num_workers=0, dtype=torch.bfloat16
+    ) as loader:
         (batch,) = loader.batches(0)
     assert batch.images.dtype == torch.bfloat16
     expected = torch.from_numpy(np.stack([(pillow_face(source.encoded(i)) - 127.5) / 127.5 for i in range(NUM_IMAGES)]))
@@ -356,7 +406,8 @@ def test_torch_takes_over_where_dali_is_missing(source, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="scf_fast.pipelines.loader"):
         assert [make_loader(source, sampler).backend for _ in range(2)] == ["torch", "torch"]
     assert [record.message for record in caplog.records] == [
-        "reading images with PyTorch workers, because NVIDIA DALI cannot be imported: libcuda.so.1 is missing"]
+        "reading images with PyTorch workers, because NVIDIA DALI cannot be imported: libcuda.so.1 is missing"
+    ]
     with pytest.raises(ValueError, match="backend='dali' needs NVIDIA DALI: libcuda"):
         make_loader(source, sampler, backend="dali")
 
@@ -382,7 +433,10 @@ def test_bad_arguments(source):
         make_loader(source, EpochSampler(9, 3))
     with pytest.raises(ValueError, match="normalization must be one of insightface, published, got 'imagenet'"):
         Preprocessing("imagenet")
-    with make_loader(source, sampler, backend="torch") as loader, pytest.raises(ValueError, match=r"start_batch must lie in 0\.\.5, got 6"):
+    with (
+        make_loader(source, sampler, backend="torch") as loader,
+        pytest.raises(ValueError, match=r"start_batch must lie in 0\.\.5, got 6"),
+    ):
         loader.batches(0, 6)
 
 
@@ -394,7 +448,7 @@ def test_gpu_batches_match_pillow_and_stay_valid(source, backend):
     with make_loader(source, sampler, backend="torch", num_workers=0) as loader:
         expected = list(loader.batches(0))
     with make_loader(source, sampler, backend=backend, device="cuda") as loader:
-        batches = [*loader.batches(0), *loader.batches(1)][:len(expected)]
+        batches = [*loader.batches(0), *loader.batches(1)][: len(expected)]
     for batch, reference in zip(batches, expected):
         assert batch.images.is_cuda and batch.labels.is_cuda and torch.equal(batch.labels.cpu(), reference.labels)
         error = (batch.images.cpu() - reference.images).abs() * 127.5

@@ -1,4 +1,5 @@
 """Runs of both stages on a small synthetic data set, made once a session."""
+
 import sys
 
 import pytest
@@ -33,7 +34,9 @@ def flags():
 def stage1(faces, tmp_path_factory, run_command):
     """Output folder of a whole stage 1 on two ranks under the deepspeed launcher, and its log."""
     out = tmp_path_factory.mktemp("stage1") / "run"
-    status, output = run_command([*launcher(2), *_FLAGS["stage1"], "--zero_stage", 2, "--data", faces / "train", "--output_dir", out])
+    status, output = run_command(
+        [*launcher(2), *_FLAGS["stage1"], "--zero_stage", 2, "--data", faces / "train", "--output_dir", out]
+    )
     assert status == 0, output
     return out, output
 
@@ -43,6 +46,8 @@ def stage2(faces, stage1, tmp_path_factory, run_command):
     """The same for stage 2, on the backbone of stage 1."""
     out = tmp_path_factory.mktemp("stage2") / "run"
     weights = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"]
-    status, output = run_command([*launcher(2), *_FLAGS["stage2"], *weights, "--data", faces / "train", "--output_dir", out])
+    status, output = run_command(
+        [*launcher(2), *_FLAGS["stage2"], *weights, "--data", faces / "train", "--output_dir", out]
+    )
     assert status == 0, output
     return out, output

@@ -1,4 +1,7 @@
-"""Class centers from images: the mean directions, by any number of ranks, with a cache and without, and stage 2 on them."""
+"""Class centers from images: the mean directions, by any number of ranks, with a cache and without, and stage 2 on
+them.
+"""
+
 import copy
 import sys
 
@@ -51,7 +54,7 @@ def backbone():
 def few(faces):
     """The first pictures of three identities, one of them broken."""
     good = open_source(faces / "train")
-    chosen = [i for label in range(3) for i in np.flatnonzero(good.labels == label)[:7 - label]]
+    chosen = [i for label in range(3) for i in np.flatnonzero(good.labels == label)[: 7 - label]]
     images = [bytes(good.encoded(i)) for i in chosen]
     images[4] = images[4][:200]
     return EncodedImages(images, good.labels[chosen])
@@ -66,10 +69,14 @@ def test_equal_to_a_plain_loop_without_what_is_broken(cached, orientations, back
     sampler = BothOrientations(len(few), 5)
 
     def images(sampler, flip):
-        return make_loader(few, sampler, Preprocessing(horizontal_flip=flip), backend="torch", num_workers=0, on_broken="replace")
+        return make_loader(
+            few, sampler, Preprocessing(horizontal_flip=flip), backend="torch", num_workers=0, on_broken="replace"
+        )
 
     shown = []
-    with FeatureStream(images, sampler, few.labels, FrozenBackbone(backbone, "cpu", ("fp32",)), flip=True, device=CPU, cache=cache) as stream:
+    with FeatureStream(
+        images, sampler, few.labels, FrozenBackbone(backbone, "cpu", ("fp32",)), flip=True, device=CPU, cache=cache
+    ) as stream:
         batches = centers_from_data.batches_with_positions(stream, sampler, orientations, shown.append)
         sums, counts = sum_directions(batches, 3, 16, CPU)
     assert sums.dtype == torch.float64 and counts.tolist() == [6 * orientations, 6 * orientations, 5 * orientations]
@@ -81,21 +88,71 @@ def test_equal_to_a_plain_loop_without_what_is_broken(cached, orientations, back
 
 
 def test_two_ranks_equal_a_plain_loop_and_stage_2_trains_on_it(faces, stage1, tmp_path, flags, run_command):
-    """The pixels are those that stage 1 notes beside its backbone; they are noted anew, and stage 2 takes them and the filled cache."""
+    """The pixels are those that stage 1 notes beside its backbone; they are noted anew, and stage 2 takes them and the
+    filled cache.
+    """
     weights, out, cache = stage1[0] / "backbone.pth", tmp_path / "made" / "fc.pth", tmp_path / "cache"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "-m"]
-    status, output = run_command([*launcher, "scf_fast.centers_from_data", "--data", faces / "train", "--saved_bkb", weights, "--output", out,
-                                  "--precision", "fp32", "--batch_size", 48, "--feature_cache", cache, "--num_workers", 1])
-    assert status == 0 and output.count("class centers of 8 identities; mean cosine of an image with its center 0.") == 1, output
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        2,
+        "--master_port",
+        free_port(),
+        "-m",
+    ]
+    status, output = run_command(
+        [
+            *launcher,
+            "scf_fast.centers_from_data",
+            "--data",
+            faces / "train",
+            "--saved_bkb",
+            weights,
+            "--output",
+            out,
+            "--precision",
+            "fp32",
+            "--batch_size",
+            48,
+            "--feature_cache",
+            cache,
+            "--num_workers",
+            1,
+        ]
+    )
+    assert (
+        status == 0 and output.count("class centers of 8 identities; mean cosine of an image with its center 0.") == 1
+    ), output
     found = reading.read(out)
     assert found.facts == {"normalization": "published"}
     network = Backbone(*reading.read(weights).network())
     network.load_state_dict(checkpoints.backbone_state(weights))
     expected = plain_centers(network, open_source(faces / "train"), "published")
     np.testing.assert_allclose(found.usable_class_centers(), expected, atol=1e-5)
-    status, output = run_command([sys.executable, "train.py", *flags["stage2"], "--saved_bkb", weights, "--saved_fc", out, "--data", faces / "train",
-                                  "--feature_cache", cache, "--output_dir", tmp_path / "run", "--max_steps", 2])
-    assert status == 0 and "pixels: published, as noted in --saved_fc" in output and "frozen backbone" not in output, output
+    status, output = run_command(
+        [
+            sys.executable,
+            "train.py",
+            *flags["stage2"],
+            "--saved_bkb",
+            weights,
+            "--saved_fc",
+            out,
+            "--data",
+            faces / "train",
+            "--feature_cache",
+            cache,
+            "--output_dir",
+            tmp_path / "run",
+            "--max_steps",
+            2,
+        ]
+    )
+    assert status == 0 and "pixels: published, as noted in --saved_fc" in output and "frozen backbone" not in output, (
+        output
+    )
 
 
 def test_identities_without_images_and_useless_features_are_named():
@@ -114,8 +171,18 @@ def test_command_refuses_in_one_line(backbone, few, tmp_path, capsys):
         (tmp_path / f"{number}.jpg").write_bytes(few.encoded(number).tobytes())
         with open(tmp_path / "list.txt", "a") as file:
             file.write(f"{number}.jpg {label}\n")
-    for output, message in ("here.pth", "exists; give another name, or --overwrite"), ("fc.pth", "1 of 3 (1) have none"):
-        arguments = ["--data", tmp_path / "list.txt", "--saved_bkb", tmp_path / "backbone.pth", "--output", tmp_path / output]
+    for output, message in (
+        ("here.pth", "exists; give another name, or --overwrite"),
+        ("fc.pth", "1 of 3 (1) have none"),
+    ):
+        arguments = [
+            "--data",
+            tmp_path / "list.txt",
+            "--saved_bkb",
+            tmp_path / "backbone.pth",
+            "--output",
+            tmp_path / output,
+        ]
         assert centers_from_data.main(list(map(str, arguments))) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1

@@ -25,7 +25,13 @@ def fails(capsys, *arguments):
 def test_defaults_depend_on_the_stage_and_saved_bkb_implies_stage_2():
     stage1, stage2 = parse(STAGE1), parse(STAGE2)
     assert (stage1.stage, stage1.lr, stage1.lr_scheduler) == ("backbone", 0.1, "Polynomial")
-    assert (stage2.stage, stage2.lr, stage2.lr_scheduler, stage2.batch_size, stage2.epochs) == ("confidence", 3e-5, "StepLR", 1024, 30)
+    assert (stage2.stage, stage2.lr, stage2.lr_scheduler, stage2.batch_size, stage2.epochs) == (
+        "confidence",
+        3e-5,
+        "StepLR",
+        1024,
+        30,
+    )
 
 
 def test_precedence_default_recipe_flag(tmp_path):
@@ -48,12 +54,47 @@ README = """--dataset ms1m --seed 777 --gpu_ids 0,1 --batch_size 1024 --output_d
 def test_the_published_command_word_for_word():
     c = parse(README)
     assert (c.stage, c.data, c.dataroot, c.gpu_ids, c.cuda) == ("confidence", "list/ms1m_list.txt", ".", "0,1", True)
-    assert (c.batch_size, c.epochs, c.lr, c.lr_scheduler, c.step_size, c.gamma, c.weight_decay) == (1024, 30, 3e-5, "StepLR", 2, 0.5, 5e-4)
-    assert (c.convf_dim, c.z_dim, c.radius, c.max_grad_clip, c.max_grad_norm, c.tensorboard) == (25088, 512, 64.0, 0.0, 0.0, True)
+    assert (c.batch_size, c.epochs, c.lr, c.lr_scheduler, c.step_size, c.gamma, c.weight_decay) == (
+        1024,
+        30,
+        3e-5,
+        "StepLR",
+        2,
+        0.5,
+        5e-4,
+    )
+    assert (c.convf_dim, c.z_dim, c.radius, c.max_grad_clip, c.max_grad_norm, c.tensorboard) == (
+        25088,
+        512,
+        64.0,
+        0.0,
+        0.0,
+        True,
+    )
     assert c.published_checkpoints and c.normalizer == "exact" and not c.finetune_bkb
-    c = parse([*README, "--dataroot", "R", "--no_cuda", "--finetune_bkb", "--eval_batch_size", "1", "--no_tensorboard", "--no-published-checkpoints",
-               "--num_workers", "0"])
-    assert (c.data, c.dataroot, c.cuda, c.finetune_bkb, c.eval_batch_size, c.num_workers) == ("R/list/ms1m_list.txt", "R", False, True, 1, 0)
+    c = parse(
+        [
+            *README,
+            "--dataroot",
+            "R",
+            "--no_cuda",
+            "--finetune_bkb",
+            "--eval_batch_size",
+            "1",
+            "--no_tensorboard",
+            "--no-published-checkpoints",
+            "--num_workers",
+            "0",
+        ]
+    )
+    assert (c.data, c.dataroot, c.cuda, c.finetune_bkb, c.eval_batch_size, c.num_workers) == (
+        "R/list/ms1m_list.txt",
+        "R",
+        False,
+        True,
+        1,
+        0,
+    )
     assert not c.tensorboard and not c.published_checkpoints
     assert parse([*README, "--data", "own.rec"]).data == "own.rec"
     assert not parse(STAGE2).published_checkpoints and parse([*STAGE2, "--published_checkpoints"]).published_checkpoints
@@ -74,34 +115,50 @@ def test_zero_divides_where_there_is_something_to_divide():
         assert parse([*stage, "--zero_stage", "3"]).zero_stage_on(1) == 3
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ([*STAGE2, "--gpu_ids", "all"], "--gpu_ids must be numbers with commas between, got 'all'"),
-    ([*STAGE2, "--finetune_bkb", "--feature_cache", "c"], "--finetune_bkb must be without --feature_cache"),
-    ([*STAGE1, "--finetune_bkb"], "--finetune_bkb belongs to stage confidence"),
-    ([*STAGE1, "--epoch", "3"], "unknown argument --epoch; did you mean --epochs?"),
-    ([*STAGE1, "--lr", "fast"], "lr must be float, got 'fast'"),
-    ([*STAGE1, "--batch_size", "1.5"], "batch_size must be int, got '1.5'"),
-    ([*STAGE1, "--batch_size", "0"], "--batch_size must be at least 1, got 0"),
-    ([*STAGE1, "--network", "ir_34"], "--network must be one of ir_50"),
-    ([*STAGE1, "--margins", "1,2"], "three numbers m1,m2,m3"),
-    ([*STAGE1, "--radius", "32"], "--radius belongs to stage confidence"),
-    ([*STAGE1, "--resume", "--overwrite"], "one continues the old run, the other deletes it"),
-    ([*STAGE1, "--offload_optimizer", "cpu", "--zero_stage", "0"], "--offload_optimizer must be none with --zero_stage 0"),
-    (["--data", "d", "--output_dir", "o"], "--stage must be one of backbone, confidence, got None"),
-    ([*STAGE1, "--images_per_identity", "2", "--data_weights", "1,2"], "only one of them can say what an epoch holds"),
-    ([*STAGE2, "--augmentation", "strong", "--feature_cache", "c"], "the cache holds one picture an image"),
-    (["--stage", "backbone", "--output_dir", "o"], "--data must be given (or --dataset"),
-    (["--stage", "confidence", "--data", "d", "--output_dir", "o"], "--saved_bkb must be given"),
-    ([*STAGE2, "--momentum", "0.5"], "--momentum belongs to stage backbone"),
-    ([*STAGE1, "--config", "missing.yaml"], "missing.yaml: cannot be read"),
-])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([*STAGE2, "--gpu_ids", "all"], "--gpu_ids must be numbers with commas between, got 'all'"),
+        ([*STAGE2, "--finetune_bkb", "--feature_cache", "c"], "--finetune_bkb must be without --feature_cache"),
+        ([*STAGE1, "--finetune_bkb"], "--finetune_bkb belongs to stage confidence"),
+        ([*STAGE1, "--epoch", "3"], "unknown argument --epoch; did you mean --epochs?"),
+        ([*STAGE1, "--lr", "fast"], "lr must be float, got 'fast'"),
+        ([*STAGE1, "--batch_size", "1.5"], "batch_size must be int, got '1.5'"),
+        ([*STAGE1, "--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        ([*STAGE1, "--network", "ir_34"], "--network must be one of ir_50"),
+        ([*STAGE1, "--margins", "1,2"], "three numbers m1,m2,m3"),
+        ([*STAGE1, "--radius", "32"], "--radius belongs to stage confidence"),
+        ([*STAGE1, "--resume", "--overwrite"], "one continues the old run, the other deletes it"),
+        (
+            [*STAGE1, "--offload_optimizer", "cpu", "--zero_stage", "0"],
+            "--offload_optimizer must be none with --zero_stage 0",
+        ),
+        (["--data", "d", "--output_dir", "o"], "--stage must be one of backbone, confidence, got None"),
+        (
+            [*STAGE1, "--images_per_identity", "2", "--data_weights", "1,2"],
+            "only one of them can say what an epoch holds",
+        ),
+        ([*STAGE2, "--augmentation", "strong", "--feature_cache", "c"], "the cache holds one picture an image"),
+        (["--stage", "backbone", "--output_dir", "o"], "--data must be given (or --dataset"),
+        (["--stage", "confidence", "--data", "d", "--output_dir", "o"], "--saved_bkb must be given"),
+        ([*STAGE2, "--momentum", "0.5"], "--momentum belongs to stage backbone"),
+        ([*STAGE1, "--config", "missing.yaml"], "missing.yaml: cannot be read"),
+    ],
+)
 def test_bad_input_is_one_clear_line(capsys, arguments, expected):
     assert expected in fails(capsys, *arguments)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("learning_rate: 1", "unknown key 'learning_rate'"), ("lr: [1", "is no valid YAML"), ("- 1", "must hold `key: value` lines"),
-    ("epochs: many", "epochs must be int, got 'many'"), ("resume: 3", "resume must be true or false, got 3")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("learning_rate: 1", "unknown key 'learning_rate'"),
+        ("lr: [1", "is no valid YAML"),
+        ("- 1", "must hold `key: value` lines"),
+        ("epochs: many", "epochs must be int, got 'many'"),
+        ("resume: 3", "resume must be true or false, got 3"),
+    ],
+)
 def test_bad_recipe_is_one_clear_line(tmp_path, capsys, text, expected):
     (tmp_path / "r.yaml").write_text(text)
     assert expected in fails(capsys, *STAGE1, "--config", str(tmp_path / "r.yaml"))
@@ -139,12 +196,32 @@ def test_shipped_recipes_are_valid(name):
     assert Config(data="d", output_dir="o", **values, **extra).stage == values["stage"]
 
 
-@pytest.mark.parametrize("name, network, margins, batch_size, lr, weight_decay, warmup_epochs", [
-    ("ms1mv3_r50", "iresnet50", (1.0, 0.5, 0.0), 1024, 0.1, 5e-4, 0), ("ms1mv3_r100", "iresnet100", (1.0, 0.5, 0.0), 1024, 0.1, 5e-4, 0),
-    ("glint360k_r100", "iresnet100", (1.0, 0.0, 0.4), 1024, 0.1, 1e-4, 0), ("wf42m_r100", "iresnet100", (1.0, 0.0, 0.4), 4096, 0.4, 5e-4, 2)])
+@pytest.mark.parametrize(
+    "name, network, margins, batch_size, lr, weight_decay, warmup_epochs",
+    [
+        ("ms1mv3_r50", "iresnet50", (1.0, 0.5, 0.0), 1024, 0.1, 5e-4, 0),
+        ("ms1mv3_r100", "iresnet100", (1.0, 0.5, 0.0), 1024, 0.1, 5e-4, 0),
+        ("glint360k_r100", "iresnet100", (1.0, 0.0, 0.4), 1024, 0.1, 1e-4, 0),
+        ("wf42m_r100", "iresnet100", (1.0, 0.0, 0.4), 4096, 0.4, 5e-4, 2),
+    ],
+)
 def test_recipes_have_the_settings_of_insightface(name, network, margins, batch_size, lr, weight_decay, warmup_epochs):
     c = Config(data="d", output_dir="o", **command_line.load_recipe(f"scf_fast/recipes/{name}.yaml"))
-    assert (c.network, c.margins, c.batch_size, c.lr, c.weight_decay, c.warmup_epochs) == (network, margins, batch_size, lr, weight_decay, warmup_epochs)
-    assert (c.margin_gradient, c.scale, c.epochs, c.lr_scheduler, c.power, c.momentum) == ("straight_through", 64.0, 20, "Polynomial", 1.0, 0.9)
+    assert (c.network, c.margins, c.batch_size, c.lr, c.weight_decay, c.warmup_epochs) == (
+        network,
+        margins,
+        batch_size,
+        lr,
+        weight_decay,
+        warmup_epochs,
+    )
+    assert (c.margin_gradient, c.scale, c.epochs, c.lr_scheduler, c.power, c.momentum) == (
+        "straight_through",
+        64.0,
+        20,
+        "Polynomial",
+        1.0,
+        0.9,
+    )
     assert (c.normalization, c.dropout, c.max_grad_norm, c.z_dim) == ("insightface", 0.0, 5.0, 512)
     assert c.sample_rate == (0.2 if name == "wf42m_r100" else 1.0)

@@ -34,10 +34,14 @@ def model_file(tmp_path_factory):
 def faces(tmp_path_factory):
     """Pictures in a folder and one beside it, and (N, 112, 112, 3) uint8 of them in the order of their names."""
     root = tmp_path_factory.mktemp("faces")
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 14, 14, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    pixels = (
+        np.random.default_rng(0).integers(0, 256, (7, 14, 14, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    )
     (root / "album" / "deep").mkdir(parents=True)
     for number, face in enumerate(pixels):
-        Image.fromarray(face).save(root / ("single.png" if number == 6 else f"album/{'deep/' if number > 3 else ''}{number}.png"))
+        Image.fromarray(face).save(
+            root / ("single.png" if number == 6 else f"album/{'deep/' if number > 3 else ''}{number}.png")
+        )
     (root / "album" / "notes.txt").write_text("no picture")
     return root, pixels[[0, 1, 2, 3, 4, 5, 6]]
 
@@ -48,7 +52,12 @@ def main(*arguments):
 
 def test_command_writes_what_the_model_says(model_file, faces, tmp_path, capsys):
     root, pixels = faces
-    assert main(root / "album", root / "single.png", "--model", model_file, "--out", tmp_path / "out.npz", "--batch-size", 3) == 0
+    assert (
+        main(
+            root / "album", root / "single.png", "--model", model_file, "--out", tmp_path / "out.npz", "--batch-size", 3
+        )
+        == 0
+    )
     model = load_model(model_file)
     mu, kappa = model(Preprocessing("published").normalize(torch.from_numpy(pixels)))
     with np.load(tmp_path / "out.npz") as found:
@@ -64,26 +73,57 @@ def test_command_on_a_backbone_alone_writes_directions_and_says_so(model_file, f
     model, images = load_model(model_file), torch.from_numpy(faces[1][:6])
     writing.write(reading.read(model_file).only("backbone"), tmp_path / "backbone.pth")
     seen = {}
-    for case, words in ("family", []), ("told", ["--normalization", "insightface"]), ("noted", []), ("told again", ["--normalization", "published"]):
+    for case, words in (
+        ("family", []),
+        ("told", ["--normalization", "insightface"]),
+        ("noted", []),
+        ("told again", ["--normalization", "published"]),
+    ):
         if case == "noted":
-            torch.save({"arc_face_state_dict": {"weight": torch.ones(3, 24)}, "normalization": "insightface"}, tmp_path / "fc.pth")
-        assert main(faces[0] / "album", "--model", tmp_path / "backbone.pth", "--out", tmp_path / "out.npz", *words, "--flip") == 0
+            torch.save(
+                {"arc_face_state_dict": {"weight": torch.ones(3, 24)}, "normalization": "insightface"},
+                tmp_path / "fc.pth",
+            )
+        assert (
+            main(
+                faces[0] / "album",
+                "--model",
+                tmp_path / "backbone.pth",
+                "--out",
+                tmp_path / "out.npz",
+                *words,
+                "--flip",
+            )
+            == 0
+        )
         assert f"no kappa: {tmp_path / 'backbone.pth'} is a backbone alone" in capsys.readouterr().out
         with np.load(tmp_path / "out.npz") as found:
             assert sorted(found) == ["mu", "path"]
             seen[case] = found["mu"]
-    for case, normalization in ("family", "published"), ("told", "insightface"), ("noted", "insightface"), ("told again", "published"):
+    for case, normalization in (
+        ("family", "published"),
+        ("told", "insightface"),
+        ("noted", "insightface"),
+        ("told again", "published"),
+    ):
         normalised = Preprocessing(normalization).normalize(images)
         expected = F.normalize(model.embed(normalised)[0] + model.embed(normalised.flip(3))[0])
         np.testing.assert_allclose(seen[case], expected, atol=1e-5)
     assert np.abs(seen["family"] - seen["told"]).max() > 1e-4
-    assert main(faces[0] / "album", "--model", tmp_path, "--out", tmp_path / "out.npz", "--normalization", "published") == 2
-    assert "was trained with normalization 'insightface', got 'published'" in capsys.readouterr().err  # the folder of a stage 1 holds the note
+    assert (
+        main(faces[0] / "album", "--model", tmp_path, "--out", tmp_path / "out.npz", "--normalization", "published")
+        == 2
+    )
+    assert (
+        "was trained with normalization 'insightface', got 'published'" in capsys.readouterr().err
+    )  # the folder of a stage 1 holds the note
 
 
 def test_a_backbone_alone_is_refused_unless_asked_for(model_file, tmp_path):
     writing.write(reading.read(model_file).only("backbone"), tmp_path / "b.pth")
-    with pytest.raises(ValueError, match="must hold a confidence net's state_dict of tensors, but holds backbone ir_tiny"):
+    with pytest.raises(
+        ValueError, match="must hold a confidence net's state_dict of tensors, but holds backbone ir_tiny"
+    ):
         SCF.from_checkpoint(tmp_path / "b.pth")
     model = SCF.from_checkpoint(tmp_path / "b.pth", backbone_alone=True)
     mu, kappa = model(torch.zeros(2, 3, 112, 112))
@@ -125,13 +165,16 @@ def test_a_model_is_left_as_it_is(model_file, faces):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and isinstance(model, SCF)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["absent"], "there is no absent"),
-    (["{root}/album/deep", "--out", "out.csv"], "must end in .npz or .parquet"),
-    (["{empty}"], "no images under"),
-    (["{root}/album/notes.txt"], "notes.txt cannot be decoded: unknown format"),
-    (["{root}/album", "--model", "{root}/single.png"], "is no checkpoint"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent"], "there is no absent"),
+        (["{root}/album/deep", "--out", "out.csv"], "must end in .npz or .parquet"),
+        (["{empty}"], "no images under"),
+        (["{root}/album/notes.txt"], "notes.txt cannot be decoded: unknown format"),
+        (["{root}/album", "--model", "{root}/single.png"], "is no checkpoint"),
+    ],
+)
 def test_command_refuses_in_one_line(model_file, faces, tmp_path, capsys, arguments, message):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -149,7 +192,9 @@ def test_parquet(model_file, faces, tmp_path, capsys):
     assert main(faces[0] / "album", "--model", model_file, "--out", tmp_path / "out.npz") == 0
     table = parquet.read_table(tmp_path / "out.parquet")
     with np.load(tmp_path / "out.npz") as found:
-        assert np.array_equal(np.stack(table["mu"].to_numpy()), found["mu"]) and np.array_equal(table["kappa"].to_numpy(), found["kappa"])
+        assert np.array_equal(np.stack(table["mu"].to_numpy()), found["mu"]) and np.array_equal(
+            table["kappa"].to_numpy(), found["kappa"]
+        )
         assert table["path"].to_pylist() == found["path"].tolist()
 
 

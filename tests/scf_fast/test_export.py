@@ -17,7 +17,12 @@ needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript and onnxr
 def make_model(network="ir_tiny", net="conv"):
     torch.manual_seed(0)
     backbone = Backbone(network, 24)
-    model = SCF(backbone, build_confidence_net(net, backbone.architecture.widths[-1], 7, initial_kappa=300.0), radius=32.0, normalization="published")
+    model = SCF(
+        backbone,
+        build_confidence_net(net, backbone.architecture.widths[-1], 7, initial_kappa=300.0),
+        radius=32.0,
+        normalization="published",
+    )
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.running_mean, std=0.1)
@@ -61,8 +66,15 @@ def test_onnx(pixels, tmp_path, network, net, preprocess):
     model = make_model(network, net)
     export.export(model, tmp_path / "model.onnx", preprocess=preprocess)
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    check(lambda images: [torch.from_numpy(array) for array in session.run(["mu", "kappa"], {"images": np.ascontiguousarray(images.numpy())})],
-          model, pixels, preprocess)
+    check(
+        lambda images: [
+            torch.from_numpy(array)
+            for array in session.run(["mu", "kappa"], {"images": np.ascontiguousarray(images.numpy())})
+        ],
+        model,
+        pixels,
+        preprocess,
+    )
     stored = onnx.load(tmp_path / "model.onnx")
     assert {entry.domain: entry.version for entry in stored.opset_import}[""] == 18
     assert stored.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
@@ -95,17 +107,24 @@ def test_onnx_of_a_backbone_alone_has_one_output(pixels, tmp_path):
     assert [(output.name, output.shape) for output in session.get_outputs()] == [("features", ["batch", 24])]
     with torch.no_grad():
         expected = model.backbone(images)[0].numpy()
-    np.testing.assert_allclose(session.run(None, {"images": np.ascontiguousarray(images.numpy())})[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        session.run(None, {"images": np.ascontiguousarray(images.numpy())})[0], expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_command_on_a_backbone_alone(tmp_path, capsys):
     model = make_backbone()
     torch.save(model.backbone.state_dict(), tmp_path / "backbone.pth")
-    assert export.main([str(tmp_path / "backbone.pth"), str(tmp_path / "m.safetensors"), "--normalization", "insightface"]) == 0
+    assert (
+        export.main([str(tmp_path / "backbone.pth"), str(tmp_path / "m.safetensors"), "--normalization", "insightface"])
+        == 0
+    )
     assert "weights, insightface scaling" in capsys.readouterr().out
     again = SCF.from_checkpoint(tmp_path / "m.safetensors", backbone_alone=True)
     assert again.confidence_net is None and again.normalization == "insightface"
-    for (name, value), (other, found) in zip(sorted(model.state_dict().items()), sorted(again.state_dict().items()), strict=True):
+    for (name, value), (other, found) in zip(
+        sorted(model.state_dict().items()), sorted(again.state_dict().items()), strict=True
+    ):
         assert name == other and torch.equal(value, found)
 
 
@@ -117,14 +136,23 @@ def test_weights_too_large_for_one_file_lie_beside_it(model, pixels, tmp_path, m
     export.export(model, tmp_path / "model.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    check(lambda images: [torch.from_numpy(array) for array in session.run(None, {"images": np.ascontiguousarray(images.numpy())})], model, pixels, False)
+    check(
+        lambda images: [
+            torch.from_numpy(array) for array in session.run(None, {"images": np.ascontiguousarray(images.numpy())})
+        ],
+        model,
+        pixels,
+        False,
+    )
 
 
 def test_weights(model, tmp_path):
     export.export(model, tmp_path / "model.safetensors")
     again = load_model(tmp_path / "model.safetensors")
     assert again.radius == 32.0 and again.normalization == "published"
-    for (name, value), (other, found) in zip(sorted(model.state_dict().items()), sorted(again.state_dict().items()), strict=True):
+    for (name, value), (other, found) in zip(
+        sorted(model.state_dict().items()), sorted(again.state_dict().items()), strict=True
+    ):
         assert name == other and torch.equal(value, found)
 
 
@@ -138,11 +166,19 @@ def test_a_file_that_gives_other_numbers_is_not_kept(model, tmp_path, monkeypatc
     (tmp_path / "model.pt2").write_bytes(b"an earlier one")
     with pytest.raises(ValueError, match=r"differs from PyTorch's by 1\.0e-03 with 1 images"):
         export.export(model, tmp_path / "model.pt2")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"] and (tmp_path / "model.pt2").read_bytes() == b"an earlier one"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"] and (
+        tmp_path / "model.pt2"
+    ).read_bytes() == b"an earlier one"
 
 
 def test_command(model, tmp_path, capsys):
-    save_model(tmp_path / "m.pt", model.backbone.state_dict(), model.confidence_net.state_dict(), radius=32.0, normalization="published")
+    save_model(
+        tmp_path / "m.pt",
+        model.backbone.state_dict(),
+        model.confidence_net.state_dict(),
+        radius=32.0,
+        normalization="published",
+    )
     arguments = [str(tmp_path / "m.pt"), str(tmp_path / "out" / "m.safetensors")]
     assert export.main(arguments) == 0
     assert "weights, published scaling; output within 1e-04 of PyTorch's" in capsys.readouterr().out
@@ -151,11 +187,14 @@ def test_command(model, tmp_path, capsys):
     assert export.main([*arguments, "--overwrite"]) == 0
 
 
-@pytest.mark.parametrize(("out", "options", "message"), [
-    ("m.bin", [], "must end in .onnx, .pt2, .safetensors"),
-    ("m.safetensors", ["--preprocess"], "holds weights and no program"),
-    ("m.pt2", [], "absent: cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("m.bin", [], "must end in .onnx, .pt2, .safetensors"),
+        ("m.safetensors", ["--preprocess"], "holds weights and no program"),
+        ("m.pt2", [], "absent: cannot be read"),
+    ],
+)
 def test_command_refuses_in_one_line(tmp_path, capsys, out, options, message):
     assert export.main([str(tmp_path / "absent"), str(tmp_path / out), *options]) == 2
     error = capsys.readouterr().err

@@ -1,4 +1,5 @@
 """Real launches of train.py: both stages on two ranks, resume, the three launchers, and bad input."""
+
 import json
 import os
 import shutil
@@ -43,9 +44,23 @@ def test_stage_1_on_two_ranks(stage1):
     assert saved["versions"]["torch"] == torch.__version__
     assert "2 ranks on" in output and "img/s" in output and "optimizer: fused SGD" in output
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events if e["event"] not in ("log", "progress")] == ["start", "checkpoint", "export", "checkpoint", "export", "done"]
-    assert events[-1]["counts"] == {"steps": STEPS, "skipped_not_finite": 0, "skipped_by_loss_scale": 0, "broken_images": 0}
-    assert set(events[-1]["seconds"]) >= {"data", "forward", "backward", "optimiser"} and all(value > 0 for value in events[-1]["seconds"].values())
+    assert [e["event"] for e in events if e["event"] not in ("log", "progress")] == [
+        "start",
+        "checkpoint",
+        "export",
+        "checkpoint",
+        "export",
+        "done",
+    ]
+    assert events[-1]["counts"] == {
+        "steps": STEPS,
+        "skipped_not_finite": 0,
+        "skipped_by_loss_scale": 0,
+        "broken_images": 0,
+    }
+    assert set(events[-1]["seconds"]) >= {"data", "forward", "backward", "optimiser"} and all(
+        value > 0 for value in events[-1]["seconds"].values()
+    )
     assert 0 < events[-1]["rates"]["communication"] <= 1
     assert "Traceback" not in output
 
@@ -69,12 +84,17 @@ def test_stage_2_on_two_ranks(stage1, stage2):
 def test_resume_continues_the_same_run(name, faces, stage1, flags, request, tmp_path, run_command):
     """Stopped in the middle of an epoch and resumed: losses equal to the uninterrupted run's, bit for bit."""
     whole, _ = request.getfixturevalue(name)
-    own = {"stage1": ["--zero_stage", 2], "stage2": ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"]}[name]
+    own = {
+        "stage1": ["--zero_stage", 2],
+        "stage2": ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"],
+    }[name]
     command = [*flags[name], *own, "--data", faces / "train", "--output_dir", tmp_path / "run"]
     status, output = run_command([*launcher(2), *command, "--max_steps", 3])
     assert status == 0, output
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "loss": 0.0, "total_loss": 0.0}\n{"step": 5, "lo')  # as of a run that died after its last checkpoint
+        file.write(
+            '{"step": 4, "loss": 0.0, "total_loss": 0.0}\n{"step": 5, "lo'
+        )  # as of a run that died after its last checkpoint
     status, output = run_command([*launcher(2), *command, "--resume"])
     assert status == 0 and "resumed at step 3" in output, output
     key = "loss" if name == "stage1" else "total_loss"
@@ -94,13 +114,39 @@ def test_cached_stage_2_trains_the_same_and_computes_nothing_twice(faces, stage1
 
 @pytest.mark.parametrize("zero_stage, how", [(0, "python"), (1, "torchrun"), (3, "deepspeed")])
 def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, stage1, flags, tmp_path, run_command):
-    """One rank or two, ZeRO 0 to 3: BatchNorm sees other batches on one rank, so only the two-rank losses must agree closely."""
+    """One rank or two, ZeRO 0 to 3: BatchNorm sees other batches on one rank, so only the two-rank losses must agree
+    closely.
+    """
     port = launcher(2)[-2]
-    start = {"python": [sys.executable, "train.py"], "deepspeed": launcher(2),
-             "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "train.py"]}[how]
+    start = {
+        "python": [sys.executable, "train.py"],
+        "deepspeed": launcher(2),
+        "torchrun": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            2,
+            "--master_port",
+            port,
+            "train.py",
+        ],
+    }[how]
     before = set(os.listdir("/dev/shm"))
     profile = ["--profile"] * (how == "python")
-    status, output = run_command([*start, *flags["stage1"], *profile, "--zero_stage", zero_stage, "--data", faces / "train", "--output_dir", tmp_path / "run"])
+    status, output = run_command(
+        [
+            *start,
+            *flags["stage1"],
+            *profile,
+            "--zero_stage",
+            zero_stage,
+            "--data",
+            faces / "train",
+            "--output_dir",
+            tmp_path / "run",
+        ]
+    )
     assert status == 0, output
     if profile:
         trace = json.loads((tmp_path / "run" / "profile" / "steps6-8_rank0.json").read_text())
@@ -112,22 +158,39 @@ def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, 
 
 
 def test_stage_1_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, run_command):
-    """One rank and another ZeRO stage continue the run of two ranks: class centers, momentum, weights, BatchNorm and schedule."""
+    """One rank and another ZeRO stage continue the run of two ranks: class centers, momentum, weights, BatchNorm and
+    schedule.
+    """
     shutil.copytree(stage1[0], tmp_path / "run")
     more = ["--zero_stage", 1, "--epochs", 3, "--data", faces / "train", "--output_dir", tmp_path / "run", "--resume"]
     status, output = run_command([sys.executable, "train.py", *flags["stage1"], *more])
     assert status == 0 and f"resumed at step {STEPS}" in output, output
     assert losses(tmp_path / "run", "step") == list(range(1, STEPS * 3 // 2 + 1))
     continued = losses(tmp_path / "run", "loss")
-    assert max(continued[STEPS:]) < min(continued[:STEPS // 2])  # it has not started anew
+    assert max(continued[STEPS:]) < min(continued[: STEPS // 2])  # it has not started anew
 
 
 def test_stage_2_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, run_command):
-    """Two ranks and ZeRO 2, then one and ZeRO 3, then two and ZeRO 0, each from the middle of an epoch: the losses are those of one launch."""
-    weights = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth", "--data", faces / "train", "--confidence_net", "mlp"]
+    """Two ranks and ZeRO 2, then one and ZeRO 3, then two and ZeRO 0, each from the middle of an epoch: the losses are
+    those of one launch.
+    """
+    weights = [
+        "--saved_bkb",
+        stage1[0] / "backbone.pth",
+        "--saved_fc",
+        stage1[0] / "fc.pth",
+        "--data",
+        faces / "train",
+        "--confidence_net",
+        "mlp",
+    ]
     command = [*flags["stage2"], "--lr", "1e-4", *weights, "--output_dir"]
     one = [sys.executable, "train.py"]
-    for start, more in (([*launcher(2)], ["--max_steps", 3]), (one, ["--max_steps", 5, "--zero_stage", 3]), ([*launcher(2)], ["--zero_stage", 0])):
+    for start, more in (
+        ([*launcher(2)], ["--max_steps", 3]),
+        (one, ["--max_steps", 5, "--zero_stage", 3]),
+        ([*launcher(2)], ["--zero_stage", 0]),
+    ):
         status, output = run_command([*start, *command, tmp_path / "run", "--resume", *more])
         assert status == 0, output
     assert "resumed at step 5 (epoch 2), written by 1 ranks with ZeRO 3" in output
@@ -156,20 +219,43 @@ BAD = {
     "missing data": (lambda f, s, t: ["--data", t / "none"], "there is no data set at"),
     "truncated rec": (lambda f, s, t: ["--data", truncated(f, t)], "train.rec"),
     "label out of range": (lambda f, s, t: ["--data", mislabelled(f, t)], "but"),
-    "batch larger than the data": (lambda f, s, t: ["--data", f, "--batch_size", "512"], "--batch_size 512 is more than the 128 images"),
-    "accumulation does not divide": (lambda f, s, t: ["--data", f, "--gradient_accumulation_steps", "3"], "must be divisible by ranks"),
-    "unknown deepspeed key": (lambda f, s, t: ["--data", f, "--deepspeed_config", t / "ds.json"], "did you mean gradient_clipping?"),
-    "one image a BatchNorm": (lambda f, s, t: ["--data", f, "--batch_size", "8", "--gradient_accumulation_steps", "8"], "must be at least 16"),
-    "folder of something else": (lambda f, s, t: ["--data", f, "--output_dir", t], "holds files that are no run of this program"),
-    "a different run": (lambda f, s, t: ["--data", f, "--output_dir", s, "--seed", "5", "--resume"], "holds a different run (seed 777 -> 5)"),
+    "batch larger than the data": (
+        lambda f, s, t: ["--data", f, "--batch_size", "512"],
+        "--batch_size 512 is more than the 128 images",
+    ),
+    "accumulation does not divide": (
+        lambda f, s, t: ["--data", f, "--gradient_accumulation_steps", "3"],
+        "must be divisible by ranks",
+    ),
+    "unknown deepspeed key": (
+        lambda f, s, t: ["--data", f, "--deepspeed_config", t / "ds.json"],
+        "did you mean gradient_clipping?",
+    ),
+    "one image a BatchNorm": (
+        lambda f, s, t: ["--data", f, "--batch_size", "8", "--gradient_accumulation_steps", "8"],
+        "must be at least 16",
+    ),
+    "folder of something else": (
+        lambda f, s, t: ["--data", f, "--output_dir", t],
+        "holds files that are no run of this program",
+    ),
+    "a different run": (
+        lambda f, s, t: ["--data", f, "--output_dir", s, "--seed", "5", "--resume"],
+        "holds a different run (seed 777 -> 5)",
+    ),
     "a run without resume": (lambda f, s, t: ["--data", f, "--output_dir", s], "give --resume to continue it"),
 }
 
 
 def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkeypatch, capsys):
     import train
+
     monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 1)
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", stage1[0], "--resume"])])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["train.py", *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", stage1[0], "--resume"])],
+    )
     before = snapshot(stage1[0])
     with run_folder.only_run_in(stage1[0]):
         assert train.main() == 2
@@ -179,11 +265,30 @@ def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkey
 
 def test_a_damaged_cache_is_one_line(faces, stage1, flags, tmp_path, monkeypatch, capsys):
     import train
+
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "meta.json").write_text("{")
     weights = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth", "--data", faces / "train"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage2"], *weights, "--zero_stage", 0, "--feature_cache", tmp_path / "cache",
-                                                            "--output_dir", tmp_path / "run"])])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            *map(
+                str,
+                [
+                    *flags["stage2"],
+                    *weights,
+                    "--zero_stage",
+                    0,
+                    "--feature_cache",
+                    tmp_path / "cache",
+                    "--output_dir",
+                    tmp_path / "run",
+                ],
+            ),
+        ],
+    )
     try:
         assert train.main() == 2
     finally:
@@ -193,20 +298,50 @@ def test_a_damaged_cache_is_one_line(faces, stage1, flags, tmp_path, monkeypatch
 
 def test_an_output_folder_that_cannot_be_made_is_one_line(faces, flags, monkeypatch, capsys):
     import train
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", "/proc/no_room_for_a_run"])])
+
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", "/proc/no_room_for_a_run"]),
+        ],
+    )
     try:
         assert train.main() == 2
     finally:
         distributed.finish()
-    assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: error: ") and not Path("/proc/no_room_for_a_run").exists()
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("train.py: error: ")
+        and not Path("/proc/no_room_for_a_run").exists()
+    )
 
 
 def test_overwrite_deletes_nothing_while_the_input_is_bad(faces, stage1, flags, monkeypatch, capsys):
     """An optimiser that is not installed shows late, when the module is there."""
     import train
+
     before = snapshot(stage1[0])
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage1"], "--optimizer", "apex", "--data", faces / "train", "--output_dir", stage1[0],
-                                                            "--overwrite"])])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            *map(
+                str,
+                [
+                    *flags["stage1"],
+                    "--optimizer",
+                    "apex",
+                    "--data",
+                    faces / "train",
+                    "--output_dir",
+                    stage1[0],
+                    "--overwrite",
+                ],
+            ),
+        ],
+    )
     try:
         assert train.main() == 2
     finally:
@@ -223,6 +358,7 @@ def snapshot(folder):
 def test_bad_input_is_one_line_and_status_2(case, faces, stage1, flags, tmp_path, monkeypatch, capsys):
     """In this process, so that ten starts of the interpreter are saved; the launched form is tested below."""
     import train
+
     (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
     make, expected = BAD[case]
     arguments = make(faces / "train", stage1[0], tmp_path)
@@ -237,9 +373,13 @@ def test_bad_input_is_one_line_and_status_2(case, faces, stage1, flags, tmp_path
     assert snapshot(stage1[0]) == before
 
 
-@pytest.mark.parametrize("swap, expected", [("both", "no backbone"), ("width", "from the same stage-1 run"), ("classes", "only 3 class centers")])
+@pytest.mark.parametrize(
+    "swap, expected",
+    [("both", "no backbone"), ("width", "from the same stage-1 run"), ("classes", "only 3 class centers")],
+)
 def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, flags, tmp_path, monkeypatch, capsys):
     import train
+
     backbone, centers = stage1[0] / "backbone.pth", stage1[0] / "fc.pth"
     if swap == "both":
         backbone, centers = centers, backbone
@@ -247,15 +387,45 @@ def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, 
         shape = (8, 16) if swap == "width" else (3, 32)
         torch.save(torch.randn(shape), tmp_path / "fc.pth")
         centers = tmp_path / "fc.pth"
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags["stage2"], "--saved_bkb", backbone, "--saved_fc", centers, "--data", faces / "train",
-                                                            "--output_dir", tmp_path / "out"])])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            *map(
+                str,
+                [
+                    *flags["stage2"],
+                    "--saved_bkb",
+                    backbone,
+                    "--saved_fc",
+                    centers,
+                    "--data",
+                    faces / "train",
+                    "--output_dir",
+                    tmp_path / "out",
+                ],
+            ),
+        ],
+    )
     assert train.main() == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and ("must hold" in error if swap == "both" else expected in error)
 
 
 def test_bad_input_under_the_launcher(faces, flags, tmp_path, run_command):
-    status, output = run_command([*launcher(2), *flags["stage1"], "--batch_size", "33", "--data", faces / "train", "--output_dir", tmp_path / "out"])
+    status, output = run_command(
+        [
+            *launcher(2),
+            *flags["stage1"],
+            "--batch_size",
+            "33",
+            "--data",
+            faces / "train",
+            "--output_dir",
+            tmp_path / "out",
+        ]
+    )
     assert status == 2
     assert output.count("--batch_size 33 must be divisible by ranks") == 1
     assert "Traceback" not in output and not Path(tmp_path / "out").exists()

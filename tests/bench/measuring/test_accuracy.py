@@ -45,7 +45,9 @@ def test_reference_is_log_bessel_i():
                 ratio = mp.besseli(order + 1, kappa) / bessel
                 assert mp.almosteq(mp.log(bessel) - order * mp.log(kappa), mpf(entry["psi"]), rel_eps=mpf(10) ** -35)
                 assert mp.almosteq(ratio, mpf(entry["A"]), rel_eps=mpf(10) ** -35)
-                assert mp.almosteq(1 - ratio**2 - (dim - 1) * ratio / kappa, mpf(entry["A_prime"]), rel_eps=mpf(10) ** -30)
+                assert mp.almosteq(
+                    1 - ratio**2 - (dim - 1) * ratio / kappa, mpf(entry["A_prime"]), rel_eps=mpf(10) ** -30
+                )
 
 
 def test_a_planted_error_is_found(monkeypatch):
@@ -63,7 +65,9 @@ def test_a_planted_error_is_found(monkeypatch):
 
 
 def test_where_others_hold():
-    """float64 ive_255 is least just above kappa = 12 and iv_255 overflows near 750; the published gradient is 1 until ive matters."""
+    """float64 ive_255 is least just above kappa = 12 and iv_255 overflows near 750; the published gradient is 1 until
+    ive matters.
+    """
     found = accuracy.other_errors(512, "cpu")
     low, high = found["scipy log ive + kappa"]["finite"]
     assert (low, high) == (pytest.approx(12.9, rel=0.02), pytest.approx(1e7))

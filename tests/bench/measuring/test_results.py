@@ -11,8 +11,20 @@ from bench import compare, report
 from bench.measuring.results import by_device, read, table
 
 ROOT = Path(__file__).parents[3]
-ENVIRONMENT = {"date": "2026-01-02", "device": "cpu", "cpu": "A", "threads": 1, "torch": "2", "commit": "c", "command": "python -m bench.suite"}
-FLOORS = {"copy_bytes_per_second": 1e10, "flops_per_second": {"float32": 1e11, "bfloat16": 2e11}, "launch_seconds": 1e-6}
+ENVIRONMENT = {
+    "date": "2026-01-02",
+    "device": "cpu",
+    "cpu": "A",
+    "threads": 1,
+    "torch": "2",
+    "commit": "c",
+    "command": "python -m bench.suite",
+}
+FLOORS = {
+    "copy_bytes_per_second": 1e10,
+    "flops_per_second": {"float32": 1e11, "bfloat16": 2e11},
+    "launch_seconds": 1e-6,
+}
 
 
 def samples(median, spread, count=50, seed=0):
@@ -21,31 +33,75 @@ def samples(median, spread, count=50, seed=0):
 
 
 def suite_file(path, section="scf_loss", ours=1e-3, baseline=2e-3, spread=0.02, seed=0, **more):
-    records = [{"work": "scf_loss, B = 4", "way": way, "seconds": samples(seconds, spread, seed=seed), "floor_seconds": 1e-4, "bound": "memory",
-                "per_second": 4 / seconds, "unit": "images"} for way, seconds in (("scf_fast", ours), ("published", baseline))]
+    records = [
+        {
+            "work": "scf_loss, B = 4",
+            "way": way,
+            "seconds": samples(seconds, spread, seed=seed),
+            "floor_seconds": 1e-4,
+            "bound": "memory",
+            "per_second": 4 / seconds,
+            "unit": "images",
+        }
+        for way, seconds in (("scf_fast", ours), ("published", baseline))
+    ]
     records.append({"work": "scf_loss, B = 4", "way": "peer", "not_measured": "not installed"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"section": section, "environment": ENVIRONMENT | more, "machine": FLOORS, "complete": True, "records": records}))
+    path.write_text(
+        json.dumps(
+            {
+                "section": section,
+                "environment": ENVIRONMENT | more,
+                "machine": FLOORS,
+                "complete": True,
+                "records": records,
+            }
+        )
+    )
     return str(path)
 
 
-@pytest.mark.parametrize("ours, baseline, spread, status", [
-    (1.0e-3, 2e-3, 0.02, 0), (1.2e-3, 2e-3, 0.02, 1), (1.03e-3, 2e-3, 0.001, 0), (0.7e-3, 2e-3, 0.02, 0), (1.2e-3, 2e-3, 0.9, 0), (1e-3, 4e-3, 0.02, 0)])
+@pytest.mark.parametrize(
+    "ours, baseline, spread, status",
+    [
+        (1.0e-3, 2e-3, 0.02, 0),
+        (1.2e-3, 2e-3, 0.02, 1),
+        (1.03e-3, 2e-3, 0.001, 0),
+        (0.7e-3, 2e-3, 0.02, 0),
+        (1.2e-3, 2e-3, 0.9, 0),
+        (1e-3, 4e-3, 0.02, 0),
+    ],
+)
 def test_compare_tells_a_change_from_noise(ours, baseline, spread, status, tmp_path):
-    """In turn: the same, slower, slower within the tolerance, faster, slower within the noise, only the baseline slower."""
-    old, new = suite_file(tmp_path / "old.json", spread=spread), suite_file(tmp_path / "new.json", ours=ours, baseline=baseline, spread=spread, seed=1)
+    """In turn: the same, slower, slower within the tolerance, faster, slower within the noise, only the baseline
+    slower.
+    """
+    old, new = (
+        suite_file(tmp_path / "old.json", spread=spread),
+        suite_file(tmp_path / "new.json", ours=ours, baseline=baseline, spread=spread, seed=1),
+    )
     assert compare.main([old, new]) == status
 
 
 def test_compare_says_what_changed(tmp_path, capsys):
-    compare.main([suite_file(tmp_path / "old.json"), suite_file(tmp_path / "new.json", ours=1.5e-3, baseline=3e-3, seed=1)])
+    compare.main(
+        [suite_file(tmp_path / "old.json"), suite_file(tmp_path / "new.json", ours=1.5e-3, baseline=3e-3, seed=1)]
+    )
     printed = capsys.readouterr().out
-    assert printed.count("slower |") == 2 and "1 of our 1 cases are slower" in printed and "baselines take 1.5" in printed
+    assert (
+        printed.count("slower |") == 2 and "1 of our 1 cases are slower" in printed and "baselines take 1.5" in printed
+    )
 
 
-@pytest.mark.parametrize("more, content, message", [
-    ({"cpu": "B"}, None, "one cpu, got 'A' and 'B'"), ({"threads": 2}, None, "one threads, got 1 and 2"), ({}, "{", "must be a JSON file"),
-    ({}, json.dumps({"environment": ENVIRONMENT, "records": []}), "cases in common")])
+@pytest.mark.parametrize(
+    "more, content, message",
+    [
+        ({"cpu": "B"}, None, "one cpu, got 'A' and 'B'"),
+        ({"threads": 2}, None, "one threads, got 1 and 2"),
+        ({}, "{", "must be a JSON file"),
+        ({}, json.dumps({"environment": ENVIRONMENT, "records": []}), "cases in common"),
+    ],
+)
 def test_compare_refuses_what_does_not_compare(more, content, message, tmp_path, capsys):
     old, new = suite_file(tmp_path / "old.json"), suite_file(tmp_path / "new.json", **more)
     if content:
@@ -58,19 +114,33 @@ def test_compare_refuses_what_does_not_compare(more, content, message, tmp_path,
 def test_every_format_is_read(tmp_path):
     stats = {"median": 0.5, "q1": 0.4, "q3": 0.6, "rounds": 16}
     contents = {
-        "pytest": {"machine_info": ENVIRONMENT, "benchmarks": [{"group": "w", "name": "test[eager]", "extra_info": {"way": "eager"}, "stats": stats}]},
+        "pytest": {
+            "machine_info": ENVIRONMENT,
+            "benchmarks": [{"group": "w", "name": "test[eager]", "extra_info": {"way": "eager"}, "stats": stats}],
+        },
         "claims": {"environment": ENVIRONMENT, "cases": [{"work": "w", "seconds": {"eager": [0.5] * 4}}]},
-        "throughput": {"environment": ENVIRONMENT, "networks": ["n"], "confidence_net": "conv", "epoch_batch": 8,
-                       "results": {"n": {"steps": {"4": {"published": [8.0, 8.0, 8.0, 8.0, 4.0]}}, "epochs": {"ours": [16.0, 16.0]}}}},
+        "throughput": {
+            "environment": ENVIRONMENT,
+            "networks": ["n"],
+            "confidence_net": "conv",
+            "epoch_batch": 8,
+            "results": {
+                "n": {"steps": {"4": {"published": [8.0, 8.0, 8.0, 8.0, 4.0]}}, "epochs": {"ours": [16.0, 16.0]}}
+            },
+        },
     }
     found = {}
     for name, content in contents.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         found[name] = read(tmp_path / f"{name}.json").timings
-    assert [(t.work, t.way, t.median, t.low, t.high) for t in found["pytest"]] == [("w", "eager", 0.5, pytest.approx(0.4215), pytest.approx(0.5785))]
+    assert [(t.work, t.way, t.median, t.low, t.high) for t in found["pytest"]] == [
+        ("w", "eager", 0.5, pytest.approx(0.4215), pytest.approx(0.5785))
+    ]
     assert [(t.work, t.way, t.median, t.low) for t in found["claims"]] == [("w", "eager", 0.5, None)]
-    assert [(t.work, t.median, t.low, t.ours) for t in found["throughput"]] == [("stage 2 step, n, conv, B = 4", 0.5, 0.5, False),
-                                                                               ("stage 2 epoch, n, conv, B = 8", 0.5, None, True)]
+    assert [(t.work, t.median, t.low, t.ours) for t in found["throughput"]] == [
+        ("stage 2 step, n, conv, B = 4", 0.5, 0.5, False),
+        ("stage 2 epoch, n, conv, B = 8", 0.5, None, True),
+    ]
 
 
 def test_the_newest_of_each_kind_counts(tmp_path):
@@ -88,16 +158,42 @@ def test_report_has_tables_plots_and_empty_cells(tmp_path):
     folder = tmp_path / "results" / "cpu"
     suite_file(folder / "scf_loss.json", spread=0)
     suite_file(folder / "floors.json", section="floors")
-    steps = [{"work": f"stage 1 step, ir_tiny, B = {batch}, C = 100", "way": way, "seconds": [0.1] * 5, "floor_seconds": 0.01, "bound": "compute",
-              "per_second": rate, "unit": "images", "network": "ir_tiny", "batch": batch, "classes": 100, "peak_mib": 1.0}
-             for batch, way, rate in ((4, "scf_fast", 1000.0), (8, "scf_fast", 2000.0), (4, "dense", 500.0))]
-    heads = [{"work": "margin_softmax, C = 1000", "way": "scf_fast", "seconds": [1e-3] * 5, "classes": 1000, "batch": 10, "peak_mib": 2.0}]
+    steps = [
+        {
+            "work": f"stage 1 step, ir_tiny, B = {batch}, C = 100",
+            "way": way,
+            "seconds": [0.1] * 5,
+            "floor_seconds": 0.01,
+            "bound": "compute",
+            "per_second": rate,
+            "unit": "images",
+            "network": "ir_tiny",
+            "batch": batch,
+            "classes": 100,
+            "peak_mib": 1.0,
+        }
+        for batch, way, rate in ((4, "scf_fast", 1000.0), (8, "scf_fast", 2000.0), (4, "dense", 500.0))
+    ]
+    heads = [
+        {
+            "work": "margin_softmax, C = 1000",
+            "way": "scf_fast",
+            "seconds": [1e-3] * 5,
+            "classes": 1000,
+            "batch": 10,
+            "peak_mib": 2.0,
+        }
+    ]
     for section, records in (("stage1", steps), ("margin_softmax", heads)):
-        (folder / f"{section}.json").write_text(json.dumps({"section": section, "environment": ENVIRONMENT, "complete": False, "records": records}))
+        (folder / f"{section}.json").write_text(
+            json.dumps({"section": section, "environment": ENVIRONMENT, "complete": False, "records": records})
+        )
     out = tmp_path / "RESULTS.md"
     assert report.main(["--results", str(tmp_path / "results"), "--out", str(out)]) == 0
     page = out.read_text()
-    assert "| scf_loss, B = 4 | 100 us, memory | 1 ms, 4,000 images/s (10.0 x) | 2 ms, 2,000 images/s (20.0 x) |" in page
+    assert (
+        "| scf_loss, B = 4 | 100 us, memory | 1 ms, 4,000 images/s (10.0 x) | 2 ms, 2,000 images/s (20.0 x) |" in page
+    )
     assert "### Scoring\n\n| work | floor, bound |\n| --- | --- |\n| not measured | not measured |" in page
     assert "- peer, 1 case not measured: not installed" in page
     assert "No GPU has been at hand" in page and "| interrupted |" in page and str(tmp_path) not in page
@@ -119,13 +215,20 @@ def test_committed_results_say_where_they_come_from():
     files = [file for found in by_device().values() for file in found]
     assert files
     for file in files:
-        assert all(file.environment.get(name) for name in ("device", "torch", "date", "commit", "command")), file.path.name
+        assert all(file.environment.get(name) for name in ("device", "torch", "date", "commit", "command")), (
+            file.path.name
+        )
         assert not re.search(r'"/[a-z]+/|/(home|root|tmp|mnt|scratch)/', json.dumps(file.content)), file.path.name
         assert not file.content.get("tiny"), file.path.name
 
 
 def test_results_that_the_readmes_name_are_there():
-    linked = [page.parent / link for page in (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "bench" / "RESULTS.md")
-              for link in re.findall(r"\]\(([^)#:]*results[^)]*)\)", page.read_text())]
+    linked = [
+        page.parent / link
+        for page in (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "bench" / "RESULTS.md")
+        for link in re.findall(r"\]\(([^)#:]*results[^)]*)\)", page.read_text())
+    ]
     missing = [path.name for path in linked if not path.exists()]
-    assert len(linked) > 10 and not missing, f"{missing}: after moving results run python -m bench.report, and mend the README's links"
+    assert len(linked) > 10 and not missing, (
+        f"{missing}: after moving results run python -m bench.report, and mend the README's links"
+    )

@@ -29,7 +29,20 @@ def test_interleaved_seconds_takes_turns(monkeypatch):
     calls = {name: lambda x, name=name: called.append(name + x) or name + x for name in "ab"}
     samples = timing.interleaved_seconds(calls, [("0",), ("1",), ("2",)], "cpu", rounds=3)
     assert timed == ["a0", "b0", "b2", "a2", "a1", "b1"]
-    assert called[2:] == ["a2", "a0", "b2", "b0", "b1", "b2", "a1", "a2", "a0", "a1", "b0", "b1"]  # each after one of its own, untimed
+    assert called[2:] == [
+        "a2",
+        "a0",
+        "b2",
+        "b0",
+        "b1",
+        "b2",
+        "a1",
+        "a2",
+        "a0",
+        "a1",
+        "b0",
+        "b1",
+    ]  # each after one of its own, untimed
     assert samples == {"a": [1.0, 2.0, 9.0], "b": [10.0, 20.0, 30.0]}
 
 
@@ -88,10 +101,14 @@ def test_a_wrong_loss_is_not_timed(monkeypatch):
         scf_loss.check("scf_fast", batch)
 
 
-@pytest.mark.parametrize("name, wrong", [
-    ("scf_fast", lambda *faces: scoring.vmf_similarity_matrix(*faces) + 0.01),
-    ("scf_fast_top_10", lambda *faces: (scoring.vmf_similarity_matrix(*faces).topk(11).values[:, 1:], None)),
-    ("scf_fast_histogram", lambda *faces: scoring.histogram(*faces).roll(3, dims=1))])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("scf_fast", lambda *faces: scoring.vmf_similarity_matrix(*faces) + 0.01),
+        ("scf_fast_top_10", lambda *faces: (scoring.vmf_similarity_matrix(*faces).topk(11).values[:, 1:], None)),
+        ("scf_fast_histogram", lambda *faces: scoring.histogram(*faces).roll(3, dims=1)),
+    ],
+)
 def test_wrong_scores_are_not_timed(monkeypatch, name, wrong):
     torch.manual_seed(0)
     faces = (*scoring.fresh_faces(40, "cpu"), *scoring.fresh_faces(40, "cpu"))
@@ -109,14 +126,27 @@ def test_benchmarks_run_when_named(tmp_path):
         "bench/bench_scf_loss.py::test_scf_loss[scf_loss,-forward-(confidence),-B-=-256,-C-=-85742,-eager]",
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases, f"--benchmark-json={results}"]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # or pytest-benchmark times nothing
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")
+    }  # or pytest-benchmark times nothing
     environ["CUDA_VISIBLE_DEVICES"] = ""  # the cases are those of the CPU
     finished = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     timed = json.loads(results.read_text())["benchmarks"]
     assert {case["group"].split(",")[0] for case in timed} == {"log_bessel_i", "scf_loss"}
     for case in timed:
-        assert {"device", "driver", "torch", "triton", "commit", "command", "dtype", "peak_mib", "kernels", "floor_seconds"} <= set(case["extra_info"])
+        assert {
+            "device",
+            "driver",
+            "torch",
+            "triton",
+            "commit",
+            "command",
+            "dtype",
+            "peak_mib",
+            "kernels",
+            "floor_seconds",
+        } <= set(case["extra_info"])
 
 
 def test_samples_are_many_where_calls_are_short_and_few_where_they_are_long(monkeypatch):
@@ -134,6 +164,10 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_command_names_no_place_on_the_machine(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/else", "--out", "/home/me/runs", str(ROOT / "bench" / "results"), "--batch", "3"])
+    monkeypatch.setattr(
+        sys, "argv", ["/somewhere/else", "--out", "/home/me/runs", str(ROOT / "bench" / "results"), "--batch", "3"]
+    )
     found = environment("cpu")["command"]
-    assert found.startswith("python ") and found.endswith(" --out runs bench/results --batch 3") and "/home" not in found
+    assert (
+        found.startswith("python ") and found.endswith(" --out runs bench/results --batch 3") and "/home" not in found
+    )

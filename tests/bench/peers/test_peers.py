@@ -1,4 +1,6 @@
-"""Other projects' losses are called the way they are meant to be, here with stand-ins of their documented signatures, and checked as any other."""
+"""Other projects' losses are called the way they are meant to be, here with stand-ins of their documented signatures,
+and checked as any other.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -36,8 +38,11 @@ def linear_cross_entropy(e, c, targets):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    for name, content in (("losses", {"CombinedMarginLoss": CombinedMarginLoss}), ("cut_cross_entropy", {"linear_cross_entropy": linear_cross_entropy}),
-                          ("liger_kernel.transformers", {"LigerFusedLinearCrossEntropyLoss": LigerFusedLinearCrossEntropyLoss})):
+    for name, content in (
+        ("losses", {"CombinedMarginLoss": CombinedMarginLoss}),
+        ("cut_cross_entropy", {"linear_cross_entropy": linear_cross_entropy}),
+        ("liger_kernel.transformers", {"LigerFusedLinearCrossEntropyLoss": LigerFusedLinearCrossEntropyLoss}),
+    ):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
 
 
@@ -48,7 +53,11 @@ def test_peers_pass_the_check_that_every_way_must(name, stand_ins):
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(stand_ins, monkeypatch):
-    monkeypatch.setattr(sys.modules["cut_cross_entropy"], "linear_cross_entropy", lambda e, c, targets: F.cross_entropy(1.01 * e @ c.t(), targets))
+    monkeypatch.setattr(
+        sys.modules["cut_cross_entropy"],
+        "linear_cross_entropy",
+        lambda e, c, targets: F.cross_entropy(1.01 * e @ c.t(), targets),
+    )
     with pytest.raises(AssertionError):
         margin_softmax.check("cut_cross_entropy", "cpu")
 

@@ -1,4 +1,5 @@
 """The short version of ``make chaos``: stage 1, two faults."""
+
 import json
 import sys
 
@@ -17,16 +18,20 @@ def test_a_run_under_faults_ends_as_one_left_alone(tmp_path, run_command):
 
 def test_lost_and_repeated_images_and_other_losses_are_seen(tmp_path, monkeypatch):
     from bench.robustness import chaos
+
     monkeypatch.setattr(chaos, "IDENTITIES", 2)
     monkeypatch.setattr(chaos, "IMAGES_EACH", 2)
     monkeypatch.setattr(chaos, "EPOCHS", 1)
     monkeypatch.setattr(chaos, "STEPS", 2)
-    for name, steps, loss in (("alone", ([0, 1], [3, 3]), 2.0), ("out", ([0, 3], [3, 3]), 2.5)):  # 2 is corrupt, 3 stands in for it
+    for name, steps, loss in (
+        ("alone", ([0, 1], [3, 3]), 2.0),
+        ("out", ([0, 3], [3, 3]), 2.5),
+    ):  # 2 is corrupt, 3 stands in for it
         folder = tmp_path / name
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": loss}) + "\n" for i in (1, 2)))
         for rank in range(2):
-            lines = [json.dumps({"step": i, "images": images[rank:rank + 1]}) for i, images in enumerate(steps, 1)]
+            lines = [json.dumps({"step": i, "images": images[rank : rank + 1]}) for i, images in enumerate(steps, 1)]
             (folder / f"samples_rank{rank}.jsonl").write_text("\n".join(lines))
     same = chaos.compare(tmp_path / "alone", tmp_path / "alone", {2}, "loss")
     assert (same["lost"], same["repeated"], same["largest_difference"]) == (0, 0, 0)

@@ -1,4 +1,6 @@
-"""Bytes of real collectives of two ranks are those that the model computes, which is then held to cases worked out by hand."""
+"""Bytes of real collectives of two ranks are those that the model computes, which is then held to cases worked out by
+hand.
+"""
 
 import json
 

@@ -1,4 +1,5 @@
 """RFC 3720's examples, and one bit at a time."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,10 +21,24 @@ def checksum(data):
     return int(crc32c(np.frombuffer(data, dtype=np.uint8)))
 
 
-@pytest.mark.parametrize(("data", "expected"), [  # appendix B.4, whose bytes stand in the order of transmission; and the usual check value
-    (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (bytes(range(32)), 0x46DD794E), (bytes(range(31, -1, -1)), 0x113FDB5C),
-    (bytes.fromhex("01c00000 00000000 00000000 00000000 14000000 00000400 00000014 00000018 28000000 00000000 02000000 00000000"), 0xD9963A56),
-    (b"123456789", 0xE3069283), (b"", 0)])
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [  # appendix B.4, whose bytes stand in the order of transmission; and the usual check value
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (bytes(range(31, -1, -1)), 0x113FDB5C),
+        (
+            bytes.fromhex(
+                "01c00000 00000000 00000000 00000000 14000000 00000400 00000014 00000018 28000000 00000000 02000000 "
+                "00000000"
+            ),
+            0xD9963A56,
+        ),
+        (b"123456789", 0xE3069283),
+        (b"", 0),
+    ],
+)
 def test_known_values(data, expected):
     assert checksum(data) == expected
 
@@ -37,4 +52,8 @@ def test_several_blocks_and_rows():
     rows = np.random.default_rng(0).integers(0, 256, (3, 9000), dtype=np.uint8)
     for size in (4091, 4092, 4093, 8188, 8189, 9000):
         assert crc32c(rows[:, :size]).tolist() == [bit_by_bit(row[:size].tobytes()) for row in rows]
-    assert crc32c(rows[0]).shape == () and crc32c(rows[:0, :8]).shape == (0,) and crc32c(rows[:, :8].reshape(3, 1, 8)).shape == (3, 1)
+    assert (
+        crc32c(rows[0]).shape == ()
+        and crc32c(rows[:0, :8]).shape == (0,)
+        and crc32c(rows[:, :8].reshape(3, 1, 8)).shape == (3, 1)
+    )

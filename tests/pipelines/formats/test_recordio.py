@@ -1,4 +1,5 @@
 """RecordIO against frames built with struct alone, and the writer against a reader that walks frame by frame."""
+
 import struct
 
 import numpy as np
@@ -45,7 +46,7 @@ def read_frames(file):
             assert magic == MAGIC
             cflag, length = cflag_length >> 29, cflag_length & (1 << 29) - 1
             assert cflag in ((0, 1) if not parts else (2, 3))
-            parts.append(file[at + 8:at + 8 + length])
+            parts.append(file[at + 8 : at + 8 + length])
             at += 8 + (length + 3) // 4 * 4
             if cflag in (0, 3):
                 break
@@ -61,7 +62,7 @@ def test_scan_picks_image_records_of_a_distributed_file():
         frame(0, payload(1.0, b"jpeg one", record_id=1)),
         frame(0, payload([7.0, 3.5, 0.0], b"odd", record_id=2)),
         frame(0, payload(3.0, b"z", record_id=3)),
-        frame(1, cut[:at]) + frame(3, cut[at + 4:]),
+        frame(1, cut[:at]) + frame(3, cut[at + 4 :]),
         frame(0, payload([1.0, 3.0], b"", record_id=5)),  # identity records
         frame(0, payload([3.0, 5.0], b"", record_id=6)),
     ]
@@ -89,12 +90,18 @@ def test_scan_across_blocks(monkeypatch):
     np.testing.assert_array_equal(labels, np.arange(13))
 
 
-@given(st.lists(st.tuples(IMAGES, st.one_of(st.just(1.0), st.lists(st.just(2.0), max_size=3))), min_size=1, max_size=6),
-       st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), max_size=3))
+@given(
+    st.lists(st.tuples(IMAGES, st.one_of(st.just(1.0), st.lists(st.just(2.0), max_size=3))), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), max_size=3),
+)
 def test_images_in_many_records(contents, damages):
     """What it vouches for is what read_record gives; in intact files only cut records are left to that."""
-    frames = [frame(0, payload(label, image)) if MAGIC not in payload(label, image) else
-              b"".join([frame(1, payload(label, b"")), frame(3, image)]) for image, label in contents]
+    frames = [
+        frame(0, payload(label, image))
+        if MAGIC not in payload(label, image)
+        else b"".join([frame(1, payload(label, b"")), frame(3, image)])
+        for image, label in contents
+    ]
     lengths = np.array([len(f) for f in frames])
     starts = np.cumsum(lengths) - lengths
     data = as_array(b"".join(frames)).copy()
@@ -102,13 +109,17 @@ def test_images_in_many_records(contents, damages):
         data[place % len(data)] = value
     for b, (first, size) in enumerate(zip(*(places.tolist() for places in images_in(data, starts, lengths)))):
         if size:
-            assert data[first:first + size].tobytes() == read_record(data, int(starts[b])).image.tobytes()
+            assert data[first : first + size].tobytes() == read_record(data, int(starts[b])).image.tobytes()
             assert starts[b] <= first and first + size <= starts[b] + lengths[b]
         elif not damages:
             assert MAGIC in payload(contents[b][1], contents[b][0])
 
 
-@given(images=st.lists(IMAGES, min_size=1, max_size=4), labels=st.lists(st.integers(0, 9), min_size=4, max_size=4), as_list=st.booleans())
+@given(
+    images=st.lists(IMAGES, min_size=1, max_size=4),
+    labels=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    as_list=st.booleans(),
+)
 def test_writer_against_the_definition(tmp_path_factory, images, labels, as_list):
     folder = tmp_path_factory.mktemp("rec")
     with RecordWriter(folder / "train.rec", folder / "train.idx") as writer:
@@ -121,8 +132,12 @@ def test_writer_against_the_definition(tmp_path_factory, images, labels, as_list
     n = len(images)
     assert list(payloads) == [
         payload([n + 1, n + 3], b""),
-        *(payload([label, 0.25] if as_list else label, image, i) for i, (image, label) in enumerate(zip(images, labels), start=1)),
-        payload([1, 2], b"", n + 1)]
+        *(
+            payload([label, 0.25] if as_list else label, image, i)
+            for i, (image, label) in enumerate(zip(images, labels), start=1)
+        ),
+        payload([1, 2], b"", n + 1),
+    ]
     assert (folder / "train.idx").read_text() == "".join(f"{i}\t{offset}\n" for i, offset in enumerate(offsets))
 
     found, _, found_labels, _ = scan_image_records(as_array(file))
@@ -132,13 +147,22 @@ def test_writer_against_the_definition(tmp_path_factory, images, labels, as_list
 
 def test_images_of_no_bytes_are_counted():
     """A plain label and no image; header and identity records have label arrays."""
-    frames = [frame(0, payload([3.0, 4.0], b"")), frame(0, payload(1.0, b"jpeg")), frame(0, payload(1.0, b"")), frame(0, payload([1.0, 3.0], b""))]
+    frames = [
+        frame(0, payload([3.0, 4.0], b"")),
+        frame(0, payload(1.0, b"jpeg")),
+        frame(0, payload(1.0, b"")),
+        frame(0, payload([1.0, 3.0], b"")),
+    ]
     records = scan_image_records(as_array(b"".join(frames)))
     assert len(records.offsets) == 1 and records.num_empty == 1
 
 
 def test_whole_records_end_where_damage_starts():
-    frames = [frame(0, payload(1.0, b"four", 1)), frame(1, payload(2.0, b"", 2)) + frame(3, b"tail."), frame(0, payload([3.0], b"x", 3))]
+    frames = [
+        frame(0, payload(1.0, b"four", 1)),
+        frame(1, payload(2.0, b"", 2)) + frame(3, b"tail."),
+        frame(0, payload([3.0], b"x", 3)),
+    ]
     file = b"".join(frames)
     ends = np.cumsum([0, *map(len, frames)])
     for cut in range(len(file) + 1):
@@ -150,7 +174,11 @@ def test_whole_records_end_where_damage_starts():
 
 
 def test_truncated_file_is_refused_unless_it_ends_with_a_record():
-    frames = [frame(0, payload(1.0, b"four", 1)), frame(1, payload(2.0, b"", 2)) + frame(3, b"tail."), frame(0, payload([3.0], b"x", 3))]
+    frames = [
+        frame(0, payload(1.0, b"four", 1)),
+        frame(1, payload(2.0, b"", 2)) + frame(3, b"tail."),
+        frame(0, payload([3.0], b"x", 3)),
+    ]
     file = b"".join(frames)
     ends = [0, *np.cumsum([len(f) for f in frames])]
     for cut in range(1, len(file)):
@@ -163,15 +191,18 @@ def test_truncated_file_is_refused_unless_it_ends_with_a_record():
             assert max(end for end in ends if end <= cut) <= named <= cut
 
 
-@pytest.mark.parametrize(("file", "message"), [
-    (b"", "empty"),
-    (b"\x89PNG" + bytes(60), "byte 0 must start a record with magic"),
-    (frame(0, payload(1.0, b"ok")) + bytes(40), "byte 36 must start a record with magic"),
-    (frame(3, payload(1.0, b"ok")), "byte 0 must start a record and lies inside one"),
-    (frame(1, payload(1.0, b"ok..")) + frame(0, payload(1.0, b"ok")), "last part is missing"),
-    (frame(0, b"short"), "must hold a 24-byte header, got 5 bytes"),
-    (frame(0, struct.pack("<IfQQ", 9, 0, 0, 0) + bytes(8)), "announces 9 labels in 32 bytes"),
-])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (b"", "empty"),
+        (b"\x89PNG" + bytes(60), "byte 0 must start a record with magic"),
+        (frame(0, payload(1.0, b"ok")) + bytes(40), "byte 36 must start a record with magic"),
+        (frame(3, payload(1.0, b"ok")), "byte 0 must start a record and lies inside one"),
+        (frame(1, payload(1.0, b"ok..")) + frame(0, payload(1.0, b"ok")), "last part is missing"),
+        (frame(0, b"short"), "must hold a 24-byte header, got 5 bytes"),
+        (frame(0, struct.pack("<IfQQ", 9, 0, 0, 0) + bytes(8)), "announces 9 labels in 32 bytes"),
+    ],
+)
 def test_damage_is_named(file, message):
     with pytest.raises(ValueError, match=message):
         scan_image_records(as_array(file))
@@ -180,7 +211,10 @@ def test_damage_is_named(file, message):
 def test_failed_writer_leaves_the_old_files(tmp_path):
     rec, idx = tmp_path / "train.rec", tmp_path / "train.idx"
     rec.write_bytes(b"old")
-    with pytest.raises(ValueError, match="record 1: an image record needs image bytes"), RecordWriter(rec, idx) as writer:
+    with (
+        pytest.raises(ValueError, match="record 1: an image record needs image bytes"),
+        RecordWriter(rec, idx) as writer,
+    ):
         writer.write_header_record(1, 1)
         writer.write_image(1, 0, b"")
     assert rec.read_bytes() == b"old" and list(tmp_path.iterdir()) == [rec]
@@ -192,5 +226,7 @@ def test_property(tmp_path):
     assert read_num_classes(tmp_path / "property") == 85742
     for text in ("many,112,112", "9999999999", "9" * 5000, ""):
         (tmp_path / "property").write_text(text)
-        with pytest.raises(ValueError, match=f"must hold 'classes,height,width' with up to 2147483648 classes, got '{text[:60]}'"):
+        with pytest.raises(
+            ValueError, match=f"must hold 'classes,height,width' with up to 2147483648 classes, got '{text[:60]}'"
+        ):
             read_num_classes(tmp_path / "property")

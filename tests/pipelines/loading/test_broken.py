@@ -18,6 +18,7 @@ def loading(bad):
         if i in bad:
             raise ValueError(f"image {i} cannot be decoded: it is bad")
         return f"face {i}"
+
     return load
 
 
@@ -26,12 +27,21 @@ def test_the_next_good_image_takes_the_place(caplog):
     tried = []
     load = loading({1, 6, 7})
     assert [broken.load(i, lambda j: tried.append(j) or load(j)) for i in (0, 1, 2, 6, 1)] == [
-        (0, "face 0"), (3, "face 3"), (3, "face 3"), (0, "face 0"), (3, "face 3")]
+        (0, "face 0"),
+        (3, "face 3"),
+        (3, "face 3"),
+        (0, "face 0"),
+        (3, "face 3"),
+    ]
     assert tried == [0, 1, 3, 3, 6, 7, 0, 3]  # what is known to be broken is not tried again
     assert list(broken.found) == [1, 6, 7] and len(broken) == 4
     assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.WARNING, f"broken image, the next one takes its place: image {i} cannot be decoded: it is bad ({n} so far)")
-        for n, i in enumerate((1, 6, 7), start=1)]
+        (
+            logging.WARNING,
+            f"broken image, the next one takes its place: image {i} cannot be decoded: it is bad ({n} so far)",
+        )
+        for n, i in enumerate((1, 6, 7), start=1)
+    ]
 
 
 def test_without_replacement_the_error_passes():
@@ -48,7 +58,11 @@ def test_data_that_is_gone_ends_the_search(count, tries):
     def load(i):
         tried.append(i)
         raise ValueError("the mount is gone")
-    with pytest.raises(ValueError, match=rf"image 1 and the {tries - 1} images after it cannot be read or decoded: the mount is gone; check that"):
+
+    with pytest.raises(
+        ValueError,
+        match=rf"image 1 and the {tries - 1} images after it cannot be read or decoded: the mount is gone; check that",
+    ):
         BrokenImages(source_of(count), replace=True, log=False).load(1, load)
     assert len(tried) == tries
 

@@ -40,11 +40,17 @@ def test_exif_orientation_is_undone():
 
 
 def test_other_sizes_are_averaged_down_whole():
-    """Each pixel of a 2 x 2 enlargement is constant over the filter's core; the triangle's tails mix in an eighth of each neighbour."""
+    """Each pixel of a 2 x 2 enlargement is constant over the filter's core; the triangle's tails mix in an eighth of
+    each neighbour.
+    """
     along = np.arange(112) % 2 * 160
-    face = decode_face(png(np.repeat(np.repeat(np.broadcast_to(along[:, None, None], (112, 112, 3)), 2, 0), 2, 1).astype(np.uint8)))
+    face = decode_face(
+        png(np.repeat(np.repeat(np.broadcast_to(along[:, None, None], (112, 112, 3)), 2, 0), 2, 1).astype(np.uint8))
+    )
     assert face.shape == (112, 112, 3)
-    np.testing.assert_allclose(face[1:-1], np.broadcast_to((0.75 * along + 0.25 * (160 - along))[1:-1, None, None], (110, 112, 3)), atol=1)
+    np.testing.assert_allclose(
+        face[1:-1], np.broadcast_to((0.75 * along + 0.25 * (160 - along))[1:-1, None, None], (110, 112, 3)), atol=1
+    )
 
 
 def encode(fmt, image=None, **options):
@@ -54,13 +60,23 @@ def encode(fmt, image=None, **options):
 
 
 COMMON = {
-    "jpeg": encode("JPEG"), "progressive": encode("JPEG", progressive=True), "grey jpeg": encode("JPEG", Image.fromarray(PIXELS).convert("L")),
-    "cmyk": encode("JPEG", Image.fromarray(PIXELS).convert("CMYK")), "png": encode("PNG"), "palette": encode("PNG", Image.fromarray(PIXELS).convert("P")),
-    "webp": encode("WEBP"), "padded jpeg": np.append(encode("JPEG"), np.zeros(9, np.uint8)),
+    "jpeg": encode("JPEG"),
+    "progressive": encode("JPEG", progressive=True),
+    "grey jpeg": encode("JPEG", Image.fromarray(PIXELS).convert("L")),
+    "cmyk": encode("JPEG", Image.fromarray(PIXELS).convert("CMYK")),
+    "png": encode("PNG"),
+    "palette": encode("PNG", Image.fromarray(PIXELS).convert("P")),
+    "webp": encode("WEBP"),
+    "padded jpeg": np.append(encode("JPEG"), np.zeros(9, np.uint8)),
 }
-OTHERS = {"pgm": encode("PPM", Image.fromarray(PIXELS[..., 0])), "bmp": encode("BMP"), "gif": encode("GIF"), "tiff": encode("TIFF"),
-          "16 bits": encode("PNG", Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)),
-          "animated": encode("WEBP", save_all=True, append_images=[Image.fromarray(PIXELS[::-1])])}
+OTHERS = {
+    "pgm": encode("PPM", Image.fromarray(PIXELS[..., 0])),
+    "bmp": encode("BMP"),
+    "gif": encode("GIF"),
+    "tiff": encode("TIFF"),
+    "16 bits": encode("PNG", Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)),
+    "animated": encode("WEBP", save_all=True, append_images=[Image.fromarray(PIXELS[::-1])]),
+}
 
 
 @pytest.mark.parametrize("kind", [*COMMON, *OTHERS])
@@ -91,23 +107,45 @@ def check_headers(files):
 
 def test_headers_of_a_batch():
     oblong = Image.fromarray(PIXELS[:90, :70])
-    files = {**COMMON, **OTHERS, "oblong jpeg": encode("JPEG", oblong), "oblong png": encode("PNG", oblong), "none": np.empty(0, np.uint8),
-             "face": pack_face(PIXELS), "cut face": pack_face(PIXELS)[:-1],
-             "commented": encode("JPEG", comment=b"x" * 500), "restarts": encode("JPEG", restart_marker_blocks=4)}
+    files = {
+        **COMMON,
+        **OTHERS,
+        "oblong jpeg": encode("JPEG", oblong),
+        "oblong png": encode("PNG", oblong),
+        "none": np.empty(0, np.uint8),
+        "face": pack_face(PIXELS),
+        "cut face": pack_face(PIXELS)[:-1],
+        "commented": encode("JPEG", comment=b"x" * 500),
+        "restarts": encode("JPEG", restart_marker_blocks=4),
+    }
     sizes = dict(zip(files, check_headers(list(files.values())).tolist()))
-    assert [kind for kind in files if sizes[kind] == [0, 0]] == ["progressive", "webp", "padded jpeg", *OTHERS, "none", "cut face"]
-    assert sizes["oblong jpeg"] == sizes["oblong png"] == [90, 70] and sizes["jpeg"] == sizes["commented"] == sizes["restarts"] == sizes["face"] == [112, 112]
+    assert [kind for kind in files if sizes[kind] == [0, 0]] == [
+        "progressive",
+        "webp",
+        "padded jpeg",
+        *OTHERS,
+        "none",
+        "cut face",
+    ]
+    assert sizes["oblong jpeg"] == sizes["oblong png"] == [90, 70] and sizes["jpeg"] == sizes["commented"] == sizes[
+        "restarts"
+    ] == sizes["face"] == [112, 112]
     np.testing.assert_array_equal(decode_face(pack_face(PIXELS)), PIXELS)
     assert check_headers([]).shape == (0, 2)
 
 
-@given(st.lists(st.tuples(st.sampled_from(list(COMMON)), st.integers(0, 700), st.integers(0, 255), st.integers(0, 5000)), max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(list(COMMON)), st.integers(0, 700), st.integers(0, 255), st.integers(0, 5000)),
+        max_size=5,
+    )
+)
 def test_headers_of_damaged_batches(damages):
     files = []
     for kind, place, value, cut in damages:
         file = COMMON[kind].copy()
         file[min(place, len(file) - 1)] = value
-        files.append(file[:len(file) - max(0, cut - 2500)])
+        files.append(file[: len(file) - max(0, cut - 2500)])
     check_headers(files)
 
 
@@ -125,7 +163,7 @@ def test_large_images_are_made_faces_at_once():
 def test_progressive_image_of_endless_scans_is_refused():
     """Each repeats the last scan, some bytes for the file and a pass over all pixels for the decoder."""
     progressive = encode("JPEG", Image.new("RGB", (112, 112)), progressive=True).tobytes()
-    last = progressive[progressive.rindex(b"\xff\xda"):-2]
+    last = progressive[progressive.rindex(b"\xff\xda") : -2]
     decode_face(progressive[:-2] + last * 10 + progressive[-2:])
     for function in (read_header, decode_face):
         with pytest.raises(ValueError, match="at most 200 scans"):
@@ -162,11 +200,13 @@ def test_corruption_is_an_image_or_a_value_error(kind, data):
             assert str(error)
 
 
-@pytest.mark.parametrize(("kind", "place", "size"), [("png", 16, (5000).to_bytes(4, "big") * 2), ("jpeg", None, b"\xff" * 4)])
+@pytest.mark.parametrize(
+    ("kind", "place", "size"), [("png", 16, (5000).to_bytes(4, "big") * 2), ("jpeg", None, b"\xff" * 4)]
+)
 def test_header_of_a_huge_image_is_refused(kind, place, size):
     encoded = bytearray(COMMON[kind])
     place = place or encoded.index(b"\xff\xc0") + 5
-    encoded[place:place + len(size)] = size
+    encoded[place : place + len(size)] = size
     if kind == "png":
         encoded[29:33] = zlib.crc32(encoded[12:29]).to_bytes(4, "big")
     for function in (read_header, decode_face):
@@ -178,5 +218,7 @@ def test_errors_name_the_image():
     source = EncodedImages([b"", b"garbage", COMMON["png"][:500]])
     for i, reason in enumerate(("it has no bytes", "unknown format", ".*truncated.*")):
         for load in (load_face, load_encoded):
-            with pytest.raises(ValueError, match=rf"^image {i} cannot be decoded: {reason}; replace the image or leave it out$"):
+            with pytest.raises(
+                ValueError, match=rf"^image {i} cannot be decoded: {reason}; replace the image or leave it out$"
+            ):
                 load(source, i)

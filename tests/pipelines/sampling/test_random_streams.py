@@ -14,7 +14,9 @@ def test_hash_is_splitmix64():
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
         z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
         assert int(splitmix64(1234567, np.array([step]))[0]) == z ^ z >> 31
-    assert int(splitmix64(1234567, np.array([1]))[0]) == 6457827717110365317  # the first output of the published test vector for this seed
+    assert (
+        int(splitmix64(1234567, np.array([1]))[0]) == 6457827717110365317
+    )  # the first output of the published test vector for this seed
 
 
 def test_keys_differ_with_every_word_and_their_order():

@@ -8,11 +8,18 @@ from hypothesis import strategies as st
 
 from scf_fast.pipelines.sampling.sampler import EpochSampler
 
-SIZES = {"num_samples": st.integers(36, 300), "per_rank": st.integers(1, 6), "seed": st.integers(-5, 2**70), "epoch": st.integers(0, 9)}
+SIZES = {
+    "num_samples": st.integers(36, 300),
+    "per_rank": st.integers(1, 6),
+    "seed": st.integers(-5, 2**70),
+    "epoch": st.integers(0, 9),
+}
 
 
 def ranks(world_size, num_samples, batch_size, **options):
-    return [EpochSampler(num_samples, batch_size, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    return [
+        EpochSampler(num_samples, batch_size, rank=rank, world_size=world_size, **options) for rank in range(world_size)
+    ]
 
 
 def global_batch(samplers, epoch, batch):
@@ -20,7 +27,9 @@ def global_batch(samplers, epoch, batch):
 
 
 @given(**SIZES, last_batch=st.sampled_from(["drop", "partial"]), shuffle=st.booleans())
-def test_any_number_of_ranks_sees_the_same_epoch_each_image_once(num_samples, per_rank, seed, epoch, last_batch, shuffle):
+def test_any_number_of_ranks_sees_the_same_epoch_each_image_once(
+    num_samples, per_rank, seed, epoch, last_batch, shuffle
+):
     batch_size = 6 * per_rank
     options = {"seed": seed, "last_batch": last_batch, "shuffle": shuffle}
     one = EpochSampler(num_samples, batch_size, **options)
@@ -34,7 +43,11 @@ def test_any_number_of_ranks_sees_the_same_epoch_each_image_once(num_samples, pe
             sizes = [len(sampler.indices(epoch, batch)) for sampler in samplers]
             assert max(sizes) - min(sizes) <= 1 and max(sizes) <= batch_size // world_size
     seen = np.concatenate(batches)
-    assert len(np.unique(seen)) == len(seen) == (num_samples if last_batch == "partial" else num_samples // batch_size * batch_size)
+    assert (
+        len(np.unique(seen))
+        == len(seen)
+        == (num_samples if last_batch == "partial" else num_samples // batch_size * batch_size)
+    )
     assert seen.min() >= 0 and seen.max() < num_samples and seen.dtype == np.int64
     if not shuffle:
         np.testing.assert_array_equal(seen, np.arange(len(seen)))
@@ -42,7 +55,10 @@ def test_any_number_of_ranks_sees_the_same_epoch_each_image_once(num_samples, pe
 
 @given(**SIZES)
 def test_flips_belong_to_the_image_and_the_epoch(num_samples, per_rank, seed, epoch):
-    one, other = EpochSampler(num_samples, 6, seed=seed), EpochSampler(num_samples, 6 * per_rank, rank=2, world_size=3, seed=seed)
+    one, other = (
+        EpochSampler(num_samples, 6, seed=seed),
+        EpochSampler(num_samples, 6 * per_rank, rank=2, world_size=3, seed=seed),
+    )
     indices = one.indices(epoch, 0)
     np.testing.assert_array_equal(one.flips(epoch, indices), other.flips(epoch, indices[::-1])[::-1])
 
@@ -78,13 +94,16 @@ def test_order_is_computed_once_an_epoch(monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"global_batch_size": 10, "world_size": 3}, "positive multiple of the 3 ranks, got 10; use 9"),
-    ({"global_batch_size": 0}, "positive multiple"),
-    ({"global_batch_size": 4, "rank": 2, "world_size": 2}, "rank must lie in 0..1, got 2"),
-    ({"global_batch_size": 4, "last_batch": "keep"}, "'drop', 'partial' or 'pad', got 'keep'"),
-    ({"global_batch_size": 21}, "20 images fill no batch of 21"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"global_batch_size": 10, "world_size": 3}, "positive multiple of the 3 ranks, got 10; use 9"),
+        ({"global_batch_size": 0}, "positive multiple"),
+        ({"global_batch_size": 4, "rank": 2, "world_size": 2}, "rank must lie in 0..1, got 2"),
+        ({"global_batch_size": 4, "last_batch": "keep"}, "'drop', 'partial' or 'pad', got 'keep'"),
+        ({"global_batch_size": 21}, "20 images fill no batch of 21"),
+    ],
+)
 def test_bad_sizes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         EpochSampler(20, **arguments)
@@ -95,9 +114,18 @@ def test_batch_out_of_range():
         EpochSampler(20, 4).indices(0, 5)
 
 
-@given(**SIZES, stop=st.integers(0, 3), last_batch=st.sampled_from(["drop", "partial", "pad"]), block_size=st.sampled_from([0, 1, 7, 500]))
-def test_an_epoch_goes_on_with_other_ranks_and_batches(num_samples, per_rank, seed, epoch, stop, last_batch, block_size):
-    """Stop after some batches of one run, go on with another number of ranks and another batch size: each image exactly once."""
+@given(
+    **SIZES,
+    stop=st.integers(0, 3),
+    last_batch=st.sampled_from(["drop", "partial", "pad"]),
+    block_size=st.sampled_from([0, 1, 7, 500]),
+)
+def test_an_epoch_goes_on_with_other_ranks_and_batches(
+    num_samples, per_rank, seed, epoch, stop, last_batch, block_size
+):
+    """Stop after some batches of one run, go on with another number of ranks and another batch size: each image exactly
+    once.
+    """
     options = {"seed": seed, "last_batch": last_batch, "block_size": block_size}
     before = ranks(2, num_samples, 8, **options)
     position = 8 * min(stop, num_samples // 8)
@@ -108,21 +136,21 @@ def test_an_epoch_goes_on_with_other_ranks_and_batches(num_samples, per_rank, se
     seen = np.concatenate([np.empty(0, dtype=np.int64), *seen])
     whole = EpochSampler(num_samples, 1, **options)
     order = np.concatenate([whole.indices(epoch, i) for i in range(num_samples)])
-    np.testing.assert_array_equal(seen[:num_samples], order[:len(seen)])
+    np.testing.assert_array_equal(seen[:num_samples], order[: len(seen)])
     if last_batch == "drop":
         assert num_samples - len(seen) < 3 * per_rank
     elif last_batch == "partial":
         assert len(seen) == num_samples
     else:
         assert 0 <= len(seen) - num_samples < 3 * per_rank
-        np.testing.assert_array_equal(seen[num_samples:], order[:len(seen) - num_samples])
+        np.testing.assert_array_equal(seen[num_samples:], order[: len(seen) - num_samples])
 
 
 def test_blocks_are_whole_and_mixed():
     sampler = EpochSampler(64 * 10 * 3, 1, block_size=10, seed=3)
     order = np.concatenate([sampler.indices(2, i) for i in range(sampler.batches_per_epoch)])
     np.testing.assert_array_equal(np.sort(order), np.arange(1920))
-    windows = [set((order[start:start + 640] // 10).tolist()) for start in (0, 640, 1280)]
+    windows = [set((order[start : start + 640] // 10).tolist()) for start in (0, 640, 1280)]
     assert [len(blocks) for blocks in windows] == [64] * 3 and not windows[0] & windows[1]
     assert np.mean(np.diff(order[:640]) == 1) < 0.05  # neighbours are apart
     other = np.concatenate([sampler.indices(3, i) for i in range(100)])
@@ -140,7 +168,11 @@ def test_uniforms():
 
 def test_positions_out_of_range():
     sampler = EpochSampler(20, 4)
-    assert sampler.batches_from(20) == 0 and sampler.batches_from(17) == 0 and EpochSampler(20, 4, last_batch="pad").batches_from(17) == 1
+    assert (
+        sampler.batches_from(20) == 0
+        and sampler.batches_from(17) == 0
+        and EpochSampler(20, 4, last_batch="pad").batches_from(17) == 1
+    )
     with pytest.raises(ValueError, match=r"start_sample must lie in 0\.\.20, got 21"):
         sampler.batches_from(21)
     with pytest.raises(ValueError, match=r"batch must lie in 0\.\.1, got 2"):

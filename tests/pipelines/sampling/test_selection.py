@@ -65,7 +65,7 @@ def test_mixture_goes_through_each_set_before_it_starts_again():
     large = np.concatenate([d[d >= 5] for d in drawn])
     assert len(large) == 88
     for passes, size in ((small, 5), (large, 40)):
-        whole = passes[:len(passes) // size * size].reshape(-1, size)
+        whole = passes[: len(passes) // size * size].reshape(-1, size)
         np.testing.assert_array_equal(np.sort(whole, axis=1), np.broadcast_to(np.unique(passes), whole.shape))
     assert len({tuple(p) for p in small.reshape(-1)[:270].reshape(-1, 5).tolist()}) > 30  # another order each time
 
@@ -73,18 +73,26 @@ def test_mixture_goes_through_each_set_before_it_starts_again():
 def test_ranks_agree():
     mixture = Mixture([7, 20], [1, 1])
     one = epoch_of(mixture, 3, 6)
-    shares = [EpochSampler(27, 6, selection=mixture, rank=rank, world_size=3, last_batch="partial") for rank in range(3)]
+    shares = [
+        EpochSampler(27, 6, selection=mixture, rank=rank, world_size=3, last_batch="partial") for rank in range(3)
+    ]
     np.testing.assert_array_equal(np.concatenate([s.indices(3, b) for b in range(5) for s in shares]), one)
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: PerIdentity(LABELS, 0), "images per identity must be at least 1, got 0"),
-    (lambda: PerIdentity(np.array([0, -1]), 1), "needs a label for every image"),
-    (lambda: Mixture([3, 4], [1]), r"one positive weight for each of the 2 data sets, got \[1\.0\]"),
-    (lambda: Mixture([3, 4], [1, 0]), "one positive weight"),
-    (lambda: Mixture([3, 4], [1, float("nan")]), "one positive weight"),
-    (lambda: EpochSampler(9, 1, selection=Mixture([3, 4], [1, 1])), "the selection must be of the 9 images of the data set, it is of 7"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PerIdentity(LABELS, 0), "images per identity must be at least 1, got 0"),
+        (lambda: PerIdentity(np.array([0, -1]), 1), "needs a label for every image"),
+        (lambda: Mixture([3, 4], [1]), r"one positive weight for each of the 2 data sets, got \[1\.0\]"),
+        (lambda: Mixture([3, 4], [1, 0]), "one positive weight"),
+        (lambda: Mixture([3, 4], [1, float("nan")]), "one positive weight"),
+        (
+            lambda: EpochSampler(9, 1, selection=Mixture([3, 4], [1, 1])),
+            "the selection must be of the 9 images of the data set, it is of 7",
+        ),
+    ],
+)
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -29,7 +29,11 @@ def test_labels_must_match():
 
 
 def test_concatenated_sources_have_identities_of_their_own():
-    first, second, third = EncodedImages([b"a", b"b"], labels=[1, 0]), EncodedImages([b"c"], labels=[0]), EncodedImages([b"d", b"e"], labels=[2, 2])
+    first, second, third = (
+        EncodedImages([b"a", b"b"], labels=[1, 0]),
+        EncodedImages([b"c"], labels=[0]),
+        EncodedImages([b"d", b"e"], labels=[2, 2]),
+    )
     third.broken = np.array([1])
     source = ConcatenatedSources([first, second, third])
     assert [source.encoded(i).tobytes() for i in range(5)] == [b"a", b"b", b"c", b"d", b"e"]
@@ -63,7 +67,15 @@ def test_many_images_at_once():
     for source, order in ((whole, indices), (SelectedImages(whole, indices, with_labels=False), np.arange(7))):
         data, starts, lengths = source.read(order)
         assert data.dtype == np.uint8
-        assert [data[start:start + length].tobytes() for start, length in zip(starts, lengths)] == [b"dd", b"ccc", b"", b"a", b"ccc", b"", b""]
+        assert [data[start : start + length].tobytes() for start, length in zip(starts, lengths)] == [
+            b"dd",
+            b"ccc",
+            b"",
+            b"a",
+            b"ccc",
+            b"",
+            b"",
+        ]
     assert [len(part) for part in whole.read(indices[:0])] == [0, 0, 0]
 
 

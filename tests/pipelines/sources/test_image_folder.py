@@ -15,15 +15,26 @@ def fill(root, files):
     return root
 
 
-FILES = {"Zoë Ö/1.jpg": b"a", "Ann Lee/two words.PNG": b"b", "Ann Lee/older/3.webp": b"c", "bob/4.pgm": b"d", "bob/notes.txt": b"x", "bob/.hidden.jpg": b"x",
-         ".cache/5.jpg": b"x", "stray.jpg": b"x", "bob/6.jpg": b""}
+FILES = {
+    "Zoë Ö/1.jpg": b"a",
+    "Ann Lee/two words.PNG": b"b",
+    "Ann Lee/older/3.webp": b"c",
+    "bob/4.pgm": b"d",
+    "bob/notes.txt": b"x",
+    "bob/.hidden.jpg": b"x",
+    ".cache/5.jpg": b"x",
+    "stray.jpg": b"x",
+    "bob/6.jpg": b"",
+}
 
 
 def test_identities_in_the_order_of_their_names(tmp_path):
     source = open_source(fill(tmp_path / "data", FILES))
     assert isinstance(source, FolderIndex)
     assert [source.encoded(i).tobytes() for i in range(4)] == [b"b", b"c", b"a", b"d"] and len(source) == 4
-    assert [source.name(i) for i in range(4)] == [str(tmp_path / "data" / name) for name in list(FILES)[1:3] + list(FILES)[:1] + list(FILES)[3:4]]
+    assert [source.name(i) for i in range(4)] == [
+        str(tmp_path / "data" / name) for name in list(FILES)[1:3] + list(FILES)[:1] + list(FILES)[3:4]
+    ]
     assert source.labels.tolist() == [0, 0, 1, 2] and source.num_classes == 3
     assert [source.class_name(label) for label in range(4)] == ["Ann Lee", "Zoë Ö", "bob", None]
     assert source.skipped == {"images outside the folders of identities": 1, "empty images": 1}
@@ -58,7 +69,9 @@ def test_names_are_numbers_where_a_property_file_says_so(tmp_path):
     source = FolderIndex.open(root)
     assert source.labels.tolist() == [2, 10] and source.num_classes == 20
     fill(root, {"someone/c.jpg": b"c"})
-    with pytest.raises(ValueError, match=r"property file, so its folders must be named by class numbers, but one is 'someone'"):
+    with pytest.raises(
+        ValueError, match=r"property file, so its folders must be named by class numbers, but one is 'someone'"
+    ):
         FolderIndex.open(root)
     (root / "property").unlink()
     assert FolderIndex.open(root).labels.tolist() == [0, 1, 2]
@@ -86,7 +99,9 @@ def test_file_that_is_gone_is_named(tmp_path):
 
 
 def test_folders_without_identities(tmp_path):
-    with pytest.raises(ValueError, match=r"must hold train\.rec, \.tar or \.tfrecord shards, or a folder of images for each identity"):
+    with pytest.raises(
+        ValueError, match=r"must hold train\.rec, \.tar or \.tfrecord shards, or a folder of images for each identity"
+    ):
         open_source(fill(tmp_path / "flat", {"1.jpg": b"a"}))
     with pytest.raises(ValueError, match=r"it holds no image; .*skipped 1 images outside the folders of identities"):
         open_source(fill(tmp_path / "flat", {"empty/readme.txt": b"a"}))
@@ -102,6 +117,7 @@ def test_unreadable_folder_is_named(tmp_path, monkeypatch):
         if os.fsencode(path).endswith(b"bob"):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
+
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=r"cannot list .*data/bob: Permission denied; restore it or leave it out"):
         FolderIndex.open(root)

@@ -31,7 +31,10 @@ def test_root(tmp_path):
     path = make(tmp_path, ["x.jpg 0\n"])
     (tmp_path / "data" / "x.jpg").write_bytes(b"face")
     assert open_source(path, root=tmp_path / "data").encoded(0).tobytes() == b"face"
-    with pytest.raises(ValueError, match=r"list\.txt names .*x\.jpg first, and there is no such file, nor 0 others that it names; give the folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"list\.txt names .*x\.jpg first, and there is no such file, nor 0 others that it names; give the folder",
+    ):
         open_source(path)
 
 
@@ -44,10 +47,15 @@ def test_lst_of_mxnet(tmp_path):
     assert [source.encoded(i).tobytes() for i in range(2)] == [b"a 5/0.jpg", b"5"]
 
 
-@pytest.mark.parametrize("line", ["a.jpg 0", "1\ta.jpg\t0", "1\t0.5\ta.jpg", "1\tnan\ta.jpg", "1\tinf\ta.jpg", "1\t2.0", "1\t-1.0\ta.jpg"])
+@pytest.mark.parametrize(
+    "line", ["a.jpg 0", "1\ta.jpg\t0", "1\t0.5\ta.jpg", "1\tnan\ta.jpg", "1\tinf\ta.jpg", "1\t2.0", "1\t-1.0\ta.jpg"]
+)
 def test_bad_lines_of_a_lst_are_named(tmp_path, line):
     (tmp_path / "train.lst").write_text(f"0\t0.0\ta.jpg\n{line}\n")
-    with pytest.raises(ValueError, match=r"train\.lst line 2 (must be number, label and path, between them tabs, with a whole|has label -1)"):
+    with pytest.raises(
+        ValueError,
+        match=r"train\.lst line 2 (must be number, label and path, between them tabs, with a whole|has label -1)",
+    ):
         open_source(tmp_path / "train.lst")
 
 
@@ -58,11 +66,17 @@ def test_some_files_may_be_missing(tmp_path):
         source.encoded(0)
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("a.jpg", r"line 2 must be `path label` with a whole number as label, got 'a\.jpg'"), ("a.jpg 1.5", "line 2 must be"), ("a.jpg one", "line 2 must be"),
-    ("a.jpg -1", r"line 2 has label -1; a label must lie in 0\.\."), ("a.jpg 99999999999", "line 2 has label 99999999999"),
-    ("x" * 200000, "line 2 must be"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a.jpg", r"line 2 must be `path label` with a whole number as label, got 'a\.jpg'"),
+        ("a.jpg 1.5", "line 2 must be"),
+        ("a.jpg one", "line 2 must be"),
+        ("a.jpg -1", r"line 2 has label -1; a label must lie in 0\.\."),
+        ("a.jpg 99999999999", "line 2 has label 99999999999"),
+        ("x" * 200000, "line 2 must be"),
+    ],
+)
 def test_bad_lines_are_named(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
         open_source(make(tmp_path, ["ok.jpg 0\n", line + "\n"]))

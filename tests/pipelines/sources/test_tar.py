@@ -1,4 +1,5 @@
 """Shards written by tarfile, and by hand where tarfile would refuse."""
+
 import io
 import json
 import os
@@ -33,13 +34,29 @@ def images_of(source):
 def test_images_and_labels(tmp_path, format):
     long = "deep/" * 30 + "x"  # 151 characters: a prefix in ustar, an extended header in the others
     uni = "gesichter/größe one" if format != tarfile.USTAR_FORMAT else "plain one"
-    tar(tmp_path / "a.tar", [("folder", None), ("b.jpg", b"first"), ("b.cls", b"3\n"), (f"{long}.json", b'{"label": 1, "x": 2}'), (f"{long}.png", b"second"),
-                             (f"{uni}.seg.png", b"no"), (f"{uni}.WebP", b"third"), (f"{uni}.cls", b"0"), (f"{uni}.txt", b"a caption")], format)
+    tar(
+        tmp_path / "a.tar",
+        [
+            ("folder", None),
+            ("b.jpg", b"first"),
+            ("b.cls", b"3\n"),
+            (f"{long}.json", b'{"label": 1, "x": 2}'),
+            (f"{long}.png", b"second"),
+            (f"{uni}.seg.png", b"no"),
+            (f"{uni}.WebP", b"third"),
+            (f"{uni}.cls", b"0"),
+            (f"{uni}.txt", b"a caption"),
+        ],
+        format,
+    )
     tar(tmp_path / "b.tar", [("b.cls", b"2"), ("b.jpg", b"fourth" * 200)], format)
     source = open_source(tmp_path)
     assert isinstance(source, TarIndex) and source.labels.tolist() == [3, 1, 0, 2] and source.num_classes == 4
     assert images_of(source) == [b"first", b"second", b"third", b"fourth" * 200]
-    assert source.name(0) == f"{tmp_path / 'a.tar'} member b.jpg" and source.name(3) == f"{tmp_path / 'b.tar'} member b.jpg"
+    assert (
+        source.name(0) == f"{tmp_path / 'a.tar'} member b.jpg"
+        and source.name(3) == f"{tmp_path / 'b.tar'} member b.jpg"
+    )
     source.will_need(np.array([0, 3]))
     (tmp_path / "property").write_text("10,112,112")
     assert open_source(tmp_path).num_classes == 10
@@ -47,17 +64,42 @@ def test_images_and_labels(tmp_path, format):
 
 
 def test_members_without_their_pair_are_skipped_and_counted(tmp_path, caplog):
-    tar(tmp_path / "a.tar", [("1.jpg", b"one"), ("2.cls", b"4"), ("3.jpg", b""), ("3.cls", b"1"), ("4.jpg", b"four"), ("4.json", b"{}"),
-                             ("5.jpg", b"five"), ("5.cls", b"0")])
+    tar(
+        tmp_path / "a.tar",
+        [
+            ("1.jpg", b"one"),
+            ("2.cls", b"4"),
+            ("3.jpg", b""),
+            ("3.cls", b"1"),
+            ("4.jpg", b"four"),
+            ("4.json", b"{}"),
+            ("5.jpg", b"five"),
+            ("5.cls", b"0"),
+        ],
+    )
     with caplog.at_level("INFO"):
         source = TarIndex.open(tmp_path)
     assert images_of(source) == [b"five"]
     assert source.skipped == {"images without label": 2, "labels without image": 1, "empty images": 1}
-    assert "1 images in tar shards" in caplog.text and "skipped 2 images without label; skipped 1 labels without image" in caplog.text
+    assert (
+        "1 images in tar shards" in caplog.text
+        and "skipped 2 images without label; skipped 1 labels without image" in caplog.text
+    )
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.cls", b"one"), ("a.cls", b""), ("a.json", b'{"label": "3"}'), ("a.json", b"{"), ("a.json", b"[" * 99999),
-                                              ("a.cls", b"9" * 400), ("a.json", b"9" * 400), ("a.cls", b"9" * 9999)])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.cls", b"one"),
+        ("a.cls", b""),
+        ("a.json", b'{"label": "3"}'),
+        ("a.json", b"{"),
+        ("a.json", b"[" * 99999),
+        ("a.cls", b"9" * 400),
+        ("a.json", b"9" * 400),
+        ("a.cls", b"9" * 9999),
+    ],
+)
 def test_labels_that_are_none(tmp_path, name, content):
     path = tar(tmp_path / "a.tar", [("a.jpg", b"x"), (name, content)])
     with pytest.raises(ValueError, match=rf"a\.tar: member {name} must hold a label, a whole number, got"):
@@ -74,7 +116,11 @@ def test_labels_out_of_range(tmp_path, content):
 def test_members_lead_nowhere(tmp_path):
     """Paths out of the folder are just names, links are no images, nothing is written."""
     with tarfile.open(tmp_path / "a.tar", "w") as shard:
-        for name, kind in (("../../escape.jpg", tarfile.REGTYPE), ("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE)):
+        for name, kind in (
+            ("../../escape.jpg", tarfile.REGTYPE),
+            ("link.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname, info.size = kind, "/etc/passwd", 4 if kind == tarfile.REGTYPE else 0
             shard.addfile(info, io.BytesIO(b"face"))
@@ -87,7 +133,9 @@ def test_members_lead_nowhere(tmp_path):
 
 
 def test_every_truncation_is_one_clear_error(tmp_path):
-    file = tar(tmp_path / "whole.tar", [("a.jpg", b"x" * 700), ("a.cls", b"1"), ("b.jpg", b"y"), ("b.cls", b"0")]).read_bytes()
+    file = tar(
+        tmp_path / "whole.tar", [("a.jpg", b"x" * 700), ("a.cls", b"1"), ("b.jpg", b"y"), ("b.cls", b"0")]
+    ).read_bytes()
     complete = {0, 1536, 2560, 3584, 4608}  # where a member ends
     for cut in sorted({*range(0, 5200, 37), *range(0, 5200, 512)}):
         data = np.frombuffer(file[:cut], dtype=np.uint8)
@@ -121,6 +169,7 @@ def test_corruption_is_caught_or_harmless(data):
 
 def test_other_files(tmp_path):
     import gzip
+
     (tmp_path / "a.tar").write_bytes(gzip.compress(os.urandom(2000)))
     with pytest.raises(ValueError, match=r"a\.tar: no tar member starts at byte 0: compressed, damaged or no tar file"):
         TarIndex.open(tmp_path / "a.tar")
@@ -140,7 +189,9 @@ def test_many_shards_need_few_open_files(tmp_path, monkeypatch):
     source.will_need(np.arange(5))
     data, starts, lengths = source.read(np.array([4, 0, 2]))
     assert data.tobytes() == b"402" and starts.tolist() == [0, 1, 2] and lengths.tolist() == [1, 1, 1]
-    assert images_of(source) == [b"0", b"1", b"2", b"3", b"4"] and len(os.listdir("/proc/self/fd")) <= before + 1  # the index
+    assert (
+        images_of(source) == [b"0", b"1", b"2", b"3", b"4"] and len(os.listdir("/proc/self/fd")) <= before + 1
+    )  # the index
 
 
 def test_written_shard_is_plain_tar(tmp_path):

@@ -28,7 +28,9 @@ def _decode(encoded):
 
 def _mean(score, pictures, amounts_of):
     """Mean of score(degraded, picture) over pictures; both arguments are float64."""
-    degraded = [_decode(degrade(picture, amounts_of(number), _rng(2, number))) for number, picture in enumerate(pictures)]
+    degraded = [
+        _decode(degrade(picture, amounts_of(number), _rng(2, number))) for number, picture in enumerate(pictures)
+    ]
     return np.mean([score(np.float64(after), np.float64(before)) for after, before in zip(degraded, pictures)])
 
 
@@ -73,7 +75,9 @@ def test_severity_zero_only_codes_the_picture(pictures):
 
 def test_less_of_the_picture_is_left_as_severity_grows(pictures):
     severities = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-    psnr = [_mean(_psnr, pictures, lambda number, s=severity: draw_amounts(s, _rng(3, number))) for severity in severities]
+    psnr = [
+        _mean(_psnr, pictures, lambda number, s=severity: draw_amounts(s, _rng(3, number))) for severity in severities
+    ]
     assert (np.diff(psnr) < -0.5).all(), psnr
     assert psnr[0] > 32 and psnr[-1] < 13
 

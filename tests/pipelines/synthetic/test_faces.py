@@ -57,16 +57,31 @@ def test_an_identity_has_at_least_twenty_continuous_parameters_drawn_from_their_
 def test_each_identity_parameter_changes_the_picture():
     variation = _plain(Variation, mouth_opening=0.5, saturation=1.0, background=GREY)
     # Short hair that leaves the ears free, and everything present that some people lack.
-    base = _plain(Identity, hair_length=-40.0, sideburns=-40.0, beard=0.5, moustache=0.5, beard_line=12.0, hair_grey=0.3, freckles=0.8, fringe=8.0)
+    base = _plain(
+        Identity,
+        hair_length=-40.0,
+        sideburns=-40.0,
+        beard=0.5,
+        moustache=0.5,
+        beard_line=12.0,
+        hair_grey=0.3,
+        freckles=0.8,
+        fringe=8.0,
+    )
     for name, (low, high) in _ranges(Identity).items():
-        pictures = [render_face(Face(dataclasses.replace(base, **{name: end}), _rng(0)), variation)[0].astype(int) for end in (low, high)]
+        pictures = [
+            render_face(Face(dataclasses.replace(base, **{name: end}), _rng(0)), variation)[0].astype(int)
+            for end in (low, high)
+        ]
         assert np.abs(pictures[0] - pictures[1]).max() > 8, name
 
 
 def test_each_variation_changes_the_picture(faces):
     base = _plain(Variation, background=GREY)
     for name, (low, high) in _ranges(Variation).items():
-        pictures = [render_face(faces[0], dataclasses.replace(base, **{name: end}))[0].astype(int) for end in (low, high)]
+        pictures = [
+            render_face(faces[0], dataclasses.replace(base, **{name: end}))[0].astype(int) for end in (low, high)
+        ]
         assert np.abs(pictures[0] - pictures[1]).max() > 8, name
 
 
@@ -90,16 +105,21 @@ def test_crops_are_aligned_to_the_five_point_template(faces):
     for number, face in enumerate(faces):
         variation = dataclasses.replace(Variation.draw(_rng(2, number)), **still)
         landmarks = render_face(face, variation)[1]
-        # The least-squares similarity from the landmarks to the template must be the identity: nothing is left to align.
+        # The least-squares similarity from the landmarks to the template must be the identity: nothing is left to
+        # align.
         x, y = landmarks.T
-        system = np.concatenate([np.stack([x, -y, np.ones(5), np.zeros(5)], 1), np.stack([y, x, np.zeros(5), np.ones(5)], 1)])
+        system = np.concatenate(
+            [np.stack([x, -y, np.ones(5), np.zeros(5)], 1), np.stack([y, x, np.zeros(5), np.ones(5)], 1)]
+        )
         similarity = np.linalg.lstsq(system, ALIGNED_LANDMARKS.T.ravel(), rcond=None)[0]
         np.testing.assert_allclose(similarity, [1, 0, 0, 0], atol=1e-9)
         assert np.abs(landmarks - ALIGNED_LANDMARKS).max() < 14  # the person's own geometry, and perspective
 
 
 def test_the_inverse_pose_finds_the_canonical_points_again(faces):
-    """The fixed-point iteration and the coarse grid, against the forward map they invert, for the most strongly turned heads."""
+    """The fixed-point iteration and the coarse grid, against the forward map they invert, for the most strongly turned
+    heads.
+    """
     u, v = (axis.ravel() for axis in np.meshgrid(np.linspace(-20, 20, 15), np.linspace(-24, 24, 15)))
     for number, face in enumerate(faces):
         variation = dataclasses.replace(Variation.draw(_rng(3, number)), yaw=(-1) ** number * 0.34, pitch=0.2)
@@ -107,7 +127,9 @@ def test_the_inverse_pose_finds_the_canonical_points_again(faces):
         x, y = pose.to_pixels(u, v).T
         seen = [map_coordinates(_refine(plane), [y, x], order=1) for plane in pose.canonical_coordinates()]
         error = np.hypot(seen[0] - u, seen[1] - v)
-        assert error.mean() < 0.1 and np.quantile(error, 0.97) < 0.5  # the worst lie on the edge of a nose, behind which the relief hides
+        assert (
+            error.mean() < 0.1 and np.quantile(error, 0.97) < 0.5
+        )  # the worst lie on the edge of a nose, behind which the relief hides
 
 
 def test_look_up_is_bilinear_and_clamped():
@@ -121,7 +143,9 @@ def test_look_up_is_bilinear_and_clamped():
 
 
 def test_grey_pictures_without_brightness_still_tell_people_apart():
-    """Geometry alone: a nearest-neighbour search on grey, standardised face centres beats chance (1 in 30) by far, and is not trivial."""
+    """Geometry alone: a nearest-neighbour search on grey, standardised face centres beats chance (1 in 30) by far, and
+    is not trivial.
+    """
     gallery, probes = [], []
     for number in range(30):
         face = _face(number)

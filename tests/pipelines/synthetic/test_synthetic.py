@@ -63,7 +63,7 @@ def _records(rec):
         assert magic == 0xCED7230A and length >> 29 == 0
         flag, label, record_id, _ = struct.unpack_from("<IfQQ", rec, offset + 8)
         labels = list(struct.unpack_from(f"<{flag}f", rec, offset + 32)) if flag else [label]
-        yield offset, flag, labels, record_id, rec[offset + 32 + 4 * flag:offset + 8 + length]
+        yield offset, flag, labels, record_id, rec[offset + 32 + 4 * flag : offset + 8 + length]
         offset += 8 + (length + 3) // 4 * 4
 
 
@@ -72,11 +72,13 @@ def test_training_files_are_as_ms1m_ships_them(small):
     records = list(_records((folder / "train.rec").read_bytes()))
     total = 12 * 3
     assert records[0][1:] == (2, [total + 1, total + 1 + 12], 0, b"")
-    images, identities = records[1:1 + total], records[1 + total:]
+    images, identities = records[1 : 1 + total], records[1 + total :]
     assert [record[3] for record in records] == list(range(len(records)))
     assert [labels for _, _, labels, _, _ in images] == [[number // 3] for number in range(total)]
     assert {_size(encoded) for *_, encoded in images} == {("JPEG", "RGB", (112, 112))}
-    assert [(flag, labels, encoded) for _, flag, labels, _, encoded in identities] == [(2, [1 + 3 * k, 4 + 3 * k], b"") for k in range(12)]
+    assert [(flag, labels, encoded) for _, flag, labels, _, encoded in identities] == [
+        (2, [1 + 3 * k, 4 + 3 * k], b"") for k in range(12)
+    ]
     index = [line.split("\t") for line in (folder / "train.idx").read_text().splitlines()]
     assert [(int(number), int(offset)) for number, offset in index] == [(record[3], record[0]) for record in records]
     assert (folder / "property").read_text().strip() == "12,112,112"
@@ -85,7 +87,9 @@ def test_training_files_are_as_ms1m_ships_them(small):
 def test_training_severities_stand_in_the_csv(small):
     rows = _rows(small / "train" / "severity.csv")
     expected = [picture.severity for identity in range(12) for picture in train_pictures(SMALL, identity)]
-    assert [(int(row["record_id"]), int(row["label"])) for row in rows] == [(number + 1, number // 3) for number in range(36)]
+    assert [(int(row["record_id"]), int(row["label"])) for row in rows] == [
+        (number + 1, number // 3) for number in range(36)
+    ]
     np.testing.assert_allclose([float(row["severity"]) for row in rows], expected, atol=1e-6)
     assert min(expected) < 0.1 and max(expected) > 0.7
 
@@ -102,9 +106,11 @@ def test_verification_sets_are_as_insightface_ships_them(small, split):
     same = np.array(same).reshape(10, 30)
     np.testing.assert_array_equal(same, identities[..., 0] == identities[..., 1])
     assert (same.sum(axis=1) == 15).all()
-    assert sum(len(set(fold.ravel())) for fold in identities) == len(set(identities.ravel())) == 20  # folds share no identity
+    assert (
+        sum(len(set(fold.ravel())) for fold in identities) == len(set(identities.ravel())) == 20
+    )  # folds share no identity
     assert all(images[2 * pair] != images[2 * pair + 1] for pair in range(300))
-    assert len({frozenset(images[2 * pair:2 * pair + 2]) for pair in range(300)}) == 300
+    assert len({frozenset(images[2 * pair : 2 * pair + 2]) for pair in range(300)}) == 300
     severities = np.array([float(row["severity"]) for row in rows])
     if split == "clean":
         assert (severities == 0).all()
@@ -146,14 +152,20 @@ def test_templates_have_the_ijb_layout(small):
     assert len(enrolled) == 20 and len(probes) == 60 and enrolled.keys() | probes.keys() == identity_of.keys()
     assert len(set(enrolled.values())) == 20
     assert all(identity_of[template] == subject + 11 for template, subject in {**enrolled, **probes}.items())
-    assert label.sum() == 20 * 6 and len(pairs) == 80 * 79 // 2 and len({frozenset(pair) for pair in pairs[:, :2].tolist()}) == len(pairs)
+    assert (
+        label.sum() == 20 * 6
+        and len(pairs) == 80 * 79 // 2
+        and len({frozenset(pair) for pair in pairs[:, :2].tolist()}) == len(pairs)
+    )
 
 
 def test_frames_of_a_medium_share_the_background():
     corners = collections.defaultdict(list)
     for picture in evaluation_pictures(SMALL, 15):
         if picture.split == "templates" and picture.severity < 0.25:
-            pixels = np.asarray(Image.open(io.BytesIO(picture.encoded)).resize((28, 28), Image.Resampling.BOX), dtype=float)
+            pixels = np.asarray(
+                Image.open(io.BytesIO(picture.encoded)).resize((28, 28), Image.Resampling.BOX), dtype=float
+            )
             corners[picture.template, picture.medium].append(pixels[0, 0])
     same = [np.abs(a - b).max() for group in corners.values() for a, b in itertools.combinations(group, 2)]
     other = [np.abs(a[0] - b[0]).max() for a, b in itertools.combinations(corners.values(), 2)]
@@ -162,7 +174,13 @@ def test_frames_of_a_medium_share_the_background():
 
 def test_manifest_and_contact_sheet(small):
     manifest = json.loads((small / "manifest.json").read_text())
-    assert manifest["parameters"] == {"format": 2, "identities": 12, "images_per_identity": 3, "eval_identities": 20, "seed": 3}
+    assert manifest["parameters"] == {
+        "format": 2,
+        "identities": 12,
+        "images_per_identity": 3,
+        "eval_identities": 20,
+        "seed": 3,
+    }
     assert manifest["counts"]["train"] == {"images": 36, "identities": 12}
     assert manifest["counts"]["templates"]["images"] == len(list((small / "templates" / "loose_crop").iterdir()))
     sheet = Image.open(small / "contact_sheet.png")
@@ -245,9 +263,16 @@ def test_a_folder_of_other_files_is_refused(tmp_path, capsys):
     assert (tmp_path / "photo.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("flag", "value", "name"), [
-    ("--identities", "0", "identities"), ("--images-per-identity", "0", "images_per_identity"), ("--eval-identities", "19", "eval_identities"),
-    ("--seed", "-1", "seed"), ("--workers", "0", "workers")])
+@pytest.mark.parametrize(
+    ("flag", "value", "name"),
+    [
+        ("--identities", "0", "identities"),
+        ("--images-per-identity", "0", "images_per_identity"),
+        ("--eval-identities", "19", "eval_identities"),
+        ("--seed", "-1", "seed"),
+        ("--workers", "0", "workers"),
+    ],
+)
 def test_counts_out_of_range_are_refused(tmp_path, capsys, flag, value, name):
     assert name in _refusal(capsys, [str(tmp_path / "set"), flag, value])
     assert not (tmp_path / "set").exists()

@@ -1,4 +1,5 @@
 """Class centers on one, two and three ranks, against each other and against a dense layer under torch.optim.SGD."""
+
 import functools
 import itertools
 import json
@@ -32,8 +33,19 @@ SCENARIOS = {
 
 
 def make_config(**options):
-    return Config(**{"stage": "backbone", "data": "-", "output_dir": "-", "z_dim": WIDTH, "batch_size": BATCH, "lr": 0.002, "scale": 8.0, "seed": 3,
-                     **options})
+    return Config(
+        **{
+            "stage": "backbone",
+            "data": "-",
+            "output_dir": "-",
+            "z_dim": WIDTH,
+            "batch_size": BATCH,
+            "lr": 0.002,
+            "scale": 8.0,
+            "seed": 3,
+            **options,
+        }
+    )
 
 
 def images(step, classes, rank=0, world_size=1):
@@ -57,7 +69,9 @@ def train(options, rank=0, world_size=1):
     parts = config.gradient_accumulation_steps
     centers = ClassCenters(classes, WIDTH, config, Runtime(rank, world_size, torch.device("cpu")))
     layer, losses = backbone(), []
-    optimizer = torch.optim.SGD(layer.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        layer.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     for step in range(STEPS):
         x, labels = images(step, classes, rank, world_size)
         total = 0.0
@@ -89,7 +103,9 @@ def train_without_deepspeed():
     """What `train_under_deepspeed` must come to: one rank, PyTorch's own clipping of the backbone's gradient."""
     config, module, losses = make_config(), with_prelu(), []
     centers = ClassCenters(CLASSES, WIDTH, config, ONE_RANK)
-    optimizer = torch.optim.SGD(module.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        module.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     for step in range(STEPS):
         x, labels = images(step, CLASSES)
         loss, _ = centers.loss(module(x), labels)
@@ -102,9 +118,12 @@ def train_without_deepspeed():
 
 
 def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
-    """Losses of steps first to last - 1, from the checkpoint in ``folder`` on where there is one, and a checkpoint at the end."""
+    """Losses of steps first to last - 1, from the checkpoint in ``folder`` on where there is one, and a checkpoint at
+    the end.
+    """
     from scf_fast.engine.engine import initialise_engine, take_step
     from scf_fast.run import checkpoints as run_state
+
     config = make_config(zero_stage=zero_stage, max_grad_norm=CLIP)
     runtime = Runtime(rank, world_size, torch.device("cpu"))
     module = with_prelu()
@@ -114,7 +133,9 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
     if newest:
         tag, state = newest
         run_state.load_weights(module, folder / tag, state)
-    optimizer = torch.optim.SGD(module.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        module.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     engine = initialise_engine(module, optimizer, config, runtime, "fp32")
     centers = ClassCenters(CLASSES, WIDTH, config, runtime)
     if newest:
@@ -138,6 +159,7 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
 def skipped_steps(runtime):
     """[backbone changed, class centers changed] in steps under fp16 whose loss scale is too large at first."""
     from scf_fast.engine.engine import initialise_engine, take_step
+
     config = make_config(zero_stage=0, precision="fp16", max_grad_norm=1.0)
     module = backbone()
     engine = initialise_engine(module, torch.optim.SGD(module.parameters(), lr=config.lr), config, runtime, "fp16")
@@ -157,6 +179,7 @@ def skipped_steps(runtime):
 def work(folder):
     """What each rank of a launch does; rank 0 writes down what came of it."""
     from scf_fast import distributed
+
     runtime = distributed.start()
     rank, world_size = runtime.rank, runtime.world_size
     results = {}
@@ -165,10 +188,16 @@ def work(folder):
         centers.export(folder / f"{name} {world_size}.pth", {"epoch": 3})
     for stage, then in ((1, 0), (3, 2), (0, 3)):  # the second ZeRO stage is that of the launch that resumes
         if world_size == 3:
-            results[f"zero {stage}"] = train_under_deepspeed(folder / f"zero{stage}", stage, 0, STEPS // 2, rank, world_size)
-            results[f"zero {stage} on"] = train_under_deepspeed(folder / f"on{stage}", stage, 0, STEPS, rank, world_size)
+            results[f"zero {stage}"] = train_under_deepspeed(
+                folder / f"zero{stage}", stage, 0, STEPS // 2, rank, world_size
+            )
+            results[f"zero {stage} on"] = train_under_deepspeed(
+                folder / f"on{stage}", stage, 0, STEPS, rank, world_size
+            )
         else:
-            results[f"zero {stage}"] = train_under_deepspeed(folder / f"zero{stage}", then, STEPS // 2, STEPS, rank, world_size)
+            results[f"zero {stage}"] = train_under_deepspeed(
+                folder / f"zero{stage}", then, STEPS // 2, STEPS, rank, world_size
+            )
     if world_size == 2:
         results["fp16"] = skipped_steps(runtime)
     if rank == 0:
@@ -193,7 +222,9 @@ def results(folder, world_size):
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_any_number_of_ranks_trains_the_same(name, world_size, ranks):
-    if name == "sampled and accumulated":  # ranks cut micro-batches differently: other classes are a micro-batch's own, so other sets are drawn
+    if (
+        name == "sampled and accumulated"
+    ):  # ranks cut micro-batches differently: other classes are a micro-batch's own, so other sets are drawn
         assert results(ranks, world_size)[name] == pytest.approx(one_rank(name)[0], rel=0.2)
         return
     losses, weight = one_rank(name)
@@ -209,8 +240,8 @@ def test_three_ranks_stop_and_two_go_on(zero_stage, ranks):
     """Under another ZeRO stage, too: the losses are those of three ranks that never stopped."""
     whole = results(ranks, 3)[f"zero {zero_stage} on"]
     assert whole == pytest.approx(train_without_deepspeed(), rel=1e-5)
-    assert results(ranks, 3)[f"zero {zero_stage}"] == whole[:STEPS // 2]
-    assert results(ranks, 2)[f"zero {zero_stage}"] == pytest.approx(whole[STEPS // 2:], rel=1e-5)
+    assert results(ranks, 3)[f"zero {zero_stage}"] == whole[: STEPS // 2]
+    assert results(ranks, 2)[f"zero {zero_stage}"] == pytest.approx(whole[STEPS // 2 :], rel=1e-5)
 
 
 def test_class_centers_skip_the_steps_that_the_loss_scale_makes_the_engine_skip(ranks):
@@ -224,12 +255,16 @@ def dense_losses(margin, label_smoothing, clip):
     config = make_config()
     layer = backbone()
     weight = ClassCenters(CLASSES, WIDTH, config, ONE_RANK).weight.clone().requires_grad_()
-    optimizer = torch.optim.SGD([*layer.parameters(), weight], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        [*layer.parameters(), weight], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     losses = []
     for step in range(STEPS):
         x, labels = images(step, CLASSES)
         cos = F.normalize(layer(x)) @ F.normalize(weight).t()
-        loss = F.cross_entropy(config.scale * (cos - margin * F.one_hot(labels, CLASSES)), labels, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(
+            config.scale * (cos - margin * F.one_hot(labels, CLASSES)), labels, label_smoothing=label_smoothing
+        )
         optimizer.zero_grad()
         loss.backward()
         if clip:
@@ -239,10 +274,21 @@ def dense_losses(margin, label_smoothing, clip):
     return losses
 
 
-@pytest.mark.parametrize("options", [{}, {"fused_center_update": False}, {"gradient_accumulation_steps": 3}, {"label_smoothing": 0.2}, {"max_grad_clip": 0.02}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fused_center_update": False},
+        {"gradient_accumulation_steps": 3},
+        {"label_smoothing": 0.2},
+        {"max_grad_clip": 0.02},
+    ],
+)
 def test_one_rank_trains_as_a_dense_layer(options):
     losses, _ = train({"margins": (1.0, 0.0, 0.3), **options})
-    assert losses == pytest.approx(dense_losses(0.3, options.get("label_smoothing", 0), options.get("max_grad_clip", 0)), rel=1e-5)
+    assert losses == pytest.approx(
+        dense_losses(0.3, options.get("label_smoothing", 0), options.get("max_grad_clip", 0)), rel=1e-5
+    )
 
 
 def test_fused_update_is_the_same_to_the_bit():
@@ -252,7 +298,9 @@ def test_fused_update_is_the_same_to_the_bit():
 @pytest.mark.parametrize("num_classes, world_size", [(10, 3), (2, 5), (1, 1), (7, 7), (1001, 8)])
 def test_rows_of_all_ranks_are_all_rows(num_classes, world_size):
     bounds = [rows_of(rank, world_size, num_classes) for rank in range(world_size)]
-    assert bounds[0][0] == 0 and bounds[-1][1] == num_classes and all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
+    assert (
+        bounds[0][0] == 0 and bounds[-1][1] == num_classes and all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
+    )
     sizes = [stop - start for start, stop in bounds]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
 
@@ -270,9 +318,9 @@ def test_samples_depend_on_seed_draw_and_class_alone():
     drawn = torch.stack([sampled_classes(0, 20_000, 0.3, 7, draw, device) for draw in range(40)])
     assert torch.equal(drawn[5, 1234:9000], sampled_classes(1234, 9000, 0.3, 7, 5, device))
     assert not torch.equal(drawn[0], sampled_classes(0, 20_000, 0.3, 8, 0, device))
-    sigma = (0.3 * 0.7 / 20_000)**0.5
+    sigma = (0.3 * 0.7 / 20_000) ** 0.5
     assert ((drawn.float().mean(1) - 0.3).abs() < 5 * sigma).all()
-    assert ((drawn.float().mean(0) - 0.3).abs() < 6 * (0.3 * 0.7 / 40)**0.5).all()  # no class is favoured over draws
+    assert ((drawn.float().mean(0) - 0.3).abs() < 6 * (0.3 * 0.7 / 40) ** 0.5).all()  # no class is favoured over draws
     both = (drawn[:-1] & drawn[1:]).float().mean(1)  # nor does one draw tell of the next
     assert ((both - 0.09).abs() < 6 * sigma).all()
 
@@ -290,7 +338,9 @@ def test_sampling_keeps_the_own_classes_and_leaves_the_others_alone():
     loss, _ = centers.loss(x, labels)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert torch.equal((centers.weight != before).any(1), active) and torch.equal((centers.momentum != 0.5).any(1), active)
+    assert torch.equal((centers.weight != before).any(1), active) and torch.equal(
+        (centers.momentum != 0.5).any(1), active
+    )
 
 
 def test_gradient_of_features_is_on_its_way_before_the_last_class_centers_change(monkeypatch):
@@ -316,7 +366,7 @@ def test_stochastic_rounding_is_right_on_average():
         neighbours = values.unique().double()
         assert len(neighbours) == 2 and neighbours[0] <= exact <= neighbours[1]
         gap = neighbours[1] - neighbours[0]
-        assert abs(values.double().mean() - exact) < 5 * 0.5 * gap / len(values)**0.5
+        assert abs(values.double().mean() - exact) < 5 * 0.5 * gap / len(values) ** 0.5
     exact = torch.tensor([0.0, -1.5, torch.inf, 2.0**-126])
     assert torch.equal(class_centers_module._stochastic_bfloat16(exact.clone(), generator).float(), exact)
 
@@ -345,7 +395,11 @@ def test_an_update_in_pieces_is_the_same(monkeypatch):
 
 def test_threshold_reaches_the_backward_pass(monkeypatch):
     seen, honest = [], class_centers_module.margin_softmax_gradients
-    monkeypatch.setattr(class_centers_module, "margin_softmax_gradients", lambda *a, skip_below, **k: seen.append(skip_below) or honest(*a, **k))
+    monkeypatch.setattr(
+        class_centers_module,
+        "margin_softmax_gradients",
+        lambda *a, skip_below, **k: seen.append(skip_below) or honest(*a, **k),
+    )
     for options in ({}, {"skip_below": 2.0**-12}):
         centers = ClassCenters(CLASSES, WIDTH, make_config(**options), ONE_RANK)
         centers.loss(torch.randn(2, WIDTH, requires_grad=True), torch.tensor([0, 1]))[0].backward()
@@ -393,7 +447,10 @@ def test_checkpoint_and_export_hold_every_row(tmp_path):
     with pytest.raises(ValueError, match="11 identities, width 5, but this run has 12"):
         ClassCenters(12, WIDTH, make_config(), ONE_RANK).load(tmp_path, written_by=1)
     centers.export(tmp_path / "fc.pth", {"epoch": 3})
-    assert torch.equal(class_centers(tmp_path / "fc.pth"), centers.weight) and torch.load(tmp_path / "fc.pth")["epoch"] == 3
+    assert (
+        torch.equal(class_centers(tmp_path / "fc.pth"), centers.weight)
+        and torch.load(tmp_path / "fc.pth")["epoch"] == 3
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["class_centers_rank0.pt", "fc.pth"]
 
 
@@ -417,13 +474,19 @@ def test_margins_that_do_not_fall_with_the_angle_are_refused_before_training(mar
         BackboneStage(make_config(margins=margins), SimpleNamespace(num_classes=CLASSES))
 
 
-@pytest.mark.parametrize("options, match", [
-    ({"skip_below": 1.0}, r"--skip_below must be in \[0, 1\)"), ({"skip_below": -0.1}, r"--skip_below must be in \[0, 1\)"),
-    ({"centers_state": "fp16"}, "--centers_state must be one of fp32, bf16"),
-    ({"sample_rate": 0.0}, r"--sample_rate must be in \(0, 1\]"), ({"sample_rate": 1.5}, r"--sample_rate must be in \(0, 1\]"),
-    ({"label_smoothing": 1.0}, r"--label_smoothing must be in \[0, 1\)"),
-    ({"fused_center_update": True, "gradient_accumulation_steps": 2}, "--fused_center_update must be off"),
-    ({"fused_center_update": True, "precision": "fp16", "zero_stage": 0}, "--fused_center_update must be off")])
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"skip_below": 1.0}, r"--skip_below must be in \[0, 1\)"),
+        ({"skip_below": -0.1}, r"--skip_below must be in \[0, 1\)"),
+        ({"centers_state": "fp16"}, "--centers_state must be one of fp32, bf16"),
+        ({"sample_rate": 0.0}, r"--sample_rate must be in \(0, 1\]"),
+        ({"sample_rate": 1.5}, r"--sample_rate must be in \(0, 1\]"),
+        ({"label_smoothing": 1.0}, r"--label_smoothing must be in \[0, 1\)"),
+        ({"fused_center_update": True, "gradient_accumulation_steps": 2}, "--fused_center_update must be off"),
+        ({"fused_center_update": True, "precision": "fp16", "zero_stage": 0}, "--fused_center_update must be off"),
+    ],
+)
 def test_bad_flags(options, match):
     with pytest.raises(ValueError, match=match):
         make_config(**options)

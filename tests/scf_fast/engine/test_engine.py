@@ -1,4 +1,7 @@
-"""The engine on one and two ranks: every ZeRO stage, with and without offload, in float32 and float16, against plain PyTorch."""
+"""The engine on one and two ranks: every ZeRO stage, with and without offload, in float32 and float16, against plain
+PyTorch.
+"""
+
 import json
 import math
 import platform
@@ -20,18 +23,40 @@ from scf_fast.networks.confidence import MLPConfidence
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS, BATCH, CHANNELS, MAP, CLASSES, WIDTH = 10, 24, 4, 3, 7, 16
-CASES = [{"zero_stage": stage, "offload_optimizer": offload} for stage in range(4) for offload in ("none", "cpu")[:1 + (stage > 0)]]
+CASES = [
+    {"zero_stage": stage, "offload_optimizer": offload}
+    for stage in range(4)
+    for offload in ("none", "cpu")[: 1 + (stage > 0)]
+]
 CASES += [{"zero_stage": stage, "gradient_accumulation_steps": 2, "max_grad_norm": 1e-3} for stage in (0, 2)]
 CASES += [{"zero_stage": stage, "precision": "fp16"} for stage in range(4)]
 GRADIENTS = (math.inf, 3.0, math.nan, 0.125)  # the first step's is not finite: the optimiser has no state yet
-NOT_FINITE = [(rule, {"zero_stage": stage, "precision": precision, "max_grad_norm": 0.0, "max_grad_clip": 0.25, "weight_decay": 0.0})
-              for stage in range(4) for rule, precision in (("sgd", "fp16"), ("adam", "fp16"), ("sgd", "fp32"), ("adam", "bf16"))]
+NOT_FINITE = [
+    (
+        rule,
+        {"zero_stage": stage, "precision": precision, "max_grad_norm": 0.0, "max_grad_clip": 0.25, "weight_decay": 0.0},
+    )
+    for stage in range(4)
+    for rule, precision in (("sgd", "fp16"), ("adam", "fp16"), ("sgd", "fp32"), ("adam", "bf16"))
+]
 TOO_LARGE = 2.0**18  # a loss scale whose gradients no float16 holds
 
 
 def make_config(**options):
-    return Config(**{"stage": "confidence", "data": "-", "output_dir": "-", "saved_bkb": "-", "saved_fc": "-", "batch_size": BATCH, "lr": 1e-2,
-                     "max_grad_norm": 1.0, "precision": "fp32", **options})
+    return Config(
+        **{
+            "stage": "confidence",
+            "data": "-",
+            "output_dir": "-",
+            "saved_bkb": "-",
+            "saved_fc": "-",
+            "batch_size": BATCH,
+            "lr": 1e-2,
+            "max_grad_norm": 1.0,
+            "precision": "fp32",
+            **options,
+        }
+    )
 
 
 def make_net():
@@ -52,15 +77,20 @@ def train(options, runtime):
     """Losses of a run, averaged over ranks, and the loss scales if there are any."""
     from scf_fast.distributed import average_over_ranks
     from scf_fast.engine.engine import initialise_engine
+
     config, net = make_config(**options), make_net()
-    engine = initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, config.precision)
+    engine = initialise_engine(
+        net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, config.precision
+    )
     if engine.loss_scaler:
         engine.loss_scaler.load_state_dict({"scale": TOO_LARGE, "good_steps": 1999})
     losses, scales, parts = [], [], runtime.world_size * config.gradient_accumulation_steps
     for step in range(STEPS):
         features, convf, centers, labels = make_batch(step)
         total = torch.zeros(())
-        for part in range(runtime.rank * config.gradient_accumulation_steps, (runtime.rank + 1) * config.gradient_accumulation_steps):
+        for part in range(
+            runtime.rank * config.gradient_accumulation_steps, (runtime.rank + 1) * config.gradient_accumulation_steps
+        ):
             rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
             loss = scf_loss(features[rows], engine(convf[rows]), centers, labels[rows], radius=1.0)
             engine.backward(loss)
@@ -89,9 +119,12 @@ class Steep(torch.autograd.Function):
 def train_on_gradients(rule, options, runtime):
     """The weight after steps on GRADIENTS, and which of them were applied; the losses are finite."""
     from scf_fast.engine.engine import full_state_dict, initialise_engine
+
     config, net = make_config(**options), torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(net.weight)
-    engine = initialise_engine(net, build_optimizer(rule, net.parameters(), config, runtime.device), config, runtime, config.precision)
+    engine = initialise_engine(
+        net, build_optimizer(rule, net.parameters(), config, runtime.device), config, runtime, config.precision
+    )
     if engine.loss_scaler:
         engine.loss_scaler.load_state_dict({"scale": 2.0**10, "good_steps": 0})  # under which 3 is no overflow
     applied = []
@@ -106,6 +139,7 @@ def train_on_gradients(rule, options, runtime):
 def work(folder):
     """What each rank of a launch does; rank 0 writes down what came of it."""
     from scf_fast import distributed
+
     runtime = distributed.start()
     jobs = [(train, (options,)) for options in CASES] + [(train_on_gradients, case) for case in NOT_FINITE]
     results = [None] * len(jobs)
@@ -149,7 +183,9 @@ def plain_losses(max_grad_norm=1.0, skipped=()):
 def test_every_zero_stage_trains_what_one_process_does(case, world_size, results):
     options, (losses, scales) = CASES[case], results[world_size][case]
     if options.get("precision") == "fp16":
-        skipped = [step for step, (before, after) in enumerate(zip([TOO_LARGE, *scales], scales)) if after == before / 2]
+        skipped = [
+            step for step, (before, after) in enumerate(zip([TOO_LARGE, *scales], scales)) if after == before / 2
+        ]
         assert 0 in skipped and len(skipped) < STEPS - 2
         assert losses == pytest.approx(plain_losses(skipped=skipped), rel=1e-3, abs=5e-4)
     else:
@@ -159,14 +195,20 @@ def test_every_zero_stage_trains_what_one_process_does(case, world_size, results
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", range(len(NOT_FINITE)), ids=[f"{rule} {options['precision']} {options['zero_stage']}" for rule, options in NOT_FINITE])
+@pytest.mark.parametrize(
+    "case",
+    range(len(NOT_FINITE)),
+    ids=[f"{rule} {options['precision']} {options['zero_stage']}" for rule, options in NOT_FINITE],
+)
 def test_a_gradient_that_is_not_finite_changes_nothing(case, world_size, results):
     """And --max_grad_clip clips the others without the loss scale."""
     rule, options = NOT_FINITE[case]
     weight, applied = results[world_size][len(CASES) + case]
     assert applied == [False, True, False, True]
     plain, config = torch.nn.Parameter(torch.ones(1, 1)), make_config(**options)
-    optimizer = torch.optim.SGD([plain], config.lr, config.momentum) if rule == "sgd" else torch.optim.Adam([plain], config.lr)
+    optimizer = (
+        torch.optim.SGD([plain], config.lr, config.momentum) if rule == "sgd" else torch.optim.Adam([plain], config.lr)
+    )
     for gradient in (0.25, 0.125):
         plain.grad = torch.full_like(plain, gradient)
         optimizer.step()
@@ -206,23 +248,36 @@ def test_freed_memory_is_not_mapped_in_again():
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(10_000_000)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    keep, give = (int(subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-                  for how in ("keep", "give"))
+    keep, give = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for how in ("keep", "give")
+    )
     assert keep < give / 3
 
 
 def test_deepspeed_that_takes_steps_that_are_not_finite_is_refused(monkeypatch):
     from scf_fast.engine.engine import initialise_engine
+
     monkeypatch.setattr("deepspeed.__version__", "0.19.7")
     with pytest.raises(ValueError, match=r"0\.19\.8 or newer is needed, this is 0\.19\.7"):
         initialise_engine(make_net(), None, make_config(), Runtime(0, 1, torch.device("cpu")), "fp32")
 
 
-@pytest.mark.parametrize("content, expected", [
-    ({"train_batch_size": 80}, "'train_batch_size' is set by --batch_size"), ({"bf16": {"enabled": True}}, "'bf16' is set by --precision"),
-    ({"zero_optimization": 3}, "must be JSON objects"), ({"zero_optimization": {"offload_optimizer": True}}, "must be JSON objects"),
-    ({"zero_optimization": {"stage": 3}}, "--zero_stage sets it"),
-    ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "--offload_optimizer sets it")])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({"train_batch_size": 80}, "'train_batch_size' is set by --batch_size"),
+        ({"bf16": {"enabled": True}}, "'bf16' is set by --precision"),
+        ({"zero_optimization": 3}, "must be JSON objects"),
+        ({"zero_optimization": {"offload_optimizer": True}}, "must be JSON objects"),
+        ({"zero_optimization": {"stage": 3}}, "--zero_stage sets it"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "--offload_optimizer sets it"),
+    ],
+)
 def test_what_our_flags_say_is_no_business_of_a_deepspeed_file(content, expected, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=expected):
@@ -231,7 +286,10 @@ def test_what_our_flags_say_is_no_business_of_a_deepspeed_file(content, expected
 
 def test_offload_is_passed_on_and_needs_zero():
     generated = deepspeed_config(make_config(offload_optimizer="cpu"), Runtime(0, 1, torch.device("cpu")), "fp32")
-    assert generated["zero_optimization"]["offload_optimizer"]["device"] == "cpu" and not generated["zero_force_ds_cpu_optimizer"]
+    assert (
+        generated["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+        and not generated["zero_force_ds_cpu_optimizer"]
+    )
     with pytest.raises(ValueError, match="--offload_optimizer must be none with --zero_stage 0"):
         make_config(offload_optimizer="cpu", zero_stage=0)
 
@@ -242,5 +300,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("has_bf16, expected", [(True, "bf16"), (False, "fp32")])
 def test_emulated_bf16_is_not_taken(has_bf16, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_bf16)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_bf16
+    )
     assert resolve_precision(make_config(precision="auto"), torch.device("cuda")) == expected

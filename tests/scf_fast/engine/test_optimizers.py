@@ -44,7 +44,11 @@ def test_update_rule_against_its_formula(rule):
 
 def test_values_are_clipped_at_the_step():
     p = torch.nn.Parameter(torch.zeros(3))
-    got = steps(build_optimizer("sgd", [p], stage1(lr=1.0, weight_decay=0.0, max_grad_clip=0.5), CPU), p, [torch.tensor([2.0, -2.0, 0.1])])
+    got = steps(
+        build_optimizer("sgd", [p], stage1(lr=1.0, weight_decay=0.0, max_grad_clip=0.5), CPU),
+        p,
+        [torch.tensor([2.0, -2.0, 0.1])],
+    )
     torch.testing.assert_close(got, torch.tensor([-0.5, 0.5, -0.1]))
 
 
@@ -57,13 +61,16 @@ def test_named_implementation_that_is_absent_is_an_error_and_auto_says_what_it_t
     assert "optimizer: fused SGD of torch" in caplog.text
 
 
-@pytest.mark.parametrize("files, expected", [
-    ({"apex/__init__.py": "import pyramid_that_is_not_there"}, "does not import"),
-    ({"apex/__init__.py": "", "apex/models.py": ""}, "not NVIDIA Apex"),
-    ({"apex/__init__.py": "", "apex/optimizers.py": ""}, "without its CUDA extensions"),
-    ({}, "not installed"),
-    ({"apex/__init__.py": "", "apex/optimizers.py": "", "amp_C.py": ""}, "None"),
-])
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"apex/__init__.py": "import pyramid_that_is_not_there"}, "does not import"),
+        ({"apex/__init__.py": "", "apex/models.py": ""}, "not NVIDIA Apex"),
+        ({"apex/__init__.py": "", "apex/optimizers.py": ""}, "without its CUDA extensions"),
+        ({}, "not installed"),
+        ({"apex/__init__.py": "", "apex/optimizers.py": "", "amp_C.py": ""}, "None"),
+    ],
+)
 def test_the_unrelated_apex_is_not_mistaken_for_nvidias(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -37,7 +37,9 @@ def test_transform_takes_turned_landmarks_back():
 
 
 def test_transform_is_the_least_squares_fit():
-    """Against the normal equations for (Re a, Im a, Re b, Im b), on landmarks that no similarity takes to the template."""
+    """Against the normal equations for (Re a, Im a, Re b, Im b), on landmarks that no similarity takes to the
+    template.
+    """
     landmarks = turned(TEMPLATE) + np.random.default_rng(0).normal(size=(5, 2)) * 4
     rows = [row for x, y in landmarks for row in ([x, -y, 1, 0], [y, x, 0, 1])]
     expected = np.linalg.lstsq(np.array(rows), TEMPLATE.ravel(), rcond=None)[0]
@@ -47,7 +49,9 @@ def test_transform_is_the_least_squares_fit():
 
 def test_warp_against_sampling_by_hand():
     rng = np.random.default_rng(1)
-    pixels = np.asarray(Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).resize((240, 200), Image.Resampling.BICUBIC))
+    pixels = np.asarray(
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).resize((240, 200), Image.Resampling.BICUBIC)
+    )
     landmarks = turned(TEMPLATE)
     face = decode_face(AlignedFaces(EncodedImages([encode(pixels)]), landmarks[None]).encoded(0))
     assert face.shape == (112, 112, 3)
@@ -85,7 +89,9 @@ def test_landmarks_that_are_refused(landmarks):
         AlignedFaces(EncodedImages([b"", b""]), np.stack([TEMPLATE, landmarks]))
 
 
-@pytest.mark.parametrize(("encoded", "reason"), [(b"no picture", "unknown format"), (encode(np.zeros((150, 150, 3), np.uint8))[:60], "")])
+@pytest.mark.parametrize(
+    ("encoded", "reason"), [(b"no picture", "unknown format"), (encode(np.zeros((150, 150, 3), np.uint8))[:60], "")]
+)
 def test_broken_images_are_named(encoded, reason):
     with pytest.raises(ValueError, match=f"image 0 cannot be decoded: {reason}"):
         AlignedFaces(EncodedImages([encoded]), TEMPLATE[None]).encoded(0)

@@ -62,16 +62,21 @@ def test_pairs_of_an_identity_folder_are_labelled_by_folder(tmp_path):
     assert pairs.same.sum() == 10 and pairs.drawn.endswith("drawn with seed 3")
     (tmp_path / "list.txt").write_text(pairs.as_list())
     source, same = read_pair_list(tmp_path / "list.txt")
-    assert np.array_equal(same, pairs.same) and [source.name(i) for i in range(40)] == [pairs.source.name(i) for i in range(40)]
+    assert np.array_equal(same, pairs.same) and [source.name(i) for i in range(40)] == [
+        pairs.source.name(i) for i in range(40)
+    ]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("a.png b.png\n", "line 1 must be `path path label`"),
-    ("a.png a.png 1\n\na.png a.png 2\n", "line 3 must be `path path label`"),
-    ("a.png b.png 1\n", r"line 1 names .*b\.png, and there is no such file"),
-    (b"\xff\xfe", "must be a .bin or a text file"),
-    (None, "cannot read the pairs"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png b.png\n", "line 1 must be `path path label`"),
+        ("a.png a.png 1\n\na.png a.png 2\n", "line 3 must be `path path label`"),
+        ("a.png b.png 1\n", r"line 1 names .*b\.png, and there is no such file"),
+        (b"\xff\xfe", "must be a .bin or a text file"),
+        (None, "cannot read the pairs"),
+    ],
+)
 def test_pair_lists_that_are_refused(tmp_path, text, message):
     draw(tmp_path / "a.png")
     if text is not None:
@@ -84,11 +89,24 @@ def test_pair_lists_that_are_refused(tmp_path, text, message):
 def test_templates_are_aligned_unless_they_are_already(tmp_path, prefix, name):
     count = 12
     write_template_protocol(
-        tmp_path, prefix, names=[f"{i}.jpg" for i in range(count)], images=[b"image"] * count, template_ids=np.arange(count), media_ids=np.arange(count),
-        landmarks=np.tile(TEMPLATE, (count, 1, 1)), detector_score=np.ones(count), pair_template_ids=np.stack([np.arange(count), np.arange(count)[::-1]], 1),
-        pair_labels=np.arange(count) % 2 == 0)
+        tmp_path,
+        prefix,
+        names=[f"{i}.jpg" for i in range(count)],
+        images=[b"image"] * count,
+        template_ids=np.arange(count),
+        media_ids=np.arange(count),
+        landmarks=np.tile(TEMPLATE, (count, 1, 1)),
+        detector_score=np.ones(count),
+        pair_template_ids=np.stack([np.arange(count), np.arange(count)[::-1]], 1),
+        pair_labels=np.arange(count) % 2 == 0,
+    )
     templates = open_template_set(tmp_path)
-    assert isinstance(templates.source, AlignedFaces) and templates.name == name and templates.galleries == [] and templates.severity is None
+    assert (
+        isinstance(templates.source, AlignedFaces)
+        and templates.name == name
+        and templates.galleries == []
+        and templates.severity is None
+    )
     assert open_template_set(tmp_path, align=False).source is not templates.source
     assert not isinstance(open_template_set(tmp_path, align=False).source, AlignedFaces)
     (tmp_path / "meta" / f"{prefix}_template_pair_label.txt").write_text("1 99 1\n")

@@ -147,15 +147,25 @@ launch.leave(0)
 
 
 def test_ranks_share_the_work_and_settle_on_one_precision(run_command, tmp_path, files):
-    """bf16 that both ranks find accurate; that one of them refuses; float32 refused by one of them too. Then 11 images in parts of three."""
+    """bf16 that both ranks find accurate; that one of them refuses; float32 refused by one of them too. Then 11 images
+    in parts of three.
+    """
     (tmp_path / "ranks.py").write_text(RANKS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    status, output = run_command([*launcher, tmp_path / "ranks.py", tmp_path, tmp_path / "store"], PYTHONPATH=os.getcwd())
+    status, output = run_command(
+        [*launcher, tmp_path / "ranks.py", tmp_path, tmp_path / "store"], PYTHONPATH=os.getcwd()
+    )
     assert status == 0, output
     lines = dict(line.split(": ", 1) for line in output.splitlines() if line.startswith("rank "))
     verdicts = "['torch.bfloat16', 'torch.float32', {!r}]"
-    assert lines["rank 0"] == verdicts.format("the backbone is not accurate in fp32 on another rank"[:42]) + " embedded 6 cosine True"
-    assert lines["rank 1"] == verdicts.format("the frozen backbone differs from the float32 model"[:42]) + " embedded 5 cosine True"
+    assert (
+        lines["rank 0"]
+        == verdicts.format("the backbone is not accurate in fp32 on another rank"[:42]) + " embedded 6 cosine True"
+    )
+    assert (
+        lines["rank 1"]
+        == verdicts.format("the frozen backbone differs from the float32 model"[:42]) + " embedded 5 cosine True"
+    )
 
 
 @pytest.mark.parametrize("change", ["model", "content", "time", "landmarks"])
@@ -184,12 +194,15 @@ def test_images_in_memory_are_known_by_their_bytes(tmp_path, files):
     assert (same.seen, other.seen) == (0, 11)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda features, log_kappa: (features.log() * torch.nan, log_kappa),
-    lambda features, log_kappa: (features * 0, log_kappa),
-    lambda features, log_kappa: (features, log_kappa + 90),  # kappa overflows float32
-    lambda features, log_kappa: (features, log_kappa - 200),  # kappa is 0
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda features, log_kappa: (features.log() * torch.nan, log_kappa),
+        lambda features, log_kappa: (features * 0, log_kappa),
+        lambda features, log_kappa: (features, log_kappa + 90),  # kappa overflows float32
+        lambda features, log_kappa: (features, log_kappa - 200),  # kappa is 0
+    ],
+)
 def test_unusable_output_names_the_image_and_is_not_kept(tmp_path, files, damage):
     class Broken(Counting):
         def __call__(self, images):

@@ -1,4 +1,6 @@
-"""The evaluation from files to report, on pictures whose identity, and how much of it is left, can be read off their pixels."""
+"""The evaluation from files to report, on pictures whose identity, and how much of it is left, can be read off their
+pixels.
+"""
 
 import csv
 import io
@@ -49,7 +51,10 @@ def run(*arguments):
 
 def picture(identity, severity, rng):
     """Sixteen colours of the identity, faded to grey and noisy by severity; PNG, which every decoder reads alike."""
-    colours = np.random.default_rng(identity).choice([-1.0, 1.0], size=(4, 4, 3)) * (1 - 0.9 * severity) + rng.normal(size=(4, 4, 3)) * 0.6 * severity
+    colours = (
+        np.random.default_rng(identity).choice([-1.0, 1.0], size=(4, 4, 3)) * (1 - 0.9 * severity)
+        + rng.normal(size=(4, 4, 3)) * 0.6 * severity
+    )
     pixels = np.clip(127.5 + 60 * colours, 0, 255).round().astype(np.uint8).repeat(28, axis=0).repeat(28, axis=1)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -70,20 +75,38 @@ def data(tmp_path_factory):
     for name in "clean", "mixed":
         identities = [identity for pair in range(200) for identity in (pair, pair if same[pair] else pair + 1000)]
         severities = rng.random(400) * (name == "mixed")
-        write_verification_set(root / "verification" / f"{name}.bin", map(lambda i, s: picture(i, s, rng), identities, severities), same)
-        write_csv(root / "verification" / f"{name}.csv", ["image", "identity", "severity"], zip(range(400), identities, severities))
+        write_verification_set(
+            root / "verification" / f"{name}.bin", map(lambda i, s: picture(i, s, rng), identities, severities), same
+        )
+        write_csv(
+            root / "verification" / f"{name}.csv",
+            ["image", "identity", "severity"],
+            zip(range(400), identities, severities),
+        )
     identities, count = np.arange(80) // 4, 80
     names, severities = [f"{i}.png" for i in range(count)], rng.random(count)
     first, second = np.triu_indices(40, 1)
     write_template_protocol(
-        root / "templates", "tiny", names=names, images=map(lambda i, s: picture(i, s, rng), identities, severities),
-        template_ids=np.arange(count) // 2, media_ids=np.arange(count), landmarks=np.tile(TEMPLATE, (count, 1, 1)), detector_score=1 - severities / 2,
-        pair_template_ids=np.stack([first, second], axis=1), pair_labels=first // 2 == second // 2)
+        root / "templates",
+        "tiny",
+        names=names,
+        images=map(lambda i, s: picture(i, s, rng), identities, severities),
+        template_ids=np.arange(count) // 2,
+        media_ids=np.arange(count),
+        landmarks=np.tile(TEMPLATE, (count, 1, 1)),
+        detector_score=1 - severities / 2,
+        pair_template_ids=np.stack([first, second], axis=1),
+        pair_labels=first // 2 == second // 2,
+    )
     write_csv(root / "templates" / "severity.csv", ["name", "identity", "severity"], zip(names, identities, severities))
     # Even templates are enrolled, in one gallery or the other; odd ones, of the same identities, are searched for.
     for gallery, templates in ("G1", range(0, 20, 2)), ("G2", range(20, 40, 2)), ("probe_mixed", range(1, 40, 2)):
         kind = gallery if gallery == "probe_mixed" else f"gallery_{gallery}"
-        write_csv(root / "templates" / "meta" / f"tiny_1N_{kind}.csv", ["TEMPLATE_ID", "SUBJECT_ID"], [(t, t // 2) for t in templates for _ in range(2)])
+        write_csv(
+            root / "templates" / "meta" / f"tiny_1N_{kind}.csv",
+            ["TEMPLATE_ID", "SUBJECT_ID"],
+            [(t, t // 2) for t in templates for _ in range(2)],
+        )
     for identity in range(24):
         for number in range(3):
             kind = "probe" if number == 2 else "gallery"
@@ -101,33 +124,74 @@ def test_full_report(data, tmp_path, capsys):
     results = json.loads((out / "results.json").read_text())
     assert results["model"] == str(tmp_path / "pixels") and results["request"]["command"] == "report"
     verification = results["verification"]
-    assert verification["set"] == "clean" and verification["accuracy"] == verification["accuracy_vmf"] == verification["auc"] == 1
+    assert (
+        verification["set"] == "clean"
+        and verification["accuracy"] == verification["accuracy_vmf"] == verification["auc"] == 1
+    )
     mixed = verification["others"]["mixed"]
     assert 0.5 < mixed["accuracy"] < 1 and mixed["tar_at_far"].keys() == {"1e-01"} and 0 < mixed["eer"] < 0.5
-    assert results["kappa"]["severity_spearman"] < -0.7 and results["template_quality"]["kappa"]["severity_spearman"] < -0.7
+    assert (
+        results["kappa"]["severity_spearman"] < -0.7
+        and results["template_quality"]["kappa"]["severity_spearman"] < -0.7
+    )
     areas = results["reject_area"]
     assert areas["oracle"] < areas["kappa"] < areas["random"]
-    assert areas["feature_norm"] == pytest.approx(areas["kappa"])  # this model's kappa rises with the feature norm alone
+    assert areas["feature_norm"] == pytest.approx(
+        areas["kappa"]
+    )  # this model's kappa rises with the feature norm alone
     assert results["reject"]["set"] == "mixed" and 0 < results["reject"]["error"]["kappa"][0] < 0.5
     templates = results["templates"]
     assert templates["protocol"] == "tiny"
     assert templates["templates"] == 40 and templates["genuine_pairs"] == 20 and templates["impostor_pairs"] == 760
-    poolings = ["average", "norm", "detector", "norm_detector", "kappa", "kappa_vmf", "kappa_images", "kappa_images_vmf"]
+    poolings = [
+        "average",
+        "norm",
+        "detector",
+        "norm_detector",
+        "kappa",
+        "kappa_vmf",
+        "kappa_images",
+        "kappa_images_vmf",
+    ]
     assert all(templates[key].keys() == {"1e-01"} for key in poolings)  # 760 impostors
     assert templates["kappa"]["1e-01"] >= templates["average"]["1e-01"] > 0.5
     identification = results["identification"]
-    assert identification["galleries"] == ["G1", "G2"] and identification["enrolled"] == identification["searches"] == 20
+    assert (
+        identification["galleries"] == ["G1", "G2"] and identification["enrolled"] == identification["searches"] == 20
+    )
     for key in poolings:
         ranks = list(identification[key]["rank"].values())
         assert identification[key]["mated"] == 20 and 0.3 < ranks[0] <= ranks[1] <= ranks[2] <= 1
-        assert identification[key]["tpir_at_fpir"] == {}  # ten searches without mate a gallery decide no FPIR of at most 0.1
+        assert (
+            identification[key]["tpir_at_fpir"] == {}
+        )  # ten searches without mate a gallery decide no FPIR of at most 0.1
     comparisons = identification["comparisons"]  # 20 enrolled by 20 probes, one mate each
-    assert sum(comparisons["genuine"]) == 20 and sum(comparisons["impostor"]) == 380 and comparisons["low"] < 0 < comparisons["high"]
+    assert (
+        sum(comparisons["genuine"]) == 20
+        and sum(comparisons["impostor"]) == 380
+        and comparisons["low"] < 0 < comparisons["high"]
+    )
     assert results["seconds"]["evaluation"] > 0 and results["notes"] == []
     printed = capsys.readouterr().out
-    for section in "## Verification", "## Templates: tiny, 1:1", "## Identification: tiny, 1:N", "## Quality", "## Error versus reject":
+    for section in (
+        "## Verification",
+        "## Templates: tiny, 1:1",
+        "## Identification: tiny, 1:N",
+        "## Quality",
+        "## Error versus reject",
+    ):
         assert section in printed and section in (out / "report.md").read_text()
-    figures = [report.ROC, report.DET, report.TEMPLATES, report.SCORES, report.REJECT, report.SEVERITY, report.HISTOGRAM, report.FACES, report.PAIRS]
+    figures = [
+        report.ROC,
+        report.DET,
+        report.TEMPLATES,
+        report.SCORES,
+        report.REJECT,
+        report.SEVERITY,
+        report.HISTOGRAM,
+        report.FACES,
+        report.PAIRS,
+    ]
     assert sorted(path.name for path in out.glob("*.png")) == sorted(figures)
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(figures) and "http" not in page and "src=" in page
@@ -139,58 +203,144 @@ def test_full_report(data, tmp_path, capsys):
 
 def rows_and_figures(out):
     """Numbers of results.json by their path, without those of time, and the names of the figures."""
+
     def flat(value, path=()):
-        return {k: v for key, entry in value.items() for k, v in flat(entry, (*path, key)).items()} if isinstance(value, dict) else {path: value}
+        return (
+            {k: v for key, entry in value.items() for k, v in flat(entry, (*path, key)).items()}
+            if isinstance(value, dict)
+            else {path: value}
+        )
 
     results = json.loads((out / "results.json").read_text())
     measured = {key: entry for key, entry in results.items() if key not in ("request", "notes", "model", "seconds")}
     return flat(measured), {path.name for path in out.glob("*.png")}, results["notes"]
 
 
-@pytest.mark.parametrize("words", [["report", "--data", "{data}"], ["identify", "--gallery", "{data}/people/gallery", "--probe", "{data}/people/probe"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report", "--data", "{data}"],
+        ["identify", "--gallery", "{data}/people/gallery", "--probe", "{data}/people/probe"],
+    ],
+)
 def test_a_backbone_alone_has_every_number_that_needs_no_kappa(words, data, tmp_path, capsys):
     words = [word.format(data=data) for word in words]
     for name in "whole", "alone":
         assert run(*words, "--model", tmp_path / name, "--out", tmp_path / "out" / name) == 0
     printed = capsys.readouterr().out.split(str(tmp_path / "out" / "whole"))[1]
-    (whole, figures, _), (alone, left, notes) = (rows_and_figures(tmp_path / "out" / name) for name in ("whole", "alone"))
-    assert notes == ["alone is a backbone alone (insightface pixels), so what needs κ is left out."] and printed.count(notes[0]) == 1
-    needs_kappa = {path for path in whole if any(word in part for part in path for word in ("kappa", "vmf", "comparisons"))}
-    assert alone == {path: value for path, value in whole.items() if path not in needs_kappa} and len(alone) > 5 and needs_kappa
-    assert figures - left == {report.SCORES} if words[0] == "identify" else {report.SCORES, report.SEVERITY, report.HISTOGRAM, report.FACES}
+    (whole, figures, _), (alone, left, notes) = (
+        rows_and_figures(tmp_path / "out" / name) for name in ("whole", "alone")
+    )
+    assert (
+        notes == ["alone is a backbone alone (insightface pixels), so what needs κ is left out."]
+        and printed.count(notes[0]) == 1
+    )
+    needs_kappa = {
+        path for path in whole if any(word in part for part in path for word in ("kappa", "vmf", "comparisons"))
+    }
+    assert (
+        alone == {path: value for path, value in whole.items() if path not in needs_kappa}
+        and len(alone) > 5
+        and needs_kappa
+    )
+    assert (
+        figures - left == {report.SCORES}
+        if words[0] == "identify"
+        else {report.SCORES, report.SEVERITY, report.HISTOGRAM, report.FACES}
+    )
     assert "Eqn" not in printed and printed.count("κ") == 1
 
 
 def test_a_backbone_alone_beside_a_model(data, tmp_path, capsys):
-    assert run("report", "--model", tmp_path / "whole", tmp_path / "alone", "--data", data, "--out", tmp_path / "out") == 0
+    assert (
+        run("report", "--model", tmp_path / "whole", tmp_path / "alone", "--data", data, "--out", tmp_path / "out") == 0
+    )
     page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
     assert page.count("<figcaption>whole") - page.count("<figcaption>alone") == 4
     assert printed.count("| whole | mixed | Eqn (13) |") == 1 and printed.count("| alone | mixed | cosine   |") == 1
 
 
-@pytest.mark.parametrize("data_set, areas", [("templates", {"feature_norm", "detector", "random", "oracle"}),
-                                             ("verification/mixed.bin", {"feature_norm", "random", "oracle"})])
+@pytest.mark.parametrize(
+    "data_set, areas",
+    [
+        ("templates", {"feature_norm", "detector", "random", "oracle"}),
+        ("verification/mixed.bin", {"feature_norm", "random", "oracle"}),
+    ],
+)
 def test_risk_of_a_backbone_alone(data_set, areas, data, tmp_path, capsys):
-    arguments = ["risk", "--model", tmp_path / "alone", "--data", data / data_set, "--far", "0.1", "--cache", tmp_path / "cache"]
+    arguments = [
+        "risk",
+        "--model",
+        tmp_path / "alone",
+        "--data",
+        data / data_set,
+        "--far",
+        "0.1",
+        "--cache",
+        tmp_path / "cache",
+    ]
     assert run(*arguments, "--out", tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["reject_area"].keys() == areas
     capsys.readouterr()
     assert run(*arguments[:-2], "--cache", tmp_path / "other", "--score", "vmf") == 2
-    assert "alone is a backbone alone; take --score cosine" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert (
+        "alone is a backbone alone; take --score cosine" in capsys.readouterr().err
+        and not (tmp_path / "other").exists()
+    )
 
 
 def test_models_side_by_side(data, tmp_path, capsys):
     lfw = data / "verification" / "clean.bin"
-    assert run("verify", "--model", "first=a", "second=b", "--data", lfw, "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--flip") == 0
+    assert (
+        run(
+            "verify",
+            "--model",
+            "first=a",
+            "second=b",
+            "--data",
+            lfw,
+            "--out",
+            tmp_path / "out",
+            "--cache",
+            tmp_path / "cache",
+            "--flip",
+        )
+        == 0
+    )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["models"]) == ["first", "second"] and results["request"] | {"data": None} == {
-        "command": "verify", "model": ["a", "b"], "data": None, "pairs": 6000, "seed": 0, "flip": True}
+        "command": "verify",
+        "model": ["a", "b"],
+        "data": None,
+        "pairs": 6000,
+        "seed": 0,
+        "flip": True,
+    }
     lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert lines == ["model", lines[1], "first", "first", "second", "second"]
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["model1-det.png", "model1-roc.png", "model2-det.png", "model2-roc.png"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "model1-det.png",
+        "model1-roc.png",
+        "model2-det.png",
+        "model2-roc.png",
+    ]
     assert (tmp_path / "out" / "report.html").read_text().count("<figcaption>second") == 2
     # A report of one model takes the figures of the earlier one away.
-    assert run("verify", "--model", "a", "--data", lfw, "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--overwrite") == 0
+    assert (
+        run(
+            "verify",
+            "--model",
+            "a",
+            "--data",
+            lfw,
+            "--out",
+            tmp_path / "out",
+            "--cache",
+            tmp_path / "cache",
+            "--overwrite",
+        )
+        == 0
+    )
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["det.png", "roc.png"]
 
 
@@ -199,10 +349,17 @@ def test_verify_draws_pairs_of_a_folder_of_identities_and_keeps_them(tmp_path, c
     for identity in range(20):
         (people / f"person {identity}").mkdir(parents=True)
         for number in range(3):
-            (people / f"person {identity}" / f"{number}.png").write_bytes(picture(identity, 0.3, np.random.default_rng(100 * identity + number)))
+            (people / f"person {identity}" / f"{number}.png").write_bytes(
+                picture(identity, 0.3, np.random.default_rng(100 * identity + number))
+            )
     command = ["verify", "--model", tmp_path / "m", "--cache", tmp_path / "cache", "--overwrite"]
     found = []
-    for name, data, seed in ("drawn", people, 0), ("again", people, 0), ("other", people, 1), ("read", tmp_path / "drawn" / "pairs-some people.txt", 0):
+    for name, data, seed in (
+        ("drawn", people, 0),
+        ("again", people, 0),
+        ("other", people, 1),
+        ("read", tmp_path / "drawn" / "pairs-some people.txt", 0),
+    ):
         assert run(*command, "--data", data, "--pairs", 60, "--seed", seed, "--out", tmp_path / name) == 0
         results = json.loads((tmp_path / name / "results.json").read_text())["verification"]
         found.append({key: results[key] for key in ("pairs", "accuracy", "accuracy_vmf", "eer", "auc")})
@@ -216,7 +373,10 @@ def test_verify_draws_pairs_of_a_folder_of_identities_and_keeps_them(tmp_path, c
 
 
 def test_ijb_command(data, tmp_path, capsys):
-    assert run("ijb", "--model", tmp_path / "m", "--data", data / "templates", "--no-align", "--cache", tmp_path / "cache") == 0
+    assert (
+        run("ijb", "--model", tmp_path / "m", "--data", data / "templates", "--no-align", "--cache", tmp_path / "cache")
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "## Templates: tiny, 1:1" in printed and "norm × detector" in printed and "rank 10" in printed
     assert run("ijb", "--model", tmp_path / "m", "--data", data / "templates", data / "templates") == 2
@@ -228,19 +388,26 @@ def slow_log_normalizer(kappa, dim):
 
 
 def slow_template_scores(features, weights, protocol, pairs, dim, by_media):
-    """Cosine and Eqn (13) of pairs of templates, by the definitions: one template, one medium, one image, one pair after another."""
+    """Cosine and Eqn (13) of pairs of templates, by the definitions: one template, one medium, one image, one pair
+    after another.
+    """
     pooled = {}
     for template in set(protocol.template_ids.tolist()):
         total = np.zeros(dim)
         for medium in set(protocol.media_ids[protocol.template_ids == template].tolist()):
             rows = np.flatnonzero((protocol.template_ids == template) & (protocol.media_ids == medium))
-            total += (np.mean if by_media else np.sum)([weights[row] * features[row] / np.linalg.norm(features[row]) for row in rows], axis=0)
+            total += (np.mean if by_media else np.sum)(
+                [weights[row] * features[row] / np.linalg.norm(features[row]) for row in rows], axis=0
+            )
         pooled[template] = total
     cosines, scores = [], []
     for a, b in pairs:
         length_a, length_b, both = (np.linalg.norm(total) for total in (pooled[a], pooled[b], pooled[a] + pooled[b]))
         cosines.append(pooled[a] @ pooled[b] / length_a / length_b)
-        scores.append(sum(sign * slow_log_normalizer(length, dim) for sign, length in ((1, length_a), (1, length_b), (-1, both))) - dim * np.log(64))
+        scores.append(
+            sum(sign * slow_log_normalizer(length, dim) for sign, length in ((1, length_a), (1, length_b), (-1, both)))
+            - dim * np.log(64)
+        )
     return np.array(cosines), np.array(scores)
 
 
@@ -257,11 +424,21 @@ def slow_identification(score_of, galleries, subject_of):
         by_score = sorted(everyone, key=lambda template: -score_of[probe, template])
         ranks.append([subject_of[template] for template in by_score].index(subject_of[probe]))
     for gallery in galleries:
-        best = {probe: max(gallery.gallery_ids.tolist(), key=lambda template: score_of[probe, template]) for probe in probes}
+        best = {
+            probe: max(gallery.gallery_ids.tolist(), key=lambda template: score_of[probe, template]) for probe in probes
+        }
         enrolled = {subject_of[template] for template in gallery.gallery_ids.tolist()}
         strangers = sorted((score_of[p, best[p]] for p in probes if subject_of[p] not in enrolled), reverse=True)
         threshold = strangers[int(0.1 * len(strangers) + 1e-9)]
-        tpirs.append(np.mean([subject_of[best[p]] == subject_of[p] and score_of[p, best[p]] > threshold for p in probes if subject_of[p] in enrolled]))
+        tpirs.append(
+            np.mean(
+                [
+                    subject_of[best[p]] == subject_of[p] and score_of[p, best[p]] > threshold
+                    for p in probes
+                    if subject_of[p] in enrolled
+                ]
+            )
+        )
     return {str(rank): np.mean(np.array(ranks) < rank) for rank in (1, 5, 10)}, np.mean(tpirs)
 
 
@@ -274,18 +451,26 @@ def test_templates_against_slow_numpy():
     subject_of = {template * 7 + 3: template % subjects for template in range(templates)}
     centers = rng.normal(size=(subjects, dim))
     spread = rng.uniform(0.5, 3, len(template_ids))
-    features = np.array([centers[subject_of[t]] for t in template_ids.tolist()]) + spread[:, None] * rng.normal(size=(len(template_ids), dim))
+    features = np.array([centers[subject_of[t]] for t in template_ids.tolist()]) + spread[:, None] * rng.normal(
+        size=(len(template_ids), dim)
+    )
     embeddings = Embeddings(torch.from_numpy(features).float(), torch.from_numpy(4 - 2 * np.log(spread)).float())
     ids = np.array(sorted(subject_of))
     first, second = np.triu_indices(templates, 1)
     pairs = np.stack([ids[first], ids[second]], axis=1)[rng.permutation(len(first))[:6000]]
     pairs = np.concatenate([pairs, [[t * 7 + 3, (t + subjects) * 7 + 3] for t in range(2 * subjects)]])
     same = np.array([subject_of[a] == subject_of[b] for a, b in pairs.tolist()])
-    names, detector = list(map(str, range(len(template_ids)))), rng.uniform(0.5, 1, len(template_ids)).astype(np.float32)
+    names, detector = (
+        list(map(str, range(len(template_ids)))),
+        rng.uniform(0.5, 1, len(template_ids)).astype(np.float32),
+    )
     protocol = TemplateProtocol(names, template_ids, media_ids, None, detector, pairs, same, None)
     enrolled, probes = ids[:subjects], ids[subjects:]
     searched = [np.array([subject_of[t] for t in group.tolist()]) for group in (enrolled[::2], enrolled[1::2], probes)]
-    galleries = [Gallery(name, enrolled[start::2], searched[start], probes, searched[2]) for start, name in enumerate(("G1", "G2"))]
+    galleries = [
+        Gallery(name, enrolled[start::2], searched[start], probes, searched[2])
+        for start, name in enumerate(("G1", "G2"))
+    ]
 
     class Store:
         embedder = SimpleNamespace(radius=64.0, device=torch.device("cpu"))
@@ -293,14 +478,26 @@ def test_templates_against_slow_numpy():
         def load(self, source, name):
             return embeddings
 
-    results = evaluate.Templates({"slow": datasets.TemplateSet("slow", protocol, None, galleries, None)}).measure(Store()).results
+    results = (
+        evaluate.Templates({"slow": datasets.TemplateSet("slow", protocol, None, galleries, None)})
+        .measure(Store())
+        .results
+    )
     norm = np.linalg.norm(features, axis=1)
-    weights = {"average": np.ones(len(norm)), "norm": norm, "detector": detector, "norm_detector": norm * detector, "kappa": embeddings.kappa,
-               "kappa_images": embeddings.kappa}
+    weights = {
+        "average": np.ones(len(norm)),
+        "norm": norm,
+        "detector": detector,
+        "norm_detector": norm * detector,
+        "kappa": embeddings.kappa,
+        "kappa_images": embeddings.kappa,
+    }
     comparisons = [(probe, template) for probe in probes.tolist() for template in enrolled.tolist()]
     assert results["templates"]["templates"] == 300 and results["templates"]["genuine_pairs"] == np.count_nonzero(same)
     for name, values in weights.items():
-        scores = slow_template_scores(features, values, protocol, [*pairs.tolist(), *comparisons], dim, name != "kappa_images")
+        scores = slow_template_scores(
+            features, values, protocol, [*pairs.tolist(), *comparisons], dim, name != "kappa_images"
+        )
         for key, column in ((name, 0), *([(f"{name}_vmf", 1)] if name.startswith("kappa") else [])):
             one_to_one, one_to_many = np.split(scores[column], [len(pairs)])
             expected = {f"{far:.0e}": slow_tar(one_to_one, same, far) for far in (0.1, 0.01)}
@@ -312,7 +509,17 @@ def test_templates_against_slow_numpy():
 
 def test_identify_command(data, tmp_path, capsys):
     people = data / "people"
-    command = ["identify", "--model", tmp_path / "m", "--gallery", people / "gallery", "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    command = [
+        "identify",
+        "--model",
+        tmp_path / "m",
+        "--gallery",
+        people / "gallery",
+        "--out",
+        tmp_path / "out",
+        "--cache",
+        tmp_path / "cache",
+    ]
     assert run(*command, "--probe", people / "probe") == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())["identification"]
     assert found["enrolled"] == 12 and found["searches"] == 24
@@ -326,11 +533,26 @@ def test_identify_command(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("score", ["cosine", "vmf"])
 def test_risk_command_on_templates(data, tmp_path, score, capsys):
-    arguments = ["risk", "--model", tmp_path / "m", "--data", data / "templates", "--far", "0.1", "--score", score, "--cache", tmp_path / "cache"]
+    arguments = [
+        "risk",
+        "--model",
+        tmp_path / "m",
+        "--data",
+        data / "templates",
+        "--far",
+        "0.1",
+        "--score",
+        score,
+        "--cache",
+        tmp_path / "cache",
+    ]
     assert run(*arguments, "--out", tmp_path / "out") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     areas = results["reject_area"]
-    assert areas.keys() == {"kappa", "feature_norm", "detector", "random", "oracle"} and areas["oracle"] < areas["kappa"] < areas["random"]
+    assert (
+        areas.keys() == {"kappa", "feature_norm", "detector", "random", "oracle"}
+        and areas["oracle"] < areas["kappa"] < areas["random"]
+    )
     assert results["reject"]["far"] == 0.1 and "FAR 0.1 on all" in capsys.readouterr().out
 
 
@@ -351,7 +573,10 @@ def test_data_without_severities_or_templates(data, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["verification"]["set"] == results["reject"]["set"] == "lfw" and "templates" not in results
     assert results["kappa"]["severity_spearman"] is None
-    assert not (tmp_path / "out" / report.SEVERITY).exists() and report.SEVERITY not in (tmp_path / "out" / "report.md").read_text()
+    assert (
+        not (tmp_path / "out" / report.SEVERITY).exists()
+        and report.SEVERITY not in (tmp_path / "out" / "report.md").read_text()
+    )
 
 
 def test_templates_alone(data, tmp_path):
@@ -365,20 +590,44 @@ def test_published_table():
         return {"1e-05": low, "1e-04": high}
 
     def section(average, kappa):
-        return {"templates": {"protocol": "IJB-C", "average": average, "kappa": kappa, "kappa_images_vmf": kappa, "others": {}, "images": 1, "templates": 1,
-                              "genuine_pairs": 1, "impostor_pairs": 1}}
+        return {
+            "templates": {
+                "protocol": "IJB-C",
+                "average": average,
+                "kappa": kappa,
+                "kappa_images_vmf": kappa,
+                "others": {},
+                "images": 1,
+                "templates": 1,
+                "genuine_pairs": 1,
+                "impostor_pairs": 1,
+            }
+        }
 
-    models = {"ArcFace": section(rates(0.9315, 0.956), rates(0.9404, 0.9609)), "CosFace": section(rates(0.9386, 0.9595), rates(0.9478, 0.9622))}
+    models = {
+        "ArcFace": section(rates(0.9315, 0.956), rates(0.9404, 0.9609)),
+        "CosFace": section(rates(0.9386, 0.9595), rates(0.9478, 0.9622)),
+    }
     table = report.tables(models)[-1]
     assert table.header == ["TAR [%]", "IJB-C 1e-05", "IJB-C 1e-04"]
-    assert table.rows[:2] == [["ArcFace", "93.15", "95.60"], ["+ SCF", "94.04", "96.09"]] and table.rows[3][0] == "CosFace"
+    assert (
+        table.rows[:2] == [["ArcFace", "93.15", "95.60"], ["+ SCF", "94.04", "96.09"]] and table.rows[3][0] == "CosFace"
+    )
     for key in "kappa", "kappa_images_vmf":
         del models["ArcFace"]["templates"][key]  # a backbone alone
     assert [row[0] for row in report.tables(models)[-1].rows] == ["ArcFace", "CosFace", "+ SCF", "+ SCF, Eqn (13)"]
 
 
 def test_command_guards_the_report(data, tmp_path, capsys):
-    arguments = ["verify", "--data", data / "verification" / "clean.bin", "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    arguments = [
+        "verify",
+        "--data",
+        data / "verification" / "clean.bin",
+        "--out",
+        tmp_path / "out",
+        "--cache",
+        tmp_path / "cache",
+    ]
     assert run(*arguments, "--model", "runs/a") == 0
     before = (tmp_path / "out" / "results.json").read_bytes()
     capsys.readouterr()
@@ -391,11 +640,14 @@ def test_command_guards_the_report(data, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["request"]["model"] == ["runs/b"]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"--data": "absent"}, "cannot read the pairs absent"),
-    ({"--device": "nonsense"}, "must be a device"),
-    ({"--batch-size": "0"}, "at least 1"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--data": "absent"}, "cannot read the pairs absent"),
+        ({"--device": "nonsense"}, "must be a device"),
+        ({"--batch-size": "0"}, "at least 1"),
+    ],
+)
 def test_command_refuses_in_one_line(data, tmp_path, capsys, change, message):
     arguments = {"--model": tmp_path / "model.pt", "--data": data, "--out": tmp_path / "out"} | change
     try:
@@ -434,5 +686,11 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 def test_tables_are_aligned_and_escaped():
     table = report.Table("Of <both>", ["set", "score"], [["clean", "0.5"], ["lfw", "10.25"]], "about")
     assert table.markdown().splitlines()[2:] == [
-        "| set   | score |", "| ----- | ----: |", "| clean |   0.5 |", "| lfw   | 10.25 |", "", "about"]
+        "| set   | score |",
+        "| ----- | ----: |",
+        "| clean |   0.5 |",
+        "| lfw   | 10.25 |",
+        "",
+        "about",
+    ]
     assert "Of &lt;both&gt;" in table.html() and "<td class=word>clean</td><td>0.5</td>" in table.html()

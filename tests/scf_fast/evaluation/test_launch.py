@@ -23,9 +23,26 @@ def data(run_command, tmp_path_factory):
 def test_two_ranks_report_on_the_synthetic_set(run_command, data, tmp_path):
     torch.manual_seed(0)
     backbone = Backbone("ir_tiny", 24)
-    save_model(tmp_path / "model.pt", backbone.state_dict(), build_confidence_net("conv", 16, 7, initial_kappa=300.0).state_dict(), radius=64.0,
-               normalization="insightface")
-    arguments = ["report", "--model", tmp_path / "model.pt", "--data", data, "--out", tmp_path / "out", "--loader", "torch", "--num-workers", 0]
+    save_model(
+        tmp_path / "model.pt",
+        backbone.state_dict(),
+        build_confidence_net("conv", 16, 7, initial_kappa=300.0).state_dict(),
+        radius=64.0,
+        normalization="insightface",
+    )
+    arguments = [
+        "report",
+        "--model",
+        tmp_path / "model.pt",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--loader",
+        "torch",
+        "--num-workers",
+        0,
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     status, output = run_command([*launcher, "-m", "scf_fast.evaluation", *arguments])
     assert status == 0, output
@@ -36,7 +53,11 @@ def test_two_ranks_report_on_the_synthetic_set(run_command, data, tmp_path):
     assert {"kappa", "feature_norm", "random"} <= results["reject_area"].keys()
     assert results["templates"]["average"].keys() == results["templates"]["kappa"].keys() == {"1e-01", "1e-02"}
     searches = results["identification"]
-    assert searches["galleries"] == ["G1", "G2"] and (searches["enrolled"], searches["searches"], searches["kappa_vmf"]["mated"]) == (20, 60, 60)
+    assert searches["galleries"] == ["G1", "G2"] and (
+        searches["enrolled"],
+        searches["searches"],
+        searches["kappa_vmf"]["mated"],
+    ) == (20, 60, 60)
     assert 0 <= searches["kappa_vmf"]["rank"]["1"] <= searches["kappa_vmf"]["rank"]["10"] <= 1
     assert sum(searches["comparisons"]["genuine"]) == 60 and sum(searches["comparisons"]["impostor"]) == 60 * 19
     assert (tmp_path / "out" / "scores.png").exists() and not any("1:N" in note for note in results["notes"])

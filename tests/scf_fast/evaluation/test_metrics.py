@@ -47,9 +47,14 @@ def test_against_scikit_learn(seed):
         assert tar == pytest.approx(true_accepts[false_accepts <= far + 1e-12].max(), abs=1e-15)
     miss = 1 - true_accepts
     closest = np.argmin(np.abs(false_accepts - miss))
-    assert metrics.equal_error_rate(scores, same) == pytest.approx((false_accepts[closest] + miss[closest]) / 2, abs=1e-15)
+    assert metrics.equal_error_rate(scores, same) == pytest.approx(
+        (false_accepts[closest] + miss[closest]) / 2, abs=1e-15
+    )
     folds = selection.KFold(10).split(scores)
-    accuracies = [reference.accuracy_score(same[test], scores[test] > metrics.best_threshold(scores[train], same[train])) for train, test in folds]
+    accuracies = [
+        reference.accuracy_score(same[test], scores[test] > metrics.best_threshold(scores[train], same[train]))
+        for train, test in folds
+    ]
     assert metrics.k_fold_accuracy(scores, same).mean == pytest.approx(np.mean(accuracies), abs=1e-15)
 
 
@@ -90,7 +95,8 @@ def test_best_threshold_lies_in_the_middle_of_the_gap():
 
 
 def test_k_fold_accuracy_by_hand():
-    # The threshold comes from the other half: 0.5 for the first, 0.3 for the second, and each half then has one error in four.
+    # The threshold comes from the other half: 0.5 for the first, 0.3 for the second, and each half then has one error
+    # in four.
     scores = np.array([0.6, 0.4, 0.2, 0.0, 0.7, 0.9, 0.3, 0.25])
     same = np.array([True, True, False, False, True, True, False, False])
     result = metrics.k_fold_accuracy(scores, same, folds=2)
@@ -108,7 +114,9 @@ def test_k_fold_uses_contiguous_folds_in_file_order():
         threshold = metrics.best_threshold(scores[~test], same[~test])
         accuracies.append(np.mean((scores[test] > threshold) == same[test]))
         start += size
-    assert result.mean == pytest.approx(np.mean(accuracies), abs=1e-15) and result.std == pytest.approx(np.std(accuracies), abs=1e-15)
+    assert result.mean == pytest.approx(np.mean(accuracies), abs=1e-15) and result.std == pytest.approx(
+        np.std(accuracies), abs=1e-15
+    )
 
 
 def test_equal_error_threshold():
@@ -148,32 +156,45 @@ def test_rejecting_by_correctness_is_best_and_at_random_is_flat():
 def test_area_under_roc_is_the_share_of_ordered_pairs(seed):
     scores, same = tied_scores(seed)
     genuine, impostor = scores[same][:, None], scores[~same]
-    assert metrics.area_under_roc(scores, same) == pytest.approx(np.mean((genuine > impostor) + 0.5 * (genuine == impostor)))
+    assert metrics.area_under_roc(scores, same) == pytest.approx(
+        np.mean((genuine > impostor) + 0.5 * (genuine == impostor))
+    )
     curve = metrics.roc(scores, same)
-    assert metrics.area_under_roc(scores, same) == pytest.approx(trapezoid([0, *curve.true_accept_rate], [0, *curve.false_accept_rate]))
+    assert metrics.area_under_roc(scores, same) == pytest.approx(
+        trapezoid([0, *curve.true_accept_rate], [0, *curve.false_accept_rate])
+    )
 
 
 def test_equal_error_rate_by_hand():
     scores = np.array([5.0, 4.0, 3.0, 2.0, 4.5, 1.0, 0.5, 0.1])
     assert metrics.equal_error_rate(scores, np.array([True] * 4 + [False] * 4)) == 0.25
     # The rates meet nowhere: 0 and 1/4 are as close as 1/2 and 1/4, and the stricter point counts.
-    assert metrics.equal_error_rate(np.array([4.0, 3.0, 2.0, 0.5, 1.0, 0.0]), np.array([True] * 4 + [False] * 2)) == 1 / 8
+    assert (
+        metrics.equal_error_rate(np.array([4.0, 3.0, 2.0, 0.5, 1.0, 0.0]), np.array([True] * 4 + [False] * 2)) == 1 / 8
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_threshold_at_far_is_the_lowest_allowed(seed):
     scores, same = tied_scores(seed)
     for far in (0.0, 0.1, 0.5):
-        assert metrics.threshold_at_far(scores, same, far) == min(t for t in every_threshold(scores) if np.mean(scores[~same] > t) <= far)
+        assert metrics.threshold_at_far(scores, same, far) == min(
+            t for t in every_threshold(scores) if np.mean(scores[~same] > t) <= far
+        )
 
 
 def test_searches_by_hand():
     # Three mated searches: first and sure, first but weak, third; four without mate, of which one returns a high score.
-    searches = metrics.Searches(np.array([0.9, 0.3, 0.5, np.nan, np.nan, np.nan, np.nan]), np.array([1, 1, 3, 0, 0, 0, 0]),
-                                np.array([0.2, 0.2, 0.7, 0.8, 0.4, 0.1, 0.05]))
+    searches = metrics.Searches(
+        np.array([0.9, 0.3, 0.5, np.nan, np.nan, np.nan, np.nan]),
+        np.array([1, 1, 3, 0, 0, 0, 0]),
+        np.array([0.2, 0.2, 0.7, 0.8, 0.4, 0.1, 0.05]),
+    )
     assert metrics.rank_rates(searches, (1, 2, 3)) == pytest.approx({1: 2 / 3, 2: 2 / 3, 3: 1})
     # No search without mate may pass: threshold 0.8. One of four may: threshold 0.4; three may: 0.05.
-    assert metrics.tpir_at_fpir(searches, [0.0, 0.25, 0.75, 1.0]) == pytest.approx({0.0: 1 / 3, 0.25: 1 / 3, 0.75: 2 / 3, 1.0: 2 / 3})
+    assert metrics.tpir_at_fpir(searches, [0.0, 0.25, 0.75, 1.0]) == pytest.approx(
+        {0.0: 1 / 3, 0.25: 1 / 3, 0.75: 2 / 3, 1.0: 2 / 3}
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -189,12 +210,15 @@ def test_searches_of_one_kind_are_refused(rank):
 SAME = np.array([True, False])
 
 
-@pytest.mark.parametrize(("scores", "same", "message"), [
-    (np.zeros(3), SAME, "must agree"),
-    (np.zeros(2), SAME.astype(int), "must agree"),
-    (np.array([0.0, np.nan]), SAME, "1 of 2 that are not"),
-    (np.zeros(2), np.array([True, True]), "genuine and impostor"),
-])
+@pytest.mark.parametrize(
+    ("scores", "same", "message"),
+    [
+        (np.zeros(3), SAME, "must agree"),
+        (np.zeros(2), SAME.astype(int), "must agree"),
+        (np.array([0.0, np.nan]), SAME, "1 of 2 that are not"),
+        (np.zeros(2), np.array([True, True]), "genuine and impostor"),
+    ],
+)
 def test_scores_that_are_refused(scores, same, message):
     for metric in (metrics.roc, metrics.k_fold_accuracy, lambda scores, same: metrics.tar_at_far(scores, same, [0.1])):
         with pytest.raises(ValueError, match=message):
@@ -206,8 +230,10 @@ def test_more_folds_than_pairs_are_refused():
         metrics.k_fold_accuracy(np.zeros(2), SAME)
 
 
-@pytest.mark.parametrize(("wrong", "quality", "message"), [
-    (SAME, np.zeros(3), "must be"), (SAME[:0], np.zeros(0), "must be"), (SAME, np.array([0.0, np.inf]), "finite")])
+@pytest.mark.parametrize(
+    ("wrong", "quality", "message"),
+    [(SAME, np.zeros(3), "must be"), (SAME[:0], np.zeros(0), "must be"), (SAME, np.array([0.0, np.inf]), "finite")],
+)
 def test_rejection_orders_that_are_refused(wrong, quality, message):
     with pytest.raises(ValueError, match=message):
         metrics.error_versus_reject(wrong, quality)

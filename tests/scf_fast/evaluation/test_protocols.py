@@ -30,7 +30,13 @@ def test_pairs_are_scored_alike_in_pieces(monkeypatch, cells):
     for i, j, cosine, vmf in zip(first.tolist(), second.tolist(), cosines, vmfs, strict=True):
         # mu is float32: its rounding, not the score's arithmetic, is what the tolerance covers.
         assert cosine == pytest.approx(f[i] @ f[j] / np.linalg.norm(f[i]) / np.linalg.norm(f[j]), abs=3e-7)
-        expected = vmf_similarity(e.features[i:i + 1].double(), kappas[i:i + 1], e.features[j:j + 1].double(), kappas[j:j + 1], radius=32.0)
+        expected = vmf_similarity(
+            e.features[i : i + 1].double(),
+            kappas[i : i + 1],
+            e.features[j : j + 1].double(),
+            kappas[j : j + 1],
+            radius=32.0,
+        )
         assert vmf == pytest.approx(expected.item(), abs=1e-3)
     assert cosines[2] == pytest.approx(1, abs=1e-12)
     assert score_pairs(e.mu, kappas, first[:0], second[:0], radius=32.0).vmf.shape == (0,)
@@ -43,15 +49,27 @@ def test_a_set_pairs_its_neighbouring_images():
     np.testing.assert_allclose(scores.cosine, (f[0::2] * f[1::2]).sum(axis=1), atol=3e-7)
 
 
-def random_protocol(count=40, templates=(900, 17, -4), media=(5, 6, 10**9), pairs=((900, 17), (17, -4), (900, 900)), seed=4):
+def random_protocol(
+    count=40, templates=(900, 17, -4), media=(5, 6, 10**9), pairs=((900, 17), (17, -4), (900, 900)), seed=4
+):
     rng = np.random.default_rng(seed)
     template_ids = np.concatenate([templates, rng.choice(templates, count - len(templates))])
-    return TemplateProtocol([f"{i}.jpg" for i in range(count)], template_ids, rng.choice(media, count), np.zeros((count, 5, 2)),
-                            rng.random(count).astype(np.float32), np.array(pairs), np.arange(len(pairs)) % 2 == 0, EncodedImages([b""] * count))
+    return TemplateProtocol(
+        [f"{i}.jpg" for i in range(count)],
+        template_ids,
+        rng.choice(media, count),
+        np.zeros((count, 5, 2)),
+        rng.random(count).astype(np.float32),
+        np.array(pairs),
+        np.arange(len(pairs)) % 2 == 0,
+        EncodedImages([b""] * count),
+    )
 
 
 def loop_over_templates(e, protocol, weights, by_media=True):
-    """Direction and length by template id, by the definition: the sum over media of the medium's mean, or over all images."""
+    """Direction and length by template id, by the definition: the sum over media of the medium's mean, or over all
+    images.
+    """
     pooled = {}
     for template in set(protocol.template_ids.tolist()):
         total = np.zeros(e.features.shape[1])
@@ -64,17 +82,27 @@ def loop_over_templates(e, protocol, weights, by_media=True):
 
 def test_templates_against_a_loop():
     protocol, e = random_protocol(), random_embeddings(40)
-    expected_weights = {"average": np.ones(40), "norm": e.feature_norm, "detector": protocol.detector_score,
-                        "norm_detector": e.feature_norm * protocol.detector_score, "kappa_images": e.kappa, "kappa": e.kappa}
+    expected_weights = {
+        "average": np.ones(40),
+        "norm": e.feature_norm,
+        "detector": protocol.detector_score,
+        "norm_detector": e.feature_norm * protocol.detector_score,
+        "kappa_images": e.kappa,
+        "kappa": e.kappa,
+    }
     pooled = dict(protocols.pool_every_way(e, protocol))
     assert pooled.keys() == expected_weights.keys()
     for name, weights in expected_weights.items():
         pooling, expected = pooled[name], loop_over_templates(e, protocol, weights, name != "kappa_images")
         scores = protocols.score_templates(pooling, protocol, radius=64.0)
-        np.testing.assert_allclose(scores.cosine, [expected[a][0] @ expected[b][0] for a, b in protocol.pair_template_ids], atol=1e-6)
+        np.testing.assert_allclose(
+            scores.cosine, [expected[a][0] @ expected[b][0] for a, b in protocol.pair_template_ids], atol=1e-6
+        )
         assert (scores.vmf is None) == (not name.startswith("kappa"))
     for (a, b), score in zip(protocol.pair_template_ids.tolist(), scores.vmf):
-        (mu1, kappa1), (mu2, kappa2) = ((torch.tensor(mu)[None], torch.tensor([kappa])) for mu, kappa in (expected[a], expected[b]))
+        (mu1, kappa1), (mu2, kappa2) = (
+            (torch.tensor(mu)[None], torch.tensor([kappa])) for mu, kappa in (expected[a], expected[b])
+        )
         assert score == pytest.approx(vmf_similarity(mu1, kappa1, mu2, kappa2).item(), abs=1e-4)
     quality = protocols.template_quality(e, protocol)
     for row, template in enumerate(protocols.template_ids(protocol).tolist()):
@@ -85,15 +113,21 @@ def test_templates_against_a_loop():
 
 
 def test_eqn_13_is_best_at_the_concentration_that_made_the_images():
-    """Images drawn around their subject's direction with known kappa, pooled by Eqn (14): the likelihood ratio separates better than the
-    cosine, and loses that where kappa is half or twice what it was."""
+    """Images drawn around their subject's direction with known kappa, pooled by Eqn (14): the likelihood ratio
+    separates better than the cosine, and loses that where kappa is half or twice what it was.
+    """
     rng = np.random.default_rng(0)
     subjects, dim = 60, 128
     centers = rng.normal(size=(subjects, dim))
     template_ids = np.concatenate([np.arange(4 * subjects), rng.integers(0, 4 * subjects, 8 * subjects)])
     kappa = np.exp(rng.uniform(np.log(10), np.log(100), len(template_ids)))
-    mu = [vonmises_fisher(center / np.linalg.norm(center), k, seed=rng).rvs(1)[0] for center, k in zip(centers[template_ids % subjects], kappa)]
-    directions, kappas = pool_templates(torch.from_numpy(np.array(mu)), torch.from_numpy(kappa), torch.from_numpy(template_ids))
+    mu = [
+        vonmises_fisher(center / np.linalg.norm(center), k, seed=rng).rvs(1)[0]
+        for center, k in zip(centers[template_ids % subjects], kappa)
+    ]
+    directions, kappas = pool_templates(
+        torch.from_numpy(np.array(mu)), torch.from_numpy(kappa), torch.from_numpy(template_ids)
+    )
     first, second = np.triu_indices(4 * subjects, 1)
     same = first % subjects == second % subjects
 
@@ -114,8 +148,20 @@ def test_equal_detector_scores_are_left_out():
 def test_a_confident_frame_outweighs_blurred_ones():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     e = Embeddings(features, torch.tensor([300.0, 1.0, 1.0, 300.0]).log())
-    protocol = TemplateProtocol(list("abcd"), np.array([1, 1, 1, 2]), np.array([1, 2, 3, 4]), None, np.ones(4), np.array([[1, 2]]), np.array([True]), None)
-    scores = {name: protocols.score_templates(pooling, protocol, radius=64.0).cosine for name, pooling in protocols.pool_every_way(e, protocol)}
+    protocol = TemplateProtocol(
+        list("abcd"),
+        np.array([1, 1, 1, 2]),
+        np.array([1, 2, 3, 4]),
+        None,
+        np.ones(4),
+        np.array([[1, 2]]),
+        np.array([True]),
+        None,
+    )
+    scores = {
+        name: protocols.score_templates(pooling, protocol, radius=64.0).cosine
+        for name, pooling in protocols.pool_every_way(e, protocol)
+    }
     assert scores["average"] == pytest.approx(1 / np.sqrt(5)) and scores["kappa"] > 0.9999
 
 
@@ -135,7 +181,12 @@ def test_search_against_brute_force(monkeypatch, score):
             if score == "cosine":
                 values.append((probes.mu[q].double() @ gallery.mu[g].double()).item())
             else:
-                pair = probes.mu[q:q + 1].double(), kappas[1][q:q + 1], gallery.mu[g:g + 1].double(), kappas[0][g:g + 1]
+                pair = (
+                    probes.mu[q : q + 1].double(),
+                    kappas[1][q : q + 1],
+                    gallery.mu[g : g + 1].double(),
+                    kappas[0][g : g + 1],
+                )
                 values.append(vmf_similarity(*pair).item())
         own = [value for value, subject in zip(values, gallery_subjects) if subject == probe_subjects[q]]
         others = [value for value, subject in zip(values, gallery_subjects) if subject != probe_subjects[q]]
@@ -151,7 +202,11 @@ def test_search_against_brute_force(monkeypatch, score):
 def test_a_gallery_of_one():
     gallery, probes = random_embeddings(1, seed=1), random_embeddings(2, seed=2)
     searches = protocols.search(gallery.mu, None, np.array([7]), probes.mu, None, np.array([7, 8]))
-    assert searches.mate_rank.tolist() == [1, 0] and searches.best_other[0] == -np.inf and np.isfinite(searches.best_other[1])
+    assert (
+        searches.mate_rank.tolist() == [1, 0]
+        and searches.best_other[0] == -np.inf
+        and np.isfinite(searches.best_other[1])
+    )
 
 
 def test_score_histogram_counts_every_comparison():
@@ -161,19 +216,40 @@ def test_score_histogram_counts_every_comparison():
     kappas = torch.from_numpy(gallery.kappa), torch.from_numpy(probes.kappa)
     histogram = protocols.score_histogram(gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects)
     radius = neutral_radius(8)
-    scores = np.array([[vmf_similarity(gallery.mu[g:g + 1].double(), kappas[0][g:g + 1], probes.mu[q:q + 1].double(), kappas[1][q:q + 1], radius).item()
-                        for g in range(15)] for q in range(40)])
+    scores = np.array(
+        [
+            [
+                vmf_similarity(
+                    gallery.mu[g : g + 1].double(),
+                    kappas[0][g : g + 1],
+                    probes.mu[q : q + 1].double(),
+                    kappas[1][q : q + 1],
+                    radius,
+                ).item()
+                for g in range(15)
+            ]
+            for q in range(40)
+        ]
+    )
     same = probe_subjects[:, None] == gallery_subjects
     for counts, kind in (histogram.genuine, same), (histogram.impostor, ~same):
         np.testing.assert_array_equal(counts, np.histogram(scores[kind], histogram.edges)[0])
         assert counts.sum() == kind.sum()
     # The range is that of the scores, to a bin of the range that they could have had.
-    assert histogram.edges[0] <= scores.min() and scores.max() <= histogram.edges[-1] < scores.max() + 0.01 * np.ptp(scores) + 1
+    assert (
+        histogram.edges[0] <= scores.min()
+        and scores.max() <= histogram.edges[-1] < scores.max() + 0.01 * np.ptp(scores) + 1
+    )
 
 
 def test_searches_without_unmated_ones_have_no_open_set():
     searches = protocols.metrics.Searches(np.full(20, 0.5), np.ones(20, np.int64), np.zeros(20))
-    assert protocols.summarise_searches(searches) == {"searches": 20, "mated": 20, "rank": {"1": 1.0, "5": 1.0, "10": 1.0}, "tpir_at_fpir": {}}
+    assert protocols.summarise_searches(searches) == {
+        "searches": 20,
+        "mated": 20,
+        "rank": {"1": 1.0, "5": 1.0, "10": 1.0},
+        "tpir_at_fpir": {},
+    }
 
 
 def test_summary_of_a_verification_set():
@@ -183,7 +259,11 @@ def test_summary_of_a_verification_set():
     scores = protocols.PairScores(cosine, np.where(same, -1000.0, -1200.0))
     summary = protocols.summarise_verification(scores, same)
     assert summary["pairs"] == 40
-    assert summary["accuracy"] == pytest.approx(38 / 40) and summary["accuracy_vmf"] == 1 and summary["accuracy_vmf_std"] == 0
+    assert (
+        summary["accuracy"] == pytest.approx(38 / 40)
+        and summary["accuracy_vmf"] == 1
+        and summary["accuracy_vmf_std"] == 0
+    )
     assert summary["tar_at_far"] == {}  # 20 impostors measure no FAR of at most 0.1
     assert summary["eer"] == pytest.approx(1 / 20) and summary["eer_vmf"] == 0
     assert summary["auc"] == pytest.approx(1 - (20 + 20 - 1) / 400) and summary["auc_vmf"] == 1
@@ -195,7 +275,9 @@ def test_rejection_against_brute_force():
     rng = np.random.default_rng(0)
     same = np.arange(60) % 2 == 0
     cosine = rng.normal(loc=0.8 * same)
-    rejection = protocols.reject_by_quality(cosine, same, {name: protocols.lower_of_pair(values) for name, values in protocols.image_quality(e).items()})
+    rejection = protocols.reject_by_quality(
+        cosine, same, {name: protocols.lower_of_pair(values) for name, values in protocols.image_quality(e).items()}
+    )
     wrong = (cosine > rejection.threshold) != same
     false_accepts, false_rejects = wrong[~same].sum(), wrong[same].sum()
     assert abs(false_accepts - false_rejects) <= 1 and wrong.any()
@@ -204,9 +286,13 @@ def test_rejection_against_brute_force():
         lower = [min(quality[2 * k], quality[2 * k + 1]) for k in range(60)]
         for rejected in range(60):
             kept = sorted(range(60), key=lower.__getitem__)[rejected:]
-            assert curve.error[rejected] == pytest.approx(wrong[kept].mean()) and curve.rejected[rejected] == pytest.approx(rejected / 60)
+            assert curve.error[rejected] == pytest.approx(wrong[kept].mean()) and curve.rejected[
+                rejected
+            ] == pytest.approx(rejected / 60)
     assert rejection.curves["oracle"].error[wrong.sum()] == 0
-    assert rejection.curves["oracle"].area < min(curve.area for order, curve in rejection.curves.items() if order != "oracle")
+    assert rejection.curves["oracle"].area < min(
+        curve.area for order, curve in rejection.curves.items() if order != "oracle"
+    )
 
 
 def test_rejection_at_a_given_far():
@@ -222,7 +308,9 @@ def test_rejection_at_a_given_far():
 def test_quality_falls_with_severity():
     e = Embeddings(torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), torch.tensor([5.0, 4.0, 1.0]))
     summary = protocols.summarise_quality(e, np.array([0.1, 0.5, 0.9]))
-    assert summary["kappa"]["severity_spearman"] == pytest.approx(-1) and summary["feature_norm"]["severity_spearman"] == pytest.approx(-0.5)
+    assert summary["kappa"]["severity_spearman"] == pytest.approx(-1) and summary["feature_norm"][
+        "severity_spearman"
+    ] == pytest.approx(-0.5)
     assert summary["kappa"]["median"] == pytest.approx(np.exp(4)) and summary["feature_norm"]["median"] == 2
     for severity in (None, np.zeros(3)):
         assert protocols.summarise_quality(e, severity)["kappa"]["severity_spearman"] is None
@@ -234,17 +322,20 @@ def test_severity_by_name(tmp_path):
     assert protocols.read_severity(path, "name", ["a.jpg", "b.jpg"]).tolist() == [0.25, 0.75]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("image,identity\n", "columns name and severity"),
-    ("", "columns name and severity"),
-    ("name,severity\na,low\n", "line 2: severity must be a number"),
-    ("name,severity\na\n", "line 2: severity must be a number"),
-    ("name,severity\na," + "9" * 200_000, "severity must be a number"),  # more than the CSV reader takes
-    ("name,severity\n\xff,0.5\n", "lacks 1 of 1 images, the first a"),
-    ("name,severity\na,nan\n", "must lie in .* got nan for a"),
-    ("name,severity\na,1.5\n", "must lie in .* got 1.5 for a"),
-    ("name,severity\nb,0.5\n", "lacks 1 of 1 images, the first a"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,identity\n", "columns name and severity"),
+        ("", "columns name and severity"),
+        ("name,severity\na,low\n", "line 2: severity must be a number"),
+        ("name,severity\na\n", "line 2: severity must be a number"),
+        ("name,severity\na," + "9" * 200_000, "severity must be a number"),  # more than the CSV reader takes
+        ("name,severity\n\xff,0.5\n", "lacks 1 of 1 images, the first a"),
+        ("name,severity\na,nan\n", "must lie in .* got nan for a"),
+        ("name,severity\na,1.5\n", "must lie in .* got 1.5 for a"),
+        ("name,severity\nb,0.5\n", "lacks 1 of 1 images, the first a"),
+    ],
+)
 def test_severity_files_that_are_refused(tmp_path, text, message):
     path = tmp_path / "severity.csv"
     path.write_bytes(text.encode("latin-1"))

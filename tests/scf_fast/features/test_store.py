@@ -23,12 +23,24 @@ from scf_fast.features.store import (
 )
 
 KEY = {"backbone": "b", "data": "d", "normalization": "insightface", "precision": "fp32"}
-BOUND = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4, "int8": 0.5 / 127}  # fp8: of the value; int8: of the largest value
+BOUND = {
+    "fp32": 0.0,
+    "fp16": 2.0**-11,
+    "bf16": 2.0**-8,
+    "fp8": 2.0**-4,
+    "int8": 0.5 / 127,
+}  # fp8: of the value; int8: of the largest value
 
 
 def views(layout, rows, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(rows, layout.z_dim, generator=generator), torch.randn(rows, *layout.convf_shape, generator=generator) * 3) for _ in range(2)]
+    return [
+        (
+            torch.randn(rows, layout.z_dim, generator=generator),
+            torch.randn(rows, *layout.convf_shape, generator=generator) * 3,
+        )
+        for _ in range(2)
+    ]
 
 
 @pytest.fixture
@@ -47,7 +59,9 @@ def test_encoding_error_is_bounded(dtype):
     error, size = (got.float() - convf).abs(), convf.abs()
     if dtype == "int8":
         size = size.amax((1, 2, 3), keepdim=True).expand_as(size)
-    smallest = convf.abs().amax((1, 2, 3), keepdim=True) * 2.0**-9 if dtype == "fp8" else 0.0  # below fp8's normal range the step is fixed
+    smallest = (
+        convf.abs().amax((1, 2, 3), keepdim=True) * 2.0**-9 if dtype == "fp8" else 0.0
+    )  # below fp8's normal range the step is fixed
     assert (error <= torch.maximum(BOUND[dtype] * size * 1.001, torch.as_tensor(smallest))).all()
     assert got.is_contiguous(memory_format=torch.channels_last)
 
@@ -76,7 +90,7 @@ def test_write_then_read_both_orientations_in_any_order(small, monkeypatch):
     flips = np.array([False, True, True])
     features, convf = decode(layout, again.read(indices[order], flips))
     for row, (place, flip) in enumerate(zip(order, flips)):
-        expected = (turned if flip else plain)
+        expected = turned if flip else plain
         assert torch.equal(features[row], expected[0][place]) and torch.equal(convf[row], expected[1][place])
     again.close()
 
@@ -99,7 +113,7 @@ def test_damaged_record_becomes_missing_and_only_that(small):
     assert cache.verify(progress=False) == 1
     assert (~cache.present[:10]).nonzero()[0].tolist() == [4]
     stored = np.fromfile(folder / "rows-00000.bin", np.uint8).reshape(-1, layout.record_bytes)
-    halves = [zlib.crc32(stored[3, start:start + layout.view_bytes].tobytes()) for start in (0, layout.view_bytes)]
+    halves = [zlib.crc32(stored[3, start : start + layout.view_bytes].tobytes()) for start in (0, layout.view_bytes)]
     assert np.fromfile(folder / "checksums.bin", np.uint32).reshape(-1, 2)[3].tolist() == halves
 
 
@@ -108,7 +122,9 @@ def test_a_full_disk_leaves_what_is_stored_and_the_rest_missing(small, monkeypat
     cache = FeatureCache.open(folder, layout, 0)
     cache.write(np.arange(3), views(layout, 3))
     cache.refresh()
-    monkeypatch.setattr("os.pwrite", lambda file, data, offset: len(data) // 2)  # as on a disk with room for half a record
+    monkeypatch.setattr(
+        "os.pwrite", lambda file, data, offset: len(data) // 2
+    )  # as on a disk with room for half a record
     for _ in range(3):
         cache.write(np.arange(3, 6), views(layout, 3))
         cache.refresh()
@@ -160,9 +176,25 @@ def test_a_cache_of_something_else_is_refused(small, change):
         FeatureCache.create_or_check(folder, key, layout)
 
 
-@given(st.one_of(st.binary(), st.recursive(st.none() | st.integers() | st.text() | st.floats(), lambda inner: st.lists(inner) | st.dictionaries(
-    st.sampled_from(["format", "key", "layout", "convf_error", "num_images", "z_dim", "convf_shape", "dtype"]), inner)).map(lambda v: json.dumps(v).encode())),
-    st.dictionaries(st.sampled_from(["num_images", "z_dim", "convf_shape", "dtype"]), st.integers() | st.lists(st.integers()) | st.text() | st.none()))
+@given(
+    st.one_of(
+        st.binary(),
+        st.recursive(
+            st.none() | st.integers() | st.text() | st.floats(),
+            lambda inner: st.lists(inner)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["format", "key", "layout", "convf_error", "num_images", "z_dim", "convf_shape", "dtype"]
+                ),
+                inner,
+            ),
+        ).map(lambda v: json.dumps(v).encode()),
+    ),
+    st.dictionaries(
+        st.sampled_from(["num_images", "z_dim", "convf_shape", "dtype"]),
+        st.integers() | st.lists(st.integers()) | st.text() | st.none(),
+    ),
+)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_meta_is_read_or_refused(small, content, changes):
     folder, _ = small
@@ -185,7 +217,10 @@ def test_any_meta_is_read_or_refused(small, content, changes):
 def test_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = __import__("shutil").disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=120_000_000))
-    with pytest.raises(ValueError, match=r"needs 0\.4 GB for 1000000 images, but 0\.1 GB are free; use --cache_dtype int8, or --cache_budget 0\.1"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs 0\.4 GB for 1000000 images, but 0\.1 GB are free; use --cache_dtype int8, or --cache_budget 0\.1",
+    ):
         FeatureCache.create_or_check(tmp_path / "c", KEY, CacheLayout(1_000_000, 8, (4, 3, 3), "fp32"))
 
 
@@ -220,24 +255,87 @@ def test_key_follows_weights_and_data():
     assert cache_key(state, changed, "published", "bf16")["data"] != key["data"]
 
 
-def test_built_in_advance_by_two_ranks_and_used_by_another_head_rate_radius_and_normaliser(faces, stage1, tmp_path, flags, run_command, monkeypatch, capsys):
-    """The pixels are normalised as stage 1 notes beside the backbone, so that training finds its own cache, and computes nothing."""
+def test_built_in_advance_by_two_ranks_and_used_by_another_head_rate_radius_and_normaliser(
+    faces, stage1, tmp_path, flags, run_command, monkeypatch, capsys
+):
+    """The pixels are normalised as stage 1 notes beside the backbone, so that training finds its own cache, and
+    computes nothing.
+    """
     folder, weights = tmp_path / "cache", stage1[0] / "backbone.pth"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "-m"]
-    status, output = run_command([*launcher, "scf_fast.feature_cache", "build", folder, "--data", faces / "train", "--saved_bkb", weights,
-                                  "--precision", "fp32", "--cache_dtype", "int8", "--num_workers", 1])
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        2,
+        "--master_port",
+        free_port(),
+        "-m",
+    ]
+    status, output = run_command(
+        [
+            *launcher,
+            "scf_fast.feature_cache",
+            "build",
+            folder,
+            "--data",
+            faces / "train",
+            "--saved_bkb",
+            weights,
+            "--precision",
+            "fp32",
+            "--cache_dtype",
+            "int8",
+            "--num_workers",
+            1,
+        ]
+    )
     assert status == 0 and output.count("pixels: published, as noted in --saved_fc") == 1, output
-    other = ["--confidence_net", "mlp", "--lr", "1e-4", "--radius", 32, "--normalizer", "published", "--precision", "auto", "--cache_dtype", "int8"]
-    status, output = run_command([sys.executable, "train.py", *flags["stage2"], *other, "--saved_bkb", weights, "--saved_fc", stage1[0] / "fc.pth",
-                                  "--data", faces / "train", "--feature_cache", folder, "--output_dir", tmp_path / "run", "--max_steps", 2])
+    other = [
+        "--confidence_net",
+        "mlp",
+        "--lr",
+        "1e-4",
+        "--radius",
+        32,
+        "--normalizer",
+        "published",
+        "--precision",
+        "auto",
+        "--cache_dtype",
+        "int8",
+    ]
+    status, output = run_command(
+        [
+            sys.executable,
+            "train.py",
+            *flags["stage2"],
+            *other,
+            "--saved_bkb",
+            weights,
+            "--saved_fc",
+            stage1[0] / "fc.pth",
+            "--data",
+            faces / "train",
+            "--feature_cache",
+            folder,
+            "--output_dir",
+            tmp_path / "run",
+            "--max_steps",
+            2,
+        ]
+    )
     assert status == 0 and "computed in fp32" in output and "frozen backbone" not in output, output
 
     def command(*words):
         monkeypatch.setattr(sys, "argv", ["feature_cache", *map(str, words)])
         main()
         return capsys.readouterr().out
+
     said = command("info", folder)
-    assert "128 of 128 (100.0 %), both orientations" in said and "convf 128x7x7 int8" in said and "precision  fp32" in said
+    assert (
+        "128 of 128 (100.0 %), both orientations" in said and "convf 128x7x7 int8" in said and "precision  fp32" in said
+    )
     assert 1e-4 < float(said.split("difference ")[1].split()[0]) < 2e-2
     assert command("verify", folder).startswith("128 intact records, 0 damaged")
     with open(folder / "rows-00000.bin", "r+b") as file:

@@ -1,4 +1,5 @@
 """The stream gives the same features from images and from the cache."""
+
 import contextlib
 import json
 
@@ -52,6 +53,7 @@ class Images:
             for batch in batches(*arguments):
                 self.decoded += len(batch.labels)
                 yield batch
+
         loader.batches = counted
         return loader
 
@@ -82,7 +84,11 @@ def test_cached_epochs_equal_uncached_ones(rows, faces, backbone, tmp_path):
             before = cached._make_images.decoded
             assert_same(list(cached.batches(epoch)), list(plain.batches(epoch)))
             decoded.append(cached._make_images.decoded - before)
-    assert decoded[0] == 128 and all(count == 128 - rows for count in decoded[1:]) if rows == 128 else decoded[0] == 128 and decoded[1] < 128
+    assert (
+        decoded[0] == 128 and all(count == 128 - rows for count in decoded[1:])
+        if rows == 128
+        else decoded[0] == 128 and decoded[1] < 128
+    )
 
 
 def test_resume_in_the_middle_and_partly_filled_cache(faces, backbone, tmp_path):
@@ -126,7 +132,9 @@ def test_a_rank_may_have_no_image_of_the_last_batch(cached, faces, backbone, tmp
     for rank in range(2):
         sampler = EpochSampler(9, 8, rank=rank, world_size=2, shuffle=False, last_batch="partial")
         cache = FeatureCache.open(tmp_path / "c", layout, rank) if cached else None
-        with FeatureStream(Images(source), sampler, source.labels, backbone, flip=True, device=CPU, cache=cache) as made:
+        with FeatureStream(
+            Images(source), sampler, source.labels, backbone, flip=True, device=CPU, cache=cache
+        ) as made:
             shares += [[len(tensor) for tensor in batch] for epoch in range(2) for batch in made.batches(epoch)]
     assert sorted(shares) == [[0] * 4] * 2 + [[1] * 4] * 2 + [[4] * 4] * 4
 
@@ -140,10 +148,14 @@ def test_a_broken_image_is_replaced_label_and_all_and_never_cached(faces, backbo
     FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
 
     def make(sampler, flip):
-        return make_loader(source, sampler, Preprocessing(horizontal_flip=flip), backend="torch", num_workers=0, on_broken="replace")
+        return make_loader(
+            source, sampler, Preprocessing(horizontal_flip=flip), backend="torch", num_workers=0, on_broken="replace"
+        )
 
     def over(cache):
-        return FeatureStream(make, EpochSampler(40, 8, seed=1), source.labels, backbone, flip=True, device=CPU, cache=cache)
+        return FeatureStream(
+            make, EpochSampler(40, 8, seed=1), source.labels, backbone, flip=True, device=CPU, cache=cache
+        )
 
     with over(None) as plain, over(FeatureCache.open(tmp_path / "c", layout, 0)) as cached:
         for epoch in range(2):
@@ -190,15 +202,26 @@ def test_next_batch_is_launched_first_and_each_is_waited_for(monkeypatch):
 
     for batch in one_ahead(batches(), Stream()):
         log.append(f"train {batch[0].name}")
-    assert log == ["making waits for training", "make a", "make b", "training waits for make a", "a kept for training", "train a",
-                   "training waits for make b", "b kept for training", "train b"]
+    assert log == [
+        "making waits for training",
+        "make a",
+        "make b",
+        "training waits for make a",
+        "a kept for training",
+        "train a",
+        "training waits for make b",
+        "b kept for training",
+        "train b",
+    ]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("cached", [False, True])
 def test_overlapped_batches_are_those_of_the_cpu(cached, faces, backbone, tmp_path):
-    """Compiled as one graph whose outputs the next run overwrites, and read late, while the stream works on the next batch."""
+    """Compiled as one graph whose outputs the next run overwrites, and read late, while the stream works on the next
+    batch.
+    """
     torch.manual_seed(0)
     device, source, cache = torch.device("cuda"), open_source(faces / "train"), None
     if cached:
@@ -207,10 +230,18 @@ def test_overlapped_batches_are_those_of_the_cpu(cached, faces, backbone, tmp_pa
         cache = FeatureCache.open(tmp_path / "c", layout, 0)
 
     def images(sampler, flip):
-        return make_loader(source, sampler, Preprocessing(horizontal_flip=flip), device=device, backend="torch", num_workers=0)
+        return make_loader(
+            source, sampler, Preprocessing(horizontal_flip=flip), device=device, backend="torch", num_workers=0
+        )
+
     network = FrozenBackbone(Backbone("ir_small", 16), device, ("fp32",), compile=True)
     plain, _ = stream(faces, backbone)
-    with plain, FeatureStream(images, EpochSampler(len(source), 32, seed=1), source.labels, network, flip=True, device=device, cache=cache) as made:
+    with (
+        plain,
+        FeatureStream(
+            images, EpochSampler(len(source), 32, seed=1), source.labels, network, flip=True, device=device, cache=cache
+        ) as made,
+    ):
         for epoch in range(2):
             got = []
             for batch in made.batches(epoch):
@@ -220,19 +251,31 @@ def test_overlapped_batches_are_those_of_the_cpu(cached, faces, backbone, tmp_pa
 
 
 class NoHostSync(TorchDispatchMode):
-    """Fails on operators that make the host wait for values of the device: reading one, and indexing by a mask, whose size is a value."""
+    """Fails on operators that make the host wait for values of the device: reading one, and indexing by a mask, whose
+    size is a value.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().partition(".")[0]
-        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"), name
-        masks = [index for index in args[1] if index is not None and index.dtype == torch.bool] if name.startswith("aten::index") and len(args) > 1 \
-            and isinstance(args[1], list | tuple) else []
+        assert name not in (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::is_nonzero",
+            "aten::equal",
+            "aten::masked_select",
+        ), name
+        masks = (
+            [index for index in args[1] if index is not None and index.dtype == torch.bool]
+            if name.startswith("aten::index") and len(args) > 1 and isinstance(args[1], list | tuple)
+            else []
+        )
         assert not masks, f"{name} by a mask"
         return function(*args, **(kwargs or {}))
 
 
 def decoded_outside(make_images):
     """The same loaders; decoding, which is on the host, is not watched."""
+
     def make(sampler, flip):
         loader = make_images(sampler, flip)
         batches = loader.batches
@@ -240,8 +283,10 @@ def decoded_outside(make_images):
         def ahead(*arguments):
             with _disable_current_modes():
                 return (batch for batch in list(batches(*arguments)))
+
         loader.batches = ahead
         return loader
+
     return make
 
 
@@ -283,14 +328,27 @@ def test_a_cache_goes_on_in_its_own_precision_unless_another_was_asked_for(faces
     state = Backbone("ir_tiny", 16).state_dict()
 
     def opened(precision):
-        config = Config(stage="confidence", data="-", output_dir="-", saved_bkb="-", saved_fc="-", feature_cache=str(tmp_path / "c"), precision=precision,
-                        normalization="published", loader="torch", num_workers=1)
+        config = Config(
+            stage="confidence",
+            data="-",
+            output_dir="-",
+            saved_bkb="-",
+            saved_fc="-",
+            feature_cache=str(tmp_path / "c"),
+            precision=precision,
+            normalization="published",
+            loader="torch",
+            num_workers=1,
+        )
         return open_stream(config, state, source, EpochSampler(len(source), 32), Runtime(0, 1, CPU))
 
     with opened("fp32") as made:
         next(made.batches(0))
     meta = tmp_path / "c" / "meta.json"
-    assert json.loads(meta.read_text())["key"]["precision"] == "fp32" and 0 < json.loads(meta.read_text())["convf_error"] < 2.0**-8
+    assert (
+        json.loads(meta.read_text())["key"]["precision"] == "fp32"
+        and 0 < json.loads(meta.read_text())["convf_error"] < 2.0**-8
+    )
     meta.write_text(meta.read_text().replace('"precision": "fp32"', '"precision": "bf16"'))
     monkeypatch.setattr("scf_fast.networks.frozen.MIN_COSINE", 0.9)
     monkeypatch.setitem(frozen.MAX_CONVF_ERROR, "bf16", 0.1)

@@ -12,7 +12,10 @@ class Gate(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.fc1, self.fc2 = nn.Conv2d(channels, channels // 16, 1, bias=False), nn.Conv2d(channels // 16, channels, 1, bias=False)
+        self.fc1, self.fc2 = (
+            nn.Conv2d(channels, channels // 16, 1, bias=False),
+            nn.Conv2d(channels // 16, channels, 1, bias=False),
+        )
 
     def forward(self, x):
         return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
@@ -23,10 +26,20 @@ class IRUnit(nn.Module):
 
     def __init__(self, i, o, stride, se, tface):
         super().__init__()
-        self.shortcut_layer = nn.MaxPool2d(1, stride) if i == o else nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
+        self.shortcut_layer = (
+            nn.MaxPool2d(1, stride)
+            if i == o
+            else nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
+        )
         middle = [nn.BatchNorm2d(o)] if tface else []
-        self.res_layer = nn.Sequential(nn.BatchNorm2d(i), nn.Conv2d(i, o, 3, 1, 1, bias=False), *middle, nn.PReLU(o),
-                                       nn.Conv2d(o, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o))
+        self.res_layer = nn.Sequential(
+            nn.BatchNorm2d(i),
+            nn.Conv2d(i, o, 3, 1, 1, bias=False),
+            *middle,
+            nn.PReLU(o),
+            nn.Conv2d(o, o, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(o),
+        )
         if se:
             self.res_layer.add_module("se_block" if tface else "5", Gate(o))
 
@@ -46,7 +59,13 @@ class IRNet(nn.Module):
                 body.append(IRUnit(i, o, 2 if k == 0 else 1, se, tface))
                 i = o
         self.body = nn.Sequential(*body)
-        self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.4), nn.Flatten(), nn.Linear(512 * 49, 512), nn.BatchNorm1d(512, affine=False))
+        self.output_layer = nn.Sequential(
+            nn.BatchNorm2d(512),
+            nn.Dropout(0.4),
+            nn.Flatten(),
+            nn.Linear(512 * 49, 512),
+            nn.BatchNorm1d(512, affine=False),
+        )
 
     def forward(self, x):
         convf = self.body(self.input_layer(x))
@@ -60,7 +79,9 @@ class IBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1, self.bn2 = nn.BatchNorm2d(i), nn.Conv2d(i, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
         self.prelu, self.conv2, self.bn3 = nn.PReLU(o), nn.Conv2d(o, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o)
-        self.downsample = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if stride != 1 else nn.Identity()
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if stride != 1 else nn.Identity()
+        )
 
     def forward(self, x):
         return self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x)))))) + self.downsample(x)
@@ -86,13 +107,22 @@ class IResNet(nn.Module):
 
 
 ORIGINALS = {
-    "ir_50": lambda: IRNet((3, 4, 14, 3)), "ir_100": lambda: IRNet((3, 13, 30, 3)), "ir_152": lambda: IRNet((3, 8, 36, 3)),
-    "ir_se_50": lambda: IRNet((3, 4, 14, 3), se=True), "ir_se_100": lambda: IRNet((3, 13, 30, 3), se=True),
-    "tface_ir_18": lambda: IRNet((2, 2, 2, 2), tface=True), "tface_ir_34": lambda: IRNet((3, 4, 6, 3), tface=True),
-    "tface_ir_50": lambda: IRNet((3, 4, 14, 3), tface=True), "tface_ir_101": lambda: IRNet((3, 13, 30, 3), tface=True),
-    "tface_ir_se_50": lambda: IRNet((3, 4, 14, 3), se=True, tface=True), "tface_ir_se_101": lambda: IRNet((3, 13, 30, 3), se=True, tface=True),
-    "iresnet18": lambda: IResNet((2, 2, 2, 2)), "iresnet34": lambda: IResNet((3, 4, 6, 3)), "iresnet50": lambda: IResNet((3, 4, 14, 3)),
-    "iresnet100": lambda: IResNet((3, 13, 30, 3)), "iresnet200": lambda: IResNet((6, 26, 60, 6)),
+    "ir_50": lambda: IRNet((3, 4, 14, 3)),
+    "ir_100": lambda: IRNet((3, 13, 30, 3)),
+    "ir_152": lambda: IRNet((3, 8, 36, 3)),
+    "ir_se_50": lambda: IRNet((3, 4, 14, 3), se=True),
+    "ir_se_100": lambda: IRNet((3, 13, 30, 3), se=True),
+    "tface_ir_18": lambda: IRNet((2, 2, 2, 2), tface=True),
+    "tface_ir_34": lambda: IRNet((3, 4, 6, 3), tface=True),
+    "tface_ir_50": lambda: IRNet((3, 4, 14, 3), tface=True),
+    "tface_ir_101": lambda: IRNet((3, 13, 30, 3), tface=True),
+    "tface_ir_se_50": lambda: IRNet((3, 4, 14, 3), se=True, tface=True),
+    "tface_ir_se_101": lambda: IRNet((3, 13, 30, 3), se=True, tface=True),
+    "iresnet18": lambda: IResNet((2, 2, 2, 2)),
+    "iresnet34": lambda: IResNet((3, 4, 6, 3)),
+    "iresnet50": lambda: IResNet((3, 4, 14, 3)),
+    "iresnet100": lambda: IResNet((3, 13, 30, 3)),
+    "iresnet200": lambda: IResNet((6, 26, 60, 6)),
 }
 
 
@@ -125,8 +155,13 @@ def test_same_outputs_as_the_original_network_with_its_weights(name):
     torch.testing.assert_close(ours_convf, convf, rtol=1e-5, atol=1e-5 * convf.abs().max().item())
 
 
-@pytest.mark.parametrize("name, convolution, linear, dropout", [
-    ("ir_small", (2 / (9 * 16)) ** 0.5, (2 / 32) ** 0.5, 0.4), ("iresnet_small", 0.1, (1 / (3 * 128 * 49)) ** 0.5, 0.0)])
+@pytest.mark.parametrize(
+    "name, convolution, linear, dropout",
+    [
+        ("ir_small", (2 / (9 * 16)) ** 0.5, (2 / 32) ** 0.5, 0.4),
+        ("iresnet_small", 0.1, (1 / (3 * 128 * 49)) ** 0.5, 0.0),
+    ],
+)
 def test_initialisation_and_dropout_of_each_family(name, convolution, linear, dropout):
     torch.manual_seed(0)
     net = Backbone(name, z_dim=32)
@@ -165,12 +200,16 @@ def test_unknown_weights_name_the_nearest_architecture_in_the_words_of_the_file(
     state["extra"] = torch.zeros(1)
     with pytest.raises(ValueError, match="nearest is ir_50") as error:
         identify_backbone(state)
-    assert str(error.value).endswith("1 missing (body.3.res_layer.0.weight); 1 unexpected (extra); 1 misshaped (body.0.res_layer.1.weight)")
+    assert str(error.value).endswith(
+        "1 missing (body.3.res_layer.0.weight); 1 unexpected (extra); 1 misshaped (body.0.res_layer.1.weight)"
+    )
     for key in [key for key in theirs if key.startswith("layer3.4.bn")]:
         del theirs[key]
     with pytest.raises(ValueError, match="nearest is iresnet50") as error:
         identify_backbone(theirs)
-    assert str(error.value).endswith("15 missing (layer3.4.bn1.bias, layer3.4.bn1.num_batches_tracked, layer3.4.bn1.running_mean, ...)")
+    assert str(error.value).endswith(
+        "15 missing (layer3.4.bn1.bias, layer3.4.bn1.num_batches_tracked, layer3.4.bn1.running_mean, ...)"
+    )
     with pytest.raises(ValueError, match=r"no backbone: must have 'output_layer.3.weight'"):
         identify_backbone({"weight": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match="network must be one of"):

@@ -11,7 +11,9 @@ from scf_fast.networks.confidence import ConvConfidence, build_confidence_net, i
 def test_mlp_is_the_published_network():
     net = build_confidence_net("mlp", 8, 7)
     width = 8 * 49
-    theirs = nn.Sequential(nn.Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, width // 4), nn.ReLU(), nn.Linear(width // 4, 1))
+    theirs = nn.Sequential(
+        nn.Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, width // 4), nn.ReLU(), nn.Linear(width // 4, 1)
+    )
     net.load_state_dict({f"_log_kappa.{k}": v for k, v in theirs.state_dict().items()}, strict=True)
     convf = torch.randn(5, 8, 7, 7)
     expected = torch.log(1e-6 + torch.exp(theirs(convf.view(5, -1)))).squeeze(1)
@@ -29,10 +31,21 @@ def test_conv_has_tface_parameter_names_and_shapes():
     with torch.device("meta"):
         state = build_confidence_net("conv", 512, 7).state_dict()
     shapes = {k: tuple(v.shape) for k, v in state.items() if "running" not in k and "num_batches" not in k}
-    assert shapes == {"conv_.0.weight": (512, 512, 3, 3), "conv_.2.weight": (512, 512, 3, 3), "conv_.3.weight": (512,), "conv_.3.bias": (512,),
-                      "conv_.5.weight": (512, 512, 3, 3), "conv_.6.weight": (512,), "conv_.6.bias": (512,),
-                      "_log_kappa.0.weight": (256, 512), "_log_kappa.0.bias": (256,), "_log_kappa.2.weight": (128, 256), "_log_kappa.2.bias": (128,),
-                      "_log_kappa.4.weight": (1, 128), "_log_kappa.4.bias": (1,)}
+    assert shapes == {
+        "conv_.0.weight": (512, 512, 3, 3),
+        "conv_.2.weight": (512, 512, 3, 3),
+        "conv_.3.weight": (512,),
+        "conv_.3.bias": (512,),
+        "conv_.5.weight": (512, 512, 3, 3),
+        "conv_.6.weight": (512,),
+        "conv_.6.bias": (512,),
+        "_log_kappa.0.weight": (256, 512),
+        "_log_kappa.0.bias": (256,),
+        "_log_kappa.2.weight": (128, 256),
+        "_log_kappa.2.bias": (128,),
+        "_log_kappa.4.weight": (1, 128),
+        "_log_kappa.4.bias": (1,),
+    }
     assert identify_confidence_net(state) == "conv"
     assert build_confidence_net("conv", 16, 7)(torch.randn(3, 16, 7, 7)).shape == (3,)
 

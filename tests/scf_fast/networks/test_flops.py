@@ -1,4 +1,5 @@
 """What a step counts. The networks' own counts are compared with the paper's in tests/bench/test_roofline.py."""
+
 import pytest
 
 from scf_fast.config import Config
@@ -17,7 +18,17 @@ def test_a_step_counts_what_it_cannot_do_without():
     assert flop_per_image(stage1, "ir_50", 512, 1000) == 3 * backbone + 4 * 512 * 1000
 
 
-@pytest.mark.parametrize("name, peak", [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165e12),
-                                        ("NVIDIA L40S", 362e12), ("NVIDIA T4", None), ("NVIDIA RTX A1000", None), ("NVIDIA L40", None)])
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA T4", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA L40", None),
+    ],
+)
 def test_peak_by_name(name, peak):
     assert peak_flops(name) == peak

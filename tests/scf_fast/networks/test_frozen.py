@@ -40,7 +40,9 @@ def test_batchnorm_before_a_padded_convolution_folds_exactly_at_the_border(strid
         expected = conv(norms[0](x))
         expected = norms[1](expected) if after else expected
         torch.testing.assert_close(folded(x), expected, rtol=0, atol=2e-6)  # the folded weights are rounded to float32
-    assert (folded.rest[0, :, 0, 0] - folded.rest[0, :, 4 // stride, 4 // stride]).abs().max() > 1e-3  # the border does differ
+    assert (
+        folded.rest[0, :, 0, 0] - folded.rest[0, :, 4 // stride, 4 // stride]
+    ).abs().max() > 1e-3  # the border does differ
 
 
 def test_folded_in_float32_equals_the_model(backbone):
@@ -74,7 +76,9 @@ def test_first_batch_decides_the_precision_and_the_log_says_so(backbone, caplog,
 
 
 def test_bf16_stays_close(backbone, monkeypatch):
-    monkeypatch.setitem(__import__("scf_fast.networks.frozen").frozen.MAX_CONVF_ERROR, "bf16", 3e-2)  # random weights lose more than trained ones
+    monkeypatch.setitem(
+        __import__("scf_fast.networks.frozen").frozen.MAX_CONVF_ERROR, "bf16", 3e-2
+    )  # random weights lose more than trained ones
     monkeypatch.setattr("scf_fast.networks.frozen.MIN_COSINE", 0.999)
     frozen = FrozenBackbone(backbone, "cpu", ("bf16",))
     images = torch.randn(4, 3, 112, 112)
@@ -129,7 +133,9 @@ def test_few_batch_sizes_are_compiled(monkeypatch):
 def test_float32_is_no_tf32(monkeypatch):
     seen = []
     convolve = F.conv2d
-    monkeypatch.setattr(F, "conv2d", lambda *arguments: (seen.append(torch.backends.cudnn.allow_tf32), convolve(*arguments))[1])
+    monkeypatch.setattr(
+        F, "conv2d", lambda *arguments: (seen.append(torch.backends.cudnn.allow_tf32), convolve(*arguments))[1]
+    )
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     network = FrozenBackbone(lively(Backbone("ir_tiny", 8)))
     network(torch.randn(2, 3, 112, 112))

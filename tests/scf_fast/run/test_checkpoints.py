@@ -1,4 +1,7 @@
-"""Checkpoints: which one a run starts from, and what a disk that is full leaves. Launches that resume are in test_train.py."""
+"""Checkpoints: which one a run starts from, and what a disk that is full leaves. Launches that resume are in
+test_train.py.
+"""
+
 import json
 import resource
 import shutil
@@ -29,7 +32,9 @@ def flip_a_bit(path):
 
 DAMAGE = {
     "a bit of rank 1": lambda f: flip_a_bit(f / "rank1.pt"),
-    "the end of the class centers": lambda f: (f / "class_centers_rank0.pt").write_bytes((f / "class_centers_rank0.pt").read_bytes()[:-1]),
+    "the end of the class centers": lambda f: (f / "class_centers_rank0.pt").write_bytes(
+        (f / "class_centers_rank0.pt").read_bytes()[:-1]
+    ),
     "a file": lambda f: (f / "rank0.pt").unlink(),
     "the list of files": lambda f: (f / "state.json").write_text("{"),
     "its keys": lambda f: (f / "state.json").write_text('{"files": {"rank0.pt": 3}}'),
@@ -70,7 +75,10 @@ def test_none_and_none_that_is_intact(folder, tmp_path):
     assert newest_intact(tmp_path) is None
     for path in folder.glob("step*/rank0.pt"):
         flip_a_bit(path)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact .*step00000008: rank0.pt has other bytes.*--overwrite starts anew"):
+    with pytest.raises(
+        ValueError,
+        match=r"no checkpoint in .* is intact .*step00000008: rank0.pt has other bytes.*--overwrite starts anew",
+    ):
         newest_intact(folder)
 
 
@@ -127,8 +135,20 @@ def test_what_cannot_be_deleted_or_read_costs_no_other_checkpoint(folder, monkey
 
 def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags, tmp_path, run_command):
     """Checkpoints in the background, of which none fits; then with room, to the same end as without any trouble."""
-    command = [*flags["stage1"], "--zero_stage", 2, "--data", faces / "train", "--background_checkpoints", "--keep_best", "--output_dir", tmp_path / "run"]
-    status, output = run_command(["bash", "-c", 'ulimit -f 1000; exec "$@"', "limited", *launcher(2), *command, "--no_tensorboard"])
+    command = [
+        *flags["stage1"],
+        "--zero_stage",
+        2,
+        "--data",
+        faces / "train",
+        "--background_checkpoints",
+        "--keep_best",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    status, output = run_command(
+        ["bash", "-c", 'ulimit -f 1000; exec "$@"', "limited", *launcher(2), *command, "--no_tensorboard"]
+    )
     assert status == 1, output
     assert "checkpoint of step 4 could not be written" in output and "training goes on" in output
     assert "Traceback" not in output and "free some space and --resume" in output
@@ -138,15 +158,40 @@ def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags,
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["event"] == "checkpoint"] == [4, 8]
     assert sum(e["event"] == "checkpoint_failed" for e in events) == 2
-    assert events[-1]["event"] == "done" and any(e["message"].startswith("precision") for e in events) and events[-1]["counts"]["steps"] == 8
+    assert (
+        events[-1]["event"] == "done"
+        and any(e["message"].startswith("precision") for e in events)
+        and events[-1]["counts"]["steps"] == 8
+    )
 
 
 def test_keep_and_keep_best(faces, flags, tmp_path, run_command):
-    command = [sys.executable, "train.py", *flags["stage1"], "--epochs", 4, "--lr_scheduler", "MultiStep", "--milestones", 2, "--gamma", 500,
-               "--keep_checkpoints", 1, "--keep_best", "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    command = [
+        sys.executable,
+        "train.py",
+        *flags["stage1"],
+        "--epochs",
+        4,
+        "--lr_scheduler",
+        "MultiStep",
+        "--milestones",
+        2,
+        "--gamma",
+        500,
+        "--keep_checkpoints",
+        1,
+        "--keep_best",
+        "--data",
+        faces / "train",
+        "--output_dir",
+        tmp_path / "run",
+    ]
     status, output = run_command(command)
     assert status == 0, output
-    states = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "run" / "checkpoints").glob("*/state.json")}
+    states = {
+        path.parent.name: json.loads(path.read_text())
+        for path in (tmp_path / "run" / "checkpoints").glob("*/state.json")
+    }
     assert sorted(states) == ["step00000008", "step00000016"]  # from epoch 3 on the rate is far too high
     assert states["step00000008"]["metric"] < states["step00000016"]["metric"]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

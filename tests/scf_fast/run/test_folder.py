@@ -1,4 +1,5 @@
 """Whose folder it is, and what --overwrite may delete."""
+
 import dataclasses
 
 import pytest
@@ -9,8 +10,17 @@ from scf_fast.run import folder as run_folder
 
 
 def stage2(folder, **changes):
-    return Config(stage="confidence", **{"data": "data", "saved_bkb": "b.pth", "saved_fc": "f.pth", "output_dir": str(folder), "normalization": "published",
-                                         **changes})
+    return Config(
+        stage="confidence",
+        **{
+            "data": "data",
+            "saved_bkb": "b.pth",
+            "saved_fc": "f.pth",
+            "output_dir": str(folder),
+            "normalization": "published",
+            **changes,
+        },
+    )
 
 
 @pytest.fixture
@@ -40,7 +50,13 @@ def test_overwrite_is_refused_where_it_would_delete_the_current_folder(folder, m
 
 def test_a_path_may_be_spelled_in_another_way(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    again = stage2(folder, resume=True, data=str(tmp_path / "data/"), saved_bkb="./b.pth", saved_fc="../" + tmp_path.name + "/f.pth")
+    again = stage2(
+        folder,
+        resume=True,
+        data=str(tmp_path / "data/"),
+        saved_bkb="./b.pth",
+        saved_fc="../" + tmp_path.name + "/f.pth",
+    )
     assert run_folder.claim(again) is None  # the same run, without a checkpoint
     with pytest.raises(ValueError, match=r"holds a different run \(saved_fc"):
         run_folder.claim(stage2(folder, resume=True, saved_fc="g.pth"))
@@ -48,6 +64,8 @@ def test_a_path_may_be_spelled_in_another_way(folder, monkeypatch, tmp_path):
 
 def test_other_pixels_are_another_run(folder):
     assert run_folder.claim(stage2(folder, resume=True)) is None
-    assert run_folder.claim(dataclasses.replace(stage2(folder, resume=True), normalization=None)) is None  # stage 2 finds it out
+    assert (
+        run_folder.claim(dataclasses.replace(stage2(folder, resume=True), normalization=None)) is None
+    )  # stage 2 finds it out
     with pytest.raises(ValueError, match="normalization 'published' -> 'insightface'"):
         run_folder.claim(stage2(folder, resume=True, normalization="insightface"))

@@ -1,4 +1,5 @@
 """Steps whose loss is not finite, and signals: real launches."""
+
 import json
 import os
 import signal
@@ -98,20 +99,38 @@ launch.leave(0)
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path, run_command):
     """Under every ZeRO stage: weights, both Adam moments, Adam's step count and BatchNorm statistics."""
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), tmp_path / "script.py", tmp_path]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        2,
+        "--master_port",
+        free_port(),
+        tmp_path / "script.py",
+        tmp_path,
+    ]
     status, output = run_command(start, PYTHONPATH=".")
     assert status == 0, output
     assert [line.split()[1] for line in output.splitlines() if line.startswith("stage")] == list("0123")
     assert output.count("loss scale resumed") == 2
     assert "ended: the loss had no finite value in any of the steps 1 to 3" in output
     records = [json.loads(line) for line in (tmp_path / "not_finite_rank1.jsonl").read_text().splitlines()]
-    assert len(records) == 4 * 3 + 3 and records[0]["step"] == 1 and records[0]["rank"] == 1 and records[0]["images"] == ["first.jpg", "second.jpg"]
+    assert (
+        len(records) == 4 * 3 + 3
+        and records[0]["step"] == 1
+        and records[0]["rank"] == 1
+        and records[0]["images"] == ["first.jpg", "second.jpg"]
+    )
     assert not (tmp_path / "not_finite_rank0.jsonl").exists()
 
 
 def test_stage_1_skips_and_goes_on(faces, flags, tmp_path, run_command):
-    """The class centers, which change in the backward pass, are kept from it too; the images are named. ZeRO 3 must do with a forward pass alone."""
-    (tmp_path / "script.py").write_text(textwrap.dedent("""
+    """The class centers, which change in the backward pass, are kept from it too; the images are named. ZeRO 3 must do
+    with a forward pass alone.
+    """
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
         import sys
         from scf_fast import launch
         from scf_fast.stages.backbone import BackboneStage
@@ -125,13 +144,31 @@ def test_stage_1_skips_and_goes_on(faces, flags, tmp_path, run_command):
             return loss(self, engine, batch)
         BackboneStage.loss = broken
         launch.leave(train.main())
-        """))
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), tmp_path / "script.py"]
-    status, output = run_command([*start, *flags["stage1"], "--zero_stage", 3, "--data", faces / "train", "--output_dir", tmp_path / "run"], PYTHONPATH=".")
+        """)
+    )
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        2,
+        "--master_port",
+        free_port(),
+        tmp_path / "script.py",
+    ]
+    status, output = run_command(
+        [*start, *flags["stage1"], "--zero_stage", 3, "--data", faces / "train", "--output_dir", tmp_path / "run"],
+        PYTHONPATH=".",
+    )
     assert status == 0, output
-    assert "step 3 skipped: the loss is not finite on rank 0; its 16 images are in" in output and "1 skipped not finite" in output
+    assert (
+        "step 3 skipped: the loss is not finite on rank 0; its 16 images are in" in output
+        and "1 skipped not finite" in output
+    )
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2, 4, 5, 6, 7, 8] and all(record["loss"] > 0 for record in records)
+    assert [record["step"] for record in records] == [1, 2, 4, 5, 6, 7, 8] and all(
+        record["loss"] > 0 for record in records
+    )
     images = json.loads((tmp_path / "run" / "not_finite_rank1.jsonl").read_text())["images"]
     assert len(images) == 16 and all(name.startswith(str(faces / "train")) for name in images)
 
@@ -142,7 +179,9 @@ def ranks_of(process):
     for entry in os.listdir("/proc"):
         try:
             if entry.isdigit() and os.getpgid(int(entry)) == process.pid:
-                environment = dict(item.split("=", 1) for item in open(f"/proc/{entry}/environ").read().split("\0") if "=" in item)
+                environment = dict(
+                    item.split("=", 1) for item in open(f"/proc/{entry}/environ").read().split("\0") if "=" in item
+                )
                 if "RANK" in environment and b"train.py" in open(f"/proc/{entry}/cmdline", "rb").read():
                     found[int(environment["RANK"])] = int(entry)
         except (ProcessLookupError, FileNotFoundError, PermissionError):
@@ -151,9 +190,17 @@ def ranks_of(process):
 
 
 def start_and_signal(command, folder, number, to_rank, after_steps):
-    """Launch, wait until so many steps are logged, signal one rank: (exit status, seconds that the end took, output)."""
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    """Launch, wait until so many steps are logged, signal one rank: (exit status, seconds that the end took,
+    output).
+    """
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     try:
         metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
         while not metrics.exists() or len(metrics.read_text().splitlines()) < after_steps:

@@ -18,13 +18,21 @@ from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
 from scf_fast.stages.published_files import flag_notes
 
-SCALARS = {"kappa", "total_loss", "neg_kappa_times_cos_theta", "neg_dim_scalar_times_log_kappa", "log_iv_kappa"}  # of the published TensorBoard files
+SCALARS = {
+    "kappa",
+    "total_loss",
+    "neg_kappa_times_cos_theta",
+    "neg_dim_scalar_times_log_kappa",
+    "log_iv_kappa",
+}  # of the published TensorBoard files
 HPARAMS = """batch_size convf_dim cuda dataroot dataset epochs eval_batch_size finetune_bkb gamma gpu_ids lr lr_scheduler max_grad_clip max_grad_norm
     num_workers output_dir radius saved_bkb saved_fc seed step_size tensorboard z_dim""".split()
 
 
 class ScaledBessel(torch.autograd.Function):
-    """I_v(z) exp(-z) by scipy, rounded to float32, with the derivative I_(v-1) - I_v (v + z)/z of the published code."""
+    """I_v(z) exp(-z) by scipy, rounded to float32, with the derivative I_(v-1) - I_v (v + z)/z of the published
+    code.
+    """
 
     @staticmethod
     def forward(ctx, v, z):
@@ -51,8 +59,13 @@ class UncertaintyNet(nn.Module):
 
     def __init__(self, convf_dim):
         super().__init__()
-        self._log_kappa = nn.Sequential(nn.Linear(convf_dim, convf_dim // 2), nn.ReLU(), nn.Linear(convf_dim // 2, convf_dim // 4), nn.ReLU(),
-                                        nn.Linear(convf_dim // 4, 1))
+        self._log_kappa = nn.Sequential(
+            nn.Linear(convf_dim, convf_dim // 2),
+            nn.ReLU(),
+            nn.Linear(convf_dim // 2, convf_dim // 4),
+            nn.ReLU(),
+            nn.Linear(convf_dim // 4, 1),
+        )
 
     def forward(self, convf):
         return torch.log(1e-6 + torch.exp(self._log_kappa(convf)))
@@ -89,7 +102,9 @@ def test_kl_dirac_vmf_is_exact_by_default():
     expected = -z * cos - (d / 2 - 1) * np.log(z) + log_bessel + d / 2 * math.log(2 * math.pi) + d * math.log(r)
     np.testing.assert_allclose(losses.detach().numpy()[:, 0], expected, rtol=1e-6)
     np.testing.assert_allclose(l3.detach().numpy()[:, 0], log_bessel, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(l1 + l2 + l3 + d / 2 * math.log(2 * math.pi) + d * math.log(r), losses, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        l1 + l2 + l3 + d / 2 * math.log(2 * math.pi) + d * math.log(r), losses, rtol=1e-5, atol=1e-3
+    )
     losses.sum().backward()
     ratio = scipy.special.ive(d / 2, z) / scipy.special.ive(d / 2 - 1, z)
     np.testing.assert_allclose(kappa.grad.numpy()[:, 0], ratio - cos, atol=1e-5)
@@ -114,8 +129,10 @@ def test_200_steps_of_the_published_objective(d):
     for step in range(200):
         rows = torch.arange(batch) + batch * (step % (count // batch))
         mu = features[rows] / features[rows].norm(dim=1, keepdim=True)
-        losses = [published_loss(mu, theirs(convf[rows].flatten(1)).exp(), wc[labels[rows]], d, r)[0].mean(),
-                  loss_fn(features[rows], ours(convf[rows]), labels[rows])]
+        losses = [
+            published_loss(mu, theirs(convf[rows].flatten(1)).exp(), wc[labels[rows]], d, r)[0].mean(),
+            loss_fn(features[rows], ours(convf[rows]), labels[rows]),
+        ]
         for loss, optimizer, curve in zip(losses, optimizers, curves):
             optimizer.zero_grad()
             loss.backward()
@@ -128,7 +145,9 @@ def test_200_steps_of_the_published_objective(d):
 def test_scf_loss_module_keeps_its_centers_out_of_the_state_dict():
     loss_fn = SCFLoss(torch.randn(4, 16), reduction="none")
     assert not loss_fn.state_dict() and loss_fn.to(torch.bfloat16).class_centers.dtype == torch.bfloat16
-    assert SCFLoss(torch.randn(4, 16), reduction="none")(torch.randn(3, 16), torch.zeros(3), torch.tensor([0, 3, 1])).shape == (3,)
+    assert SCFLoss(torch.randn(4, 16), reduction="none")(
+        torch.randn(3, 16), torch.zeros(3), torch.tensor([0, 3, 1])
+    ).shape == (3,)
 
 
 def published_run(folder, images=16, identities=4, z_dim=16):
@@ -169,7 +188,11 @@ def test_the_published_command_trains_resumes_and_leaves_published_files(tmp_pat
     assert set(first) == set(second) == {"epoch", "global_step", "uncer_net_state_dict", "opt_state"}
     assert (first["epoch"], first["global_step"], second["epoch"], second["global_step"]) == (0, 1, 1, 3)
     hparams = json.loads((out / "hparams.json").read_text())
-    assert list(hparams) == HPARAMS and (hparams["gpu_ids"], hparams["convf_dim"], hparams["eval_batch_size"]) == ("0,1", 784, 1)
+    assert list(hparams) == HPARAMS and (hparams["gpu_ids"], hparams["convf_dim"], hparams["eval_batch_size"]) == (
+        "0,1",
+        784,
+        1,
+    )
     assert (out / "hparams.json").read_text() == json.dumps(hparams, sort_keys=True, indent=4)
     events = EventAccumulator(str(out / "runs")).Reload()
     assert SCALARS <= set(events.Tags()["scalars"])
@@ -206,12 +229,15 @@ def test_finetuning_trains_both_by_plain_python(tmp_path, run_command):
     net = build_confidence_net("conv", 16, 7)
     parameters = [*Backbone("ir_tiny", 16).parameters(), *net.parameters()]
     torch.optim.Adam(parameters).load_state_dict(checkpoint["opt_state"])
-    assert [state["exp_avg"].shape for state in checkpoint["opt_state"]["state"].values()] == [parameter.shape for parameter in parameters]
+    assert [state["exp_avg"].shape for state in checkpoint["opt_state"]["state"].values()] == [
+        parameter.shape for parameter in parameters
+    ]
 
 
 def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_command):
     """Two ranks with the same data are one process of plain PyTorch."""
-    (tmp_path / "script.py").write_text(textwrap.dedent("""
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
         import sys
         import torch
         from scf_fast import launch
@@ -249,21 +275,43 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
                 print("stage", stage, "agrees", flush=True)
         launch.finish(engine)
         launch.leave(0)
-        """))
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), tmp_path / "script.py"]
+        """)
+    )
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        2,
+        "--master_port",
+        free_port(),
+        tmp_path / "script.py",
+    ]
     status, output = run_command(start, PYTHONPATH=".")
     assert status == 0, output
-    assert [line for line in output.splitlines() if line.startswith("stage")] == [f"stage {stage} agrees" for stage in range(4)]
+    assert [line for line in output.splitlines() if line.startswith("stage")] == [
+        f"stage {stage} agrees" for stage in range(4)
+    ]
 
 
-@pytest.mark.parametrize("change, expected", [
-    (lambda f: ["--saved_fc", f / "B.pth"], "must hold class centers, one (classes, width) tensor, but holds backbone ir_tiny"),
-    (lambda f: ["--saved_fc", f / "five.pth"], "has 4 identities but --saved_fc"), (lambda f: ["--saved_fc", f / "three.pth"], "only 3 class centers"),
-    (lambda f: ["--saved_bkb", f / "module.pt"], "code from a checkpoint is never run"), (lambda f: ["--convf_dim", 25088], "--convf_dim must be 784"),
-    (lambda f: ["--dataroot", f / "images"], "list/ms1m_list.txt; give --dataroot"),
-    (lambda f: ["--data", f / "bad.txt"], "bad.txt line 1 must be `path label`")])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (
+            lambda f: ["--saved_fc", f / "B.pth"],
+            "must hold class centers, one (classes, width) tensor, but holds backbone ir_tiny",
+        ),
+        (lambda f: ["--saved_fc", f / "five.pth"], "has 4 identities but --saved_fc"),
+        (lambda f: ["--saved_fc", f / "three.pth"], "only 3 class centers"),
+        (lambda f: ["--saved_bkb", f / "module.pt"], "code from a checkpoint is never run"),
+        (lambda f: ["--convf_dim", 25088], "--convf_dim must be 784"),
+        (lambda f: ["--dataroot", f / "images"], "list/ms1m_list.txt; give --dataroot"),
+        (lambda f: ["--data", f / "bad.txt"], "bad.txt line 1 must be `path label`"),
+    ],
+)
 def test_what_does_not_fit_is_one_clear_line(change, expected, tmp_path, monkeypatch, capsys):
     import train
+
     folder = published_run(tmp_path)
     for name, count in (("three", 3), ("five", 5)):
         torch.save({"arc_face_state_dict": {"weight": torch.randn(count, 16)}}, folder / f"{name}.pth")
@@ -273,7 +321,9 @@ def test_what_does_not_fit_is_one_clear_line(change, expected, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*command(folder, 1), *change(folder)])])
     assert train.main() == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("train.py: error: ") and expected in lines[-1] and "Traceback" not in "".join(lines), lines
+    assert lines[-1].startswith("train.py: error: ") and expected in lines[-1] and "Traceback" not in "".join(lines), (
+        lines
+    )
     assert not (folder / "out").exists()
 
 
