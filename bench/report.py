@@ -194,7 +194,7 @@ def decoding_table(device):
     rows = [
         [name, f"{rate:,.0f}"] for content in files for name, rate in content["images_per_second"]["decoding"].items()
     ]
-    return table(["decoded and normalised", "images/s"], rows or [[None] * 2])
+    return table(["decoded and normalized", "images/s"], rows or [[None] * 2])
 
 
 def projections(device):

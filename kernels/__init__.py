@@ -16,7 +16,7 @@ from scf_fast.kernels.margin_softmax import (
     margin_softmax_loss,
     margin_softmax_rows,
     margin_softmax_statistics,
-    mean_over_labelled,
+    mean_over_labeled,
     target_cosine_with_margin,
 )
 from scf_fast.kernels.scf_loss import SCFTerms, scf_loss
@@ -41,7 +41,7 @@ __all__ = [
     "margin_softmax_loss",
     "margin_softmax_rows",
     "margin_softmax_statistics",
-    "mean_over_labelled",
+    "mean_over_labeled",
     "mean_resultant_length",
     "neutral_radius",
     "pool_templates",

@@ -1,4 +1,4 @@
-"""log I_v and what follows from it: the von Mises-Fisher normaliser, its mean resultant length and the inverse of that.
+"""log I_v and what follows from it: the von Mises-Fisher normalizer, its mean resultant length and the inverse of that.
 
     log C_d(kappa) = -psi_v(kappa) - (d/2) log(2 pi),  v = d/2 - 1          A_d(kappa) = I_(v+1) / I_v = psi_v'
 
@@ -285,7 +285,7 @@ def psi_and_ratio(
 
 
 def log_vmf_normalizer(kappa: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
-    """log C_d(kappa), the log normaliser of the von Mises-Fisher density C_d exp(kappa mu . x) on the unit sphere of
+    """log C_d(kappa), the log normalizer of the von Mises-Fisher density C_d exp(kappa mu . x) on the unit sphere of
     R^dim.
 
     Source: Mardia and Jupp, Directional Statistics, Eq. (9.3.4). Its derivative is -A_d.

@@ -896,8 +896,8 @@ def margin_softmax_statistics(
     `margin_softmax_gradients`.
 
     Args:
-        embeddings: (B, D) float, unnormalised.
-        class_centers: (C, D) float, unnormalised; C may be 0.
+        embeddings: (B, D) float, unnormalized.
+        class_centers: (C, D) float, unnormalized; C may be 0.
         labels: (B,) int64 in [0, C), or negative where the own class is not among these.
         scale: s, multiplies the cosines.
         class_rows: (N,) int64: only these rows of class_centers take part, and labels are positions among them.
@@ -1003,8 +1003,8 @@ def margin_softmax_loss(
     al., 2017).
 
     Args:
-        embeddings: (B, D) float, unnormalised.
-        class_centers: (C, D) float, unnormalised.
+        embeddings: (B, D) float, unnormalized.
+        class_centers: (C, D) float, unnormalized.
         labels: (B,) int64 in [0, C); rows with label -1 are left out of the mean and get no gradient. Another label
             makes the loss NaN on CUDA, where looking for it would stall the device, and raises elsewhere.
         scale: s, multiplies the logits.
@@ -1041,13 +1041,13 @@ def margin_softmax_loss(
         )
     )
     loss = margin_softmax_rows(statistics, num_classes, scale, margins, margin_gradient, label_smoothing)
-    return mean_over_labelled(loss, labels, outside), (labels >= 0) & (
+    return mean_over_labeled(loss, labels, outside), (labels >= 0) & (
         statistics.target_cosine > statistics.nearest_other
     )
 
 
-def mean_over_labelled(loss: torch.Tensor, labels: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+def mean_over_labeled(loss: torch.Tensor, labels: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
     """Mean of the rows of loss with a label >= 0 (0 where there is none); NaN where a label is outside the classes."""
-    labelled = labels >= 0
-    mean = torch.where(labelled, loss, 0.0).sum() / labelled.sum().clamp_min(1)
+    labeled = labels >= 0
+    mean = torch.where(labeled, loss, 0.0).sum() / labeled.sum().clamp_min(1)
     return torch.where(outside.any(), math.nan, mean)

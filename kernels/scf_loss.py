@@ -8,7 +8,7 @@ forward in one pass.
     d loss / d log_kappa = kappa ((1 - cos) - (1 - A_d(kappa)))
     d loss / d features  = -kappa (w - cos mu) / |features|                             and likewise for the class center
 
-in which nothing cancels: both brackets and both complements are evaluated as such. The published code's normaliser is
+in which nothing cancels: both brackets and both complements are evaluated as such. The published code's normalizer is
 
     kappa = exp(log_kappa) + e      l1 = -kappa cos      l2 = -v log(e + kappa)      l3 = log(e + I_v(kappa) exp(-kappa)) + kappa      e = 1e-6
     loss = l1 + l2 + l3 + (d/2) log(2 pi) + d log r
@@ -528,7 +528,7 @@ def scf_loss(
     this module.
 
     Args:
-        features: (B, d) float, embeddings before normalisation; d in 2 .. 8192. Half precision is read as it is and
+        features: (B, d) float, embeddings before normalization; d in 2 .. 8192. Half precision is read as it is and
             computed in float32.
         log_kappa: (B,) or (B, 1) float, log concentration; taken for 41.5 (float64: 346) beyond that.
         class_centers: (C, d) float, of any length.

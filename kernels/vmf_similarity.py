@@ -4,7 +4,7 @@
     score = log C_d(kappa1) + log C_d(kappa2) - log C_d(kt) - d log r                                 (Li et al., CVPR 2021, Eq. (13))
           = phi(kt) - phi(kappa1) - phi(kappa2) + log C_d(0) - d log r,     phi(kappa) = psi_v(kappa) - psi_v(0),  v = d/2 - 1
 
-The normalisers are thousands each and their differences rank the pairs. Pairs are therefore worked out in float64
+The normalizers are thousands each and their differences rank the pairs. Pairs are therefore worked out in float64
 whatever comes in: their time goes into reading mu. All pairs of two sets are a matrix product with an epilogue. On CUDA
 both are float32, the epilogue in terms of phi, which starts at 0 and never passes kappa; what remains is the rounding
 of kt, about 1e-7 kappa nats. On the CPU both are float64: a float32 product alone would cost 1e-7 kappa nats there too
@@ -207,7 +207,7 @@ def vmf_similarity(
     """Similarity of each pair of faces, larger is more alike. Source: Eqn (13), Li et al., CVPR 2021.
 
     Args:
-        mu1, mu2: (B, D) floating point directions, D in 2 .. 8192; any positive length, since each row is normalised
+        mu1, mu2: (B, D) floating point directions, D in 2 .. 8192; any positive length, since each row is normalized
             here in float64.
         kappa1, kappa2: (B,) floating point concentrations >= 0. Where 0, the distribution is uniform and its direction
             may be zero.
@@ -760,7 +760,7 @@ def vmf_similarity_matrix(
 ) -> torch.Tensor:
     """Similarity of every row of mu1 with every row of mu2; entry (i, j) is what vmf_similarity gives for that pair.
 
-    Source: Eqn (13), Li et al., CVPR 2021. One pass: the matrix product, kt and the normalisers in the same tile.
+    Source: Eqn (13), Li et al., CVPR 2021. One pass: the matrix product, kt and the normalizers in the same tile.
     PyTorch, which serves the CPU and float64 arguments, works on bands of rows, so that beside the scores it needs
     about 100 MiB on the CPU.
 

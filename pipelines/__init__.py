@@ -1,4 +1,4 @@
-"""From image files on disk to normalised batches.
+"""From image files on disk to normalized batches.
 
 recordio, verification_set, template_protocol   the file formats face recognition data is shipped in, read and written
 record_index, tar_shards, tfrecord (crc32c),

@@ -1,4 +1,4 @@
-"""Batches of normalised faces from a source and a sampler, by NVIDIA DALI or by PyTorch workers.
+"""Batches of normalized faces from a source and a sampler, by NVIDIA DALI or by PyTorch workers.
 
 Both backends turn the sampler's requests (indices, flips) into uint8 faces and share everything else, so they give the
 same batches: same images, same flips, same augmentation, same arithmetic, the same replacements of broken images.

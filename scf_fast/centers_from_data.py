@@ -149,7 +149,7 @@ def _compute(output: Path, overwrite: bool, flags: list[str]) -> None:
     config, source = inputs.config, inputs.source
     config.epochs = 2 if config.flip else 1
     if source.num_classes == 0:
-        raise ValueError(f"--data {config.data}: must have identities; give labelled images")
+        raise ValueError(f"--data {config.data}: must have identities; give labeled images")
     check_all_have_images(np.bincount(source.labels, minlength=source.num_classes))
     runtime, size = inputs.start()
     sampler = BothOrientations(len(source), size, runtime.rank, runtime.world_size)

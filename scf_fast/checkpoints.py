@@ -1,4 +1,4 @@
-"""Weight files of every family: read with nothing but tensors let in, recognised by their keys, written complete or not
+"""Weight files of every family: read with nothing but tensors let in, recognized by their keys, written complete or not
 at all.
 
     python -m scf_fast.checkpoints inspect FILE
@@ -29,7 +29,7 @@ def backbone_state(spec: str | Path, flag: str = "--saved_bkb") -> dict[str, tor
 
 
 def class_centers(spec: str | Path, flag: str = "--saved_fc") -> torch.Tensor:
-    """(C, z_dim) float32 class centers in weight files of any family, unnormalised; see :func:`read`."""
+    """(C, z_dim) float32 class centers in weight files of any family, unnormalized; see :func:`read`."""
     return read(spec, flag).usable_class_centers()
 
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     inspect = commands.add_parser("inspect", help="say what a file holds")
     inspect.add_argument("source", metavar="FILE", help=files)
     convert = commands.add_parser(
-        "convert", help="write the weights as other code names them, bit for bit; optimiser states are left out"
+        "convert", help="write the weights as other code names them, bit for bit; optimizer states are left out"
     )
     convert.add_argument("source", metavar="IN", help=files)
     convert.add_argument("target", metavar="OUT", type=Path)

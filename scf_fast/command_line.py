@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     titles = {
         "task": "what to do",
         "model": "model and loss",
-        "training": "optimisation",
+        "training": "optimization",
         "input": "input pipeline",
         "system": "system",
         "published": "the published command line",

@@ -169,21 +169,21 @@ class Config:
     radius: float = option(64.0, "radius r of the sphere", stage="confidence", group="model")
     normalizer: str = option(
         "exact",
-        "vMF normaliser: exact, or the published code's float32 formula (for comparison with old runs)",
+        "vMF normalizer: exact, or the published code's float32 formula (for comparison with old runs)",
         choices=("exact", "published"),
         stage="confidence",
         group="model",
     )
     initial_kappa: float | None = option(
         None,
-        "kappa that the untrained confidence net starts from; default: as PyTorch initialises (about 1)",
+        "kappa that the untrained confidence net starts from; default: as PyTorch initializes (about 1)",
         stage="confidence",
         group="model",
     )
 
-    batch_size: int = option(PerStage(512, 1024), "images per optimiser step over all ranks")
+    batch_size: int = option(PerStage(512, 1024), "images per optimizer step over all ranks")
     gradient_accumulation_steps: int = option(
-        1, "micro-batches per optimiser step; divides a rank's share of --batch_size"
+        1, "micro-batches per optimizer step; divides a rank's share of --batch_size"
     )
     epochs: int = option(PerStage(20, 30), "passes over the data")
     lr: float = option(PerStage(0.1, 3e-5), "learning rate after warm-up")
@@ -237,7 +237,7 @@ class Config:
     )
     shuffle: str = option(
         "global",
-        "block reads runs of neighbouring images, for spinning disks and network mounts",
+        "block reads runs of neighboring images, for spinning disks and network mounts",
         choices=("global", "block"),
         group="input",
     )
@@ -328,7 +328,7 @@ class Config:
     )
     offload_optimizer: str = option(
         "none",
-        "where optimiser states and float32 master weights are, and where the optimiser runs: none is the GPU, cpu "
+        "where optimizer states and float32 master weights are, and where the optimizer runs: none is the GPU, cpu "
         "is host memory, for a network that the GPU cannot hold; needs ZeRO 1 to 3",
         choices=("none", "cpu"),
         group="system",
@@ -336,7 +336,7 @@ class Config:
     deepspeed_config: str | None = option(
         None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE"
     )
-    log_every: int = option(20, "steps between log points; each costs one host synchronisation", group="system")
+    log_every: int = option(20, "steps between log points; each costs one host synchronization", group="system")
     checkpoint_every: int = option(
         0, "steps between checkpoints besides the one after each epoch; 0 is off", group="system"
     )
@@ -358,12 +358,12 @@ class Config:
         group="system",
     )
     profile: bool = option(False, "write a PyTorch profiler trace of five steps to OUTPUT/profile", group="system")
-    max_steps: int = option(0, "stop after this many optimiser steps, checkpointed; 0 is off", group="system")
+    max_steps: int = option(0, "stop after this many optimizer steps, checkpointed; 0 is off", group="system")
     tensorboard: bool = option(True, "write TensorBoard event files to OUTPUT/runs", group="system")
 
     published_checkpoints: bool | None = option(
         None,
-        "after each epoch write OUTPUT/ckpts/ckpt_eN.pt as the published code does, optimiser state "
+        "after each epoch write OUTPUT/ckpts/ckpt_eN.pt as the published code does, optimizer state "
         "included (4.7 GB for its confidence net); default: with --dataset",
         stage="confidence",
         group="published",

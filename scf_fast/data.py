@@ -13,7 +13,7 @@ from scf_fast.pipelines.loading.base import Loader, Preprocessing
 from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sampling.selection import Mixture, PerIdentity
 
-_BLOCK_IMAGES = 256  # neighbours read in one go by --shuffle block: 2 MB of faces
+_BLOCK_IMAGES = 256  # neighbors read in one go by --shuffle block: 2 MB of faces
 
 
 def open_data(config: Config):
@@ -70,7 +70,7 @@ def epoch_sampler(config: Config, source, rank: int, world_size: int) -> EpochSa
 
 
 def image_loader(config: Config, source, sampler, runtime: Runtime, flip: bool) -> Loader:
-    """Batches of normalised float32 faces on this rank's device."""
+    """Batches of normalized float32 faces on this rank's device."""
     preprocessing = Preprocessing(config.normalization, horizontal_flip=flip, augmentation=PRESETS[config.augmentation])
     return make_loader(
         source,

@@ -4,7 +4,7 @@
     .pt2          the same as a program of torch.export: torch.export.load(OUT).module()(images)
     .safetensors  the weights with radius and pixel convention, as SCF.from_checkpoint reads them
 
-A backbone alone has one output, its features (B, d), unnormalised, as insightface's own tools take them.
+A backbone alone has one output, its features (B, d), unnormalized, as insightface's own tools take them.
 images are (B, 3, 112, 112) float32 RGB scaled as the model says, or, with --preprocess, (B, 112, 112, 3) uint8 RGB.
 Programs hold the backbone with every BatchNorm folded, in float32. Before the command says that it is done, the file
 has been read back and its output compared with PyTorch's.
@@ -45,7 +45,7 @@ class ServedModel(nn.Module):
 
     Args:
         model: left as it is, on the CPU.
-        preprocess: take (B, 112, 112, 3) uint8 instead of (B, 3, 112, 112) normalised float32.
+        preprocess: take (B, 112, 112, 3) uint8 instead of (B, 3, 112, 112) normalized float32.
     """
 
     def __init__(self, model: SCF, preprocess: bool = False):
@@ -197,10 +197,10 @@ def _direction_and_size(found: tuple[torch.Tensor, torch.Tensor] | torch.Tensor)
 def _compare(model: SCF, run: Callable, preprocess: bool, out: Path) -> None:
     for count in _CHECKED_BATCHES:
         images = _example(preprocess, count)
-        normalised = Preprocessing(model.normalization).normalize(images) if preprocess else images
+        normalized = Preprocessing(model.normalization).normalize(images) if preprocess else images
         (mu, size), (expected_mu, expected_size) = (
             _direction_and_size(run(images)),
-            _direction_and_size(_answer(model)(normalised)),
+            _direction_and_size(_answer(model)(normalized)),
         )
         error = max((mu - expected_mu).abs().max().item(), (size / expected_size - 1).abs().max().item())
         if not error <= TOLERANCE:  # NaN is no agreement

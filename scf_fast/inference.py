@@ -67,7 +67,7 @@ class Embedder:
         does.
 
         Args:
-            images: (B, 3, 112, 112) normalised RGB on the device; the first 32 count.
+            images: (B, 3, 112, 112) normalized RGB on the device; the first 32 count.
             batch_size: the most images that later calls will bring, which a GPU compiles for.
         Raises:
             ValueError: no precision is accurate on all ranks.
@@ -100,7 +100,7 @@ class Embedder:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, 3, 112, 112) normalised RGB on the device -> features (B, d) unnormalised, log kappa (B,) or None.
+        """(B, 3, 112, 112) normalized RGB on the device -> features (B, d) unnormalized, log kappa (B,) or None.
 
         Raises:
             ValueError: as in settle, on the first call.

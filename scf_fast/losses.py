@@ -35,7 +35,7 @@ class SCFLoss(nn.Module):
     def forward(self, features: torch.Tensor, log_kappa: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            features: (B, d) embeddings before normalisation.
+            features: (B, d) embeddings before normalization.
             log_kappa: (B,) or (B, 1).
             labels: (B,) int64 in [0, C).
         Returns:

@@ -97,12 +97,12 @@ class SCF(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, 3, 112, 112) normalised RGB -> unnormalised features (B, d) and log kappa (B,), both float32."""
+        """(B, 3, 112, 112) normalized RGB -> unnormalized features (B, d) and log kappa (B,), both float32."""
         features, convf = self.backbone(images)
         return features.float(), None if self.confidence_net is None else self.confidence_net(convf).float()
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, 3, 112, 112) normalised RGB -> unit directions mu (B, d) and kappa (B,), both float32."""
+        """(B, 3, 112, 112) normalized RGB -> unit directions mu (B, d) and kappa (B,), both float32."""
         features, log_kappa = self.embed(images)
         return F.normalize(features), None if log_kappa is None else log_kappa.exp()
 

@@ -16,7 +16,7 @@ from scf_fast import distributed
 from scf_fast.config import Config
 from scf_fast.data import epoch_sampler, open_data
 from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_precision
-from scf_fast.engine.engine import average_batchnorm_statistics, initialise_engine, take_step
+from scf_fast.engine.engine import average_batchnorm_statistics, initialize_engine, take_step
 from scf_fast.engine.optimizers import LearningRate, build_optimizer
 from scf_fast.features.stream import FeatureStream
 from scf_fast.networks.flops import peak_flops
@@ -143,7 +143,7 @@ def train(config: Config) -> str | None:
                 configuration.save(config, folder / run_folder.CONFIG_FILE, run_folder.versions())
         if runtime.is_main:
             log_to_files(folder)
-        engine = initialise_engine(module, optimizer, config, runtime, precision)
+        engine = initialize_engine(module, optimizer, config, runtime, precision)
         torch.manual_seed(config.seed + 1000 * (runtime.rank + 1))  # other dropout on every rank
         stopped_by = _Run(config, runtime, engine, stage, source, folder, precision, resumed).train()
         distributed.finish(engine)
@@ -173,7 +173,7 @@ def _from_main(value):
 
 
 class _StepLog(NamedTuple):
-    """What to log of one optimiser step, still on the device: the mean of each metric, and kappa of the last
+    """What to log of one optimizer step, still on the device: the mean of each metric, and kappa of the last
     micro-batch in stage 2.
     """
 
@@ -182,7 +182,7 @@ class _StepLog(NamedTuple):
     distribution: torch.Tensor | None
 
     def averaged(self) -> dict[str, float]:
-        """Means over ranks; synchronises with the device."""
+        """Means over ranks; synchronizes with the device."""
         return dict(zip(self.names, distributed.average_over_ranks(self.values.clone()).tolist()))
 
 
@@ -340,7 +340,7 @@ class _Run:
                     break
             self.checkpoints.finish()
         stopped_by = _from_main(signal.name or "a signal") if votes.stop and step < self.last_step else None
-        self._summarise(step, reporter, loader, profile, stopped_by)
+        self._summarize(step, reporter, loader, profile, stopped_by)
         if stopped_by is None:
             self._check_written()
         return stopped_by
@@ -355,7 +355,7 @@ class _Run:
             raise Incomplete(f"{self.unwritten}; free some space and --resume: only the files are missing")
 
     def _step(self, batch, stop: bool) -> tuple[_StepLog, Votes]:
-        """One optimiser step, or none where the loss has no finite value on any rank."""
+        """One optimizer step, or none where the loss has no finite value on any rank."""
         micro_batches, guard, centers = self.config.gradient_accumulation_steps, self.guard, self.centers
         total, names, distribution, votes, applied = 0.0, [], None, None, False
         guard.before_step()
@@ -384,8 +384,8 @@ class _Run:
             self.epoch_loss += torch.stack([total[0] / micro_batches, total.new_ones(())])
             self.scaler_skips += not applied
         elif applied:
-            self.engine.skipped_steps += 1  # DeepSpeed does not know that the optimiser did nothing
-        self.clock.mark("optimiser")
+            self.engine.skipped_steps += 1  # DeepSpeed does not know that the optimizer did nothing
+        self.clock.mark("optimizer")
         return _StepLog(names, total / micro_batches, distribution), votes
 
     def _names(self, step: int) -> list[str]:
@@ -441,7 +441,7 @@ class _Run:
         self.unwritten = None
         log.info("wrote %s", ", ".join(map(str, files)), extra={"event": "export", "step": step})
 
-    def _summarise(self, step: int, reporter: Reporter, loader, profile: StepProfile, stopped_by: str | None) -> None:
+    def _summarize(self, step: int, reporter: Reporter, loader, profile: StepProfile, stopped_by: str | None) -> None:
         self.clock.collect()
         seconds = sum(self.clock.seconds.values())
         self.clock.split("data", loader.seconds if isinstance(loader, FeatureStream) else {})

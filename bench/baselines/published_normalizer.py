@@ -1,4 +1,4 @@
-"""The normaliser of the published SCF code: scipy's scaled Bessel function on the host, and a custom gradient.
+"""The normalizer of the published SCF code: scipy's scaled Bessel function on the host, and a custom gradient.
 
     ive_v(kappa)   = exp(-kappa) I_v(kappa)                                            scipy.special.ive
     log I_v(kappa) ~ log(1e-6 + ive_v(kappa)) + kappa

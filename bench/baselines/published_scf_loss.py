@@ -30,7 +30,7 @@ def published_scf_loss(features, log_kappa, class_centers, labels, radius=64.0):
     """The published loss of each sample.
 
     Args:
-        features: (B, d) float, the backbone's output before normalisation.
+        features: (B, d) float, the backbone's output before normalization.
         log_kappa: (B,) float, the confidence net's last linear output.
         class_centers: (C, d) float, rows of length radius: the published code scales them once, on load.
         labels: (B,) int64 in [0, C).

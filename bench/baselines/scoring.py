@@ -1,4 +1,4 @@
-"""Scoring and pooling as they are usually written: plain PyTorch with whole matrices, the published normaliser band by
+"""Scoring and pooling as they are usually written: plain PyTorch with whole matrices, the published normalizer band by
 band, loops in Python.
 """
 
@@ -32,8 +32,8 @@ def eager_similarity_matrix(mu1, kappa1, mu2, kappa2, radius=64.0):
 
 
 def published_similarity_matrix(mu1, kappa1, mu2, kappa2, radius=64.0):
-    """The same with the published normaliser, on the host by SciPy, a band of rows at a time. Its values are off as
-    that normaliser is.
+    """The same with the published normalizer, on the host by SciPy, a band of rows at a time. Its values are off as
+    that normalizer is.
     """
     height = max(1, _BAND // len(mu2))
     return torch.cat(
@@ -45,7 +45,7 @@ def published_similarity_matrix(mu1, kappa1, mu2, kappa2, radius=64.0):
 
 
 def pool_by_loop(features, template_ids, media_ids):
-    """Templates as IJB scripts pool them: for each template the mean of each medium, summed and normalised; (T, D) in
+    """Templates as IJB scripts pool them: for each template the mean of each medium, summed and normalized; (T, D) in
     ascending order of ids.
 
     Args:

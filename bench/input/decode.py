@@ -4,7 +4,7 @@
 
 Without --data, a `.rec` of JPEGs the size of faces (112 x 112, about 7 KB) is made in a temporary folder. DALI's reader
 stops at the header and identity records of a file as it is distributed, so it is given a `.idx` of the image records
-alone; it shuffles in a buffer, ours over the whole set. Its pipeline is the leanest one: it mirrors and normalises in
+alone; it shuffles in a buffer, ours over the whole set. Its pipeline is the leanest one: it mirrors and normalizes in
 one operator, and nothing is copied out of it. All deliver float32 images in channels_last and int64 labels. Rates are
 medians over rounds in which all take turns; so are the ratios to DALI's reader, each of one round. Processor time
 counts all threads of the process, which a machine with other work changes less than the rates.
@@ -107,7 +107,7 @@ def source_rates(source, batch, rounds):
 
 
 def mxnet_batches(rec_path, idx_path, batch, threads, prefetch):
-    """DALI's own reader: decode, mirror by a coin, normalise."""
+    """DALI's own reader: decode, mirror by a coin, normalize."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(enable_conditionals=False)
@@ -214,7 +214,7 @@ def main(arguments=None):
         help="folder for the JSON file (default: bench/results/<device>)",
     )
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # normalisation, beside the decoders
+    torch.set_num_threads(1)  # normalization, beside the decoders
 
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)

@@ -2,7 +2,7 @@
 
     python -m bench.cpu_claims [--threads 1] [--out DIR]
 
-Held to: the normaliser log C_d of 4096 values with its derivative at least 10 x as fast as the published way through
+Held to: the normalizer log C_d of 4096 values with its derivative at least 10 x as fast as the published way through
 scipy; log I_v, and the whole SCF loss, forward and backward, at every batch size, faster than the published. Exit
 status 1 where one of these is missed.
 

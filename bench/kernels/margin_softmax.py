@@ -5,8 +5,8 @@ real peers.
     python -m pytest bench/bench_margin_softmax.py --benchmark-json=bench/results/<device>/margin_softmax-<date>.json
 
 "scf_fast_skip" passes over tiles whose gradient is below 2^-12 of the largest: what is left out is under bf16's
-rounding. The peers (bench/peers/peers.py) run where they are installed; the two made for language models get normalised
-inputs and no margin, and no gradient through the normalisation, which is less work. Peak memory is beyond inputs and
+rounding. The peers (bench/peers/peers.py) run where they are installed; the two made for language models get normalized
+inputs and no margin, and no gradient through the normalization, which is less work. Peak memory is beyond inputs and
 includes both gradients. A case that would need more memory than there is is left out, with the reason.
 """
 

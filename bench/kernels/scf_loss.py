@@ -1,4 +1,4 @@
-"""The whole SCF loss at d = 512: ours ("scf_fast_published" with the published normaliser), the published composition,
+"""The whole SCF loss at d = 512: ours ("scf_fast_published" with the published normalizer), the published composition,
 plain PyTorch, and that compiled.
 
     python -m bench.suite --sections scf_loss

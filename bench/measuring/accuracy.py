@@ -175,7 +175,7 @@ def other_errors(dim, device):
 
 
 def published_optimal_kappa(order, cos):
-    """The kappa that minimises the published loss at a cosine below 1: the root of its d/dkappa, in float64.
+    """The kappa that minimizes the published loss at a cosine below 1: the root of its d/dkappa, in float64.
 
     -cos - v / (1e-6 + kappa) + d/dkappa (log(1e-6 + ive_v(kappa)) + kappa) = 0
     """
@@ -303,7 +303,7 @@ def plot(path, entries, others, device):
             ylim=(3e-17, 1e2),
             xlabel="concentration κ",
             ylabel="error of log I$_v$(κ), relative to max(1, |log I$_v$|)",
-            title=f"Error of the normaliser, d = {PLOT_DIM}",
+            title=f"Error of the normalizer, d = {PLOT_DIM}",
         )
         left.legend(loc="center left", bbox_to_anchor=(0.0, 0.66))
 
@@ -329,7 +329,7 @@ def plot(path, entries, others, device):
             yscale="log",
             xlim=(0, 1.01),
             xlabel="cos θ between feature and class center",
-            ylabel="κ that minimises the loss",
+            ylabel="κ that minimizes the loss",
             title="Confidence that each objective asks for",
         )
         right.legend(loc="upper left")

@@ -109,7 +109,7 @@ def main():
         timed(
             f"search both galleries, {score}",
             lambda score=score: [
-                protocols.summarise_searches(protocols.search_templates(pooling, protocol, gallery, RADIUS, score))
+                protocols.summarize_searches(protocols.search_templates(pooling, protocol, gallery, RADIUS, score))
                 for gallery in galleries
             ],
         )

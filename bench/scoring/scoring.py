@@ -70,7 +70,7 @@ def prepare(name, size, device):
     if size > MOST_ROWS.get(name, size):
         raise NotMeasured("the whole matrix does not fit several times over, or takes minutes")
     buffers = [(*fresh_faces(size, device), *fresh_faces(size, device)) for _ in range(2)]
-    if name != "published":  # its normaliser is off
+    if name != "published":  # its normalizer is off
         check(name, buffers[0])
     return MATRICES.get(name) or REDUCED[name], buffers
 

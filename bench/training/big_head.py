@@ -1,4 +1,4 @@
-"""The published confidence net at full size, 393.4 million parameters, in real optimiser steps: losses, memory and
+"""The published confidence net at full size, 393.4 million parameters, in real optimizer steps: losses, memory and
 seconds.
 
     python -m bench.big_head [--batch 32] [--steps 4] [--only "ZeRO 2"] [--out DIR]
@@ -44,7 +44,7 @@ def work(options, way):
     """One rank: takes the steps and writes what came of it to the file of its rank."""
     from scf_fast import distributed
     from scf_fast.config import Config
-    from scf_fast.engine.engine import initialise_engine, take_step
+    from scf_fast.engine.engine import initialize_engine, take_step
     from scf_fast.engine.optimizers import build_optimizer
     from scf_fast.networks.confidence import build_confidence_net
 
@@ -65,7 +65,7 @@ def work(options, way):
     torch.manual_seed(0)
     net = build_confidence_net("mlp", CHANNELS, MAP).to(runtime.device)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    engine = initialise_engine(
+    engine = initialize_engine(
         net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, config.precision
     )
     torch.manual_seed(1 + runtime.rank)

@@ -9,7 +9,7 @@ collective that reaches the process group is counted with its payload. The model
 both are printed, so that one sees how far to trust it. Also measured: the classifier's step with its communication
 beside the computation, against the same with every collective waited for at once.
 
-Modelled, not measured: images a second of stage 1 on 8 to 512 GPUs with 1 M to 29 M identities, from the assumptions
+Modeled, not measured: images a second of stage 1 on 8 to 512 GPUs with 1 M to 29 M identities, from the assumptions
 that are printed.
 """
 
@@ -86,7 +86,7 @@ def on_the_wire(payload, ranks):
 
 
 def counted_steps(engine, take, loss_of):
-    """{kind: payload bytes} of one optimiser step, the mean of STEPS after a first one."""
+    """{kind: payload bytes} of one optimizer step, the mean of STEPS after a first one."""
     for step in range(STEPS + 1):
         with CountedCollectives() if step else contextlib.nullcontext() as counted:
             engine.backward(loss_of())
@@ -101,7 +101,7 @@ def counted_steps(engine, take, loss_of):
 def measure_stage1(zero_stage, runtime):
     from scf_fast.config import Config
     from scf_fast.engine.class_centers import ClassCenters
-    from scf_fast.engine.engine import initialise_engine, take_step
+    from scf_fast.engine.engine import initialize_engine, take_step
     from scf_fast.engine.optimizers import build_optimizer
     from scf_fast.networks.backbones import Backbone
 
@@ -115,7 +115,7 @@ def measure_stage1(zero_stage, runtime):
         zero_stage=zero_stage,
     )
     backbone = Backbone(NETWORK, Z_DIM)
-    engine = initialise_engine(
+    engine = initialize_engine(
         backbone, build_optimizer("sgd", backbone.parameters(), config, runtime.device), config, runtime, "fp32"
     )
     centers = ClassCenters(CLASSES, Z_DIM, config, runtime)
@@ -131,7 +131,7 @@ def measure_stage1(zero_stage, runtime):
 
 def measure_stage2(zero_stage, runtime):
     from scf_fast.config import Config
-    from scf_fast.engine.engine import initialise_engine, take_step
+    from scf_fast.engine.engine import initialize_engine, take_step
     from scf_fast.engine.optimizers import build_optimizer
     from scf_fast.kernels import scf_loss
     from scf_fast.networks.backbones import BACKBONES
@@ -148,7 +148,7 @@ def measure_stage2(zero_stage, runtime):
     )
     architecture, rows = BACKBONES[NETWORK], BATCH // runtime.world_size
     net = build_confidence_net(CONFIDENCE_NET, architecture.widths[-1], architecture.map_size)
-    engine = initialise_engine(
+    engine = initialize_engine(
         net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32"
     )
     convf = torch.randn(rows, architecture.widths[-1], architecture.map_size, architecture.map_size)
@@ -236,11 +236,11 @@ def measure(ranks):
         return json.loads((Path(folder) / "counted.json").read_text())
 
 
-# ---- modelled
+# ---- modeled
 
 
 def network_payload(zero_stage, parameters):
-    """{kind: payload bytes} of one optimiser step of a network under ZeRO, all in float32.
+    """{kind: payload bytes} of one optimizer step of a network under ZeRO, all in float32.
 
     ZeRO 3 gathers the weights for each pass. A network as small as the one that is counted it keeps from one to the
     other: one gather less.

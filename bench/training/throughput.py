@@ -190,7 +190,7 @@ class OurRun:
 
     def __init__(self, options, runtime, source, backbone, cache):
         from scf_fast.engine.deepspeed_config import resolve_precision
-        from scf_fast.engine.engine import initialise_engine
+        from scf_fast.engine.engine import initialize_engine
         from scf_fast.engine.optimizers import build_optimizer
 
         config = Config(
@@ -206,7 +206,7 @@ class OurRun:
         precision = resolve_precision(config, runtime.device)
         self.dtype = torch.float32 if precision == "fp32" else None
         net = make_head(options, backbone.architecture)
-        self.engine = initialise_engine(
+        self.engine = initialize_engine(
             net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, precision
         )
         self.centers = torch.randn(source.num_classes, Z_DIM, device=DEVICE)

@@ -168,7 +168,7 @@ def read_verification_set(path):
 
 
 def draw_pairs(source, num_pairs=6000, folds=10, seed=0):
-    """A verification set from labelled images, such as open_source gives for a folder of identities.
+    """A verification set from labeled images, such as open_source gives for a folder of identities.
 
     Half of the pairs of each fold show one person, half two. Folds are successive tenths of the pairs, as in a `.bin`,
     and no identity is in more than one of them.

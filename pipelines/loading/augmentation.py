@@ -1,8 +1,8 @@
 """Random changes to decoded faces, the same for both decoders, on the device of the batch.
 
-In this order, each with its own probability: crop, down-up-sampling, blur, hue and saturation, grey, occlusion. The
+In this order, each with its own probability: crop, down-up-sampling, blur, hue and saturation, gray, occlusion. The
 first three are linear along rows and columns apart, so each is two matrix products a channel with matrices drawn for
-every image; the colour changes are one 3 x 3 matrix an image. Only the images that a change falls on are computed, in
+every image; the color changes are one 3 x 3 matrix an image. Only the images that a change falls on are computed, in
 float32, and rounded to uint8 once at the end.
 
 All random numbers come from outside, so that an image looks the same in an epoch whatever rank or decoder makes it.
@@ -33,15 +33,15 @@ class Augmentation:
     hue_saturation: float = 0.0  # probability of both changes
     hue: tuple[float, float] = (0.0, 20.0)  # degrees
     saturation: tuple[float, float] = (1.0, 1.2)  # factor of the chroma
-    grey: float = 0.0  # probability of taking all colour out
-    occlusion: float = 0.0  # probability of a rectangle in one random colour
+    gray: float = 0.0  # probability of taking all color out
+    occlusion: float = 0.0  # probability of a rectangle in one random color
     occlusion_area: tuple[float, float] = (0.02, 0.2)  # share of the face's area
     occlusion_aspect: tuple[float, float] = (0.5, 2.0)  # height over width
 
     NUM_UNIFORMS = 20
 
     def __post_init__(self):
-        for name in ("crop", "resample", "blur", "hue_saturation", "grey", "occlusion"):
+        for name in ("crop", "resample", "blur", "hue_saturation", "gray", "occlusion"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {getattr(self, name)}")
         for name, least, most in (
@@ -64,7 +64,7 @@ class Augmentation:
 
     @property
     def does_something(self):
-        return any((self.crop, self.resample, self.blur, self.hue_saturation, self.grey, self.occlusion))
+        return any((self.crop, self.resample, self.blur, self.hue_saturation, self.gray, self.occlusion))
 
     def apply(self, faces, uniforms):
         """Change faces.
@@ -143,10 +143,10 @@ class Augmentation:
         turn[:, 0, 0] = 1
         turn[:, 1, 1] = turn[:, 2, 2] = factor * np.cos(angle)
         turn[:, 1, 2], turn[:, 2, 1] = factor * np.sin(angle), -factor * np.sin(angle)
-        return _recolour(images, _RGB @ turn @ _YIQ)
+        return _recolor(images, _RGB @ turn @ _YIQ)
 
-    def _grey(self, images, u):
-        return _recolour(images, np.broadcast_to(_YIQ[0], (len(images), 3, 3)))
+    def _gray(self, images, u):
+        return _recolor(images, np.broadcast_to(_YIQ[0], (len(images), 3, 3)))
 
     def _occlusion(self, images, u):
         size = images.shape[-1]
@@ -162,18 +162,18 @@ class Augmentation:
             centers = np.arange(size) + 0.5
             inside.append((centers >= start[:, None]) & (centers < (start + length)[:, None]))
         mask = _to(inside[0][:, :, None] & inside[1][:, None, :], images.device, torch.bool)[:, None]
-        colour = np.stack([u[f"occlusion {channel}"] for channel in ("red", "green", "blue")], axis=1) * 255
-        return torch.where(mask, _to(colour, images.device)[:, :, None, None], images)
+        color = np.stack([u[f"occlusion {channel}"] for channel in ("red", "green", "blue")], axis=1) * 255
+        return torch.where(mask, _to(color, images.device)[:, :, None, None], images)
 
 
 PRESETS = {
     "none": Augmentation(),
     # insightface's arcface_torch with dali_aug on
-    "arcface_torch": Augmentation(resample=0.1, blur=0.2, hue_saturation=0.2, grey=0.1),
+    "arcface_torch": Augmentation(resample=0.1, blur=0.2, hue_saturation=0.2, gray=0.1),
     # that, and crops and occlusions
-    "strong": Augmentation(resample=0.1, blur=0.2, hue_saturation=0.2, grey=0.1, crop=0.2, occlusion=0.2),
+    "strong": Augmentation(resample=0.1, blur=0.2, hue_saturation=0.2, gray=0.1, crop=0.2, occlusion=0.2),
 }
-_STEPS = ("crop", "resample", "blur", "hue_saturation", "grey", "occlusion")
+_STEPS = ("crop", "resample", "blur", "hue_saturation", "gray", "occlusion")
 _UNIFORMS = (
     *(f"{name}?" for name in _STEPS),
     "crop area",
@@ -218,8 +218,8 @@ def _separable(images, rows, columns):
     return rows[:, None] @ images @ columns[:, None].transpose(-1, -2)
 
 
-def _recolour(images, matrices):
-    """(B, 3, H, W) with each image's colours mapped by its (3, 3) matrix."""
+def _recolor(images, matrices):
+    """(B, 3, H, W) with each image's colors mapped by its (3, 3) matrix."""
     return (_to(matrices, images.device) @ images.flatten(2)).view_as(images)
 
 

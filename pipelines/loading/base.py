@@ -184,6 +184,6 @@ class Loader(abc.ABC):
             requests: iterator over Request; read ahead, in this thread.
         Yields:
             For each request, in order, a (B, 112, 112, 3) tensor and the (B,) int64 positions of the images that it
-            shows. The tensor is uint8, valid until the next one is asked for; or normalised, in the loader's dtype, and
+            shows. The tensor is uint8, valid until the next one is asked for; or normalized, in the loader's dtype, and
             valid for as long as it is kept.
         """

@@ -4,7 +4,7 @@ the GPU where there is one.
 DALI's own readers know nothing of the sampler's order, so the images come in through an external source. The reader
 threads read a batch at a time and look at all its headers together, which leaves Python little to do for an image.
 
-On a CPU the pipeline ends in normalised images: a table of the 256 quotients gives exactly what Preprocessing.normalize
+On a CPU the pipeline ends in normalized images: a table of the 256 quotients gives exactly what Preprocessing.normalize
 does, in DALI's threads and in one pass. On a GPU, with augmentation, or where DALI lacks the type, it ends in uint8,
 which keeps its buffers small.
 

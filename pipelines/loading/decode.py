@@ -36,7 +36,7 @@ _MARKERS = np.zeros(
 )  # of JPEG: what stands for a sequential, Huffman coded frame, and what may stand before it
 _MARKERS[[0xC0, 0xC1]] = _FRAME
 _MARKERS[[0xC4, 0xDB, 0xDD, *range(0xE0, 0xFF)]] = _TABLE
-_CHANNELS = np.isin(np.arange(256), (1, 3, 4))  # grey, YCbCr or RGB, CMYK
+_CHANNELS = np.isin(np.arange(256), (1, 3, 4))  # gray, YCbCr or RGB, CMYK
 _FACE_PPM = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # what pixels of a face become a file with
 _FACE_PPM_BYTES = len(_FACE_PPM) + 3 * FACE_SIZE**2
 _JPEG_END, _PNG_START, _PNG_END = b"\xff\xd9", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"

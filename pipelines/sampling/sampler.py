@@ -12,7 +12,7 @@ from scf_fast.pipelines.sampling.random_streams import permutation, splitmix64, 
 
 _ORDER, _FLIP, _WINDOW, _SELECTION, _UNIFORM = range(5)  # kinds of independent streams of one (seed, epoch)
 _KINDS = 8  # room for more
-_BLOCKS_MIXED = 64  # blocks shuffled together: neighbours on the disk are often one identity, a batch must not be
+_BLOCKS_MIXED = 64  # blocks shuffled together: neighbors on the disk are often one identity, a batch must not be
 
 
 class EpochSampler:
@@ -28,7 +28,7 @@ class EpochSampler:
             them out; 'partial' makes them a shorter last batch, split as evenly as can be (a rank's share may be
             empty); 'pad' fills that batch up with the first images of the epoch's order.
         selection: PerIdentity or Mixture, which images an epoch has; None for all, each once.
-        block_size: 0 shuffles globally. Otherwise the order is cut into blocks of so many images that are neighbours in
+        block_size: 0 shuffles globally. Otherwise the order is cut into blocks of so many images that are neighbors in
             the data set, the blocks are shuffled, and the images of each 64 successive blocks are shuffled together: a
             disk that is slow at seeking reads a block in one go. Independent of the batch size and the number of ranks.
     Attributes:

@@ -320,7 +320,7 @@ class PackedImages(IndexedImages):
         for file in np.unique(files).tolist():
             here = np.sort(indices[files == file])
             starts, ends = self._offsets[here], self._offsets[here] + self._lengths[here]
-            apart = np.flatnonzero(starts[1:] > ends[:-1] + _SMALL_GAP)  # neighbours on the disk are one request
+            apart = np.flatnonzero(starts[1:] > ends[:-1] + _SMALL_GAP)  # neighbors on the disk are one request
             with contextlib.suppress(OSError, ValueError), self._opened(file) as descriptor:
                 for start, end in zip(starts[[0, *(apart + 1)]].tolist(), ends[[*apart, -1]].tolist()):
                     os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
@@ -435,7 +435,7 @@ def _open(name):
         descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ValueError(f"cannot open {name}: {os.strerror(error.errno)}; check the path") from error
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # or each 10 KB image would bring 100 KB of its neighbours
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # or each 10 KB image would bring 100 KB of its neighbors
     return descriptor
 
 

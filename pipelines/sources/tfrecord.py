@@ -135,7 +135,7 @@ class TFRecordList(TFRecords):
     A line is a name, the number of a shard, the byte at which a record starts, and a label, a whole number from 0 on,
     between them tabs; the shard is `root/NAME/NAME-NNNNN.tfrecord`, `root` by default the folder of the list. Labels in
     the records do not matter. num_classes is the largest label + 1. Images are numbered as they lie in their shards,
-    since neighbours there are read together. The index is made from the list alone, 20 bytes an image.
+    since neighbors there are read together. The index is made from the list alone, 20 bytes an image.
     """
 
     FORMAT = "TFRecord list"

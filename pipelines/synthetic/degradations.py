@@ -5,7 +5,7 @@ vector of six amounts in [0, 1], drawn with a random direction and a length equa
 
     sqrt(sum_k amounts_k^2) = severity
 
-Each kind's strength at a given amount stands in a table (`_STRENGTHS`), set so that an amount costs a face recogniser
+Each kind's strength at a given amount stands in a table (`_STRENGTHS`), set so that an amount costs a face recognizer
 about the same whatever the kind, and that log(cosine to the clean picture's identity) falls with its square; that is
 why amounts add up as squares. Measured with a small network on identities it was not trained on, over mixtures grouped
 by their strongest kind: mean cosines of 0.79 to 0.85 for severities below 1/3, 0.60 to 0.68 up to 2/3, 0.36 to 0.42
@@ -30,7 +30,7 @@ _STRENGTHS = {  # at _AMOUNTS, linear in between
     "low_light": (0.0, 5.5, 8.5, 10.2, 11.7),  # stops below the right exposure
 }
 _PHOTONS = 2000.0  # counted by a pixel at white and right exposure: sets the shot noise that low light brings out
-# of a mixture's length, at most: even the lowest quality leaves a face as recognisable as other kinds do at half
+# of a mixture's length, at most: even the lowest quality leaves a face as recognizable as other kinds do at half
 _JPEG_SHARE = 0.5
 _READ_NOISE = (
     0.0008  # standard deviation of what a sensor adds in low light, before its gain; white at right exposure is 1
@@ -138,6 +138,6 @@ def _occlude(picture, share, rng):
     edge = np.sort(level.ravel()[face])[round((1 - share) * (len(face) - 1))]
     cover = np.clip((level - edge) * np.float32(width / 4) + np.float32(0.5), 0, 1)
     lightness = rng.uniform(0.05, 0.9) * (1 + np.float32(0.25 * rng.uniform()) * outline)
-    colour = np.float32(0.12) * rng.standard_normal((3, 1, 1), dtype=np.float32) + lightness
-    colour = np.clip(255 * colour, 0, 255, out=colour).transpose(1, 2, 0)
-    return (picture + cover[..., None] * (colour - picture)).astype(np.uint8)
+    color = np.float32(0.12) * rng.standard_normal((3, 1, 1), dtype=np.float32) + lightness
+    color = np.clip(255 * color, 0, 255, out=color).transpose(1, 2, 0)
+    return (picture + cover[..., None] * (color - picture)).astype(np.uint8)

@@ -70,7 +70,7 @@ class Identity:
     eye_socket: float = _between(0.0, 1.0)  # shade around the eyes
     eye_bags: float = _between(-0.6, 1.0)
     iris_radius: float = _between(2.6, 3.7)
-    iris_hue: float = _between(0.0, 1.0)  # brown, hazel, green, blue, grey
+    iris_hue: float = _between(0.0, 1.0)  # brown, hazel, green, blue, gray
     iris_lightness: float = _between(0.75, 1.3)
     lashes: float = _between(0.5, 1.7)  # thickness of the lid line
 
@@ -111,7 +111,7 @@ class Identity:
 
     hair_tone: float = _between(0.0, 1.0)  # fair, brown, black
     hair_redness: float = _between(-0.5, 1.0)
-    hair_grey: float = _between(-2.0, 0.9)
+    hair_gray: float = _between(-2.0, 0.9)
     hairline: float = _between(-64.0, -39.0)  # v over the forehead
     hairline_curve: float = _between(-3.0, 11.0)  # rise from the temples to the middle
     widows_peak: float = _between(-5.0, 7.0)
@@ -135,7 +135,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Variation:
-    """What changes between two pictures of a person. Angles in radians, colours linear gains, expressions as
+    """What changes between two pictures of a person. Angles in radians, colors linear gains, expressions as
     fractions.
     """
 
@@ -157,7 +157,7 @@ class Variation:
     gain: float = _between(0.74, 1.16)
     warmth: float = _between(-0.14, 0.14)  # red against blue
     tint: float = _between(-0.06, 0.06)  # green against the others
-    saturation: float = _between(0.45, 1.1)  # of the camera's colours
+    saturation: float = _between(0.45, 1.1)  # of the camera's colors
     background: np.ndarray = field(repr=False, compare=False)  # (3, 4, 4) float32 albedo, interpolated over the picture
 
     @classmethod
@@ -169,7 +169,7 @@ class Variation:
 
 
 def _palette(stops, position: float) -> np.ndarray:
-    """Colour at `position` in [0, 1] along equally spaced 8-bit stops, as (3,) float32 in [0, 1]."""
+    """Color at `position` in [0, 1] along equally spaced 8-bit stops, as (3,) float32 in [0, 1]."""
     stops = np.asarray(stops, dtype=np.float64) / 255
     at = np.clip(position, 0, 1) * (len(stops) - 1)
     return np.array([np.interp(at, np.arange(len(stops)), stops[:, c]) for c in range(3)], dtype=np.float32)
@@ -181,7 +181,7 @@ _IRIS = [(74, 46, 30), (120, 84, 44), (104, 122, 72), (86, 128, 168), (140, 152,
 
 
 def _cover(distance):
-    """Coverage of a pixel whose centre lies `distance` pixels outside (positive) or inside an edge: a box filter one
+    """Coverage of a pixel whose center lies `distance` pixels outside (positive) or inside an edge: a box filter one
     pixel wide.
     """
     return np.clip(0.5 - distance, 0.0, 1.0)
@@ -198,9 +198,9 @@ def _step(x, low, high):
     return t * t * (3 - 2 * t)
 
 
-def _paint(layers, coverage, colour):
-    """Lay a colour, (3,), or grey (H, W) or coloured (3, H, W) planes, over (3, H, W) layers in place."""
-    layers += coverage * ((colour[:, None, None] if colour.ndim == 1 else colour) - layers)
+def _paint(layers, coverage, color):
+    """Lay a color, (3,), or gray (H, W) or colored (3, H, W) planes, over (3, H, W) layers in place."""
+    layers += coverage * ((color[:, None, None] if color.ndim == 1 else color) - layers)
 
 
 def _enlarge(grid, shape=(IMAGE_SIZE, IMAGE_SIZE)):
@@ -226,30 +226,30 @@ class Face:
     """One identity, ready to render.
 
     Args:
-        identity: the geometry and colours.
+        identity: the geometry and colors.
         rng: draws the skin field, freckles, moles and hair strands, which belong to the identity as much as its
             geometry does.
     """
 
     def __init__(self, identity: Identity, rng: np.random.Generator):
         self.identity = identity
-        self.skin = self._skin_colour()
-        self.hair = self._hair_colour()
+        self.skin = self._skin_color()
+        self.hair = self._hair_color()
         # Over the canonical rectangle, _TEXELS samples a unit: albedo red, green, blue, coverage, hair over the face;
         # unit normal x, y, z.
         self.surface, self.normals = self._bake(rng)
 
-    def _skin_colour(self):
+    def _skin_color(self):
         i = self.identity
         return _palette(_SKIN, i.skin_tone) * (1 + i.skin_redness * np.array([0.03, -0.035, -0.05], dtype=np.float32))
 
-    def _hair_colour(self):
+    def _hair_color(self):
         i = self.identity
-        colour = _palette(_HAIR, i.hair_tone) * (
+        color = _palette(_HAIR, i.hair_tone) * (
             1 + max(0.0, i.hair_redness) * np.array([0.32, -0.12, -0.34], dtype=np.float32)
         )
-        grey = max(0.0, i.hair_grey)
-        return np.clip(colour + grey * (np.float32(0.66) - colour), 0.0, 1.0)
+        gray = max(0.0, i.hair_gray)
+        return np.clip(color + gray * (np.float32(0.66) - color), 0.0, 1.0)
 
     def depth(self, u, v):
         """Relief z(u, v) of head and nose in canonical units: continuous, bounded, defined everywhere."""
@@ -310,20 +310,20 @@ class Face:
         head = self._head_distance(u, v)
         face = _cover(head)
         strands = self._strands(rng, u, v)
-        hair_colour = self.hair[:, None, None] * (1 + i.hair_contrast * strands)
+        hair_color = self.hair[:, None, None] * (1 + i.hair_contrast * strands)
 
         surface = np.zeros((5, *u.shape), dtype=np.float32)
         albedo, coverage, front_hair = surface[:3], surface[3], surface[4]
 
-        def lay(cover, colour):
-            _paint(albedo, cover, colour)
+        def lay(cover, color):
+            _paint(albedo, cover, color)
             np.maximum(coverage, cover, out=coverage)
 
         # Behind the head: hair, neck, ears.
         outer = head - i.hair_volume * (0.55 + 0.45 * _step(-v, -10, 50))
         crown = np.maximum(outer, v - max(i.hair_length, i.ear_height - 6))
         fall = np.maximum(side - i.head_width - 0.9 * i.hair_volume - 0.6 * strands, v - i.hair_length - 2 * strands)
-        lay(_cover(np.minimum(crown, np.maximum(fall, -40 - v))), 0.72 * hair_colour)
+        lay(_cover(np.minimum(crown, np.maximum(fall, -40 - v))), 0.72 * hair_color)
         lay(_cover(np.maximum(side - 0.58 * i.head_width - 0.12 * np.maximum(v - 40, 0), 14 - v)), 0.78 * self.skin)
         ear_u, ear_v = (
             (side - i.head_width - 0.35 * i.ear_protrusion) / (0.5 * i.ear_size),
@@ -344,7 +344,7 @@ class Face:
         temple = i.head_width * (0.90 - 0.12 * _step(-v, 20, 48))
         beside = np.maximum(temple - side + 0.8 * strands, v - i.sideburns)
         front_hair[:] = _cover(np.maximum(np.minimum(v - line, beside), outer))
-        lay(front_hair, hair_colour * (0.86 + 0.14 * _step(from_parting, 0, 7)))
+        lay(front_hair, hair_color * (0.86 + 0.14 * _step(from_parting, 0, 7)))
 
         # The nose is flattened for the light: at full height its foot would be black under any light from above.
         relief = self.depth(u, v) - 0.4 * i.nose_projection * self._nose_profile(u, v) + self._fine_relief(u, side, v)
@@ -418,8 +418,8 @@ class Face:
         clear_of_lips = 1 - _bump(u, v - i.mouth_height - 1, i.mouth_width * 0.95, 5.5)
         beard = max(0.0, i.beard) * face * _step(v - line, 0, 7) * clear_of_lips * density
         _paint(albedo, np.clip(beard, 0, 0.92), 0.8 * self.hair)
-        centre = 0.5 * (i.nose_tip + 6 + i.mouth_height - i.upper_lip)
-        moustache = max(0.0, i.moustache) * _bump(u, v - centre - 0.018 * u * u, i.mouth_width * 0.85, 2.6) * density
+        center = 0.5 * (i.nose_tip + 6 + i.mouth_height - i.upper_lip)
+        moustache = max(0.0, i.moustache) * _bump(u, v - center - 0.018 * u * u, i.mouth_width * 0.85, 2.6) * density
         _paint(albedo, np.clip(1.3 * moustache, 0, 0.92), 0.8 * self.hair)
 
     def _fine_relief(self, u, side, v):
@@ -466,15 +466,15 @@ def render_face(face: Face, variation: Variation) -> tuple[np.ndarray, np.ndarra
 
 
 def _expose(picture, variation):
-    """What a camera makes of linear colours: exposure, white balance, saturation, 8 bits."""
+    """What a camera makes of linear colors: exposure, white balance, saturation, 8 bits."""
     gains = variation.gain * np.array([1 + variation.warmth, 1 + variation.tint, 1 - variation.warmth])
     picture *= (255 * gains).astype(np.float32)[:, None, None]
-    grey = picture[0] + picture[1]
-    grey += picture[2]
-    grey *= np.float32((1 - variation.saturation) / 3)
-    grey += np.float32(0.5)
+    gray = picture[0] + picture[1]
+    gray += picture[2]
+    gray *= np.float32((1 - variation.saturation) / 3)
+    gray += np.float32(0.5)
     picture *= np.float32(variation.saturation)
-    picture += grey
+    picture += gray
     return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
 
 
@@ -502,8 +502,8 @@ class _Pose:
         scale = np.vdot(spread, target) / np.vdot(spread, spread)  # least squares over rotation and scale
         jitter = variation.zoom * np.exp(1j * variation.roll)
         self.scale = scale * jitter
-        centre = target.mean() + complex(variation.shift_x, variation.shift_y)
-        self.offset = centre - self.scale * rotated.mean()
+        center = target.mean() + complex(variation.shift_x, variation.shift_y)
+        self.offset = center - self.scale * rotated.mean()
         self.landmarks = self._to_xy(self.scale * rotated + self.offset)
 
     def _rotate(self, u, v):
@@ -655,12 +655,12 @@ def _draw_mouth(albedo, face, variation, pose, u, v):
     bottom = lower_edge + i.lower_lip * (0.6 * arc + 0.4 * root)
     outside = (np.abs(x) - 1) * half_width
     red = np.float32([0.80, 0.42, 0.40]) * (1 - 0.45 * i.skin_tone)
-    colour = (face.skin * 0.86 + (0.35 + 0.5 * i.lip_redness) * (red - face.skin * 0.86)) * (1 - 0.35 * i.lip_darkness)
+    color = (face.skin * 0.86 + (0.35 + 0.5 * i.lip_redness) * (red - face.skin * 0.86)) * (1 - 0.35 * i.lip_darkness)
     lips = _cover(np.maximum(np.maximum(top - y, y - bottom), outside))
     lit = 1 + 0.16 * np.clip((y - lower_edge) / 2, -1, 1) - 0.12 * np.clip((y - bottom) / 2 + 1, 0, 1)
-    _paint(layers, 0.92 * lips, colour[:, None, None] * lit)
+    _paint(layers, 0.92 * lips, color[:, None, None] * lit)
     shadow = np.maximum(np.abs(y - line) - 0.35, outside - 0.5)
-    _paint(layers, 0.75 * _cover(shadow), 0.34 * colour)
+    _paint(layers, 0.75 * _cover(shadow), 0.34 * color)
     if gap > 0:
         inside = _cover(np.maximum(np.maximum(upper_edge - y, y - lower_edge), outside + 0.5))
         _paint(layers, inside, np.float32([0.24, 0.07, 0.08]))

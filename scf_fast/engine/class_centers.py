@@ -33,7 +33,7 @@ from scf_fast.kernels.margin_softmax import (
     margin_softmax_gradients,
     margin_softmax_rows,
     margin_softmax_statistics,
-    mean_over_labelled,
+    mean_over_labeled,
 )
 from scf_fast.weights.files import save_file
 
@@ -95,7 +95,7 @@ class ClassCenters:
         self._draw = 0  # batches seen: what samples and the rounding are drawn from
         self._noise = torch.Generator(runtime.device)
         self.weight = torch.empty(self.stop - self.start, width, device=runtime.device)
-        self._initialise()
+        self._initialize()
         self.momentum = torch.zeros_like(self.weight, dtype=_STATES[config.centers_state])
         self._gradient = None if self.fused else torch.zeros_like(self.weight)
         self._touched = (
@@ -108,7 +108,7 @@ class ClassCenters:
     def _samples(self) -> bool:
         return self.config.sample_rate < 1
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for first in range(self.start - self.start % _INITIAL_ROWS, self.stop, _INITIAL_ROWS):
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + first)
             block = torch.empty(_INITIAL_ROWS, self.width).normal_(std=_INITIAL_STD, generator=generator)
@@ -132,7 +132,7 @@ class ClassCenters:
         return result
 
     def step(self, applied: bool = True) -> None:
-        """End of an optimiser step: update from the gradients since the last one, or drop them where the engine has
+        """End of an optimizer step: update from the gradients since the last one, or drop them where the engine has
         skipped its step.
         """
         if self.fused:
@@ -319,7 +319,7 @@ class _ShardedLoss(torch.autograd.Function):
             per_row = margin_softmax_rows(
                 statistics, classes, config.scale, config.margins, config.margin_gradient, config.label_smoothing
             )
-            loss = mean_over_labelled(per_row, labels, outside)
+            loss = mean_over_labeled(per_row, labels, outside)
             grads = torch.autograd.grad(loss, leaves if smoothing else leaves[:2])
         ctx.centers, ctx.rows, ctx.grads = centers, rows, grads
         ctx.save_for_backward(embeddings, local, leaves[0].detach())
@@ -412,7 +412,7 @@ def _started(collective, output: torch.Tensor, source: torch.Tensor) -> Callable
 
 
 def _stochastic_bfloat16(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 rounded to one of its two bfloat16 neighbours, to the nearer with the higher probability: right on
+    """float32 rounded to one of its two bfloat16 neighbors, to the nearer with the higher probability: right on
     average. Overwrites values.
 
     Rounding to nearest would hold a momentum still once a step changes it by less than 1/512.

@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def initialise_engine(module: nn.Module, optimizer, config: Config, runtime: Runtime, precision: str):
+def initialize_engine(module: nn.Module, optimizer, config: Config, runtime: Runtime, precision: str):
     """The DeepSpeed engine around ``module``; ``engine.loss_scaler`` is a :class:`LossScaler` in fp16, else None.
 
     Under every ZeRO stage and in every precision a step whose gradients are not all finite is left out: see
@@ -61,7 +61,7 @@ def initialise_engine(module: nn.Module, optimizer, config: Config, runtime: Run
             )
             engine.loss_scaler.tell(
                 engine.optimizer.override_loss_scale
-            )  # honoured in the backward pass, in clipping and in the update
+            )  # honored in the backward pass, in clipping and in the update
     else:
         engine.torch_autocast_z0_gradscaler = _StepWithoutZero(engine.loss_scaler)
         if runtime.world_size == 1:
@@ -84,7 +84,7 @@ def take_step(engine) -> bool:
 
 
 def average_batchnorm_statistics(module: nn.Module) -> None:
-    """Give every rank the mean of the ranks' running statistics: nothing else synchronises them, and a checkpoint holds
+    """Give every rank the mean of the ranks' running statistics: nothing else synchronizes them, and a checkpoint holds
     rank 0's.
     """
     if dist.get_world_size() > 1:
@@ -110,7 +110,7 @@ def full_state_dict(engine, module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def full_optimizer_state(engine) -> list[dict[str, torch.Tensor]]:
-    """The optimiser's tensors for each trained parameter, of the parameter's shape, under any ZeRO stage; collective.
+    """The optimizer's tensors for each trained parameter, of the parameter's shape, under any ZeRO stage; collective.
     Needs a step before.
 
     On the main rank they are there, on the CPU; the others take part and get empty dicts.

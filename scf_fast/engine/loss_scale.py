@@ -26,7 +26,7 @@ class LossScaler:
         self._listener(scale)
 
     def update(self, overflow: bool) -> None:
-        """After each optimiser step."""
+        """After each optimizer step."""
         self.good_steps = 0 if overflow else self.good_steps + 1
         if overflow:
             self._set(self.scale / 2)
@@ -46,7 +46,7 @@ class _StepWithoutZero:
     """Stands where the engine without ZeRO has ``torch.amp.GradScaler``, and does as ZeRO does: it leaves out the steps
     whose gradients are not all finite, in every precision.
 
-    PyTorch's scaler leaves it to a fused optimiser to unscale and to skip. Values are then clipped while they are
+    PyTorch's scaler leaves it to a fused optimizer to unscale and to skip. Values are then clipped while they are
     scaled, and SGD whose first step is skipped goes on from a momentum that nothing has filled.
     """
 

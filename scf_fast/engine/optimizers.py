@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def nvidia_apex_problem() -> str | None:
-    """Why NVIDIA Apex's fused optimisers cannot be used, or None. The index's package called apex is an unrelated web
+    """Why NVIDIA Apex's fused optimizers cannot be used, or None. The index's package called apex is an unrelated web
     project.
     """
     if importlib.util.find_spec("apex") is None:
@@ -67,7 +67,7 @@ def build_optimizer(rule: str, parameters, config: Config, device: torch.device)
     Args:
         rule: ``"sgd"`` or ``"adam"``.
         parameters: what ``torch.optim`` accepts.
-        device: where training runs; with ``--offload_optimizer cpu`` the optimiser runs on the CPU all the same.
+        device: where training runs; with ``--offload_optimizer cpu`` the optimizer runs on the CPU all the same.
     Raises:
         ValueError: ``--optimizer`` names one implementation and it is not usable.
     """
@@ -105,7 +105,7 @@ def build_optimizer(rule: str, parameters, config: Config, device: torch.device)
 
 
 def _clip_values_before_step(optimizer, bound):
-    """Clip values where ZeRO hands the reduced gradient partition to the optimiser: earlier there is no full gradient
+    """Clip values where ZeRO hands the reduced gradient partition to the optimizer: earlier there is no full gradient
     to clip.
     """
 
@@ -119,7 +119,7 @@ def _clip_values_before_step(optimizer, bound):
 
 
 class LearningRate:
-    """Sets the optimiser's learning rate before each step, by a closed form of the step, so that resuming needs no
+    """Sets the optimizer's learning rate before each step, by a closed form of the step, so that resuming needs no
     state.
 
     ReduceLROnPlateau is the exception: it follows the loss and keeps state (``state_dict``).
@@ -134,7 +134,7 @@ class LearningRate:
             )
 
     def at(self, step: int) -> float:
-        """Learning rate of the optimiser step with this number, counted from 0."""
+        """Learning rate of the optimizer step with this number, counted from 0."""
         c, per_epoch = self.config, self.steps_per_epoch
         warmup, total = c.warmup_epochs * per_epoch, c.epochs * per_epoch
         if step < warmup:

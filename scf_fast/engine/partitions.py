@@ -1,5 +1,5 @@
 """The part of an engine's trained state that this rank holds, piece by piece and under any ZeRO stage: weights and
-optimiser state.
+optimizer state.
 
 A piece is a run of elements of one flattened parameter, so what one layout of ranks has saved any other can load: every
 rank fills the pieces it holds from whichever saved pieces overlap them. ZeRO 0 keeps everything on every rank; there
@@ -21,7 +21,7 @@ class Piece(NamedTuple):
 
     name: str
     start: int
-    values: dict[str, torch.Tensor]  # 1-D, equally long: the float32 weight and the optimiser's tensors
+    values: dict[str, torch.Tensor]  # 1-D, equally long: the float32 weight and the optimizer's tensors
 
 
 def owned_pieces(engine) -> list[Piece]:
@@ -53,7 +53,7 @@ def shared_state(engine) -> dict:
         *optimizer.state.values(),
     ]  # DeepSpeed's fused Adam counts its steps in the last parameter's state alone
     counters = {key: value for key, value in last.items() if not (torch.is_tensor(value) and value.dim())}
-    # Copies: the optimiser goes on counting while a checkpoint is being written.
+    # Copies: the optimizer goes on counting while a checkpoint is being written.
     return {
         "counters": {
             key: value.to("cpu", copy=True) if torch.is_tensor(value) else value for key, value in counters.items()
@@ -65,7 +65,7 @@ def shared_state(engine) -> dict:
 
 
 def restore(engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
-    """Give a new engine the optimiser state, the counters and the loss scale of a checkpoint; the weights must be in
+    """Give a new engine the optimizer state, the counters and the loss scale of a checkpoint; the weights must be in
     the module already.
 
     Args:
@@ -135,7 +135,7 @@ def _fill(target: torch.Tensor, start: int, saved: list[Piece], key: str) -> Non
 
 
 def _places(engine, share: int, shares: int):
-    """(name, start, weight, flat, place) of each piece: the optimiser's state of it is ``state[flat]``, there flattened
+    """(name, start, weight, flat, place) of each piece: the optimizer's state of it is ``state[flat]``, there flattened
     at ``place``.
 
     Under ZeRO 0 those of one of so many equal shares of what every rank has whole; else the shares are the ranks' own.

@@ -88,7 +88,7 @@ class AlignedFaces(ImageSource):
 
     def _warp(self, image, i):
         """(112, 112, 3) uint8. In float32: of bytes Pillow cuts the fraction off, which makes faces darker by half a
-        grey level.
+        gray level.
         """
         # Pillow asks for the way back, and has pixel centers at 1/2.
         a = 1 / self._a[i]

@@ -86,9 +86,9 @@ def _draw_pair_set(path, num_pairs, seed):
             "give the folder or the file that has them"
         )
     source, names = open_subjects(path)
-    labelled = ImageFiles(list(map(source.name, range(len(source)))), np.unique(names, return_inverse=True)[1])
+    labeled = ImageFiles(list(map(source.name, range(len(source)))), np.unique(names, return_inverse=True)[1])
     try:
-        pairs = draw_pairs(labelled, num_pairs, seed=seed)
+        pairs = draw_pairs(labeled, num_pairs, seed=seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     images = ImageFiles([pairs.source.name(i) for i in range(len(pairs.source))])

@@ -37,7 +37,7 @@ _CELLS_PER_PAIR = (
 class Embeddings:
     """What a model says of N images, on the CPU."""
 
-    features: torch.Tensor  # (N, D) float32, unnormalised
+    features: torch.Tensor  # (N, D) float32, unnormalized
     log_kappa: torch.Tensor | None  # (N,) float32; None of a backbone alone
 
     @cached_property

@@ -76,7 +76,7 @@ class Verification(Evaluation):
             scores = protocols.score_verification_set(
                 store.load(pairs.source, name), store.embedder.radius, store.embedder.device
             )
-            summaries[name] = protocols.summarise_verification(scores, pairs.same)
+            summaries[name] = protocols.summarize_verification(scores, pairs.same)
             for label, values in zip((report.COSINE, report.VMF), scores):
                 if values is not None:
                     curves[name, label] = plots.roc_points(values, pairs.same)
@@ -141,7 +141,7 @@ class Templates(Evaluation):
                 )
             if "detector" not in protocols.pooling_weights(embeddings, protocol):
                 notes.append(f"All detector scores of {name} are equal, so pooling by them is left out.")
-            quality[name] = protocols.summarise_quality(embeddings, templates.severity)
+            quality[name] = protocols.summarize_quality(embeddings, templates.severity)
         first = next(iter(self._sets))
         results = {
             "templates": _headline("protocol", one_to_one, first),
@@ -190,12 +190,12 @@ def _identify(pooling, templates, radius, score) -> dict:
     galleries, for each of which the probes of the others have no mate.
     """
     galleries, together = templates.galleries, _together(templates.galleries)
-    summary = protocols.summarise_searches(
+    summary = protocols.summarize_searches(
         protocols.search_templates(pooling, templates.protocol, together, radius, score)
     )
     if len(galleries) > 1:
         each = [
-            protocols.summarise_searches(
+            protocols.summarize_searches(
                 protocols.search_templates(pooling, templates.protocol, gallery, radius, score)
             )["tpir_at_fpir"]
             for gallery in galleries
@@ -236,7 +236,7 @@ class Identification(Evaluation):
             )
 
         def search_by_cosine(directions):
-            return protocols.summarise_searches(
+            return protocols.summarize_searches(
                 protocols.search(directions, None, numbers, probe_mu, None, probe_subjects)
             )
 
@@ -246,7 +246,7 @@ class Identification(Evaluation):
             directions, kappas = enrol(torch.from_numpy(gallery.kappa).float())
             probe_kappa = torch.from_numpy(probes.kappa).float().to(device)
             results["kappa"] = search_by_cosine(directions)
-            results["kappa_vmf"] = protocols.summarise_searches(
+            results["kappa_vmf"] = protocols.summarize_searches(
                 protocols.search(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects, radius)
             )
             histogram = protocols.score_histogram(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects)
@@ -296,7 +296,7 @@ class Risk(Evaluation):
             }
         values, label = (scores.cosine, report.COSINE) if self._score == "cosine" else (scores.vmf, report.VMF)
         rejection = protocols.reject_by_quality(values, same, quality, self._far)
-        summary = protocols.summarise_quality(embeddings, data.severity)
+        summary = protocols.summarize_quality(embeddings, data.severity)
         figures = {report.REJECT: plots.plot_rejection(rejection, label)}
         if embeddings.kappa is not None:
             figures[report.HISTOGRAM] = plots.plot_kappa_histogram(quality["kappa"], same)

@@ -104,7 +104,7 @@ def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
     cut = int(np.argmax(np.where(is_cut, correct, np.iinfo(correct.dtype).min)))
     if cut in (0, len(scores)):
         return -math.inf if cut else math.inf
-    # The mean of two neighbouring floats may round up to the upper one, which must stay accepted.
+    # The mean of two neighboring floats may round up to the upper one, which must stay accepted.
     middle = scores[cut] + (scores[cut - 1] - scores[cut]) / 2
     return float(middle if middle < scores[cut - 1] else scores[cut])
 

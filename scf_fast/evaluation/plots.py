@@ -49,7 +49,7 @@ def roc_points(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _styles(curves: Curves):
-    """A colour for what is compared, a line style for the score."""
+    """A color for what is compared, a line style for the score."""
     colors = dict(
         zip(dict.fromkeys(what for what, _ in curves), itertools.cycle((_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY, _RED)))
     )
@@ -112,10 +112,10 @@ def plot_severity(kappa: np.ndarray, severity: np.ndarray, correlation: float | 
     )
     axes.scatter(severity, kappa, s=5, alpha=0.25, color=_BLUE, lw=0, rasterized=True)
     groups = np.array_split(np.argsort(severity, kind="stable"), min(20, len(severity)))
-    centre = [np.median(severity[group]) for group in groups]
+    center = [np.median(severity[group]) for group in groups]
     low, middle, high = np.transpose([np.quantile(kappa[group], (0.1, 0.5, 0.9)) for group in groups])
-    axes.fill_between(centre, low, high, color=_ORANGE, alpha=0.2, lw=0, label="10–90 %")
-    axes.plot(centre, middle, color=_ORANGE, lw=2.2, label="median")
+    axes.fill_between(center, low, high, color=_ORANGE, alpha=0.2, lw=0, label="10–90 %")
+    axes.plot(center, middle, color=_ORANGE, lw=2.2, label="median")
     axes.set_yscale("log")
     axes.legend(frameon=False)
     return _png(figure)

@@ -48,7 +48,7 @@ def tar_table(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
     return {f"{far:.0e}": tar for far, tar in metrics.tar_at_far(scores, same, measurable).items()}
 
 
-def summarise_verification(scores: PairScores, same: np.ndarray) -> dict:
+def summarize_verification(scores: PairScores, same: np.ndarray) -> dict:
     """Ten-fold accuracy, equal error rate, area under the ROC and TAR at FAR by cosine, and (`..._vmf`) by Eqn (13)
     where there is a kappa.
     """
@@ -242,7 +242,7 @@ def search_templates(
     )
 
 
-def summarise_searches(searches: metrics.Searches) -> dict:
+def summarize_searches(searches: metrics.Searches) -> dict:
     """Counts, rank rates of the mated searches and, where some are not mated, TPIR at those of FPIRS that ten of them
     decide.
     """
@@ -359,7 +359,7 @@ def lower_of_pair(quality: np.ndarray) -> np.ndarray:
     return quality.reshape(-1, 2).min(axis=1)
 
 
-def summarise_quality(embeddings: Embeddings, severity: np.ndarray | None) -> dict:
+def summarize_quality(embeddings: Embeddings, severity: np.ndarray | None) -> dict:
     """Quantiles of kappa and of the feature norm, and their rank correlation with known severity (None: not known, or
     constant).
     """

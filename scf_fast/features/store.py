@@ -140,7 +140,7 @@ class FeatureCache:
         for shard in self._shards:
             os.posix_fadvise(
                 shard, 0, 0, os.POSIX_FADV_RANDOM
-            )  # or the kernel would read neighbours that nothing has asked for
+            )  # or the kernel would read neighbors that nothing has asked for
         self._checksums = np.memmap(folder / "checksums.bin", dtype=np.uint32, mode="r+").reshape(-1, 2)
         self.problem: OSError | None = None
         self._sound = np.zeros(self._checksums.shape, dtype=bool)  # compared with its checksum by this process

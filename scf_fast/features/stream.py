@@ -24,7 +24,7 @@ _READ_AHEAD = 2  # batches
 class FeatureBatch(NamedTuple):
     """One rank's share of a global batch, on the device."""
 
-    features: torch.Tensor  # (B, z_dim), unnormalised
+    features: torch.Tensor  # (B, z_dim), unnormalized
     convf: torch.Tensor  # (B, C, 7, 7)
     labels: torch.Tensor  # (B,) int64
     indices: torch.Tensor  # (B,) int64 on the CPU, positions in the data of what is shown
@@ -33,7 +33,7 @@ class FeatureBatch(NamedTuple):
 def one_ahead(batches: Iterator[FeatureBatch], making: torch.cuda.Stream) -> Iterator[FeatureBatch]:
     """The same batches, each made on the stream ``making`` while its predecessor is trained on, on the current one.
 
-    A batch is launched before its predecessor is handed out: where the optimiser step waits for the device, the
+    A batch is launched before its predecessor is handed out: where the optimizer step waits for the device, the
     backbone's work is under way already. The caller's stream waits for each batch, and memory of a batch is used again
     only after what the caller has launched on it.
     """

@@ -3,7 +3,7 @@ parameter names.
 
     images (B, 3, 112, 112) -> features (B, z_dim), convf (B, C, 7, 7)
 
-``features`` is the embedding before normalisation (mu = features / |features|), ``convf`` the last feature map that the confidence net
+``features`` is the embedding before normalization (mu = features / |features|), ``convf`` the last feature map that the confidence net
 reads. An IR unit is BN - conv3x3 [- BN] - PReLU - conv3x3(stride) - BN [- SE] beside a shortcut. The names are those of
 the published code; what the other families call the same parameters is a one-to-one map (:func:`family_state`,
 :func:`native_state`).
@@ -187,9 +187,9 @@ class Backbone(nn.Module):
         )
         if family.affine_features:
             self.output_layer[4].weight.requires_grad_(False)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self):
+    def _initialize(self):
         """As each family does: what the learning rate does to a convolution under BatchNorm depends on the size of its
         weights.
         """
@@ -203,6 +203,6 @@ class Backbone(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, 112, 112) normalised RGB -> features (B, z_dim), convf (B, C, 7, 7)."""
+        """(B, 3, 112, 112) normalized RGB -> features (B, z_dim), convf (B, C, 7, 7)."""
         convf = self.body(self.input_layer(images))
         return self.output_layer(convf), convf

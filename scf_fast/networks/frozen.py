@@ -118,7 +118,7 @@ class FoldedUnit(nn.Module):
 
 
 class FoldedBackbone(nn.Module):
-    """images (B, 3, 112, 112) in ``dtype`` -> features (B, z_dim) float32, unnormalised, and convf (B, C, 7, 7) in
+    """images (B, 3, 112, 112) in ``dtype`` -> features (B, z_dim) float32, unnormalized, and convf (B, C, 7, 7) in
     ``dtype``, channels_last.
 
     The embedding layer (BN - flatten - linear - BN) is one linear map. Its weight is stored in the order of the
@@ -229,7 +229,7 @@ class FrozenBackbone(nn.Module):
     @torch.no_grad()
     @full_float32()
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, 112, 112) normalised RGB -> features (B, z_dim) float32, convf (B, C, 7, 7) in ``self.dtype``, which
+        """(B, 3, 112, 112) normalized RGB -> features (B, z_dim) float32, convf (B, C, 7, 7) in ``self.dtype``, which
         the first call sets.
 
         Raises:

@@ -3,7 +3,7 @@ ranks and any ZeRO stage.
 
     checkpoints/latest            name of the newest one
     checkpoints/step00001234/
-        rank0.pt ...              each rank's pieces of weights and optimiser state (:mod:`scf_fast.engine.partitions`), its random state
+        rank0.pt ...              each rank's pieces of weights and optimizer state (:mod:`scf_fast.engine.partitions`), its random state
         class_centers_rank0.pt    stage 1: each rank's rows
         state.json                step, schedule, layout, and size and CRC-32 of every other file; written last
 

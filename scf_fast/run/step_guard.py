@@ -26,10 +26,10 @@ class Votes(NamedTuple):
 
 
 class StepGuard:
-    """Keeps a step whose loss is not finite, on any rank, from changing anything: weights, optimiser state, BatchNorm
+    """Keeps a step whose loss is not finite, on any rank, from changing anything: weights, optimizer state, BatchNorm
     statistics.
 
-    The optimiser's ``step`` does nothing in such a step; gradients are dropped by the engine as after any other.
+    The optimizer's ``step`` does nothing in such a step; gradients are dropped by the engine as after any other.
     :meth:`decide` asks the device for the answer and :meth:`votes` waits for it, so that a GPU computes the backward
     pass meanwhile.
 
@@ -78,7 +78,7 @@ class StepGuard:
         self._votes = votes
 
     def votes(self) -> Votes:
-        """The outcome. After a loss that is not finite the statistics are as before the step, and the optimiser will
+        """The outcome. After a loss that is not finite the statistics are as before the step, and the optimizer will
         not act.
         """
         if self.runtime.device.type == "cuda":

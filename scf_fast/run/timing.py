@@ -87,7 +87,7 @@ class Breakdown:
     """Where the time of a run goes: each :meth:`mark` gives the time since the last one to a part.
 
     On CUDA the time is the stream's, taken by events that are read when :meth:`collect` is called, after a
-    synchronisation that is due anyway.
+    synchronization that is due anyway.
     """
 
     def __init__(self, device: torch.device):

@@ -30,7 +30,7 @@ class KappaWatch:
     """Says once in the log that kappa has collapsed: too large a step has thrown it to where the loss is flat.
 
     The gradient with respect to log kappa is kappa (A_d(kappa) - cos theta), and vanishes with kappa. The published
-    normaliser has no such
+    normalizer has no such
     end: it counts every kappa below 255 (d = 512) as too small.
     """
 

@@ -20,7 +20,7 @@ _GB = 1e9
 class MemoryForecast:
     """Bytes of one rank, the one with most class centers, and of those it has."""
 
-    backbone: int  # weights, gradients and optimiser states under the ZeRO stage
+    backbone: int  # weights, gradients and optimizer states under the ZeRO stage
     class_centers: int
     center_momentum: int
     center_gradient: int

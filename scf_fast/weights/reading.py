@@ -23,7 +23,7 @@ BACKBONE_FILE, CENTERS_FILE, CONFIDENCE_FILE, MODEL_FILE = (
 _FOLDERS = (("checkpoint_gpu_*.pt",), (MODEL_FILE,), (BACKBONE_FILE, CENTERS_FILE, "rank[:_]*_softmax_weight.pt"))
 _PROGRESS = ("epoch", "global_step")  # as every family counts them: from 0 in the published code and here
 _FACTS = (*_PROGRESS, "radius", "normalization", "normalizer")
-_OPTIMIZER = {"state", "param_groups"}  # keys of an optimiser's state_dict, whose moments have the shapes of weights
+_OPTIMIZER = {"state", "param_groups"}  # keys of an optimizer's state_dict, whose moments have the shapes of weights
 _DEFAULT_RADIUS = 64.0  # of the published command line and of TFace: their files do not say
 
 
@@ -34,7 +34,7 @@ class Weights:
     Attributes:
         source: what the user named it with, for messages.
         backbone: state_dict under the names of :class:`scf_fast.networks.backbones.Backbone`.
-        class_centers: (C, z_dim), unnormalised, in the dtype of the file.
+        class_centers: (C, z_dim), unnormalized, in the dtype of the file.
         confidence_net: state_dict of one of :data:`scf_fast.networks.confidence.CONFIDENCE_NETS`.
         facts: what else the file says: epoch, global_step, radius, normalization, normalizer.
         other: state_dicts that are none of these.
@@ -93,7 +93,7 @@ class Weights:
         return BACKBONES[self.network()[0]]
 
     def usable_class_centers(self) -> torch.Tensor:
-        """(C, z_dim) float32 class centers, unnormalised.
+        """(C, z_dim) float32 class centers, unnormalized.
 
         Raises:
             ValueError: there are none, or values that are not finite or rows that are zero.

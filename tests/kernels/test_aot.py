@@ -18,7 +18,7 @@ ARCHITECTURES = [80, 90, 100]
 
 
 def compile_all(architecture: int) -> dict[str, dict[str, int]]:
-    """Registers, stack and local memory in bytes of each kernel, by a name that says how it was specialised."""
+    """Registers, stack and local memory in bytes of each kernel, by a name that says how it was specialized."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget

@@ -145,7 +145,7 @@ def test_published_against_scipy(dim, dtype, place, poisoned):
 
 
 def test_published_gradients_of_features():
-    """The normaliser does not touch them."""
+    """The normalizer does not touch them."""
     data = inputs(9, 32)
     leaves = [data[0].clone().requires_grad_() for _ in range(2)]
     exact, published = (

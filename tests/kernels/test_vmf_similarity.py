@@ -50,7 +50,7 @@ def test_circle_against_integration(kappa1, kappa2, angle):
     """d = 2: the integral of the product of the densities, each 1/(2 pi I_0(kappa)) exp(kappa cos), over the unit
     circle.
     """
-    normaliser = [quad(lambda t, k=k: math.exp(k * math.cos(t)), -math.pi, math.pi)[0] for k in (kappa1, kappa2)]
+    normalizer = [quad(lambda t, k=k: math.exp(k * math.cos(t)), -math.pi, math.pi)[0] for k in (kappa1, kappa2)]
     product = quad(
         lambda t: math.exp(kappa1 * math.cos(t) + kappa2 * math.cos(t - angle)),
         -math.pi,
@@ -60,7 +60,7 @@ def test_circle_against_integration(kappa1, kappa2, angle):
     )[0]
     mu1, mu2 = at_angle(angle, 2)
     score = vmf_similarity(mu1, scalar(kappa1), mu2, scalar(kappa2), radius=1.0)
-    assert score.item() == pytest.approx(math.log(product / normaliser[0] / normaliser[1]), abs=1e-9)
+    assert score.item() == pytest.approx(math.log(product / normalizer[0] / normalizer[1]), abs=1e-9)
 
 
 @pytest.mark.parametrize(("kappa1", "kappa2", "angle"), [(0.5, 3.0, 0.7), (12.0, 4.0, 2.5), (5.0, 5.0, math.pi)])

@@ -41,7 +41,7 @@ def encode(pixels, fmt, **options):
 
 
 def picture(rng, height=112, width=112, channels=3):
-    """Smooth colours with some noise, so that decoders agree as they do on photographs."""
+    """Smooth colors with some noise, so that decoders agree as they do on photographs."""
     smooth = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC
     )
@@ -83,7 +83,7 @@ def same_batches(a, b):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalization", ["insightface", "published"])
-def test_batches_are_the_samplers_images_decoded_flipped_and_normalised(source, backend, normalization):
+def test_batches_are_the_samplers_images_decoded_flipped_and_normalized(source, backend, normalization):
     sampler = EpochSampler(NUM_IMAGES, 8, seed=3, last_batch="partial")
     with make_loader(source, sampler, Preprocessing(normalization), backend=backend) as loader:
         assert loader.backend == backend and loader.batches_per_epoch == 3
@@ -186,7 +186,7 @@ def broken_images(source):
     data = png.index(b"IDAT") + 300
     bad_table = images[0].replace(
         b"\xff\xdb", b"\xff\xfe"
-    )  # no quantisation table: libjpeg gives up in the middle of a whole file
+    )  # no quantization table: libjpeg gives up in the middle of a whole file
     bad = {
         3: b"",
         4: b"no image",
@@ -281,7 +281,7 @@ def test_epoch_goes_on_with_another_batch_size(source, backend):
 @pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
 def test_backends_augment_alike(source):
     preprocessing = Preprocessing(
-        augmentation=Augmentation(crop=0.5, resample=0.5, blur=0.5, hue_saturation=0.5, grey=0.3, occlusion=0.5)
+        augmentation=Augmentation(crop=0.5, resample=0.5, blur=0.5, hue_saturation=0.5, gray=0.3, occlusion=0.5)
     )
     sampler = EpochSampler(NUM_IMAGES, 6, seed=1)
     epochs = []
@@ -337,7 +337,7 @@ def test_unreadable_image_is_named(backend, source):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("normalization", "scale"), [("insightface", 127.5), ("published", 128.0)])
-def test_normalisation_is_rounded_once(dtype, normalization, scale):
+def test_normalization_is_rounded_once(dtype, normalization, scale):
     values = torch.arange(256, dtype=torch.uint8)
     result = Preprocessing(normalization).normalize(values.reshape(1, 16, 16, 1).repeat(2, 1, 1, 3), dtype)
     expected = ((values.double() - 127.5) / scale).to(dtype)
@@ -348,7 +348,7 @@ def test_normalisation_is_rounded_once(dtype, normalization, scale):
 @pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("normalization", ["insightface", "published"])
-def test_dali_normalises_exactly(dtype, normalization):
+def test_dali_normalizes_exactly(dtype, normalization):
     """PNG decodes exactly, so the backends agree bit for bit."""
     rng = np.random.default_rng(1)
     images = EncodedImages(
@@ -452,7 +452,7 @@ def test_gpu_batches_match_pillow_and_stay_valid(source, backend):
     for batch, reference in zip(batches, expected):
         assert batch.images.is_cuda and batch.labels.is_cuda and torch.equal(batch.labels.cpu(), reference.labels)
         error = (batch.images.cpu() - reference.images).abs() * 127.5
-        assert error.max() < 8 and error.mean() < 1  # nvJPEG rounds its transform and colours differently from libjpeg
+        assert error.max() < 8 and error.mean() < 1  # nvJPEG rounds its transform and colors differently from libjpeg
 
 
 @pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")

@@ -106,8 +106,8 @@ def test_command_on_a_backbone_alone_writes_directions_and_says_so(model_file, f
         ("noted", "insightface"),
         ("told again", "published"),
     ):
-        normalised = Preprocessing(normalization).normalize(images)
-        expected = F.normalize(model.embed(normalised)[0] + model.embed(normalised.flip(3))[0])
+        normalized = Preprocessing(normalization).normalize(images)
+        expected = F.normalize(model.embed(normalized)[0] + model.embed(normalized.flip(3))[0])
         np.testing.assert_allclose(seen[case], expected, atol=1e-5)
     assert np.abs(seen["family"] - seen["told"]).max() > 1e-4
     assert (

@@ -93,7 +93,7 @@ def test_program_of_a_backbone_alone_gives_its_features(pixels, tmp_path):
     with torch.no_grad():
         expected = model.backbone(Preprocessing("published").normalize(pixels))[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert expected.norm(dim=1).sub(1).abs().min() > 0.1  # so they are not normalised
+    assert expected.norm(dim=1).sub(1).abs().min() > 0.1  # so they are not normalized
 
 
 @needs_onnx

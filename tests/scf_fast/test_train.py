@@ -58,7 +58,7 @@ def test_stage_1_on_two_ranks(stage1):
         "skipped_by_loss_scale": 0,
         "broken_images": 0,
     }
-    assert set(events[-1]["seconds"]) >= {"data", "forward", "backward", "optimiser"} and all(
+    assert set(events[-1]["seconds"]) >= {"data", "forward", "backward", "optimizer"} and all(
         value > 0 for value in events[-1]["seconds"].values()
     )
     assert 0 < events[-1]["rates"]["communication"] <= 1
@@ -208,7 +208,7 @@ def truncated(folder, tmp_path):
     return copy
 
 
-def mislabelled(folder, tmp_path):
+def mislabeled(folder, tmp_path):
     copy = tmp_path / "label"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.npy"))
     (copy / "property").write_text("5,112,112\n")
@@ -218,7 +218,7 @@ def mislabelled(folder, tmp_path):
 BAD = {
     "missing data": (lambda f, s, t: ["--data", t / "none"], "there is no data set at"),
     "truncated rec": (lambda f, s, t: ["--data", truncated(f, t)], "train.rec"),
-    "label out of range": (lambda f, s, t: ["--data", mislabelled(f, t)], "but"),
+    "label out of range": (lambda f, s, t: ["--data", mislabeled(f, t)], "but"),
     "batch larger than the data": (
         lambda f, s, t: ["--data", f, "--batch_size", "512"],
         "--batch_size 512 is more than the 128 images",
@@ -318,7 +318,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(faces, flags, monkeypa
 
 
 def test_overwrite_deletes_nothing_while_the_input_is_bad(faces, stage1, flags, monkeypatch, capsys):
-    """An optimiser that is not installed shows late, when the module is there."""
+    """An optimizer that is not installed shows late, when the module is there."""
     import train
 
     before = snapshot(stage1[0])

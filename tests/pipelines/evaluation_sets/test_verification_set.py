@@ -172,14 +172,14 @@ def test_missing_file(tmp_path):
         read_verification_set(tmp_path / "a.bin")
 
 
-def labelled(*sizes):
+def labeled(*sizes):
     labels = np.repeat(np.arange(len(sizes)), sizes)
     order = np.random.default_rng(0).permutation(len(labels))
     return EncodedImages([b"%d" % i for i in range(len(labels))], labels[order])
 
 
-def test_pairs_from_labelled_images():
-    source = labelled(*[3] * 40, *[1] * 20, 30)
+def test_pairs_from_labeled_images():
+    source = labeled(*[3] * 40, *[1] * 20, 30)
     pairs = draw_pairs(source, 80, folds=4, seed=1)
     images = np.array([int(pairs.source.encoded(i).tobytes()) for i in range(160)]).reshape(80, 2)
     labels = source.labels[images]
@@ -197,7 +197,7 @@ def test_pairs_from_labelled_images():
 
 
 def test_all_pairs_can_be_drawn():
-    pairs = draw_pairs(labelled(4, 3), 18, folds=1)
+    pairs = draw_pairs(labeled(4, 3), 18, folds=1)
     images = pairs.source._indices.reshape(-1, 2)[pairs.same]
     assert len({frozenset(pair) for pair in images.tolist()}) == 9
 
@@ -208,8 +208,8 @@ def test_too_few_images_for_the_pairs():
         match="a fold needs two identities and 10 pairs of images of one person, but one of 1 folds has 2 identities "
         "and 9",
     ):
-        draw_pairs(labelled(4, 3), 20, folds=1)
+        draw_pairs(labeled(4, 3), 20, folds=1)
     with pytest.raises(ValueError, match="a fold needs two identities"):
-        draw_pairs(labelled(9), 4, folds=1)
+        draw_pairs(labeled(9), 4, folds=1)
     with pytest.raises(ValueError, match="multiple of twice the 10 folds, got 30"):
-        draw_pairs(labelled(4, 3), 30)
+        draw_pairs(labeled(4, 3), 30)

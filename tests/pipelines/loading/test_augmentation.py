@@ -90,8 +90,8 @@ def test_hue_and_saturation_are_dalis(faces):
     assert_close(result, faces.numpy() @ np.array(measured).T)
 
 
-def test_grey_is_luma(faces):
-    result = changed(faces, Augmentation(grey=1.0))
+def test_gray_is_luma(faces):
+    result = changed(faces, Augmentation(gray=1.0))
     assert_close(result, np.repeat(faces.numpy() @ np.array([[0.299], [0.587], [0.114]]), 3, axis=-1))
 
 
@@ -113,7 +113,7 @@ def test_occlusion_is_a_rectangle(faces):
 def test_each_change_falls_on_its_share_of_the_faces(faces):
     many = faces[:1].repeat(400, 1, 1, 1)
     uniforms = np.random.default_rng(1).random((400, Augmentation.NUM_UNIFORMS))
-    for name in ("crop", "resample", "blur", "hue_saturation", "grey", "occlusion"):
+    for name in ("crop", "resample", "blur", "hue_saturation", "gray", "occlusion"):
         result = Augmentation(**{name: 0.25}).apply(many, uniforms)
         share = (result != many).flatten(1).any(dim=1).float().mean().item()
         assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
@@ -121,7 +121,7 @@ def test_each_change_falls_on_its_share_of_the_faces(faces):
 
 def test_a_face_does_not_depend_on_its_batch(faces):
     uniforms = np.random.default_rng(2).random((3, Augmentation.NUM_UNIFORMS)) * 0.5
-    strong = Augmentation(crop=0.5, resample=0.5, blur=0.5, hue_saturation=0.5, grey=0.2, occlusion=0.5)
+    strong = Augmentation(crop=0.5, resample=0.5, blur=0.5, hue_saturation=0.5, gray=0.2, occlusion=0.5)
     whole = strong.apply(faces, uniforms)
     for i in range(3):
         assert (strong.apply(faces[i : i + 1], uniforms[i : i + 1]).int() - whole[i : i + 1].int()).abs().max() <= 1
@@ -141,7 +141,7 @@ def test_nothing_is_done_for_free(faces):
         ({"resample_size": (0.9, 0.5)}, "resample_size must be a range"),
         ({"blur_windows": (4,)}, "blur_windows must be odd"),
         ({"occlusion_aspect": (0, 1)}, "occlusion_aspect must be a range"),
-        ({"grey": float("nan")}, "grey must be a probability"),
+        ({"gray": float("nan")}, "gray must be a probability"),
     ],
 )
 def test_bad_settings(arguments, message):

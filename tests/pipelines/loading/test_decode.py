@@ -41,7 +41,7 @@ def test_exif_orientation_is_undone():
 
 def test_other_sizes_are_averaged_down_whole():
     """Each pixel of a 2 x 2 enlargement is constant over the filter's core; the triangle's tails mix in an eighth of
-    each neighbour.
+    each neighbor.
     """
     along = np.arange(112) % 2 * 160
     face = decode_face(
@@ -62,7 +62,7 @@ def encode(fmt, image=None, **options):
 COMMON = {
     "jpeg": encode("JPEG"),
     "progressive": encode("JPEG", progressive=True),
-    "grey jpeg": encode("JPEG", Image.fromarray(PIXELS).convert("L")),
+    "gray jpeg": encode("JPEG", Image.fromarray(PIXELS).convert("L")),
     "cmyk": encode("JPEG", Image.fromarray(PIXELS).convert("CMYK")),
     "png": encode("PNG"),
     "palette": encode("PNG", Image.fromarray(PIXELS).convert("P")),

@@ -152,7 +152,7 @@ def test_blocks_are_whole_and_mixed():
     np.testing.assert_array_equal(np.sort(order), np.arange(1920))
     windows = [set((order[start : start + 640] // 10).tolist()) for start in (0, 640, 1280)]
     assert [len(blocks) for blocks in windows] == [64] * 3 and not windows[0] & windows[1]
-    assert np.mean(np.diff(order[:640]) == 1) < 0.05  # neighbours are apart
+    assert np.mean(np.diff(order[:640]) == 1) < 0.05  # neighbors are apart
     other = np.concatenate([sampler.indices(3, i) for i in range(100)])
     assert not np.array_equal(other, order[:100])
 

@@ -106,14 +106,14 @@ def test_the_occluder_covers_the_stated_share_of_the_face():
 
 
 def test_noise_has_the_stated_deviation():
-    grey = np.full((300, 300, 3), 128, dtype=np.uint8)
-    result = _expose(grey, 0.1, 0.0, _rng(5)) / 255
+    gray = np.full((300, 300, 3), 128, dtype=np.uint8)
+    result = _expose(gray, 0.1, 0.0, _rng(5)) / 255
     assert result.std() == pytest.approx(0.1, rel=0.02) and result.mean() == pytest.approx(128 / 255, rel=0.01)
 
 
 def test_low_light_is_darker_and_shows_shot_and_read_noise():
-    grey, stops = np.full((300, 300, 3), 128, dtype=np.uint8), 6.0
-    result = _expose(grey, 0.0, stops, _rng(6)) / 255
+    gray, stops = np.full((300, 300, 3), 128, dtype=np.uint8), 6.0
+    result = _expose(gray, 0.0, stops, _rng(6)) / 255
     photons = 128 / 255 * _PHOTONS * 2**-stops
     expected = np.hypot(1 / np.sqrt(photons), _READ_NOISE * 2**stops / (128 / 255))
     assert result.mean() == pytest.approx(128 / 255 * 2 ** (-stops / 4), rel=0.02)

@@ -37,7 +37,7 @@ def _plain(cls, **given):
     return cls(**{**{name: (low + high) / 2 for name, (low, high) in _ranges(cls).items()}, **given})
 
 
-GREY = np.full((3, 4, 4), 0.5, dtype=np.float32)
+GRAY = np.full((3, 4, 4), 0.5, dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_an_identity_has_at_least_twenty_continuous_parameters_drawn_from_their_
 
 
 def test_each_identity_parameter_changes_the_picture():
-    variation = _plain(Variation, mouth_opening=0.5, saturation=1.0, background=GREY)
+    variation = _plain(Variation, mouth_opening=0.5, saturation=1.0, background=GRAY)
     # Short hair that leaves the ears free, and everything present that some people lack.
     base = _plain(
         Identity,
@@ -64,7 +64,7 @@ def test_each_identity_parameter_changes_the_picture():
         beard=0.5,
         moustache=0.5,
         beard_line=12.0,
-        hair_grey=0.3,
+        hair_gray=0.3,
         freckles=0.8,
         fringe=8.0,
     )
@@ -77,7 +77,7 @@ def test_each_identity_parameter_changes_the_picture():
 
 
 def test_each_variation_changes_the_picture(faces):
-    base = _plain(Variation, background=GREY)
+    base = _plain(Variation, background=GRAY)
     for name, (low, high) in _ranges(Variation).items():
         pictures = [
             render_face(faces[0], dataclasses.replace(base, **{name: end}))[0].astype(int) for end in (low, high)
@@ -95,7 +95,7 @@ def test_rendering_is_a_function_of_its_arguments(faces):
 
 
 def test_marks_and_strands_belong_to_the_identity():
-    identity, variation = _plain(Identity), _plain(Variation, background=GREY)
+    identity, variation = _plain(Identity), _plain(Variation, background=GRAY)
     first, second = (render_face(Face(identity, _rng(number)), variation)[0].astype(int) for number in (0, 1))
     assert np.abs(first - second).max() > 30
 
@@ -142,8 +142,8 @@ def test_look_up_is_bilinear_and_clamped():
     np.testing.assert_allclose(_look_up(planes, u, v), expected, atol=2e-4)
 
 
-def test_grey_pictures_without_brightness_still_tell_people_apart():
-    """Geometry alone: a nearest-neighbour search on grey, standardised face centres beats chance (1 in 30) by far, and
+def test_gray_pictures_without_brightness_still_tell_people_apart():
+    """Geometry alone: a nearest-neighbor search on gray, standardized face center beats chance (1 in 30) by far, and
     is not trivial.
     """
     gallery, probes = [], []
@@ -151,8 +151,8 @@ def test_grey_pictures_without_brightness_still_tell_people_apart():
         face = _face(number)
         for pictures, stream in ((gallery, 6), (probes, 7)):
             variation = dataclasses.replace(Variation.draw(_rng(stream, number)), yaw=0.0, pitch=0.0)
-            grey = render_face(face, variation)[0][24:104, 26:86].mean(axis=2)
-            pictures.append((grey - grey.mean()).ravel() / grey.std())
+            gray = render_face(face, variation)[0][24:104, 26:86].mean(axis=2)
+            pictures.append((gray - gray.mean()).ravel() / gray.std())
     similarity = np.array(probes) @ np.array(gallery).T
     rate = (similarity.argmax(axis=1) == np.arange(30)).mean()
     assert 0.3 < rate < 1.0

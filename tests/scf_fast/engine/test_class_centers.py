@@ -121,7 +121,7 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
     """Losses of steps first to last - 1, from the checkpoint in ``folder`` on where there is one, and a checkpoint at
     the end.
     """
-    from scf_fast.engine.engine import initialise_engine, take_step
+    from scf_fast.engine.engine import initialize_engine, take_step
     from scf_fast.run import checkpoints as run_state
 
     config = make_config(zero_stage=zero_stage, max_grad_norm=CLIP)
@@ -136,7 +136,7 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
     optimizer = torch.optim.SGD(
         module.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    engine = initialise_engine(module, optimizer, config, runtime, "fp32")
+    engine = initialize_engine(module, optimizer, config, runtime, "fp32")
     centers = ClassCenters(CLASSES, WIDTH, config, runtime)
     if newest:
         assert state["step"] == first
@@ -158,11 +158,11 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
 
 def skipped_steps(runtime):
     """[backbone changed, class centers changed] in steps under fp16 whose loss scale is too large at first."""
-    from scf_fast.engine.engine import initialise_engine, take_step
+    from scf_fast.engine.engine import initialize_engine, take_step
 
     config = make_config(zero_stage=0, precision="fp16", max_grad_norm=1.0)
     module = backbone()
-    engine = initialise_engine(module, torch.optim.SGD(module.parameters(), lr=config.lr), config, runtime, "fp16")
+    engine = initialize_engine(module, torch.optim.SGD(module.parameters(), lr=config.lr), config, runtime, "fp16")
     engine.loss_scaler.load_state_dict({"scale": 2.0**18, "good_steps": 0})
     centers, changes = ClassCenters(CLASSES, WIDTH, config, runtime, "fp16"), []
     for step in range(4):
@@ -320,7 +320,7 @@ def test_samples_depend_on_seed_draw_and_class_alone():
     assert not torch.equal(drawn[0], sampled_classes(0, 20_000, 0.3, 8, 0, device))
     sigma = (0.3 * 0.7 / 20_000) ** 0.5
     assert ((drawn.float().mean(1) - 0.3).abs() < 5 * sigma).all()
-    assert ((drawn.float().mean(0) - 0.3).abs() < 6 * (0.3 * 0.7 / 40) ** 0.5).all()  # no class is favoured over draws
+    assert ((drawn.float().mean(0) - 0.3).abs() < 6 * (0.3 * 0.7 / 40) ** 0.5).all()  # no class is favored over draws
     both = (drawn[:-1] & drawn[1:]).float().mean(1)  # nor does one draw tell of the next
     assert ((both - 0.09).abs() < 6 * sigma).all()
 
@@ -363,9 +363,9 @@ def test_stochastic_rounding_is_right_on_average():
     between = torch.tensor([1 + 1 / 512, -3 - 1 / 1024, 1e-20, 5e20]).repeat_interleave(20_000).view(4, -1)
     rounded = class_centers_module._stochastic_bfloat16(between.clone(), generator)
     for exact, values in zip(between[:, 0], rounded):
-        neighbours = values.unique().double()
-        assert len(neighbours) == 2 and neighbours[0] <= exact <= neighbours[1]
-        gap = neighbours[1] - neighbours[0]
+        neighbors = values.unique().double()
+        assert len(neighbors) == 2 and neighbors[0] <= exact <= neighbors[1]
+        gap = neighbors[1] - neighbors[0]
         assert abs(values.double().mean() - exact) < 5 * 0.5 * gap / len(values) ** 0.5
     exact = torch.tensor([0.0, -1.5, torch.inf, 2.0**-126])
     assert torch.equal(class_centers_module._stochastic_bfloat16(exact.clone(), generator).float(), exact)

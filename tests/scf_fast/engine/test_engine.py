@@ -30,7 +30,7 @@ CASES = [
 ]
 CASES += [{"zero_stage": stage, "gradient_accumulation_steps": 2, "max_grad_norm": 1e-3} for stage in (0, 2)]
 CASES += [{"zero_stage": stage, "precision": "fp16"} for stage in range(4)]
-GRADIENTS = (math.inf, 3.0, math.nan, 0.125)  # the first step's is not finite: the optimiser has no state yet
+GRADIENTS = (math.inf, 3.0, math.nan, 0.125)  # the first step's is not finite: the optimizer has no state yet
 NOT_FINITE = [
     (
         rule,
@@ -76,10 +76,10 @@ def make_batch(step):
 def train(options, runtime):
     """Losses of a run, averaged over ranks, and the loss scales if there are any."""
     from scf_fast.distributed import average_over_ranks
-    from scf_fast.engine.engine import initialise_engine
+    from scf_fast.engine.engine import initialize_engine
 
     config, net = make_config(**options), make_net()
-    engine = initialise_engine(
+    engine = initialize_engine(
         net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, config.precision
     )
     if engine.loss_scaler:
@@ -118,11 +118,11 @@ class Steep(torch.autograd.Function):
 
 def train_on_gradients(rule, options, runtime):
     """The weight after steps on GRADIENTS, and which of them were applied; the losses are finite."""
-    from scf_fast.engine.engine import full_state_dict, initialise_engine
+    from scf_fast.engine.engine import full_state_dict, initialize_engine
 
     config, net = make_config(**options), torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(net.weight)
-    engine = initialise_engine(
+    engine = initialize_engine(
         net, build_optimizer(rule, net.parameters(), config, runtime.device), config, runtime, config.precision
     )
     if engine.loss_scaler:
@@ -163,7 +163,7 @@ def results(tmp_path_factory, run_ranks):
 
 
 def plain_losses(max_grad_norm=1.0, skipped=()):
-    """The same run without an engine, and without the optimiser in some steps."""
+    """The same run without an engine, and without the optimizer in some steps."""
     config, net, losses = make_config(), make_net(), []
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     for step in range(STEPS):
@@ -260,11 +260,11 @@ def test_freed_memory_is_not_mapped_in_again():
 
 
 def test_deepspeed_that_takes_steps_that_are_not_finite_is_refused(monkeypatch):
-    from scf_fast.engine.engine import initialise_engine
+    from scf_fast.engine.engine import initialize_engine
 
     monkeypatch.setattr("deepspeed.__version__", "0.19.7")
     with pytest.raises(ValueError, match=r"0\.19\.8 or newer is needed, this is 0\.19\.7"):
-        initialise_engine(make_net(), None, make_config(), Runtime(0, 1, torch.device("cpu")), "fp32")
+        initialize_engine(make_net(), None, make_config(), Runtime(0, 1, torch.device("cpu")), "fp32")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_a_folder_without_sets_is_refused(tmp_path):
         open_pair_sets([tmp_path])
 
 
-def test_pairs_of_an_identity_folder_are_labelled_by_folder(tmp_path):
+def test_pairs_of_an_identity_folder_are_labeled_by_folder(tmp_path):
     for identity in range(20):
         for number in range(2):
             draw(tmp_path / "people" / f"{identity}" / f"{number}.png")

@@ -15,7 +15,7 @@ from scf_fast.pipelines.sources.base import EncodedImages, ImageFiles
 
 
 class Counting:
-    """An embedder whose features are a picture's mean colour, and that counts the images it has seen."""
+    """An embedder whose features are a picture's mean color, and that counts the images it has seen."""
 
     radius, embedding_dim, normalization, device, key = 64.0, 3, "insightface", torch.device("cpu"), "counting"
 
@@ -48,8 +48,8 @@ def store(tmp_path, embedder, **share):
 
 
 def expected_features():
-    colours = np.array([[20 * i, 5, 250 - 20 * i] for i in range(11)], np.float32)
-    return torch.from_numpy((colours - 127.5) / 127.5 + 2)
+    colors = np.array([[20 * i, 5, 250 - 20 * i] for i in range(11)], np.float32)
+    return torch.from_numpy((colors - 127.5) / 127.5 + 2)
 
 
 def test_a_backbone_alone_has_features_and_no_kappa(tmp_path, files):

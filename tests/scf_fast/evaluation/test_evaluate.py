@@ -23,7 +23,7 @@ from scf_fast.pipelines.evaluation_sets.verification_set import write_verificati
 
 
 class PixelModel:
-    """An embedder: features are a picture's 4 x 4 blocks of colour, kappa their contrast."""
+    """An embedder: features are a picture's 4 x 4 blocks of color, kappa their contrast."""
 
     radius, embedding_dim, normalization, device = 64.0, 48, "insightface", torch.device("cpu")
 
@@ -50,12 +50,12 @@ def run(*arguments):
 
 
 def picture(identity, severity, rng):
-    """Sixteen colours of the identity, faded to grey and noisy by severity; PNG, which every decoder reads alike."""
-    colours = (
+    """Sixteen colors of the identity, faded to gray and noisy by severity; PNG, which every decoder reads alike."""
+    colors = (
         np.random.default_rng(identity).choice([-1.0, 1.0], size=(4, 4, 3)) * (1 - 0.9 * severity)
         + rng.normal(size=(4, 4, 3)) * 0.6 * severity
     )
-    pixels = np.clip(127.5 + 60 * colours, 0, 255).round().astype(np.uint8).repeat(28, axis=0).repeat(28, axis=1)
+    pixels = np.clip(127.5 + 60 * colors, 0, 255).round().astype(np.uint8).repeat(28, axis=0).repeat(28, axis=1)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

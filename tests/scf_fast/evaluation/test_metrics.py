@@ -90,8 +90,8 @@ def test_best_threshold_against_every_cut(seed):
 
 def test_best_threshold_lies_in_the_middle_of_the_gap():
     assert metrics.best_threshold(np.array([0.2, 0.8, 0.4]), np.array([False, True, False])) == pytest.approx(0.6)
-    neighbours = np.array([1.0, np.nextafter(1.0, 2)])
-    assert np.array_equal(neighbours > metrics.best_threshold(neighbours, np.array([False, True])), [False, True])
+    neighbors = np.array([1.0, np.nextafter(1.0, 2)])
+    assert np.array_equal(neighbors > metrics.best_threshold(neighbors, np.array([False, True])), [False, True])
 
 
 def test_k_fold_accuracy_by_hand():

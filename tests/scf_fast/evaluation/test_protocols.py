@@ -42,7 +42,7 @@ def test_pairs_are_scored_alike_in_pieces(monkeypatch, cells):
     assert score_pairs(e.mu, kappas, first[:0], second[:0], radius=32.0).vmf.shape == (0,)
 
 
-def test_a_set_pairs_its_neighbouring_images():
+def test_a_set_pairs_its_neighboring_images():
     e = random_embeddings(6)
     scores = protocols.score_verification_set(e, radius=64.0)
     f = torch.nn.functional.normalize(e.features.double()).numpy()
@@ -244,7 +244,7 @@ def test_score_histogram_counts_every_comparison():
 
 def test_searches_without_unmated_ones_have_no_open_set():
     searches = protocols.metrics.Searches(np.full(20, 0.5), np.ones(20, np.int64), np.zeros(20))
-    assert protocols.summarise_searches(searches) == {
+    assert protocols.summarize_searches(searches) == {
         "searches": 20,
         "mated": 20,
         "rank": {"1": 1.0, "5": 1.0, "10": 1.0},
@@ -257,7 +257,7 @@ def test_summary_of_a_verification_set():
     cosine = np.where(same, 0.8, 0.1)
     cosine[[1, 2]] = 0.9, 0.05  # one impostor above every genuine pair, one genuine pair below every impostor
     scores = protocols.PairScores(cosine, np.where(same, -1000.0, -1200.0))
-    summary = protocols.summarise_verification(scores, same)
+    summary = protocols.summarize_verification(scores, same)
     assert summary["pairs"] == 40
     assert (
         summary["accuracy"] == pytest.approx(38 / 40)
@@ -307,13 +307,13 @@ def test_rejection_at_a_given_far():
 
 def test_quality_falls_with_severity():
     e = Embeddings(torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), torch.tensor([5.0, 4.0, 1.0]))
-    summary = protocols.summarise_quality(e, np.array([0.1, 0.5, 0.9]))
+    summary = protocols.summarize_quality(e, np.array([0.1, 0.5, 0.9]))
     assert summary["kappa"]["severity_spearman"] == pytest.approx(-1) and summary["feature_norm"][
         "severity_spearman"
     ] == pytest.approx(-0.5)
     assert summary["kappa"]["median"] == pytest.approx(np.exp(4)) and summary["feature_norm"]["median"] == 2
     for severity in (None, np.zeros(3)):
-        assert protocols.summarise_quality(e, severity)["kappa"]["severity_spearman"] is None
+        assert protocols.summarize_quality(e, severity)["kappa"]["severity_spearman"] is None
 
 
 def test_severity_by_name(tmp_path):

@@ -66,7 +66,7 @@ def test_encoding_error_is_bounded(dtype):
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_zero_map_survives_quantisation():
+def test_zero_map_survives_quantization():
     layout = CacheLayout(1, 2, (2, 2, 2), "int8")
     _, convf = decode(layout, encode(layout, torch.ones(1, 2), torch.zeros(1, 2, 2, 2)))
     assert torch.equal(convf, torch.zeros(1, 2, 2, 2))
@@ -255,10 +255,10 @@ def test_key_follows_weights_and_data():
     assert cache_key(state, changed, "published", "bf16")["data"] != key["data"]
 
 
-def test_built_in_advance_by_two_ranks_and_used_by_another_head_rate_radius_and_normaliser(
+def test_built_in_advance_by_two_ranks_and_used_by_another_head_rate_radius_and_normalizer(
     faces, stage1, tmp_path, flags, run_command, monkeypatch, capsys
 ):
-    """The pixels are normalised as stage 1 notes beside the backbone, so that training finds its own cache, and
+    """The pixels are normalized as stage 1 notes beside the backbone, so that training finds its own cache, and
     computes nothing.
     """
     folder, weights = tmp_path / "cache", stage1[0] / "backbone.pth"

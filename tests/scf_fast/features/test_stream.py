@@ -290,7 +290,7 @@ def decoded_outside(make_images):
     return make
 
 
-def test_the_watch_for_host_synchronisation_sees_one():
+def test_the_watch_for_host_synchronization_sees_one():
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostSync():
         torch.ones(1).item()
     with pytest.raises(AssertionError, match="by a mask"), NoHostSync():

@@ -127,7 +127,7 @@ ORIGINALS = {
 
 
 @pytest.mark.parametrize("name", list(ORIGINALS))
-def test_weights_of_the_original_are_recognised_and_renamed_one_to_one(name):
+def test_weights_of_the_original_are_recognized_and_renamed_one_to_one(name):
     with torch.device("meta"):
         theirs, ours = ORIGINALS[name]().state_dict(), Backbone(name).state_dict()
     assert identify_backbone(theirs) == (name, 512)
@@ -162,7 +162,7 @@ def test_same_outputs_as_the_original_network_with_its_weights(name):
         ("iresnet_small", 0.1, (1 / (3 * 128 * 49)) ** 0.5, 0.0),
     ],
 )
-def test_initialisation_and_dropout_of_each_family(name, convolution, linear, dropout):
+def test_initialization_and_dropout_of_each_family(name, convolution, linear, dropout):
     torch.manual_seed(0)
     net = Backbone(name, z_dim=32)
     assert net.body[0].res_layer[1].weight.std().item() == pytest.approx(convolution, rel=0.1)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from scf_fast import launch, partitions
 from scf_fast.config import Config
-from scf_fast.engine.engine import initialise_engine, take_step
+from scf_fast.engine.engine import initialize_engine, take_step
 from scf_fast.run.step_guard import StepGuard
 from scf_fast.engine.optimizers import build_optimizer
 
@@ -34,7 +34,7 @@ def run(zero_stage, bad_steps):
     config = Config(stage="confidence", data="d", output_dir="o", saved_bkb="b", saved_fc="f", batch_size=16, lr=1e-2, zero_stage=zero_stage)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.PReLU(), nn.Linear(3, 1))
-    engine = initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32")
+    engine = initialize_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32")
     guard = StepGuard(engine, runtime, 3, Path(sys.argv[1]) / f"not_finite_rank{runtime.rank}.jsonl")
     applied, early = 0, None
     for step in range(len(bad_steps)):
@@ -77,7 +77,7 @@ except FloatingPointError as error:
 def fp16(zero_stage):
     config = Config(stage="confidence", data="d", output_dir="o", saved_bkb="b", saved_fc="f", batch_size=16, zero_stage=zero_stage, precision="fp16")
     net = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 1))
-    return initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp16")
+    return initialize_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp16")
 
 for stage in (0, 2):
     before, after = fp16(stage), fp16(stage)

@@ -10,7 +10,7 @@ from scf_fast.stages.confidence import KappaWatch
 @pytest.mark.parametrize(
     "kappas, said",
     [
-        ([1.0, 0.5, 3.0, 300.0], 0),  # from PyTorch's initialisation up
+        ([1.0, 0.5, 3.0, 300.0], 0),  # from PyTorch's initialization up
         ([100.0, 5.0, 600.0, 380.0], 0),
         ([94.0, 1e3, 0.5, 2.5e-3, 1e-5], 1),
     ],

@@ -243,7 +243,7 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
         from scf_fast import launch
         from scf_fast.config import Config
         from scf_fast.networks.confidence import build_confidence_net
-        from scf_fast.engine.engine import initialise_engine
+        from scf_fast.engine.engine import initialize_engine
         from scf_fast.engine.optimizers import build_optimizer
         from scf_fast.stages.published_files import adam_state_dict
 
@@ -257,7 +257,7 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
             net, plain = build_confidence_net("mlp", 2, 7), build_confidence_net("mlp", 2, 7)
             plain.load_state_dict(net.state_dict())
             reference = torch.optim.Adam(plain.parameters(), lr=1e-2, weight_decay=5e-4)
-            engine = initialise_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32")
+            engine = initialize_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32")
             for _ in range(3):
                 engine.backward(loss(engine))
                 engine.step()

@@ -54,7 +54,7 @@ def insightface_files(folder, ranks=2):
     for rank, shard in enumerate(centers.tensor_split(ranks)):
         other = {
             key: value + rank if key.endswith("running_mean") else value for key, value in state.items()
-        }  # nothing synchronises them there
+        }  # nothing synchronizes them there
         torch.save(
             {
                 "epoch": 3,
@@ -149,7 +149,7 @@ def test_heads_of_tface(kind, ranks, tmp_path):
     assert torch.equal(read_back, centers) and read_back.is_contiguous()
 
 
-def test_the_moments_of_an_optimiser_are_no_weights(tmp_path):
+def test_the_moments_of_an_optimizer_are_no_weights(tmp_path):
     """Whatever a file calls it: TFace has BACKBONE_OPT, in a file of its own."""
     net, head = backbone("tface"), torch.nn.Linear(32, 7, bias=False)
     optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
