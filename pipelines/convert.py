@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.formats.recordio import pack_record, whole_records, write_property
 from scf_fast.pipelines.formats.tfrecord import write_shard as write_tfrecords
@@ -63,11 +64,11 @@ def convert(source, dst, to, shard_images=10_000):
     """
     dst = Path(dst)
     if to not in FORMATS:
-        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {to!r}")
+        raise InputError(f"the format must be one of {', '.join(FORMATS)}, got {to!r}")
     if source.labels.min(initial=0) < 0:
-        raise ValueError("every image must have a label to be converted; this source has images without")
+        raise InputError("every image must have a label to be converted; this source has images without")
     if to == "recordio" and source.num_classes > _EXACT_IN_FLOAT:
-        raise ValueError(
+        raise InputError(
             f"RecordIO holds labels up to {_EXACT_IN_FLOAT} exactly, the source has {source.num_classes} classes; use "
             "another format"
         )
@@ -102,14 +103,14 @@ def _claim(dst, state):
         except ValueError:
             found = {}
     elif any(dst.iterdir()):
-        raise ValueError(
+        raise InputError(
             f"{dst} must be empty or hold an unfinished conversion, it holds other files; give another folder"
         )
     if found is None:
         _save_state(dst, state)
         return True
     if {**found, "complete": None} != {**state, "complete": None}:
-        raise ValueError(
+        raise InputError(
             f"{dst} holds the conversion of another source or to another format; give another folder, or delete it"
         )
     return not found.get("complete")
@@ -219,7 +220,7 @@ def _suffix(images, i, encoded):
     try:
         return _SUFFIXES[read_header(encoded).format]
     except (KeyError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{images.name(i)} is no image of a known kind ({error}); run `python -m scf_fast.pipelines.index SRC "
             "--verify`, which records "
             "broken images so that they are left out, and start again"
@@ -234,10 +235,10 @@ def _compare(images, dst):
         and np.array_equal(written.labels, images.labels)
     )
     if not same:
-        raise ValueError(f"{dst} differs from the source in its labels; delete it and start again")
+        raise InputError(f"{dst} differs from the source in its labels; delete it and start again")
     for i in tqdm(range(len(images)), desc="comparing", unit="img", unit_scale=True, disable=None):
         if not np.array_equal(written.encoded(i), images.encoded(i)):
-            raise ValueError(
+            raise InputError(
                 f"{written.name(i)} differs from {images.name(i)}, which it was copied from: the disk is failing, or "
                 "the source "
                 f"changed; delete {dst} and start again"
@@ -269,7 +270,7 @@ def main(arguments=None):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if options.shard_images < 1:
-            raise ValueError(f"--shard-images must be at least 1, got {options.shard_images}")
+            raise InputError(f"--shard-images must be at least 1, got {options.shard_images}")
         source = open_source(options.src, options.root)
         count = convert(source, options.dst, options.to, options.shard_images)
     except (ValueError, OSError) as error:

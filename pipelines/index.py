@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.decode import load_face, read_header
 from scf_fast.pipelines.sources.base import ConcatenatedSources
 from scf_fast.pipelines.sources.image_folder import FolderIndex
@@ -50,12 +51,12 @@ def open_source(path, root=None, cache_dir=None):
     """
     if isinstance(path, (list, tuple)):
         if not path:
-            raise ValueError("there must be at least one data set, got none")
+            raise InputError("there must be at least one data set, got none")
         sources = [open_source(one, root, cache_dir) for one in path]
         return sources[0] if len(sources) == 1 else ConcatenatedSources(sources)
     path = Path(path)
     if not path.exists() and path.suffix not in _KINDS:
-        raise ValueError(f"there is no data set at {path}; check the path")
+        raise InputError(f"there is no data set at {path}; check the path")
     return _kind(path).open(path, cache_dir, root)
 
 
@@ -66,13 +67,13 @@ def _kind(path):
         with os.scandir(path) as entries:
             entries = list(entries)
     except OSError as error:
-        raise ValueError(f"cannot list {path}: {os.strerror(error.errno)}; check its permissions") from error
+        raise InputError(f"cannot list {path}: {os.strerror(error.errno)}; check its permissions") from error
     for suffix, kind in _KINDS.items():
         if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
             return kind
     if any(entry.is_dir() for entry in entries):
         return FolderIndex
-    raise ValueError(
+    raise InputError(
         f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; to use an "
         "image list, give the file; "
         "check the path"

@@ -9,6 +9,7 @@ import logging
 
 import torch
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.loading.broken import BrokenImages
 
@@ -48,15 +49,15 @@ def make_loader(
     """
     device = torch.device(device)
     if sampler.num_samples != len(source):
-        raise ValueError(f"the sampler must cover the source: {sampler.num_samples} samples for {len(source)} images")
+        raise InputError(f"the sampler must cover the source: {sampler.num_samples} samples for {len(source)} images")
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        raise InputError(f"dtype must be a floating-point type, got {dtype}")
     if backend not in ("auto", "dali", "torch"):
-        raise ValueError(f"backend must be 'auto', 'dali' or 'torch', got {backend!r}")
+        raise InputError(f"backend must be 'auto', 'dali' or 'torch', got {backend!r}")
     if num_workers < 0 or prefetch < 1:
-        raise ValueError(f"num_workers must be at least 0 and prefetch at least 1, got {num_workers} and {prefetch}")
+        raise InputError(f"num_workers must be at least 0 and prefetch at least 1, got {num_workers} and {prefetch}")
     if on_broken not in ("raise", "replace"):
-        raise ValueError(f"on_broken must be 'raise' or 'replace', got {on_broken!r}")
+        raise InputError(f"on_broken must be 'raise' or 'replace', got {on_broken!r}")
     broken = BrokenImages(source, replace=on_broken == "replace")
     return _loader_class(backend)(
         source, sampler, preprocessing or Preprocessing(), device, dtype, broken, num_workers, prefetch
@@ -71,7 +72,7 @@ def _loader_class(backend):
             return DaliLoader
         except ImportError as error:
             if backend == "dali":
-                raise ValueError(
+                raise InputError(
                     f"backend='dali' needs NVIDIA DALI: {error}; install nvidia-dali or use backend='torch'"
                 ) from error
             _warn_once(f"reading images with PyTorch workers, because NVIDIA DALI cannot be imported: {error}")

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import torch
 
+from scf_fast.errors import InputError
 from scf_fast.networks.frozen import DTYPES
 from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES
 
@@ -77,12 +78,12 @@ def find_images(paths: list[Path]) -> list[Path]:
     found = []
     for path in paths:
         if not path.exists():
-            raise ValueError(f"there is no {path}; check the path")
+            raise InputError(f"there is no {path}; check the path")
         found += (
             [path]
             if path.is_file()
             else sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         )
     if not found:
-        raise ValueError(f"no images under {', '.join(map(str, paths))}; files must end in {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"no images under {', '.join(map(str, paths))}; files must end in {', '.join(IMAGE_SUFFIXES)}")
     return found

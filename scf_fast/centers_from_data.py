@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from scf_fast import distributed
+from scf_fast.errors import InputError
 from scf_fast.features.feature_pass import FeaturePass
 from scf_fast.features.open import open_stream
 from scf_fast.features.stream import FeatureBatch, FeatureStream
@@ -92,7 +93,7 @@ def mean_directions(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     check_all_have_images(counts.cpu().numpy())
     bad = torch.nonzero(~(sums.isfinite().all(dim=1) & sums.any(dim=1)))[:, 0].tolist()
     if bad:
-        raise ValueError(
+        raise InputError(
             f"the features of an identity must be finite and not cancel out; those of {_some(bad, len(sums))} are not "
             "so; "
             "see whether the backbone's training diverged"
@@ -106,7 +107,7 @@ def check_all_have_images(counts: np.ndarray) -> None:
     """
     empty = np.flatnonzero(counts == 0).tolist()
     if empty:
-        raise ValueError(
+        raise InputError(
             f"every identity must have an image that can be read; {_some(empty, len(counts))} have none; "
             "give all the images that there are, or number the identities without gaps"
         )
@@ -144,12 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compute(output: Path, overwrite: bool, flags: list[str]) -> None:
     if output.exists() and not overwrite:
-        raise ValueError(f"--output {output}: exists; give another name, or --overwrite")
+        raise InputError(f"--output {output}: exists; give another name, or --overwrite")
     inputs = FeaturePass(flags, output.parent)
     config, source = inputs.config, inputs.source
     config.epochs = 2 if config.flip else 1
     if source.num_classes == 0:
-        raise ValueError(f"--data {config.data}: must have identities; give labeled images")
+        raise InputError(f"--data {config.data}: must have identities; give labeled images")
     check_all_have_images(np.bincount(source.labels, minlength=source.num_classes))
     runtime, size = inputs.start()
     sampler = BothOrientations(len(source), size, runtime.rank, runtime.world_size)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from scf_fast.errors import InputError
 from scf_fast.weights.reading import _DEFAULT_RADIUS, Weights, read
 from scf_fast.weights.writing import LAYOUTS, write
 
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join([*weights.describe(), *facts, *other]))
             return 0
         if options.target.exists() and not options.overwrite:
-            raise ValueError(f"{options.target}: exists; give another name, or --overwrite")
+            raise InputError(f"{options.target}: exists; give another name, or --overwrite")
         if options.part:
             weights = weights.only(options.part)
         if options.radius is not None:

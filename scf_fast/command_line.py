@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from scf_fast.config import Config, PerStage
+from scf_fast.errors import InputError
 
 
 def _value_type(field):
@@ -43,7 +44,7 @@ def _coerce(field, value, source):
         return kind(value)
     except (TypeError, ValueError, OverflowError):
         expected = f"comma-separated {kind.__name__}s" if is_tuple else {bool: "true or false"}.get(kind, kind.__name__)
-        raise ValueError(f"{source}: {field.name} must be {expected}, got {value!r}") from None
+        raise InputError(f"{source}: {field.name} must be {expected}, got {value!r}") from None
 
 
 def _suggest(name, known):
@@ -131,17 +132,17 @@ def load_recipe(path: str) -> dict:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML recipe"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: is no valid YAML ({str(error).splitlines()[0]})") from None
+        raise InputError(f"--config {path}: is no valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: must hold `key: value` lines, got {type(values).__name__}")
+        raise InputError(f"--config {path}: must hold `key: value` lines, got {type(values).__name__}")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for key in values:
         if key not in fields:
-            raise ValueError(f"--config {path}: unknown key {key!r}{_suggest(str(key), fields)}")
+            raise InputError(f"--config {path}: unknown key {key!r}{_suggest(str(key), fields)}")
     return {key: _coerce(fields[key], value, f"--config {path}") for key, value in values.items()}
 
 
@@ -163,7 +164,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         for name in values:
             only = fields[name].metadata["stage"]
             if only and only != config.stage and values[name] is not None:
-                raise ValueError(f"--{name} belongs to stage {only}, but this is stage {config.stage}; leave it out")
+                raise InputError(f"--{name} belongs to stage {only}, but this is stage {config.stage}; leave it out")
         return config
     except ValueError as error:
         parser.error(str(error))

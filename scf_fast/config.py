@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from scf_fast.errors import InputError
 from scf_fast.networks.backbones import ALIASES, BACKBONES
 from scf_fast.networks.confidence import CONFIDENCE_NETS
 from scf_fast.pipelines.loading.augmentation import PRESETS
@@ -387,7 +388,7 @@ class Config:
             self.data = str(Path(self.dataroot) / "list" / f"{self.dataset}_list.txt")
         self.network = ALIASES.get(self.network, self.network)
         if self.stage not in STAGES:
-            raise ValueError(f"--stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+            raise InputError(f"--stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, PerStage):
@@ -395,7 +396,7 @@ class Config:
                 value = getattr(self, field.name)
             choices = field.metadata["choices"]
             if choices and value is not None and value not in choices:
-                raise ValueError(f"--{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+                raise InputError(f"--{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
         if self.margins is None:
             self.margins = MARGIN_PRESETS[self.loss]
         if self.stage == "backbone" and self.normalization is None:
@@ -407,7 +408,7 @@ class Config:
     def _check(self):
         def require(condition, flag, what):
             if not condition:
-                raise ValueError(f"--{flag} must be {what}, got {getattr(self, flag)!r}")
+                raise InputError(f"--{flag} must be {what}, got {getattr(self, flag)!r}")
 
         require(self.data, "data", "given (or --dataset, as the published code has it)")
         require(self.output_dir, "output_dir", "given")
@@ -533,7 +534,7 @@ def load_saved(path: Path) -> dict:
     try:
         return yaml.safe_load(path.read_text())["config"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: is no saved configuration ({type(error).__name__}); to go on with the "
             "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts anew"
         ) from None

@@ -6,6 +6,7 @@ import torch
 
 from scf_fast.config import Config
 from scf_fast.distributed import Runtime
+from scf_fast.errors import InputError
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.augmentation import PRESETS
@@ -23,7 +24,7 @@ def open_data(config: Config):
         ValueError: nothing is there, or nothing that is known.
     """
     if config.dataset and not Path(config.data).exists():
-        raise ValueError(
+        raise InputError(
             f"--dataset {config.dataset}: there is no {config.data}; give --dataroot, the folder that holds "
             f"list/{config.dataset}_list.txt, "
             "or the data set itself as --data"
@@ -42,7 +43,7 @@ def epoch_sampler(config: Config, source, rank: int, world_size: int) -> EpochSa
     if config.data_weights:
         sizes = getattr(source, "sizes", (len(source),))
         if len(sizes) != len(config.data_weights):
-            raise ValueError(
+            raise InputError(
                 f"--data_weights must have one number for each data set of --data, got {len(config.data_weights)} for "
                 f"{len(sizes)}"
             )
@@ -55,7 +56,7 @@ def epoch_sampler(config: Config, source, rank: int, world_size: int) -> EpochSa
         )
     size = len(source) if selection is None else selection.size
     if size < config.batch_size:
-        raise ValueError(
+        raise InputError(
             f"--batch_size {config.batch_size} is more than the {size} images of an epoch of {config.data}"
         )
     return EpochSampler(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from scf_fast.arguments import add_loading_arguments, find_images
+from scf_fast.errors import InputError
 from scf_fast.inference import Embedder, check_usable, default_device, embed_batches, put, room_for
 from scf_fast.model import SCF
 from scf_fast.pipelines.formats.atomic_file import atomic_output
@@ -36,12 +37,12 @@ def _write(path: Path, mu: np.ndarray, kappa: dict[str, np.ndarray], paths: list
 
 def _check_output(path: Path) -> None:
     if path.suffix not in (".npz", ".parquet"):
-        raise ValueError(f"--out must end in .npz or .parquet, got {path}")
+        raise InputError(f"--out must end in .npz or .parquet, got {path}")
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise ValueError(
+            raise InputError(
                 f"--out {path}: parquet needs pyarrow, which cannot be imported ({error}); install the extra that has "
                 "it (pip install '.[embed]' in the checkout), or write .npz"
             ) from error

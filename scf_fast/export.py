@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scf_fast.arguments import add_normalization_argument
+from scf_fast.errors import InputError
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import FoldedBackbone
 from scf_fast.pipelines.loading.base import Preprocessing
@@ -98,15 +99,15 @@ def check_request(out: Path, preprocess: bool) -> None:
     ValueError: what `export` raises before it does anything.
     """
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"OUT must end in {', '.join(SUFFIXES)}, got {out}")
+        raise InputError(f"OUT must end in {', '.join(SUFFIXES)}, got {out}")
     if out.suffix == ".safetensors" and preprocess:
-        raise ValueError("--preprocess belongs to .onnx and .pt2: a .safetensors file holds weights and no program")
+        raise InputError("--preprocess belongs to .onnx and .pt2: a .safetensors file holds weights and no program")
     if out.suffix == ".onnx":
         missing = [
             package for package in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(package) is None
         ]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"{out}: ONNX needs {' and '.join(missing)}; install the extra that has them: pip install '.[export]' "
                 "in the checkout"
             )
@@ -204,7 +205,7 @@ def _compare(model: SCF, run: Callable, preprocess: bool, out: Path) -> None:
         )
         error = max((mu - expected_mu).abs().max().item(), (size / expected_size - 1).abs().max().item())
         if not error <= TOLERANCE:  # NaN is no agreement
-            raise ValueError(
+            raise InputError(
                 f"{out}: its output differs from PyTorch's by {error:.1e} with {count} images, more than "
                 f"{TOLERANCE:.0e}, so it is not "
                 "kept; try another --opset or format"
@@ -227,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_request(options.out, options.preprocess)
         if options.out.exists() and not options.overwrite:
-            raise ValueError(f"{options.out}: exists; give another name, or --overwrite")
+            raise InputError(f"{options.out}: exists; give another name, or --overwrite")
         model = SCF.from_checkpoint(options.model, normalization=options.normalization, backbone_alone=True)
         export(model, options.out, preprocess=options.preprocess, opset=options.opset)
     except (ValueError, OSError) as error:

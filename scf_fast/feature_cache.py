@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scf_fast import distributed
+from scf_fast.errors import InputError
 from scf_fast.features.store import FeatureCache, layout_of, read_meta
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def _build(arguments, flags) -> None:
             bar.update(min(size, len(source) - batch * size))
     distributed.finish()
     if stream.cache.problem is not None:
-        raise ValueError(
+        raise InputError(
             f"--feature_cache {folder}: cannot be written ({stream.cache.problem.strerror}); what is there is good, "
             "the same command goes on"
         )

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from scf_fast.distributed import on_every_rank
+from scf_fast.errors import InputError
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
 from scf_fast.pipelines.loader import make_loader
@@ -39,7 +40,7 @@ class Embedder:
         weights = hashlib.sha256(f"{model.normalization} {precision} {self.device.type} {flip}".encode())
         for name, value in sorted(model.state_dict().items()):
             if not value.isfinite().all():
-                raise ValueError(
+                raise InputError(
                     f"the model's weights must be finite, and those of {name} are not; its training diverged, take an "
                     "earlier checkpoint"
                 )
@@ -88,7 +89,7 @@ class Embedder:
             if on_every_rank(failure is None):
                 self._backbone = backbone
                 return
-        raise ValueError(
+        raise InputError(
             str(failure)
             if failure is not None
             else f"the backbone is not accurate in {self._precisions[-1]} on another rank"
@@ -209,7 +210,7 @@ def check_usable(
         usable &= kappa.isfinite() & (kappa > 0)
     if not usable.all():
         bad = indices[~usable.numpy()]
-        raise ValueError(
+        raise InputError(
             f"features must be finite and not zero, and kappa finite and positive; {len(bad)} of {len(indices)} "
             "images are not so, the "
             f"first {source.name(int(bad[0]))}; look at that image, and at whether the model's training diverged"

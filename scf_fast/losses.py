@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from scf_fast.errors import InputError
 from scf_fast.kernels import log_bessel_i, log_vmf_normalizer, scf_loss
 
 
@@ -77,7 +78,7 @@ class KLDiracVMF(nn.Module):
     def __init__(self, z_dim: int, radius: float, normalizer: str = "exact"):
         super().__init__()
         if normalizer not in ("exact", "published"):
-            raise ValueError(f"normalizer must be 'exact' or 'published', got {normalizer!r}")
+            raise InputError(f"normalizer must be 'exact' or 'published', got {normalizer!r}")
         self.z_dim, self.radius, self.normalizer = z_dim, radius, normalizer
 
     def forward(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net, identify_confidence_net
 from scf_fast.weights import reading, writing
@@ -71,7 +72,7 @@ class SCF(nn.Module):
         }
         for key, value in given.items():
             if weights.facts.get(key, value) != value:
-                raise ValueError(
+                raise InputError(
                     f"model {path}: was trained with {key} {weights.facts[key]!r}, got {value!r}; leave the argument "
                     "out"
                 )
@@ -90,7 +91,7 @@ class SCF(nn.Module):
         try:
             net.load_state_dict(net_state)
         except RuntimeError as error:
-            raise ValueError(
+            raise InputError(
                 f"model {path}: the confidence net does not fit the {name}: {str(error).splitlines()[-1].strip()}"
             ) from None
         return cls(backbone, net, facts["radius"], facts["normalization"]).to(device)

@@ -18,6 +18,7 @@ from scf_fast.data import epoch_sampler, open_data
 from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_precision
 from scf_fast.engine.engine import average_batchnorm_statistics, initialize_engine, take_step
 from scf_fast.engine.optimizers import LearningRate, build_optimizer
+from scf_fast.errors import InputError
 from scf_fast.features.stream import FeatureStream
 from scf_fast.networks.flops import peak_flops
 from scf_fast.run import checkpoints
@@ -39,13 +40,13 @@ log = logging.getLogger(__name__)
 def _check_world(config: Config, world_size: int) -> None:
     parts = world_size * config.gradient_accumulation_steps
     if config.batch_size % parts:
-        raise ValueError(
+        raise InputError(
             f"--batch_size {config.batch_size} must be divisible by ranks x --gradient_accumulation_steps = "
             f"{world_size} x "
             f"{config.gradient_accumulation_steps}; nearest: {max(1, round(config.batch_size / parts)) * parts}"
         )
     if config.batch_size == parts and (config.stage == "backbone" or config.finetune_bkb):
-        raise ValueError(
+        raise InputError(
             f"--batch_size must be at least {2 * parts}, two images a rank and micro-batch, got {parts}: the "
             "backbone's BatchNorm needs two"
         )
@@ -58,7 +59,7 @@ def _check_data(config: Config, source, state: dict | None) -> None:
         else ()
     ):
         if before != now:
-            raise ValueError(
+            raise InputError(
                 f"--resume: the checkpoint was trained on {before} {what}, but --data {config.data} now has {now}; "
                 "give the data set of that run"
             )
@@ -69,10 +70,6 @@ def _open(config: Config):
     source = open_data(config)
     kind = BackboneStage if config.stage == "backbone" else FinetuneStage if config.finetune_bkb else ConfidenceStage
     return source, kind(config, source)
-
-
-class InputError(ValueError):
-    """What the user gave cannot be trained on; the message says what, where and what to do."""
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.sources.base import ImageFiles
 
@@ -135,7 +136,7 @@ def read_template_protocol(root):
     root = Path(root)
     found = sorted((root / "meta").glob("*" + _IMAGES))
     if len(found) != 1:
-        raise ValueError(
+        raise InputError(
             f"{root}/meta must hold exactly one '*{_IMAGES}', found {[path.name for path in found]}; "
             "give the folder of one protocol"
         )
@@ -147,14 +148,14 @@ def read_template_protocol(root):
             (row for row, (a, b) in enumerate(zip(names, landmark_names)) if a != b),
             min(len(names), len(landmark_names)),
         )
-        raise ValueError(
+        raise InputError(
             f"{prefix}{_LANDMARKS} must list the images of {found[0].name} in the same order; they differ in row "
             f"{row + 1}"
         )
     score = numbers[:, 10]
     bad = np.flatnonzero(~(np.isfinite(score) & (score >= 0)))
     if len(bad):
-        raise ValueError(
+        raise InputError(
             f"{prefix}{_LANDMARKS}: detector scores must be finite and >= 0, and {len(bad)} of {len(score)} are not "
             "so, the first in row "
             f"{bad[0] + 1}: {score[bad[0]]}; repair the rows"
@@ -177,7 +178,7 @@ def _read(path):
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"cannot read {path}: {os.strerror(error.errno)}; the protocol is incomplete, restore the file"
         ) from error
 
@@ -186,7 +187,7 @@ def _read_named_rows(path, num_values, dtype):
     """(names, values): the first column as N str, the others as an (N, num_values) array."""
     rows = [line.split() for line in _read(path).decode(errors="replace").splitlines()]
     if not rows:
-        raise ValueError(f"{path} must list images, and is empty; restore the file")
+        raise InputError(f"{path} must list images, and is empty; restore the file")
     try:
         values = np.array([row[1:] for row in rows], dtype=dtype).reshape(len(rows), num_values)
     except (ValueError, OverflowError) as error:
@@ -213,14 +214,14 @@ def _read_pairs(path, template_ids):
     unknown = ~np.isin(pairs, template_ids)
     if unknown.any():
         row, column = np.argwhere(unknown)[0]
-        raise ValueError(
+        raise InputError(
             f"{path} names {len(np.unique(pairs[unknown]))} templates that have no image in '*{_IMAGES}', the first "
             f"in row {row + 1}: "
             f"{pairs[row, column]}; take both files from the same set"
         )
     if not np.isin(labels, (0, 1)).all():
         row = np.flatnonzero(~np.isin(labels, (0, 1)))[0]
-        raise ValueError(f"{path} row {row + 1} must end in label 0 or 1, got {labels[row]}; repair the row")
+        raise InputError(f"{path} row {row + 1} must end in label 0 or 1, got {labels[row]}; repair the row")
     return pairs, labels.astype(bool)
 
 
@@ -251,12 +252,12 @@ def _crop_paths(folder, names):
     try:
         present = set(os.listdir(folder))
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"cannot list the crops in {folder}: {os.strerror(error.errno)}; restore the folder"
         ) from error
     missing = [name for name in names if name not in present]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{folder} lacks {len(missing)} of the {len(names)} images, the first is {missing[0]}; restore them"
         )
     return [os.path.join(folder, name) for name in names]
@@ -279,7 +280,7 @@ def read_galleries(root, protocol):
     if not galleries and not probes:
         return []
     if len(probes) != 1 or not galleries:
-        raise ValueError(
+        raise InputError(
             f"{meta}: 1:N needs '*{_GALLERY}*.csv' and one '*{_PROBES}.csv', found {len(galleries)} and {len(probes)}; "
             "restore the files, or remove all of them to leave 1:N out"
         )
@@ -291,7 +292,7 @@ def read_galleries(root, protocol):
         result.append(Gallery(path.stem.rpartition("_")[2], ids, subjects, probe_ids, probe_subjects))
     subjects, times = np.unique(np.concatenate([gallery.gallery_subjects for gallery in result]), return_counts=True)
     if (times > 1).any():
-        raise ValueError(
+        raise InputError(
             f"{meta}: the galleries must hold one template a subject between them, got several of "
             f"{np.count_nonzero(times > 1)} "
             f"subjects, the first {subjects[times > 1][0]}; repair the files"
@@ -303,7 +304,7 @@ def _csv_rows(path, reader):
     try:
         yield from reader
     except csv.Error as error:
-        raise ValueError(
+        raise InputError(
             f"{path} line {reader.line_num} is no line of a CSV file: {error}; restore the file"
         ) from error
 
@@ -317,23 +318,23 @@ def _read_subjects(path, known):
             try:
                 template, subject = np.array(row[:2], dtype=np.int64).tolist()
             except (ValueError, OverflowError):
-                raise ValueError(
+                raise InputError(
                     f"{path} line {reader.line_num} must start with a template id and a subject id, got "
                     f"{','.join(row)[:80]!r}; "
                     "repair the line"
                 ) from None
             if rows.setdefault(template, subject) != subject:
-                raise ValueError(
+                raise InputError(
                     f"{path} line {reader.line_num} gives template {template} to subject {subject}, an earlier one to "
                     f"{rows[template]}; "
                     "repair the lines"
                 )
     if not rows:
-        raise ValueError(f"{path} must name templates, and is empty; restore the file")
+        raise InputError(f"{path} must name templates, and is empty; restore the file")
     ids = np.array(list(rows), dtype=np.int64)
     unknown = ids[~np.isin(ids, known)]
     if len(unknown):
-        raise ValueError(
+        raise InputError(
             f"{path} names {len(unknown)} templates without images, the first {unknown[0]}; take all meta files from "
             "the same set"
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.sources.base import EncodedImages, ImageSource, SelectedImages
 
@@ -149,18 +150,18 @@ def read_verification_set(path):
             images, same = map(_values, _PlainUnpickler(file, encoding="bytes").load())
         images = [_as_bytes(image) for image in images]
         if not all(isinstance(flag, (int, np.integer, np.bool_)) for flag in same):
-            raise ValueError("its flags are no list of booleans")
+            raise InputError("its flags are no list of booleans")
         same = np.asarray(same)
         if same.ndim != 1 or same.dtype.kind not in "biu":
-            raise ValueError(f"its flags are an array of {same.dtype} with shape {same.shape}")
+            raise InputError(f"its flags are an array of {same.dtype} with shape {same.shape}")
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"cannot read the verification set {path}: {os.strerror(error.errno)}; check the path"
         ) from error
     except (
         Exception
     ) as error:  # a damaged pickle raises nearly anything: KeyError, IndexError, MemoryError, AttributeError ...
-        raise ValueError(
+        raise InputError(
             f"{path} must be a pickle of (encoded images, is-same flags): {error}; download it again"
         ) from error
     _check_counts(path, len(images), len(same))
@@ -184,7 +185,7 @@ def draw_pairs(source, num_pairs=6000, folds=10, seed=0):
         ValueError: a fold has too few identities or images to draw its pairs from.
     """
     if num_pairs < 1 or num_pairs % (2 * folds):
-        raise ValueError(f"the number of pairs must be a positive multiple of twice the {folds} folds, got {num_pairs}")
+        raise InputError(f"the number of pairs must be a positive multiple of twice the {folds} folds, got {num_pairs}")
     rng = np.random.default_rng(seed)
     images = np.argsort(source.labels, kind="stable")
     images = images[source.labels[images] >= 0]
@@ -196,7 +197,7 @@ def draw_pairs(source, num_pairs=6000, folds=10, seed=0):
         own = [_pairs_of(members[k], per_kind, rng) for k in identities.tolist()]
         possible = sum(map(len, own))
         if len(identities) < 2 or possible < per_kind:
-            raise ValueError(
+            raise InputError(
                 f"a fold needs two identities and {per_kind} pairs of images of one person, but one of {folds} folds "
                 "has "
                 f"{len(identities)} identities and {possible} such pairs; ask for fewer pairs, or give more images"
@@ -230,9 +231,9 @@ def _as_bytes(image):
         return image
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 1:
         return image.tobytes()
-    raise ValueError(f"an image is a {type(image).__name__} and not encoded bytes")
+    raise InputError(f"an image is a {type(image).__name__} and not encoded bytes")
 
 
 def _check_counts(path, num_images, num_pairs):
     if num_images != 2 * num_pairs or not num_pairs:
-        raise ValueError(f"{path}: P flags need 2P images and P > 0, got {num_pairs} flags and {num_images} images")
+        raise InputError(f"{path}: P flags need 2P images and P > 0, got {num_pairs} flags and {num_images} images")

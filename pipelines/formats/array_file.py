@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 
 _ARRAYS = b"face arrays 1\n  "  # 16 bytes: format and version
@@ -60,7 +61,7 @@ def map_arrays(path, check=True):
             if zlib.crc32(header) != header_checksum:
                 raise ValueError
         except (struct.error, ValueError):
-            raise ValueError(f"{path} is no file of arrays, or damaged; delete it") from None
+            raise InputError(f"{path} is no file of arrays, or damaged; delete it") from None
     body = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))[_PREFIX.size + header_size :]
     try:  # the checksums tell accidents, not intent
         header = json.loads(header)
@@ -69,7 +70,7 @@ def map_arrays(path, check=True):
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         intact = False
     if not intact:
-        raise ValueError(f"{path} is damaged; delete it")
+        raise InputError(f"{path} is damaged; delete it")
     return meta, arrays
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 
 _MAGIC = 0xCED7230A
@@ -87,7 +88,7 @@ class RecordWriter:
             encoded: bytes-like, the JPEG or PNG file; not empty.
         """
         if not len(encoded):
-            raise ValueError(f"record {record_id}: an image record needs image bytes, got none")
+            raise InputError(f"record {record_id}: an image record needs image bytes, got none")
         self._write(record_id, label, encoded)
 
     def write_identity_record(self, record_id, first_id, last_id):
@@ -115,7 +116,7 @@ def pack_record(record_id, label, image):
     flag, scalar = (0, float(labels)) if labels.ndim == 0 else (labels.size, 0.0)
     payload = _HEADER.pack(flag, scalar, record_id, 0) + (labels.tobytes() if flag else b"") + bytes(image)
     if len(payload) > _MAX_LENGTH:
-        raise ValueError(f"record {record_id}: RecordIO holds at most {_MAX_LENGTH} bytes a record, got {len(payload)}")
+        raise InputError(f"record {record_id}: RecordIO holds at most {_MAX_LENGTH} bytes a record, got {len(payload)}")
     packed, parts = [], _cut_at_magic(payload)
     for position, part in enumerate(parts):
         is_last = position == len(parts) - 1
@@ -152,14 +153,14 @@ def read_record(data, offset):
     """
     payload, _ = _payload(data, offset)
     if payload.size < _HEADER.size:
-        raise ValueError(
+        raise InputError(
             f"the record at byte {offset} must hold a {_HEADER.size}-byte header, got {payload.size} bytes: "
             "this RecordIO file does not hold images"
         )
     flag, label, record_id, _ = _HEADER.unpack_from(payload)
     image_start = _HEADER.size + 4 * flag
     if image_start > payload.size:
-        raise ValueError(f"the record at byte {offset} announces {flag} labels in {payload.size} bytes; {_REPLACE}")
+        raise InputError(f"the record at byte {offset} announces {flag} labels in {payload.size} bytes; {_REPLACE}")
     labels = payload[_HEADER.size : image_start].view("<f4") if flag else np.array([label], dtype=np.float32)
     return Record(record_id, labels, payload[image_start:])
 
@@ -193,14 +194,14 @@ def _payload(data, offset):
     if cflag == _WHOLE:
         return data[start:end], end + -end % 4
     if cflag != _FIRST:
-        raise ValueError(
+        raise InputError(
             f"byte {offset} must start a record and lies inside one: the index is of another file; delete the index"
         )
     parts = [data[start:end]]
     while cflag != _LAST:
         cflag, start, end = _frame(data, end + -end % 4)
         if cflag not in (_MIDDLE, _LAST):
-            raise ValueError(
+            raise InputError(
                 f"the record at byte {offset} was written in parts and the last part is missing; {_REPLACE}"
             )
         parts += [np.frombuffer(_MAGIC_BYTES, np.uint8), data[start:end]]
@@ -214,7 +215,7 @@ def _frame(data, offset):
         raise _truncated(offset, start, data.size)
     magic, cflag_and_length = _FRAME.unpack_from(data, offset)
     if magic != _MAGIC:
-        raise ValueError(
+        raise InputError(
             f"byte {offset} must start a record with magic {_MAGIC:#x}, found {magic:#x}: not RecordIO, or damaged; "
             f"{_REPLACE}"
         )
@@ -242,7 +243,7 @@ def scan_image_records(data, progress=None):
         ValueError: the file is empty, truncated or not RecordIO; the message gives the byte.
     """
     if not data.size:
-        raise ValueError(f"the file is empty; {_REPLACE}")
+        raise InputError(f"the file is empty; {_REPLACE}")
     blocks, end = [], 0
     while end < data.size:
         start = end
@@ -353,7 +354,7 @@ def read_num_classes(path):
         text = file.read(100).strip()
     first = text.split(",")[0].strip()
     if not first.isascii() or not first.isdigit() or int(first) > _MAX_CLASSES:
-        raise ValueError(
+        raise InputError(
             f"{path} must hold 'classes,height,width' with up to {_MAX_CLASSES} classes, got {text[:60]!r}; write "
             "e.g. '85742,112,112'"
         )

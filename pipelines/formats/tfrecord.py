@@ -2,6 +2,7 @@ import struct
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.formats.crc32c import crc32c
 
@@ -102,7 +103,7 @@ def _records(data):
         ValueError: the file is empty, truncated, damaged or something else; the message gives the byte.
     """
     if not data.size:
-        raise ValueError(f"the file is empty; {_REPLACE}")
+        raise InputError(f"the file is empty; {_REPLACE}")
     buffer, end = memoryview(data), 0
     while end < data.size:
         starts = []
@@ -110,19 +111,19 @@ def _records(data):
             starts.append(end)
             end += _AROUND + _SIZE.unpack_from(buffer, end)[0]
         if not starts:
-            raise ValueError(
+            raise InputError(
                 f"it is truncated: the header at byte {end} has {_HEADER} bytes and the file ends at {data.size}; "
                 f"{_REPLACE}"
             )
         starts = np.array(starts, dtype=np.int64)
         sizes = _sizes(data[starts[:, None] + np.arange(_HEADER)])
         if sizes.min() < 0:
-            raise ValueError(
+            raise InputError(
                 f"no record starts at byte {starts[sizes.argmin()]}: compressed, damaged or no TFRecord file; "
                 f"{_REPLACE}, uncompressed"
             )
         if end > data.size:
-            raise ValueError(
+            raise InputError(
                 f"it is truncated: the record at byte {starts[-1]} ends at byte {end} and the file at {data.size}; "
                 f"{_REPLACE}"
             )
@@ -196,7 +197,7 @@ def parse_example(data, start, end):
     image = _first_value(data, features, _IMAGE_KEYS, _BYTES_LIST)
     if image is None:
         names = ", ".join(repr(name.decode(errors="replace"))[:40] for name in [*features][:8]) or "none"
-        raise ValueError(
+        raise InputError(
             f"it must hold an image, a bytes_list {_either(_IMAGE_KEYS)}; its features are {names}; write it anew or "
             "leave it out"
         )
@@ -239,14 +240,14 @@ def _fields(data, message, number):
         elif kind in _FIXED:
             at = start + _FIXED[kind]
         else:
-            raise ValueError(f"it is no tf.train.Example, or damaged: a field has wire type {kind}; {_REPLACE}")
+            raise InputError(f"it is no tf.train.Example, or damaged: a field has wire type {kind}; {_REPLACE}")
         if at > end:
-            raise ValueError(
+            raise InputError(
                 f"it is no tf.train.Example, or damaged: a field ends {at - end} bytes behind its message; {_REPLACE}"
             )
         if tag >> 3 == number:
             yield start, at
-    raise ValueError(
+    raise InputError(
         f"a message in it must have fewer than {_MOST_FIELDS} fields; write it anew, with image and label alone"
     )
 
@@ -265,4 +266,4 @@ def _varint(data, at, end):
         if byte < 128:
             return value & 0xFFFFFFFFFFFFFFFF, at
         shift += 7
-    raise ValueError(f"it is no tf.train.Example, or damaged: a number does not end; {_REPLACE}")
+    raise InputError(f"it is no tf.train.Example, or damaged: a number does not end; {_REPLACE}")

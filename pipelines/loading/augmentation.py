@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from scf_fast.pipelines.errors import InputError
+
 # Conversion to luma and chroma (YIQ), in which DALI's hsv operator turns and scales the chroma: fn.hsv is this linear
 # map.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -43,7 +45,7 @@ class Augmentation:
     def __post_init__(self):
         for name in ("crop", "resample", "blur", "hue_saturation", "gray", "occlusion"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a probability in [0, 1], got {getattr(self, name)}")
+                raise InputError(f"{name} must be a probability in [0, 1], got {getattr(self, name)}")
         for name, least, most in (
             ("crop_area", 0, 1),
             ("resample_size", 0, 1),
@@ -56,11 +58,11 @@ class Augmentation:
             if not least <= low <= high <= most or (
                 low == 0 and name in ("crop_area", "resample_size", "occlusion_aspect")
             ):
-                raise ValueError(
+                raise InputError(
                     f"{name} must be a range (low, high) within {least}..{most}, got {getattr(self, name)}"
                 )
         if not self.blur_windows or any(window < 1 or window % 2 == 0 for window in self.blur_windows):
-            raise ValueError(f"blur_windows must be odd numbers of pixels, got {self.blur_windows}")
+            raise InputError(f"blur_windows must be odd numbers of pixels, got {self.blur_windows}")
 
     @property
     def does_something(self):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.augmentation import PRESETS, Augmentation
 from scf_fast.pipelines.loading.decode import FACE_SIZE
 
@@ -31,7 +32,7 @@ class Preprocessing:
 
     def __post_init__(self):
         if self.normalization not in _SCALE:
-            raise ValueError(f"normalization must be one of {', '.join(_SCALE)}, got {self.normalization!r}")
+            raise InputError(f"normalization must be one of {', '.join(_SCALE)}, got {self.normalization!r}")
 
     def normalize(self, faces, dtype=torch.float32):
         """Scale pixels; each result is the exact quotient rounded once to dtype, as x - 127.5 is exact in bf16 and
@@ -105,7 +106,7 @@ class Loader(abc.ABC):
         """
         batches = self._sampler.batches_from(start_sample) if start_sample else self.batches_per_epoch
         if not 0 <= start_batch <= batches:
-            raise ValueError(f"start_batch must lie in 0..{batches}, got {start_batch}")
+            raise InputError(f"start_batch must lie in 0..{batches}, got {start_batch}")
         self._stop()
         position = (
             (start_sample,) if start_sample else ()

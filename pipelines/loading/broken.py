@@ -5,6 +5,8 @@ import threading
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
+
 _LOG = logging.getLogger(__name__)
 _LONGEST_RUN = 100  # so many broken images in a row are no accident: the data is gone or of another kind
 
@@ -71,7 +73,7 @@ class BrokenImages:
                     self.add({j: str(error)})
                     continue
                 return j, image
-        raise ValueError(
+        raise InputError(
             f"{self._source.name(i)} and the {step} images after it cannot be read or decoded: "
             f"{self.found.get(j, 'as recorded before')}; "
             "check that the data is still there"

@@ -25,6 +25,7 @@ import torch
 from nvidia.dali import __version__ as dali_version
 from nvidia.dali import fn, pipeline_def, types
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.base import Loader, Request
 from scf_fast.pipelines.loading.decode import FACE_SIZE, load_encoded, load_face, read_headers
 
@@ -185,7 +186,7 @@ class DaliLoader(Loader):
                 found[i] = str(error)
         if found:
             if not self.broken.replaces:
-                raise ValueError(next(iter(found.values())))
+                raise InputError(next(iter(found.values())))
             self.broken.add(found)
             return True
         refused = {i for i, image in under_way if not self._decodes(*image)}

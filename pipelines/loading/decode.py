@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.sources.base import LARGE_FILE
 
 FACE_SIZE = 112  # pixels, height and width of an aligned face
@@ -74,11 +75,11 @@ def decode_face(encoded):
                 image = image.resize((FACE_SIZE, FACE_SIZE), Image.Resampling.BILINEAR)
             return np.asarray(image)
     except UnidentifiedImageError:  # its text is the address of an object
-        raise ValueError("unknown format" if len(encoded) else "it has no bytes") from None
+        raise InputError("unknown format" if len(encoded) else "it has no bytes") from None
     except (
         Exception
     ) as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise InputError(str(error) or type(error).__name__) from error
 
 
 def open_image(encoded):
@@ -145,7 +146,7 @@ def _named(source, i, function, encoded):
     try:
         return function(encoded)
     except ValueError as error:
-        raise ValueError(f"{source.name(i)} cannot be decoded: {error}; replace the image or leave it out") from error
+        raise InputError(f"{source.name(i)} cannot be decoded: {error}; replace the image or leave it out") from error
 
 
 def read_header(encoded):
@@ -170,7 +171,7 @@ def read_header(encoded):
         else:
             header = _other_header(encoded, start)
     except (struct.error, IndexError):
-        raise ValueError("its header is cut off") from None
+        raise InputError("its header is cut off") from None
     _check_size(header.width, header.height)
     return header
 
@@ -232,12 +233,12 @@ def _jpeg_header(data):
     at = 2
     while True:
         if data[at] != 0xFF:
-            raise ValueError("its header is damaged")
+            raise InputError("its header is damaged")
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header; those three hold tables
             precision, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
             if marker not in (0xC0, 0xC1) and bytes(data).count(b"\xff\xda") > _MAX_SCANS:
-                raise ValueError(f"it must have at most {_MAX_SCANS} scans")
+                raise InputError(f"it must have at most {_MAX_SCANS} scans")
             is_common = (
                 marker <= 0xC2 and precision == 8 and _CHANNELS[channels]
             )  # Huffman coded, sequential or progressive
@@ -245,7 +246,7 @@ def _jpeg_header(data):
         if marker == 0xFF:  # filling
             at += 1
         elif marker in (0xD9, 0xDA):
-            raise ValueError("its header has no size")
+            raise InputError("its header has no size")
         else:
             at += 2 + struct.unpack_from(">H", data, at + 2)[0]
 
@@ -260,9 +261,9 @@ def _other_header(encoded, start):
             )
             return Header(image.format, image.height, image.width, is_common)
     except UnidentifiedImageError:
-        raise ValueError("unknown format" if len(encoded) else "it has no bytes") from None
+        raise InputError("unknown format" if len(encoded) else "it has no bytes") from None
     except Exception as error:  # as in decode_face
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise InputError(str(error) or type(error).__name__) from error
 
 
 def _open(encoded):
@@ -271,4 +272,4 @@ def _open(encoded):
 
 def _check_size(width, height):
     if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"it must have 1 to {MAX_PIXELS} pixels and says {width} x {height}")
+        raise InputError(f"it must have 1 to {MAX_PIXELS} pixels and says {width} x {height}")

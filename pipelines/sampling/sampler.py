@@ -8,6 +8,7 @@ there on.
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.sampling.random_streams import permutation, splitmix64, stream_key
 
 _ORDER, _FLIP, _WINDOW, _SELECTION, _UNIFORM = range(5)  # kinds of independent streams of one (seed, epoch)
@@ -52,24 +53,24 @@ class EpochSampler:
         block_size=0,
     ):
         if global_batch_size < 1 or global_batch_size % world_size:
-            raise ValueError(
+            raise InputError(
                 f"the global batch size must be a positive multiple of the {world_size} ranks, got "
                 f"{global_batch_size}; "
                 f"use {max(1, round(global_batch_size / world_size)) * world_size}"
             )
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
+            raise InputError(f"rank must lie in 0..{world_size - 1}, got {rank}")
         if last_batch not in ("drop", "partial", "pad"):
-            raise ValueError(f"last_batch must be 'drop', 'partial' or 'pad', got {last_batch!r}")
+            raise InputError(f"last_batch must be 'drop', 'partial' or 'pad', got {last_batch!r}")
         if block_size < 0:
-            raise ValueError(f"block_size must be at least 0, got {block_size}")
+            raise InputError(f"block_size must be at least 0, got {block_size}")
         if selection is not None and selection.num_samples != num_samples:
-            raise ValueError(
+            raise InputError(
                 f"the selection must be of the {num_samples} images of the data set, it is of {selection.num_samples}"
             )
         self.epoch_size = num_samples if selection is None else selection.size
         if self.epoch_size < (global_batch_size if last_batch == "drop" else 1):
-            raise ValueError(
+            raise InputError(
                 f"{self.epoch_size} images fill no batch of {global_batch_size}; use a smaller batch or more data"
             )
         self.num_samples, self.global_batch_size = num_samples, global_batch_size
@@ -86,7 +87,7 @@ class EpochSampler:
             start_sample: int in [0, epoch_size], images of the epoch that were seen before.
         """
         if not 0 <= start_sample <= self.epoch_size:
-            raise ValueError(f"start_sample must lie in 0..{self.epoch_size}, got {start_sample}")
+            raise InputError(f"start_sample must lie in 0..{self.epoch_size}, got {start_sample}")
         left = self.epoch_size - start_sample
         return left // self.global_batch_size if self._last_batch == "drop" else -(-left // self.global_batch_size)
 
@@ -102,7 +103,7 @@ class EpochSampler:
         """
         batches = self.batches_per_epoch if not start_sample else self.batches_from(start_sample)
         if not 0 <= batch < batches:
-            raise ValueError(f"batch must lie in 0..{batches - 1}, got {batch}")
+            raise InputError(f"batch must lie in 0..{batches - 1}, got {batch}")
         start = start_sample + batch * self.global_batch_size
         count = (
             self.global_batch_size

@@ -4,6 +4,7 @@ weight.
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.sampling.random_streams import permutation
 
 
@@ -23,9 +24,9 @@ class PerIdentity:
 
     def __init__(self, labels, count, exactly=False):
         if count < 1:
-            raise ValueError(f"images per identity must be at least 1, got {count}")
+            raise InputError(f"images per identity must be at least 1, got {count}")
         if labels.min(initial=0) < 0:
-            raise ValueError("sampling by identity needs a label for every image; use a data set with labels")
+            raise InputError("sampling by identity needs a label for every image; use a data set with labels")
         self._labels, self._count, self._exactly = labels, count, exactly
         sizes = np.unique(labels, return_counts=True)[1]  # labels may have wide gaps
         self.size = len(sizes) * count if exactly else int(np.minimum(sizes, count).sum())
@@ -67,7 +68,7 @@ class Mixture:
     def __init__(self, sizes, weights, size=None):
         weights = np.asarray(weights, dtype=np.float64)
         if weights.shape != (len(sizes),) or not (np.isfinite(weights) & (weights > 0)).all():
-            raise ValueError(
+            raise InputError(
                 f"there must be one positive weight for each of the {len(sizes)} data sets, got {weights.tolist()}"
             )
         self._sizes, self.num_samples = [int(n) for n in sizes], int(sum(sizes))

@@ -8,6 +8,8 @@ import stat
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
+
 LARGEST_FILE = (
     1 << 25
 )  # bytes of an image file; a larger one is refused, so that a made-up file of terabytes costs no memory
@@ -82,7 +84,7 @@ class ImageSource(abc.ABC):
         """Fill `labels` and `num_classes`; None gives every image the label -1."""
         self.labels = np.full(count, -1, dtype=np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
         if self.labels.shape != (count,):
-            raise ValueError(f"labels must be ({count},), one for each image, got {self.labels.shape}")
+            raise InputError(f"labels must be ({count},), one for each image, got {self.labels.shape}")
         self.num_classes = int(self.labels.max(initial=-1)) + 1
 
 
@@ -225,7 +227,7 @@ def read_image_file(path):
     """
     name = os.fsdecode(path)
     if "\0" in name:
-        raise ValueError(f"cannot read image {name!r}: there is no such name; correct it or leave it out")
+        raise InputError(f"cannot read image {name!r}: there is no such name; correct it or leave it out")
     try:
         descriptor = os.open(
             path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -234,7 +236,7 @@ def read_image_file(path):
             about = os.fstat(descriptor)
             if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_FILE:
                 what = f"it has {about.st_size} bytes" if stat.S_ISREG(about.st_mode) else "it is none"
-                raise ValueError(
+                raise InputError(
                     f"image {name} must be a regular file of at most {LARGEST_FILE} bytes and {what}; replace it or "
                     "leave it out"
                 )
@@ -242,7 +244,7 @@ def read_image_file(path):
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise ValueError(f"cannot read image {name}: {os.strerror(error.errno)}; restore it or leave it out") from error
+        raise InputError(f"cannot read image {name}: {os.strerror(error.errno)}; restore it or leave it out") from error
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".gif")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES, read_image_file
 from scf_fast.pipelines.sources.indexed import IndexedImages, check_labels
 
@@ -56,7 +57,7 @@ class FolderIndex(IndexedImages):
             numbered = (path / "property").exists()
             for position, identity in enumerate(identities):
                 if numbered and not identity.isdigit():
-                    raise ValueError(
+                    raise InputError(
                         f"{path} holds a property file, so its folders must be named by class numbers, "
                         f"but one is {os.fsdecode(identity)!r}; rename the folder, or delete the property file"
                     )
@@ -69,7 +70,7 @@ class FolderIndex(IndexedImages):
                             labels.append(int(identity) if numbered else position)
                             progress(1)
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"cannot list {os.fsdecode(error.filename)}: {os.strerror(error.errno)}; restore it or leave it out"
             ) from error
         labels = np.array(labels, dtype=np.int64)
@@ -88,7 +89,7 @@ class FolderIndex(IndexedImages):
     def _fingerprint(cls, path, arrays):
         """Digest of the dates of all folders: one changes with every file that comes or goes."""
         if not path.is_dir():
-            raise ValueError(f"{path} must be a folder; check the path")
+            raise InputError(f"{path} must be a folder; check the path")
         if arrays is None or "folders" not in arrays:
             return None
         digest = hashlib.sha256(str((path / "property").exists()).encode())

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.sources.base import read_image_file
 from scf_fast.pipelines.sources.indexed import LARGEST_LABEL, IndexedImages, fingerprint_of
 
@@ -38,7 +39,7 @@ class ListIndex(IndexedImages):
         source = super().open(path, cache_dir, root)
         tried = [source.name(int(i)) for i in np.linspace(0, len(source) - 1, num=min(_CHECKED, len(source)))]
         if not any(map(os.path.exists, tried)):
-            raise ValueError(
+            raise InputError(
                 f"{path} names {tried[0]} first, and there is no such file, nor {len(tried) - 1} others that it names; "
                 "give the folder that its paths start from"
             )
@@ -54,7 +55,7 @@ class ListIndex(IndexedImages):
         try:
             name = os.pread(self._text, int(self._arrays["lengths"][i]), int(self._arrays["offsets"][i]))
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"cannot read {self._path}: {os.strerror(error.errno)}; check that the data is still there"
             ) from error
         return os.path.join(self._base, name)
@@ -90,11 +91,11 @@ class ListIndex(IndexedImages):
             try:
                 at, name, label = parse(line)
             except ValueError:
-                raise ValueError(
+                raise InputError(
                     f"{path} line {number} must be {layout} with a whole number as label, got {shown(line)}"
                 ) from None
             if not 0 <= label <= LARGEST_LABEL:
-                raise ValueError(f"{path} line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
+                raise InputError(f"{path} line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
             offsets.append(start + at)
             lengths.append(len(name))
             labels.append(label)

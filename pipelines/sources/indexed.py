@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.array_file import map_arrays, write_arrays
 from scf_fast.pipelines.formats.recordio import read_num_classes
 from scf_fast.pipelines.sources.base import LARGE_FILE, LARGEST_FILE, ImageSource
@@ -73,7 +74,7 @@ class IndexedImages(ImageSource):
         source = cls(path, index_path, root)
         largest = source._meta["largest_label"]
         if largest >= source.num_classes:
-            raise ValueError(
+            raise InputError(
                 f"{source.name(int(source.labels.argmax()))} has label {largest}, but {source._property} says "
                 f"{source.num_classes} classes; correct the property file, or take both files from the same data set"
             )
@@ -87,7 +88,7 @@ class IndexedImages(ImageSource):
             if (meta["version"], meta["format"]) != (_VERSION, cls.FORMAT):
                 return None, None  # of another release, or of another kind of data that had the name before
             if not cls._is_sound(meta, arrays):
-                raise ValueError(f"{index_path} contradicts itself; delete it")
+                raise InputError(f"{index_path} contradicts itself; delete it")
             return meta, arrays
         except FileNotFoundError:
             pass
@@ -124,13 +125,13 @@ class IndexedImages(ImageSource):
             try:
                 arrays, skipped = cls._scan(path, bar.update)
             except OSError as error:
-                raise ValueError(
+                raise InputError(
                     f"cannot read {error.filename or path}: {os.strerror(error.errno)}; check that the data is still "
                     "there"
                 ) from error
         labels = arrays["labels"]
         if not len(labels):
-            raise ValueError(f"{path}: it holds no image; check that it is the right one" + _list_skipped(skipped))
+            raise InputError(f"{path}: it holds no image; check that it is the right one" + _list_skipped(skipped))
         arrays = {**arrays, "labels": labels.astype(np.int64), "broken": np.empty(0, dtype=np.int64)}
         meta = {
             "version": _VERSION,
@@ -146,7 +147,7 @@ class IndexedImages(ImageSource):
         try:
             write_arrays(index_path, meta, arrays)
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"cannot write the index {index_path}: {os.strerror(error.errno)}; make room there, or give another "
                 "folder for indexes"
             ) from error
@@ -269,7 +270,7 @@ class PackedImages(IndexedImages):
         """
         file = self._file_of(i)
         if start + length > LARGEST_FILE:
-            raise ValueError(
+            raise InputError(
                 f"image {i} in {self._names[file]} must have at most {LARGEST_FILE} bytes and has {start + length}; "
                 "replace it or leave it out"
             )
@@ -277,12 +278,12 @@ class PackedImages(IndexedImages):
             with self._opened(file) as descriptor:
                 data = os.pread(descriptor, length, int(self._offsets[i]) + start)
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"cannot read image {i} in {self._names[file]}: {os.strerror(error.errno)}; check that the data is "
                 "still there"
             ) from error
         if len(data) != length:
-            raise ValueError(
+            raise InputError(
                 f"{self._names[file]} ends inside image {i}: it is truncated, or changed while in use; copy it again, "
                 "or start again"
             )
@@ -371,7 +372,7 @@ class PackedImages(IndexedImages):
             try:
                 part, reasons = cls._scan_file(name, progress)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+                raise InputError(f"{name}: {error}") from error
             parts.append(part)
             for reason, count in reasons.items():
                 skipped[reason] = skipped.get(reason, 0) + count
@@ -400,7 +401,7 @@ def fingerprint_of(files):
                 with open(name, "rb") as file:
                     digest.update(file.read(_PRINTED_BYTES))
         except OSError as error:
-            raise ValueError(f"cannot open {name}: {os.strerror(error.errno)}; check the path") from error
+            raise InputError(f"cannot open {name}: {os.strerror(error.errno)}; check the path") from error
     return digest.hexdigest()
 
 
@@ -427,14 +428,14 @@ def check_labels(labels, name, largest=LARGEST_LABEL):
     is_class = (labels == np.floor(labels)) & (labels >= 0) & (labels <= largest)
     if not is_class.all():
         first = int(np.argmin(is_class))
-        raise ValueError(f"{name(first)} has label {labels[first]:g}; a label must be a whole number in 0..{largest}")
+        raise InputError(f"{name(first)} has label {labels[first]:g}; a label must be a whole number in 0..{largest}")
 
 
 def _open(name):
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise ValueError(f"cannot open {name}: {os.strerror(error.errno)}; check the path") from error
+        raise InputError(f"cannot open {name}: {os.strerror(error.errno)}; check the path") from error
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # or each 10 KB image would bring 100 KB of its neighbors
     return descriptor
 

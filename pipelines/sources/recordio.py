@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.recordio import images_in, read_record, scan_image_records
 from scf_fast.pipelines.sources.indexed import PackedImages, as_lengths, check_labels
 
@@ -43,7 +44,7 @@ class RecordIndex(PackedImages):
         try:
             return read_record(stored, 0)
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{self._names[self._file_of(i)]} changed while in use, at byte {self._offsets[i]}: {error}"
             ) from error
 

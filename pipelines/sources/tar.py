@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES
 from scf_fast.pipelines.sources.indexed import PackedImages, as_lengths, check_labels
@@ -85,18 +86,18 @@ def _members(data):
         name, size, kind, magic, prefix = unpack(data, end)
         name = name.split(b"\0", 1)[0]  # without the 1 it would take as long as all the rest
         if name and magic[:5] != b"ustar":
-            raise ValueError(
+            raise InputError(
                 f"no tar member starts at byte {end}: compressed, damaged or no tar file; copy or download it again, "
                 "uncompressed"
             )
         if not name:
             if any(data[end : end + _BLOCK]):
-                raise ValueError(f"the header at byte {end} is damaged; copy or download it again")
+                raise InputError(f"the header at byte {end} is damaged; copy or download it again")
             return  # the two blocks of zeros that close an archive
         size = override.pop("size", None) or _number(size, end)
         start, end = end + _BLOCK, end + _BLOCK + (size + _BLOCK - 1) // _BLOCK * _BLOCK
         if start + size > length:
-            raise ValueError(
+            raise InputError(
                 f"it is truncated: the member at byte {start - _BLOCK} ends at byte {start + size} and the file at "
                 f"{length}; "
                 "copy or download it again"
@@ -114,7 +115,7 @@ def _members(data):
         else:
             override = {}
     if end != length:
-        raise ValueError(f"it is truncated: {length} bytes are no whole number of blocks; copy or download it again")
+        raise InputError(f"it is truncated: {length} bytes are no whole number of blocks; copy or download it again")
 
 
 def _number(field, at):
@@ -122,7 +123,7 @@ def _number(field, at):
     try:
         return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b" \0") or b"0", 8)
     except ValueError:
-        raise ValueError(f"the header at byte {at} is damaged; copy or download it again") from None
+        raise InputError(f"the header at byte {at} is damaged; copy or download it again") from None
 
 
 def _pax(content):
@@ -190,7 +191,7 @@ def _label_in(content, suffix, key):
             raise ValueError
         return None if value is None else float(value)
     except (ValueError, RecursionError, OverflowError):
-        raise ValueError(
+        raise InputError(
             f"member {_text(key)}.{_text(suffix)} must hold a label, a whole number, got {content[:40]!r}; correct it "
             "or leave the "
             "image out"

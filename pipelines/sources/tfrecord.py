@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.tfrecord import (
     _AROUND,
     _CHECKSUM,
@@ -54,13 +55,13 @@ class TFRecords(PackedImages):
         try:
             start, end, _ = parse_example(memoryview(example), 0, len(example) - _CHECKSUM.size)
         except ValueError as error:
-            raise ValueError(f"{self.name(i)}: {error}") from error
+            raise InputError(f"{self.name(i)}: {error}") from error
         return np.frombuffer(example, dtype=np.uint8)[start:end]
 
     def check(self, i):
         example = self._example(i)
         if _packed_crc(example[: -_CHECKSUM.size]) != example[-_CHECKSUM.size :]:
-            raise ValueError(f"{self.name(i)} differs from its checksum: it is damaged; {_REPLACE}")
+            raise InputError(f"{self.name(i)} differs from its checksum: it is damaged; {_REPLACE}")
 
     def places(self):
         """(files, offsets), (N,) int64: the number of each image's shard and the byte at which its record starts."""
@@ -70,7 +71,7 @@ class TFRecords(PackedImages):
         """The Example of record i and its checksum."""
         header = self._bytes_at(i, 0, _HEADER)
         if _packed_crc(header[: _SIZE.size]) != header[_SIZE.size :]:
-            raise ValueError(
+            raise InputError(
                 f"{self.name(i)}: the checksum of its length is wrong: no record starts there, or it is damaged; "
                 f"{_REPLACE}"
             )
@@ -108,9 +109,9 @@ class TFRecordIndex(TFRecords):
                 try:
                     start, end, label = parse_example(buffer, first, first + size)
                 except ValueError as error:
-                    raise ValueError(f"record at byte {offset}: {error}") from error
+                    raise InputError(f"record at byte {offset}: {error}") from error
                 if label is None:
-                    raise ValueError(
+                    raise InputError(
                         f"record at byte {offset} must hold a label, an int64_list {_either(_LABEL_KEYS)}; where an "
                         "index has the labels "
                         "(lines of name, shard, offset and label), give that"
@@ -150,7 +151,7 @@ class TFRecordList(TFRecords):
                 return source
             except ValueError as error:
                 reasons.append(str(error))
-        raise ValueError(
+        raise InputError(
             f"{path} fits none of the {len(reasons)} records looked at: {reasons[0]}; give the shards that it was "
             "made with"
         )
@@ -160,7 +161,7 @@ class TFRecordList(TFRecords):
         names = [os.path.join(base, name) for name in self._arrays["files"].tobytes().split(b"\n")]
         for name in names:
             if not os.path.exists(name):
-                raise ValueError(
+                raise InputError(
                     f"{self._path} names {os.fsdecode(name)}, and there is no such file; give the folder that its "
                     "names start from"
                 )
@@ -189,12 +190,12 @@ class TFRecordList(TFRecords):
                 if b"\0" in name or not (0 <= shard and 0 <= offset <= LARGEST_OFFSET):
                     raise ValueError
             except ValueError:
-                raise ValueError(
+                raise InputError(
                     f"line {number} must be a name, a shard, an offset and a label, whole numbers, between them tabs, "
                     f"got {shown(line)}"
                 ) from None
             if not 0 <= label <= LARGEST_LABEL:
-                raise ValueError(f"line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
+                raise InputError(f"line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
             files.append(names.setdefault(b"%b/%b-%05d.tfrecord" % (name, name, shard), len(names)))
             offsets.append(offset)
             labels.append(label)
@@ -215,7 +216,7 @@ class TFRecordList(TFRecords):
         try:
             return cls._scan_file(path, progress)
         except ValueError as error:
-            raise ValueError(f"{path} {error}") from error
+            raise InputError(f"{path} {error}") from error
 
 
 def is_tfrecord_list(path):

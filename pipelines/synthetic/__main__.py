@@ -35,6 +35,7 @@ import PIL
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery, write_template_protocol
 from scf_fast.pipelines.evaluation_sets.verification_set import write_verification_set
 from scf_fast.pipelines.formats.atomic_file import atomic_output
@@ -81,9 +82,9 @@ class Parameters:
     def __post_init__(self):
         for name, least in (("identities", 1), ("images_per_identity", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.eval_identities and self.eval_identities < 2 * _FOLDS:
-            raise ValueError(
+            raise InputError(
                 f"eval_identities must be 0 or at least {2 * _FOLDS}, two for each of the {_FOLDS} folds, got "
                 f"{self.eval_identities}"
             )
@@ -412,7 +413,7 @@ def _claim(out, parameters, overwrite):
     held = next((path for path in (manifest, note) if path.exists()), None)
     if held is None:
         if not overwrite and out.exists() and any(out.iterdir()):
-            raise ValueError(
+            raise InputError(
                 f"{out} must be empty or hold a synthetic set, and holds other files: choose another folder, or pass "
                 "--overwrite"
             )
@@ -422,11 +423,11 @@ def _claim(out, parameters, overwrite):
     try:
         found = json.loads(held.read_text())["parameters"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{held} is damaged: choose another folder, or pass --overwrite to make the set anew"
         ) from error
     if found != wanted:
-        raise ValueError(
+        raise InputError(
             f"{out} holds another synthetic set ({_differences(found, wanted)}): choose another folder, or pass "
             "--overwrite"
         )
@@ -456,7 +457,7 @@ def write_synthetic_set(out, parameters: Parameters, *, workers: int | None = No
     """
     out = Path(out)
     if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+        raise InputError(f"workers must be at least 1, got {workers}")
     if not _claim(out, parameters, overwrite):
         _render_parts(out, parameters, workers or len(os.sched_getaffinity(0)))
         counts = {"train": {"images": _write_train(out, parameters), "identities": parameters.identities}}

@@ -18,6 +18,8 @@ import io
 import numpy as np
 from PIL import Image, ImageFilter
 
+from scf_fast.pipelines.errors import InputError
+
 KINDS = ("blur", "down_sampling", "noise", "jpeg", "occlusion", "low_light")
 
 _AMOUNTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -50,7 +52,7 @@ def draw_amounts(severity: float, rng: np.random.Generator) -> np.ndarray:
         ValueError: severity outside [0, 1].
     """
     if not 0 <= severity <= 1:
-        raise ValueError(f"severity must lie in [0, 1], got {severity}")
+        raise InputError(f"severity must lie in [0, 1], got {severity}")
     jpeg = KINDS.index("jpeg")
     others = [kind for kind in range(len(KINDS)) if kind != jpeg]
     direction = np.zeros(len(KINDS))

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from scf_fast.config import Config
 from scf_fast.distributed import Runtime
+from scf_fast.errors import InputError
 from scf_fast.kernels.margin_softmax import (
     MarginSoftmaxStatistics,
     margin_softmax_gradients,
@@ -210,13 +211,13 @@ class ClassCenters:
             try:
                 shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # on a damaged file the unpickler fails in any way there is
-                raise ValueError(
+                raise InputError(
                     f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give --resume "
                     "another "
                     "checkpoint, or use --overwrite"
                 ) from None
             if (shard["num_classes"], shard["weight"].shape[1]) != (self.num_classes, self.width):
-                raise ValueError(
+                raise InputError(
                     f"{path}: holds class centers of {shard['num_classes']} identities, width "
                     f"{shard['weight'].shape[1]}, but this run has "
                     f"{self.num_classes}, width {self.width}; resume with the data and --z_dim of the checkpoint"

@@ -6,6 +6,7 @@ import torch
 
 from scf_fast.config import Config
 from scf_fast.distributed import Runtime
+from scf_fast.errors import InputError
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typing error would silently train something else.
 _KNOWN_KEYS = frozenset(
@@ -37,37 +38,37 @@ def load_deepspeed_config(path: str) -> dict:
     try:
         values = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ValueError(f"--deepspeed_config {path}: is no valid JSON ({error})") from None
+        raise InputError(f"--deepspeed_config {path}: is no valid JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"--deepspeed_config {path}: must hold a JSON object, got {type(values).__name__}")
+        raise InputError(f"--deepspeed_config {path}: must hold a JSON object, got {type(values).__name__}")
     for key in values:
         if key not in _KNOWN_KEYS:
             close = difflib.get_close_matches(key, _KNOWN_KEYS, n=1)
-            raise ValueError(
+            raise InputError(
                 f"--deepspeed_config {path}: DeepSpeed has no key {key!r} and would ignore "
                 f"it{f'; did you mean {close[0]}?' if close else ''}"
             )
         if key in ("optimizer", "scheduler"):
-            raise ValueError(
+            raise InputError(
                 f"--deepspeed_config {path}: {key!r} is set by our flags (--optimizer, --lr, --lr_scheduler ...); "
                 "leave it out"
             )
         if key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-            raise ValueError(
+            raise InputError(
                 f"--deepspeed_config {path}: {key!r} is set by --batch_size and --gradient_accumulation_steps; leave "
                 "it out"
             )
         if key in ("fp16", "bf16", "amp", "torch_autocast"):
-            raise ValueError(
+            raise InputError(
                 f"--deepspeed_config {path}: {key!r} is set by --precision, which keeps parameters in float32; leave "
                 "it out"
             )
     zero = values.get("zero_optimization", {})
     offload = zero.get("offload_optimizer", {}) if isinstance(zero, dict) else None
     if not isinstance(offload, dict):
-        raise ValueError(
+        raise InputError(
             f"--deepspeed_config {path}: 'zero_optimization', and 'offload_optimizer' in it, must be JSON objects"
         )
     for flag, given in (
@@ -75,7 +76,7 @@ def load_deepspeed_config(path: str) -> dict:
         ("offload_optimizer", "device" in offload),
     ):  # memory and resume are planned by these
         if given:
-            raise ValueError(
+            raise InputError(
                 f"--deepspeed_config {path}: --{flag} sets it; leave out "
                 f"{'stage' if flag == 'zero_stage' else 'device'!r}"
             )

@@ -12,6 +12,7 @@ from scf_fast.config import Config
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import deepspeed_config
 from scf_fast.engine.loss_scale import LossScaler, _StepWithoutZero
+from scf_fast.errors import InputError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 _LARGE_NETWORK = 1 << 30  # bytes of parameters
@@ -41,7 +42,7 @@ def initialize_engine(module: nn.Module, optimizer, config: Config, runtime: Run
     import deepspeed
 
     if tuple(map(int, re.findall(r"\d+", deepspeed.__version__)[:3])) < (0, 19, 8):
-        raise ValueError(
+        raise InputError(
             f"DeepSpeed 0.19.8 or newer is needed, this is {deepspeed.__version__}, whose ZeRO does not leave out "
             "every step "
             "whose gradients are not finite; pip install --upgrade deepspeed"

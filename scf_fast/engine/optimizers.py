@@ -7,6 +7,7 @@ import math
 import torch
 
 from scf_fast.config import Config
+from scf_fast.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def build_optimizer(rule: str, parameters, config: Config, device: torch.device)
         if config.max_grad_clip > 0:
             _clip_values_before_step(optimizer, config.max_grad_clip)
         return optimizer
-    raise ValueError(f"--optimizer {config.optimizer} cannot be used here ({'; '.join(problems)}); use auto")
+    raise InputError(f"--optimizer {config.optimizer} cannot be used here ({'; '.join(problems)}); use auto")
 
 
 def _clip_values_before_step(optimizer, bound):

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from scf_fast.errors import InputError
+
 WEIGHT = "weight"
 
 
@@ -104,11 +106,11 @@ def load_weights(module: nn.Module, saved: Iterable[Piece], buffers: dict[str, t
     state = module.state_dict()
     different = (by_name.keys() | buffers.keys()) ^ state.keys()
     if different:
-        raise ValueError(f"the checkpoint is of another network: it differs in {', '.join(sorted(different)[:3])}")
+        raise InputError(f"the checkpoint is of another network: it differs in {', '.join(sorted(different)[:3])}")
     for name, pieces in by_name.items():
         whole = torch.empty(state[name].numel())
         if sum(len(piece.values[WEIGHT]) for piece in pieces) != len(whole):
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint has {sum(len(piece.values[WEIGHT]) for piece in pieces)} elements of {name}, the "
                 f"network {len(whole)}"
             )

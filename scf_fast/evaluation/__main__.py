@@ -10,6 +10,7 @@ import torch
 
 from scf_fast import distributed
 from scf_fast.arguments import add_loading_arguments
+from scf_fast.errors import InputError
 from scf_fast.evaluation import datasets, report
 from scf_fast.evaluation.embeddings import EmbeddingStore
 from scf_fast.evaluation.evaluate import (
@@ -134,7 +135,7 @@ def _open_verify(options) -> list[Evaluation]:
 def _open_ijb(options) -> list[Evaluation]:
     sets = [datasets.open_template_set(path, options.align) for path in options.data]
     if len({templates.name for templates in sets}) < len(sets):
-        raise ValueError(
+        raise InputError(
             f"--data must hold different protocols, got {', '.join(templates.name for templates in sets)}; leave one "
             "out"
         )
@@ -147,12 +148,12 @@ def _open_identify(options) -> list[Evaluation]:
 
 def _open_risk(options) -> list[Evaluation]:
     if options.far is not None and not 0 <= options.far < 1:
-        raise ValueError(f"--far must lie in [0, 1), got {options.far}")
+        raise InputError(f"--far must lie in [0, 1), got {options.far}")
     if datasets.is_template_set(options.data):
         return [Risk(datasets.open_template_set(options.data, options.align), options.far, options.score)]
     sets = datasets.open_pair_sets([options.data])
     if len(sets) > 1:
-        raise ValueError(f"--data {options.data} holds {len(sets)} verification sets; give one of its files")
+        raise InputError(f"--data {options.data} holds {len(sets)} verification sets; give one of its files")
     return [Risk(*sets.values(), options.far, options.score)]
 
 
@@ -168,7 +169,7 @@ def _models(specs: list[str]) -> dict[str, str]:
         if not equals or os.path.exists(spec):
             name, path = Path(spec.split(",")[0]).resolve().name, spec
         if name in models:
-            raise ValueError(f"two models are named {name}; give them names, as in --model first=PATH second=PATH")
+            raise InputError(f"two models are named {name}; give them names, as in --model first=PATH second=PATH")
         models[name] = path
     return models
 
@@ -228,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
             model = SCF.from_checkpoint(path, normalization=options.normalization, backbone_alone=True)
             embedder = Embedder(model, options.device or default_device(), options.precision, options.flip)
             if not embedder.gives_kappa and any(evaluation.needs_kappa for evaluation in evaluations):
-                raise ValueError(
+                raise InputError(
                     f"--score vmf needs kappa, and --model {path} is a backbone alone; take --score cosine"
                 )
             store = EmbeddingStore(

@@ -10,6 +10,7 @@ means).
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from scf_fast.errors import InputError
 from scf_fast.pipelines.loading.decode import FACE_SIZE, open_image, pack_face
 from scf_fast.pipelines.sources.base import ImageSource
 
@@ -52,7 +53,7 @@ class AlignedFaces(ImageSource):
         self._a, self._b = similarity_transform(landmarks)
         bad = np.flatnonzero(~(np.isfinite(self._a) & (self._a != 0)))
         if len(bad):
-            raise ValueError(
+            raise InputError(
                 f"landmarks must be finite and not all in one point; those of {len(bad)} of {len(source)} images are "
                 "not so, the first "
                 f"{source.name(int(bad[0]))}: {landmarks[bad[0]].tolist()}; detect them anew"
@@ -81,7 +82,7 @@ class AlignedFaces(ImageSource):
             reason = (
                 "unknown format" if isinstance(error, UnidentifiedImageError) else error
             )  # that error's text is an address
-            raise ValueError(
+            raise InputError(
                 f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out"
             ) from error
         return pack_face(face)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scf_fast.arguments import find_images
+from scf_fast.errors import InputError
 from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.protocols import read_severity
 from scf_fast.pipelines.evaluation_sets.template_protocol import (
@@ -71,7 +72,7 @@ def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> d
         found = sorted([*path.glob("*.bin"), *(path / "verification").glob("*.bin")]) if path.is_dir() else [path]
         for pairs in map(_open_pair_set, found) if found else [_draw_pair_set(path, num_pairs, seed)]:
             if pairs.name in sets:
-                raise ValueError(
+                raise InputError(
                     f"two verification sets are named {pairs.name}, the second in {path}; rename one of them"
                 )
             sets[pairs.name] = pairs
@@ -80,7 +81,7 @@ def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> d
 
 def _draw_pair_set(path, num_pairs, seed):
     if not any(child.is_dir() for child in path.iterdir()):
-        raise ValueError(
+        raise InputError(
             f"{path} must hold verification sets (*.bin or verification/*.bin) or one folder of images for each "
             "identity; "
             "give the folder or the file that has them"
@@ -90,7 +91,7 @@ def _draw_pair_set(path, num_pairs, seed):
     try:
         pairs = draw_pairs(labeled, num_pairs, seed=seed)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     images = ImageFiles([pairs.source.name(i) for i in range(len(pairs.source))])
     return PairSet(path.resolve().name, images, pairs.same, None, f"{num_pairs} pairs of {path} drawn with seed {seed}")
 
@@ -120,22 +121,22 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ValueError(f"cannot read the pairs {path}: {os.strerror(error.errno)}; check the path") from error
+        raise InputError(f"cannot read the pairs {path}: {os.strerror(error.errno)}; check the path") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a .bin or a text file with lines `path path label`: {error}") from error
+        raise InputError(f"{path} must be a .bin or a text file with lines `path path label`: {error}") from error
     images, same = [], []
     for number, line in enumerate(lines, 1):
         words = line.strip().split("\t") if "\t" in line else line.split()
         if not any(words):
             continue
         if len(words) != 3 or words[2] not in ("0", "1"):
-            raise ValueError(
+            raise InputError(
                 f"{path} line {number} must be `path path label` with label 0 or 1, got {line[:80]!r}; repair the line"
             )
         for word in words[:2]:
             image = path.parent / word
             if not image.exists():
-                raise ValueError(
+                raise InputError(
                     f"{path} line {number} names {image}, and there is no such file; check the folder that the paths "
                     "start from"
                 )
@@ -150,7 +151,7 @@ def check_pairs(what: Path, same: np.ndarray) -> None:
     """
     genuine = np.count_nonzero(same)
     if len(same) < 10 or genuine in (0, len(same)):
-        raise ValueError(
+        raise InputError(
             f"{what} must have at least 10 pairs, genuine and impostor ones among them, got {len(same)} with "
             f"{genuine} genuine; "
             "leave it out"
@@ -201,7 +202,7 @@ def open_subjects(path: Path) -> Subjects:
     images = find_images([path])
     loose = next((image for image in images if image.parent == path), None)
     if loose is not None:
-        raise ValueError(
+        raise InputError(
             f"{path} must hold one folder a subject, and holds the image {loose.name}; put it in its subject's folder"
         )
     return Subjects(ImageFiles(images), np.array([image.relative_to(path).parts[0] for image in images]))

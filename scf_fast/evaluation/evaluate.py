@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from scf_fast.errors import InputError
 from scf_fast.evaluation import datasets, plots, protocols, report
 from scf_fast.evaluation.datasets import PairSet, Subjects, TemplateSet
 from scf_fast.evaluation.embeddings import EmbeddingStore
@@ -212,7 +213,7 @@ class Identification(Evaluation):
         self._gallery, self._probe = gallery, probe
         self.sources = [(gallery.source, "gallery"), (probe.source, "probes")]
         if not np.isin(probe.names, gallery.names).any():
-            raise ValueError(
+            raise InputError(
                 f"none of the {len(np.unique(probe.names))} subjects of the probes is in the gallery, such as "
                 f"{str(probe.names[0])!r}; "
                 "take both from one set of names"
@@ -340,7 +341,7 @@ def everything(data: Path) -> list[Evaluation]:
     folder = data / "templates" if datasets.is_template_set(data / "templates") else data
     templates = datasets.open_template_set(folder) if datasets.is_template_set(folder) else None
     if not sets and templates is None:
-        raise ValueError(f"{data} must hold verification/*.bin or templates/meta; give --data the folder that has them")
+        raise InputError(f"{data} must hold verification/*.bin or templates/meta; give --data the folder that has them")
     evaluations: list[Evaluation] = [Verification(sets)] if sets else []
     if templates is not None:
         evaluations.append(Templates({templates.name: templates}))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scf_fast.errors import InputError
+
 
 @dataclass(frozen=True)
 class Roc:
@@ -119,7 +121,7 @@ def k_fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: int = 10) -> KF
     """
     _split(scores, same)
     if len(scores) < folds:
-        raise ValueError(f"{folds}-fold accuracy needs at least {folds} pairs, got {len(scores)}")
+        raise InputError(f"{folds}-fold accuracy needs at least {folds} pairs, got {len(scores)}")
     accuracy, thresholds = [], []
     for test in np.array_split(np.arange(len(scores)), folds):
         train = np.ones(len(scores), bool)
@@ -152,9 +154,9 @@ def error_versus_reject(wrong: np.ndarray, quality: np.ndarray) -> RejectCurve:
         ValueError: the shapes differ, there are no pairs, or a quality is not finite.
     """
     if wrong.shape != quality.shape or wrong.ndim != 1 or len(wrong) == 0:
-        raise ValueError(f"wrong and quality must be (P,) with P >= 1, got {wrong.shape} and {quality.shape}")
+        raise InputError(f"wrong and quality must be (P,) with P >= 1, got {wrong.shape} and {quality.shape}")
     if not np.isfinite(quality).all():
-        raise ValueError(f"quality must be finite, got {np.count_nonzero(~np.isfinite(quality))} values that are not")
+        raise InputError(f"quality must be finite, got {np.count_nonzero(~np.isfinite(quality))} values that are not")
     _, group, size = np.unique(quality, return_inverse=True, return_counts=True)
     expected = (np.bincount(group, weights=wrong) / size)[group]
     best_first = np.argsort(-quality, kind="stable")
@@ -210,7 +212,7 @@ def rank_rates(searches: Searches, ranks: tuple[int, ...]) -> dict[int, float]:
         ValueError: no search is mated.
     """
     if not searches.mated.any():
-        raise ValueError("closed-set identification needs probes whose subject is in the gallery, got none")
+        raise InputError("closed-set identification needs probes whose subject is in the gallery, got none")
     found = searches.mate_rank[searches.mated]
     return {rank: float(np.mean(found <= rank)) for rank in ranks}
 
@@ -224,7 +226,7 @@ def tpir_at_fpir(searches: Searches, fpirs: list[float]) -> dict[float, float]:
     """
     mated = searches.mated
     if mated.all() or not mated.any():
-        raise ValueError(
+        raise InputError(
             "open-set identification needs probes with and without their subject in the gallery, "
             f"got {np.count_nonzero(mated)} with it of {len(mated)}"
         )
@@ -236,13 +238,13 @@ def tpir_at_fpir(searches: Searches, fpirs: list[float]) -> dict[float, float]:
 def _split(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Genuine and impostor scores, after checking them."""
     if scores.shape != same.shape or scores.ndim != 1 or same.dtype != bool:
-        raise ValueError(f"scores (P,) and same (P,) bool must agree, got {scores.shape} and {same.shape} {same.dtype}")
+        raise InputError(f"scores (P,) and same (P,) bool must agree, got {scores.shape} and {same.shape} {same.dtype}")
     if not np.isfinite(scores).all():
-        raise ValueError(
+        raise InputError(
             f"scores must be finite, got {np.count_nonzero(~np.isfinite(scores))} of {len(scores)} that are not"
         )
     if same.all() or not same.any():
-        raise ValueError(
+        raise InputError(
             f"verification needs genuine and impostor pairs, got {np.count_nonzero(same)} genuine of {len(same)}"
         )
     return scores[same], scores[~same]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 
+from scf_fast.errors import InputError
 from scf_fast.evaluation import metrics
 from scf_fast.evaluation.embeddings import Embeddings, PairScores, score_pairs
 from scf_fast.kernels import (
@@ -382,24 +383,24 @@ def read_severity(path: Path, column: str, names: list[str]) -> np.ndarray:
     with open(path, newline="", errors="replace") as file:
         reader = csv.DictReader(file)
         if not {column, "severity"} <= set(reader.fieldnames or ()):
-            raise ValueError(
+            raise InputError(
                 f"{path} must have the columns {column} and severity, got {reader.fieldnames}; write it anew with the "
                 "data set"
             )
         try:
             severity = {row[column]: float(row["severity"]) for row in reader}
         except (TypeError, ValueError, csv.Error):
-            raise ValueError(f"{path} line {reader.line_num}: severity must be a number; repair the row") from None
+            raise InputError(f"{path} line {reader.line_num}: severity must be a number; repair the row") from None
     missing = [name for name in names if name not in severity]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{path} lacks {len(missing)} of {len(names)} images, the first {missing[0]}; write it anew with the data "
             "set"
         )
     values = np.array([severity[name] for name in names])
     outside = np.flatnonzero(~((values >= 0) & (values <= 1)))
     if len(outside):
-        raise ValueError(
+        raise InputError(
             f"{path}: severity must lie in [0, 1], got {values[outside[0]]} for {names[outside[0]]}; repair the row"
         )
     return values

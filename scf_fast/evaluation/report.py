@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from scf_fast.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "report.md", "report.html"
@@ -350,19 +351,19 @@ def check_folder(out: Path, request: dict, overwrite: bool) -> None:
         ValueError: so it is, or its results.json cannot be read, and overwrite is False; or `out` is a file.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} must be a folder, and is a file; give another --out")
+        raise InputError(f"{out} must be a folder, and is a file; give another --out")
     path = out / RESULTS_FILE
     if overwrite or not path.exists():
         return
     try:
         earlier = json.loads(path.read_text())["request"]
     except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path} is no evaluation result; give another --out, or --overwrite") from None
+        raise InputError(f"{path} is no evaluation result; give another --out, or --overwrite") from None
     if earlier != request:
         different = ", ".join(
             f"{key} {earlier.get(key)} -> {value}" for key, value in request.items() if earlier.get(key) != value
         )
-        raise ValueError(f"{out} holds another evaluation ({different}); give another --out, or --overwrite")
+        raise InputError(f"{out} holds another evaluation ({different}); give another --out, or --overwrite")
 
 
 def write_report(

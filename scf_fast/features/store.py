@@ -19,6 +19,8 @@ import zlib
 import numpy as np
 import torch
 
+from scf_fast.errors import InputError
+
 CACHE_DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -160,7 +162,7 @@ class FeatureCache:
                 small, or the dtype's range is.
         """
         if not math.isfinite(convf_error):
-            raise ValueError(
+            raise InputError(
                 f"--cache_dtype {layout.dtype}: cannot hold the last map of this backbone, whose values are too large "
                 "for it; use bf16"
             )
@@ -174,7 +176,7 @@ class FeatureCache:
                 if {**meta["key"], **meta["layout"]}.get(name) != value
             ]
             if different:
-                raise ValueError(
+                raise InputError(
                     f"--feature_cache {folder}: was made for something else ({'; '.join(different)}); give another "
                     "folder, or delete it"
                 )
@@ -193,7 +195,7 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if layout.total_bytes > free:
-            raise ValueError(
+            raise InputError(
                 f"--feature_cache {folder}: needs {layout.total_bytes / 1e9:.1f} GB for {layout.num_images} images, "
                 f"but {free / 1e9:.1f} GB are "
                 f"free; use --cache_dtype int8, or --cache_budget {0.9 * free / 1e9:.1f} (GB; the rest is recomputed "
@@ -292,7 +294,7 @@ class FeatureCache:
                 if not self._sound[view]:
                     if _checksum(rows[row]) != self._checksums[view]:
                         self._checksums[indices[row]] = 0
-                        raise ValueError(
+                        raise InputError(
                             f"--feature_cache {self.folder}: the record of image {indices[row]} is damaged; start "
                             "again with --resume, which "
                             "makes it anew; python -m scf_fast.feature_cache verify looks for more"
@@ -361,7 +363,7 @@ def read_meta(folder: Path) -> dict:
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         if meta["format"] != _FORMAT:
-            raise ValueError(f"format {meta['format']}")
+            raise InputError(f"format {meta['format']}")
         layout = layout_of(meta)
         sizes = (layout.num_images, layout.z_dim, *layout.convf_shape)
         if (
@@ -369,13 +371,13 @@ def read_meta(folder: Path) -> dict:
             or len(sizes) != 5
             or not all(isinstance(size, int) and 0 < size < 1 << 40 for size in sizes)
         ):
-            raise ValueError(f"layout {meta['layout']}")
+            raise InputError(f"layout {meta['layout']}")
         if not isinstance(meta["key"], dict) or not isinstance(meta["convf_error"], float):
             raise TypeError("key and convf_error")
     except OSError as error:
-        raise ValueError(f"--feature_cache {folder}: holds no feature cache ({error.strerror})") from None
+        raise InputError(f"--feature_cache {folder}: holds no feature cache ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
+        raise InputError(
             f"--feature_cache {folder}: meta.json is damaged ({error}); delete the folder and build it anew"
         ) from None
     return meta
@@ -396,6 +398,6 @@ def _allocate(path: Path, size: int) -> None:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"--feature_cache {path}: cannot allocate {size / 1e9:.2f} GB ({error.strerror})"
             ) from None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from scf_fast.errors import InputError
+
 IMAGE_SIZE = 112
 
 
@@ -162,7 +164,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str = "ir_100", z_dim: int = 512, dropout: float | None = None):
         super().__init__()
         if name not in BACKBONES:
-            raise ValueError(f"network must be one of {', '.join(BACKBONES)}, got {name!r}")
+            raise InputError(f"network must be one of {', '.join(BACKBONES)}, got {name!r}")
         architecture = BACKBONES[name]
         family = FAMILIES[architecture.family]
         self.name, self.z_dim, self.architecture = name, z_dim, architecture

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scf_fast.errors import InputError
+
 LOG_KAPPA_FLOOR = math.log(1e-6)  # the published epsilon; it moves kappa by 1e-6, so it matters only for kappa << 1
 
 
@@ -90,7 +92,7 @@ class ConvConfidence(nn.Module):
     def __init__(self, channels: int, map_size: int):
         super().__init__()
         if map_size < 7:
-            raise ValueError(
+            raise InputError(
                 f"the convolutional confidence net needs a feature map of at least 7 x 7, got {map_size} x "
                 f"{map_size}; use the mlp"
             )
@@ -135,5 +137,5 @@ def identify_confidence_net(state_dict: dict[str, torch.Tensor]) -> str:
         ValueError: the keys are of neither.
     """
     if "_log_kappa.0.weight" not in state_dict:
-        raise ValueError(f"no confidence net: must have '_log_kappa.0.weight', got keys like {list(state_dict)[:3]}")
+        raise InputError(f"no confidence net: must have '_log_kappa.0.weight', got keys like {list(state_dict)[:3]}")
     return "conv" if "conv_.0.weight" in state_dict else "mlp"

@@ -3,6 +3,7 @@ import re
 
 import torch
 
+from scf_fast.errors import InputError
 from scf_fast.networks.backbones import BACKBONES, Architecture, Backbone
 
 
@@ -85,7 +86,7 @@ def identify_backbone(state_dict: dict[str, torch.Tensor]) -> tuple[str, int]:
     shapes = {_rename(key, theirs_to_ours): tuple(value.shape) for key, value in state_dict.items()}
     embedding = shapes.get("output_layer.3.weight", ())
     if len(embedding) != 2:
-        raise ValueError(
+        raise InputError(
             "no backbone: must have 'output_layer.3.weight' (insightface: 'fc.weight') as IR-ResNets do, got keys "
             f"like {list(state_dict)[:3]}; "
             "give the file that stage 1 wrote"
@@ -110,4 +111,4 @@ def identify_backbone(state_dict: dict[str, torch.Tensor]) -> tuple[str, int]:
         if keys:
             examples = sorted(_rename(key, ours_to_theirs) for key in keys)
             parts.append(f"{len(keys)} {what} ({', '.join(examples[:3])}{', ...' if len(keys) > 3 else ''})")
-    raise ValueError(f"backbone of no known architecture; nearest is {nearest}: {'; '.join(parts)}")
+    raise InputError(f"backbone of no known architecture; nearest is {nearest}: {'; '.join(parts)}")

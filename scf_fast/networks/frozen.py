@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scf_fast.errors import InputError
 from scf_fast.networks.backbones import IMAGE_SIZE, Backbone
 
 log = logging.getLogger(__name__)
@@ -291,7 +292,7 @@ class FrozenBackbone(nn.Module):
                         self._folded, mode="reduce-overhead" if self._device.type == "cuda" else None, dynamic=False
                     )
                 return precision
-        raise ValueError(
+        raise InputError(
             f"the frozen backbone differs from the float32 model in every precision of {', '.join(self._precisions)}: "
             "cosine must be >= "
             f"{MIN_COSINE} and the relative error of convf <= {MAX_CONVF_ERROR[precision]:.0e}; the weights may be "

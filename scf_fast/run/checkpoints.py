@@ -25,6 +25,7 @@ from scf_fast.distributed import Runtime
 from scf_fast.engine import partitions
 from scf_fast.engine.class_centers import ClassCenters
 from scf_fast.engine.partitions import Piece
+from scf_fast.errors import InputError
 from scf_fast.weights.files import save_file, write_whole
 
 log = logging.getLogger(__name__)
@@ -240,7 +241,7 @@ def newest_intact(folder: Path) -> tuple[str, dict] | None:
         )
         problems.append(f"{tag}: {problem}")
     if problems:
-        raise ValueError(
+        raise InputError(
             f"--resume: no checkpoint in {folder} is intact ({'; '.join(problems)}); --overwrite starts anew"
         )
     return None

@@ -16,6 +16,7 @@ import torch
 from scf_fast import __version__
 from scf_fast import config as configuration
 from scf_fast.config import Config
+from scf_fast.errors import InputError
 from scf_fast.run import checkpoints
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
@@ -94,7 +95,7 @@ def claim(config: Config) -> tuple[str, dict] | None:
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder}: is a file; give a folder")
+        raise InputError(f"--output_dir {folder}: is a file; give a folder")
     if config.overwrite:
         _check_nothing_else_is_lost(config)
     old = folder / CONFIG_FILE
@@ -102,7 +103,7 @@ def claim(config: Config) -> tuple[str, dict] | None:
         return checkpoints.newest_intact(folder / CHECKPOINTS)
     if not old.exists():
         if folder.exists() and any(folder.iterdir()) and not config.overwrite:
-            raise ValueError(
+            raise InputError(
                 f"--output_dir {folder}: holds files that are no run of this program; give another folder, or "
                 "--overwrite to delete them"
             )
@@ -113,11 +114,11 @@ def claim(config: Config) -> tuple[str, dict] | None:
     different = [key for key in _IDENTITY if not _same(key, before.get(key), now[key])]
     if different:
         what = ", ".join(f"{key} {before.get(key)!r} -> {now[key]!r}" for key in different)
-        raise ValueError(
+        raise InputError(
             f"--output_dir {folder}: holds a different run ({what}); give another folder, or --overwrite to delete it"
         )
     if not config.resume:
-        raise ValueError(
+        raise InputError(
             f"--output_dir {folder}: holds this run already; give --resume to continue it, or --overwrite to delete it"
         )
     return checkpoints.newest_intact(folder / CHECKPOINTS)
@@ -129,7 +130,7 @@ def _check_nothing_else_is_lost(config: Config) -> None:
     named = [(f"--{flag}", path) for flag in _READ for path in str(getattr(config, flag) or "").split(",") if path]
     for what, path in [("the current folder", "."), *named]:
         if os.path.commonpath([folder, os.path.realpath(path)]) == folder:
-            raise ValueError(
+            raise InputError(
                 f"--overwrite would delete all of {config.output_dir}, and {what} {path} lies in it; give another "
                 "--output_dir"
             )
@@ -159,7 +160,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if attempt == _LOCK_SECONDS:
-                    raise ValueError(
+                    raise InputError(
                         f"--output_dir {folder}: another run is writing to it; wait for its end, or stop its ranks: "
                         "pkill -f train.py"
                     ) from None

@@ -13,6 +13,7 @@ from scf_fast.distributed import Runtime
 from scf_fast.engine.class_centers import ClassCenters
 from scf_fast.engine.deepspeed_config import resolve_precision
 from scf_fast.engine.engine import full_state_dict
+from scf_fast.errors import InputError
 from scf_fast.kernels.margin_softmax import check_margin_softmax
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.families import family_state
@@ -37,7 +38,7 @@ class BackboneStage:
     def __init__(self, config: Config, source):
         self.config, self.num_classes = config, source.num_classes
         if self.num_classes < 2:
-            raise ValueError(f"--data {config.data}: stage 1 needs at least 2 identities, got {self.num_classes}")
+            raise InputError(f"--data {config.data}: stage 1 needs at least 2 identities, got {self.num_classes}")
         check_margin_softmax(config.margins, config.margin_gradient, config.label_smoothing)
         _, world_size = distributed.environment()
         precision = resolve_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -9,6 +9,7 @@ from torch import nn
 from scf_fast.config import Config
 from scf_fast.distributed import Runtime
 from scf_fast.engine.engine import full_state_dict
+from scf_fast.errors import InputError
 from scf_fast.features.open import open_stream, pixel_convention
 from scf_fast.features.stream import FeatureBatch, FeatureStream
 from scf_fast.kernels import inverse_mean_resultant_length, scf_loss
@@ -73,14 +74,14 @@ class ConfidenceStage:
             ("z_dim", config.z_dim, self.z_dim),
         ):
             if given not in (None, actual):
-                raise ValueError(
+                raise InputError(
                     f"--{flag} must be {actual} for the {self.name} in {config.saved_bkb}, got {given}; leave it out"
                 )
         fc = reading.read(config.saved_fc, "--saved_fc")
         self.class_centers = fc.usable_class_centers()
         classes, width = self.class_centers.shape
         if width != self.z_dim:
-            raise ValueError(
+            raise InputError(
                 f"--saved_fc {config.saved_fc}: class centers are {width} wide but the backbone's features "
                 f"{self.z_dim}; "
                 "both files must come from the same stage-1 run"
@@ -92,7 +93,7 @@ class ConfidenceStage:
                 else ", or give --partial_identities if these are some of them under the same numbers"
             )
             only = "only " if source.num_classes > classes else ""
-            raise ValueError(
+            raise InputError(
                 f"--data {config.data} has {source.num_classes} identities but --saved_fc {config.saved_fc} "
                 f"{only}{classes} class centers; "
                 f"train stage 2 on the identities of stage 1{way_out}"

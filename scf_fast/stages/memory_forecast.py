@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from scf_fast.config import Config
 from scf_fast.engine.class_centers import fuses, rows_of
+from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone
 
 _FLOAT = 4  # bytes of a float32, which parameters, states and gradients are
@@ -57,7 +58,7 @@ class MemoryForecast:
             "a smaller --batch_size",
             "a higher --zero_stage" if self.backbone > self.class_centers else "a smaller --z_dim",
         ]
-        raise ValueError(f"this run does not fit into memory ({self}); what helps: {', '.join(ways)}")
+        raise InputError(f"this run does not fit into memory ({self}); what helps: {', '.join(ways)}")
 
 
 def forecast(config: Config, num_classes: int, world_size: int, precision: str) -> MemoryForecast:

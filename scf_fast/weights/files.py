@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from scf_fast.errors import InputError
+
 
 def save_file(value, path: Path) -> None:
     """``torch.save``, complete or not at all."""
@@ -65,7 +67,7 @@ def load_file(path: str | Path, flag: str):
             warnings.simplefilter("ignore")  # about pickle's protocol, beside the error that says it all
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"{flag} {path}: cannot be read ({error.strerror or error}); give the path of a checkpoint file"
         ) from None
     except Exception as error:  # on bytes that are no checkpoint the unpickler fails in any way there is
@@ -78,7 +80,7 @@ def load_file(path: str | Path, flag: str):
             reason = (
                 str(error).splitlines()[0] if str(error) and not isinstance(error, KeyError) else type(error).__name__
             )
-        raise ValueError(f"{flag} {path}: is no checkpoint of tensors ({reason})") from None
+        raise InputError(f"{flag} {path}: is no checkpoint of tensors ({reason})") from None
 
 
 def _is_safetensors(path: str | Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from scf_fast.errors import InputError
 from scf_fast.networks.backbones import BACKBONES, Architecture
 from scf_fast.networks.confidence import identify_confidence_net
 from scf_fast.networks.families import identify_backbone, native_state
@@ -68,17 +69,17 @@ class Weights:
             "confidence_net": "a confidence net's state_dict of tensors",
         }[part]
         if self.parts:
-            raise ValueError(f"{self.source}: must hold {wanted}, but holds {' and '.join(self.describe())}")
+            raise InputError(f"{self.source}: must hold {wanted}, but holds {' and '.join(self.describe())}")
         if part == "backbone" and self.other:
             self._identify(max(self.other, key=len))
         found = f"keys like {list(self.other[0])[:3]}" if self.other else "none"
-        raise ValueError(f"{self.source}: must hold {wanted}, got {found}")
+        raise InputError(f"{self.source}: must hold {wanted}, got {found}")
 
     def _identify(self, state: dict[str, torch.Tensor]) -> tuple[str, int]:
         try:
             return identify_backbone(state)
         except ValueError as error:
-            raise ValueError(f"{self.source}: {error}") from None
+            raise InputError(f"{self.source}: {error}") from None
 
     def network(self) -> tuple[str, int]:
         """Name and embedding width of the backbone.
@@ -100,7 +101,7 @@ class Weights:
         """
         value = self.only("class_centers").class_centers.float()
         if not torch.isfinite(value).all() or not value.any(dim=1).all():
-            raise ValueError(
+            raise InputError(
                 f"{self.source}: class centers must be finite and no row zero; the file is damaged or its training "
                 "diverged"
             )
@@ -164,7 +165,7 @@ def read(spec: str | Path, flag: str = "file") -> Weights:
         value = load_file(path, flag)
         _collect(value, found)
         if not found.parts and not found.other:
-            raise ValueError(
+            raise InputError(
                 f"{flag} {path}: must hold a state_dict of tensors or class centers, got {type(value).__name__} "
                 "without tensors"
             )
@@ -172,7 +173,7 @@ def read(spec: str | Path, flag: str = "file") -> Weights:
         for part in ("backbone", "confidence_net"):
             old, new = getattr(weights, part), getattr(found, part)
             if old is not None and new is not None and not _same_parameters(old, new):
-                raise ValueError(
+                raise InputError(
                     f"{flag} {spec}: must hold one {part.replace('_', ' ')}, but {path} has another than the files "
                     "before it"
                 )
@@ -182,14 +183,14 @@ def read(spec: str | Path, flag: str = "file") -> Weights:
     if shards:
         rows = [len(shard) for shard in shards]
         if rows != sorted(rows, reverse=True) or rows[0] - rows[-1] > 1:
-            raise ValueError(
+            raise InputError(
                 f"{flag} {spec}: the ranks' class centers must be in the order of the ranks, each as many rows as the "
                 "next or one more, got "
                 f"{', '.join(map(str, rows))}; a file is missing or out of order"
             )
         widths = {shard.shape[1] for shard in shards}
         if len(widths) > 1:
-            raise ValueError(
+            raise InputError(
                 f"{flag} {spec}: the ranks' class centers must have one width, got "
                 f"{', '.join(map(str, sorted(widths)))}; "
                 "give the files of one run"
@@ -209,14 +210,14 @@ def _expand(spec: str | Path, flag: str) -> list[str]:
             ]
             if paths:
                 return paths
-        raise ValueError(
+        raise InputError(
             f"{flag} {text}: is a folder without {', '.join(name for names in _FOLDERS for name in names)}; give a "
             "checkpoint file"
         )
     if not os.path.exists(text) and re.search(r"[*?\[]", text):
         paths = glob.glob(text)
         if not paths:
-            raise ValueError(f"{flag} {text}: no file has a name like that; check the pattern")
+            raise InputError(f"{flag} {text}: no file has a name like that; check the pattern")
         return _by_rank(paths, text, flag)
     return (
         [text]
@@ -229,7 +230,7 @@ def _by_rank(paths: list[str], spec: str, flag: str) -> list[str]:
     numbered = sorted((int((re.findall(r"\d+", os.path.basename(path)) or [-1])[-1]), path) for path in paths)
     ranks = [rank for rank, _ in numbered]
     if len(paths) > 1 and ranks != list(range(len(paths))):
-        raise ValueError(
+        raise InputError(
             f"{flag} {spec}: the files must be those of ranks 0 to {len(paths) - 1}, got {', '.join(map(str, ranks))}; "
             "add the missing ones, or list the files with commas"
         )
@@ -266,7 +267,7 @@ def _collect(value, weights: Weights) -> None:
             weights.other.append(state)
             continue
         if getattr(weights, part) is not None:
-            raise ValueError(
+            raise InputError(
                 f"{weights.source}: must hold {part.replace('_', ' ')} once, got several; save what is meant in a "
                 "file of its own"
             )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file as save_safetensors
 
+from scf_fast.errors import InputError
 from scf_fast.networks.confidence import identify_confidence_net
 from scf_fast.networks.families import family_state
 from scf_fast.weights.files import save_file
@@ -15,7 +16,7 @@ from scf_fast.weights.reading import _PROGRESS, Weights, model_facts
 
 def _only_part(weights: Weights, layout: str) -> str:
     if len(weights.parts) != 1:
-        raise ValueError(
+        raise InputError(
             f"{weights.source}: one {layout} file holds one part, here are {', '.join(weights.parts) or 'none'}; "
             "choose with --part"
         )
@@ -40,7 +41,7 @@ def _of_family(weights: Weights, family: str) -> None:
             "tface": "a BatchNorm between the convolutions of a unit, and no projection where the width stays",
             "insightface": "a BatchNorm between the convolutions of a unit, and a projection at every stride",
         }
-        raise ValueError(
+        raise InputError(
             f"{weights.source}: {name} cannot be written for {family}, whose backbones have {differ[family]}: it is "
             "another network; "
             f"use --to {weights.architecture.family}"
@@ -49,7 +50,7 @@ def _of_family(weights: Weights, family: str) -> None:
 
 def _net_must_be(weights: Weights, layout: str, net: str) -> None:
     if weights.confidence_net is not None and identify_confidence_net(weights.confidence_net) != net:
-        raise ValueError(
+        raise InputError(
             f"{weights.source}: the confidence net {identify_confidence_net(weights.confidence_net)} cannot be "
             f"written for {layout}, "
             f"which has {net} alone; use --to scf_fast or safetensors"
@@ -76,7 +77,7 @@ def _tface(weights: Weights):
 
 def _insightface(weights: Weights):
     if weights.confidence_net is not None:
-        raise ValueError(
+        raise InputError(
             f"{weights.source}: insightface has no confidence net; choose another part with --part, or use --to "
             "scf_fast"
         )
@@ -138,7 +139,7 @@ def write(weights: Weights, path: str | Path, layout: str = "scf_fast") -> None:
         ValueError: the layout has no place for these weights; the message says why.
     """
     if not weights.parts:
-        raise ValueError(f"{weights.source}: must hold weights of a known kind to be written; inspect says what it has")
+        raise InputError(f"{weights.source}: must hold weights of a known kind to be written; inspect says what it has")
     value = LAYOUTS[layout](weights)
     if layout != "safetensors":
         return save_file(value, Path(path))
