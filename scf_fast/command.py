@@ -1,0 +1,5 @@
+"""The runner and the argument parser of every command."""
+
+from scf_fast.pipelines.command import INPUT_ERROR, INTERRUPTED, TRACEBACK_VARIABLE, Parser, run
+
+__all__ = ["INPUT_ERROR", "INTERRUPTED", "TRACEBACK_VARIABLE", "Parser", "run"]
