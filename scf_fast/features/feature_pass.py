@@ -1,9 +1,11 @@
 """A pass over a data set that computes features and trains nothing: what the programs beside training share."""
 
+import dataclasses
 from pathlib import Path
 
 from scf_fast import distributed
-from scf_fast.command_line import parse
+from scf_fast.command_line import make_config_of, parse_values
+from scf_fast.config import FeatureConfig
 from scf_fast.data import open_data
 from scf_fast.features.open import pixel_convention
 from scf_fast.model import noted_facts
@@ -25,16 +27,16 @@ class FeaturePass:
     """
 
     def __init__(self, flags: list[str], folder: Path):
-        config = self.config = parse(
-            ["--stage", "confidence", "--output_dir", str(folder), "--saved_fc", "none", "--batch_size", "256", *flags]
-        )
+        values = {"output_dir": str(folder), "batch_size": 256, **parse_values(flags)}
+        config = make_config_of(FeatureConfig, {name: value for name, value in values.items() if name != "stage"})
         self.source, self.backbone = open_data(config), reading.read(config.saved_bkb, "--saved_bkb")
         facts = {}
-        if config.saved_fc != "none":
+        if config.saved_fc:
             facts = reading.read(config.saved_fc, "--saved_fc").facts
         elif config.normalization is None:
             facts = noted_facts(self.backbone, config.saved_bkb)
-        config.normalization, self._origin = pixel_convention(config, self.backbone.network()[0], facts)
+        normalization, self._origin = pixel_convention(config, self.backbone.network()[0], facts)
+        self.config = dataclasses.replace(config, normalization=normalization)
 
     def start(self) -> tuple[distributed.Runtime, int]:
         """Join the group; (runtime, images of a global batch, of which each rank has as many)."""

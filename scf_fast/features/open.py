@@ -2,7 +2,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from scf_fast.config import Config
+from scf_fast.config import FeatureConfig
 from scf_fast.data import image_loader
 from scf_fast.distributed import Runtime
 from scf_fast.features.store import CacheLayout, FeatureCache, cache_key, encoding_error, read_meta
@@ -23,7 +23,7 @@ _CPU_COMPILE_IMAGES = (
 )
 
 
-def pixel_convention(config: Config, network: str, facts: dict) -> tuple[str, str]:
+def pixel_convention(config: FeatureConfig, network: str, facts: dict) -> tuple[str, str]:
     """The pixel convention of a backbone's images, a name that scf_fast.pipelines.loading.base.Preprocessing knows, and
     in words where it is from.
 
@@ -39,7 +39,7 @@ def pixel_convention(config: Config, network: str, facts: dict) -> tuple[str, st
 
 
 def open_stream(
-    config: Config, backbone_state: dict[str, torch.Tensor], source, sampler: EpochSampler, runtime: Runtime
+    config: FeatureConfig, backbone_state: dict[str, torch.Tensor], source, sampler: EpochSampler, runtime: Runtime
 ) -> FeatureStream:
     """The stream that a configuration describes: backbone from ``backbone_state``, with the cache of
     ``--feature_cache``; collective.
