@@ -160,6 +160,7 @@ class StepGate:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self._is_closed = False
+        self._depth = 0  # a step that calls its base class's runs the hooks again
         self._gradients: list[tuple[nn.Parameter, torch.Tensor | None]] = []
         self._counts: list[Any] = []
         optimizer.register_step_pre_hook(self._before)
@@ -172,10 +173,13 @@ class StepGate:
         try:
             yield
         finally:
-            self._is_closed = False
+            self._is_closed, self._depth = False, 0
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not self._is_closed:
+            return
+        self._depth += 1
+        if self._depth > 1:
             return
         self._counts = [group.get("step") for group in optimizer.param_groups]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -186,8 +190,13 @@ class StepGate:
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not self._is_closed:
             return
+        self._depth -= 1
+        if self._depth > 0:
+            return
         for group, count in zip(optimizer.param_groups, self._counts):
-            if count is not None:
+            if count is None:
+                group.pop("step", None)
+            else:
                 group["step"] = count
         for parameter, gradient in self._gradients:
             parameter.grad = gradient

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from scf_fast.config import BackboneConfig
-from scf_fast.engine.optimizers import LearningRate, OptimizerRule, build_optimizer
+from scf_fast.engine.optimizers import LearningRate, OptimizerRule, StepGate, build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,34 @@ def test_values_are_clipped_at_the_step():
         [torch.tensor([2.0, -2.0, 0.1])],
     )
     torch.testing.assert_close(got, torch.tensor([-0.5, 0.5, -0.1]))
+
+
+class CountsInTheGroup(torch.optim.SGD):
+    """Counts its steps where fused Adam of Apex and of DeepSpeed does."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, CountsInTheGroup])
+def test_a_closed_gate_leaves_weights_moments_and_counters_alone(make):
+    """Against an optimizer that was never asked for the steps behind the gate."""
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    gated, plain = (make([p], lr=0.1) for p in parameters)
+    gate = StepGate(gated)
+    for step, closed in enumerate([True, False, True, False]):
+        gradient = torch.full((3,), float("nan") if closed else 1.0 + step)
+        parameters[0].grad = gradient
+        with gate.closed() if closed else contextlib.nullcontext():
+            gated.step()
+        assert parameters[0].grad is gradient  # offloading writes into its memory
+        if not closed:
+            parameters[1].grad = gradient.clone()
+            plain.step()
+    assert torch.equal(*parameters)
+    assert str(gated.state_dict()) == str(plain.state_dict())
 
 
 def test_named_implementation_that_is_absent_is_an_error_and_auto_says_what_it_took(caplog):
