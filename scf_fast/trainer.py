@@ -19,7 +19,6 @@ from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_prec
 from scf_fast.engine.engine import average_batchnorm_statistics, initialize_engine, take_step
 from scf_fast.engine.optimizers import LearningRate, build_optimizer
 from scf_fast.errors import InputError
-from scf_fast.features.stream import FeatureStream
 from scf_fast.networks.flops import peak_flops
 from scf_fast.run import checkpoints
 from scf_fast.run import folder as run_folder
@@ -441,8 +440,8 @@ class _Run:
     def _summarize(self, step: int, reporter: Reporter, loader, profile: StepProfile, stopped_by: str | None) -> None:
         self.clock.collect()
         seconds = sum(self.clock.seconds.values())
-        self.clock.split("data", loader.seconds if isinstance(loader, FeatureStream) else {})
-        broken = torch.tensor(float(len(loader.broken)), device=self.runtime.device)
+        self.clock.split("data", loader.seconds)
+        broken = torch.tensor(float(loader.count_broken()), device=self.runtime.device)
         counts = {
             "steps": step - self.first_step,
             "skipped_not_finite": self.guard.skipped,

@@ -26,7 +26,8 @@ from scf_fast.engine import partitions
 from scf_fast.engine.class_centers import ClassCenters
 from scf_fast.engine.partitions import Piece
 from scf_fast.errors import InputError
-from scf_fast.weights.files import save_file, write_whole
+from scf_fast.pipelines.formats.atomic_file import write_json, write_text
+from scf_fast.weights.files import save_torch_file
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +117,8 @@ class Checkpoints:
         if rows is not None:
             files[ClassCenters.file_name(rank)] = rows
         for name, value in files.items():
-            save_file(value, folder / name)
-        write_whole(
-            folder / f"rank{rank}.json",
-            lambda file: file.write(json.dumps({name: _fingerprint(folder / name) for name in files}).encode()),
-        )
+            save_torch_file(value, folder / name)
+        write_json(folder / f"rank{rank}.json", {name: _fingerprint(folder / name) for name in files})
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on every rank's disk, then make it count: no other moment leaves a folder
@@ -163,11 +161,8 @@ class Checkpoints:
     def _complete(self, tag: str, state: dict) -> None:
         parts = [self.folder / tag / f"rank{rank}.json" for rank in range(self.runtime.world_size)]
         files = {name: fingerprint for part in parts for name, fingerprint in json.loads(part.read_text()).items()}
-        write_whole(
-            self.folder / tag / _STATE,
-            lambda file: file.write(json.dumps({**state, "files": files}, indent=1).encode()),
-        )
-        write_whole(self.folder / _LATEST, lambda file: file.write(tag.encode()))
+        write_json(self.folder / tag / _STATE, {**state, "files": files}, indent=1)
+        write_text(self.folder / _LATEST, tag)
         for part in parts:
             part.unlink()
         log.info(

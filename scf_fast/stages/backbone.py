@@ -19,8 +19,7 @@ from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.families import family_state
 from scf_fast.pipelines.loading.base import Batch, Loader
 from scf_fast.stages.memory_forecast import forecast
-from scf_fast.weights.files import save_file
-from scf_fast.weights.reading import BACKBONE_FILE, CENTERS_FILE
+from scf_fast.weights.files import BACKBONE_FILE, CENTERS_FILE, save_torch_file
 
 log = logging.getLogger(__name__)
 
@@ -81,5 +80,5 @@ class BackboneStage:
         files = [folder / BACKBONE_FILE, folder / CENTERS_FILE]
         self.centers.export(files[1], {"normalization": self.config.normalization, **progress})
         if is_main:
-            save_file(state, files[0])
+            save_torch_file(state, files[0])
         return files

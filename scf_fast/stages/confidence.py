@@ -18,9 +18,8 @@ from scf_fast.networks.backbones import BACKBONES
 from scf_fast.networks.confidence import build_confidence_net
 from scf_fast.networks.families import family_state
 from scf_fast.stages import published_files
-from scf_fast.weights import reading
-from scf_fast.weights.files import save_file
-from scf_fast.weights.reading import CONFIDENCE_FILE, MODEL_FILE
+from scf_fast.weights.files import CONFIDENCE_FILE, MODEL_FILE, save_torch_file
+from scf_fast.weights.reading import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +64,10 @@ class ConfidenceStage:
 
     def __init__(self, config: Config, source):
         self.config = config
-        backbone = reading.read(config.saved_bkb, "--saved_bkb")
+        backbone = read_weights(config.saved_bkb, "--saved_bkb")
         self.name, self.z_dim = backbone.network()
         self._watch = KappaWatch(self.z_dim)
-        self.backbone_state = backbone.backbone
+        self.backbone_state = backbone.require_backbone()
         for flag, given, actual in (
             ("convf_dim", config.convf_dim, BACKBONES[self.name].convf_dim),
             ("z_dim", config.z_dim, self.z_dim),
@@ -77,8 +76,8 @@ class ConfidenceStage:
                 raise InputError(
                     f"--{flag} must be {actual} for the {self.name} in {config.saved_bkb}, got {given}; leave it out"
                 )
-        fc = reading.read(config.saved_fc, "--saved_fc")
-        self.class_centers = fc.usable_class_centers()
+        fc = read_weights(config.saved_fc, "--saved_fc")
+        self.class_centers = fc.require_class_centers()
         classes, width = self.class_centers.shape
         if width != self.z_dim:
             raise InputError(
@@ -162,7 +161,7 @@ class ConfidenceStage:
         files = [folder / CONFIDENCE_FILE, folder / MODEL_FILE]
         if is_main:
             published_files.write_hparams(self.config, self.z_dim, BACKBONES[self.name].convf_dim)
-            save_file({"uncer_net_state_dict": net_state, **progress}, files[0])
+            save_torch_file({"uncer_net_state_dict": net_state, **progress}, files[0])
             save_model(
                 files[1],
                 trained_backbone or self.backbone_state,

@@ -9,7 +9,7 @@ import torch
 
 from scf_fast.config import Config
 from scf_fast.engine.engine import full_optimizer_state
-from scf_fast.weights.files import save_file
+from scf_fast.weights.files import save_torch_file
 
 _HPARAMS = (
     "dataset",
@@ -115,5 +115,5 @@ def write_checkpoint(
     path = folder / "ckpts" / f"ckpt_e{progress['epoch'] + 1}.pt"
     path.parent.mkdir(exist_ok=True)
     backbone = {} if backbone_state is None else {"backbone_state_dict": backbone_state}
-    save_file({**progress, "uncer_net_state_dict": net_state, "opt_state": optimizer_state, **backbone}, path)
+    save_torch_file({**progress, "uncer_net_state_dict": net_state, "opt_state": optimizer_state, **backbone}, path)
     return path
