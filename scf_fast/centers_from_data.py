@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scf_fast import distributed
 from scf_fast.command import Parser, run
-from scf_fast.command_line import parse
+from scf_fast.command_line import parse_feature_pass
 from scf_fast.errors import InputError
 from scf_fast.features.feature_pass import FeaturePass
 from scf_fast.features.mean_directions import compute_mean_directions
@@ -24,8 +24,7 @@ from scf_fast.weights.writing import write_weights
 def _compute(output: Path, overwrite: bool, flags: list[str]) -> None:
     if output.exists() and not overwrite:
         raise InputError(f"--output {output}: exists; give another name, or --overwrite")
-    preset = ["--stage", "confidence", "--output_dir", str(output.parent), "--saved_fc", "none", "--batch_size", "256"]
-    inputs = FeaturePass(parse([*preset, *flags]))
+    inputs = FeaturePass(parse_feature_pass(flags, output.parent))
     found = compute_mean_directions(inputs)
     if found is None:
         return

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from scf_fast import distributed
 from scf_fast.command import Parser, run
-from scf_fast.command_line import parse
+from scf_fast.command_line import parse_feature_pass
 from scf_fast.features.feature_pass import FeaturePass, fill_cache
 from scf_fast.features.store import FeatureCache, count_present, is_marked, read_meta
 
 
 def _build(folder: Path, flags: list[str]) -> None:
-    preset = ["--stage", "confidence", "--output_dir", str(folder), "--saved_fc", "none", "--batch_size", "256"]
     try:
-        fill_cache(FeaturePass(parse([*preset, *flags, "--feature_cache", str(folder)])))
+        fill_cache(FeaturePass(parse_feature_pass(flags, folder, feature_cache=str(folder))))
     finally:
         distributed.finish()
 

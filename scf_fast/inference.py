@@ -5,7 +5,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scf_fast.distributed import on_every_rank
+from scf_fast.distributed import all_ranks_agree
 from scf_fast.errors import InputError
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
@@ -84,7 +84,7 @@ class Embedder:
                 backbone(self._padded(images))
             except ValueError as error:
                 failure = error
-            if on_every_rank(failure is None):
+            if all_ranks_agree(failure is None):
                 self._backbone = backbone
                 return
         raise InputError(

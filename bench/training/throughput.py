@@ -44,7 +44,7 @@ from bench.measuring.accuracy import tabulate
 from bench.measuring.environment import DEVICE, RESULTS, device_slug, environment
 from bench.measuring.timing import interleaved_seconds, synchronize, write_json
 from scf_fast import distributed
-from scf_fast.config import Config
+from scf_fast.config import ConfidenceConfig
 from scf_fast.features.records import CACHE_DTYPES, CacheLayout, decode, encode, encoding_error
 from scf_fast.features.store import CacheKey, FeatureCache
 from scf_fast.features.stream import FeatureStream
@@ -191,11 +191,10 @@ class OurRun:
 
     def __init__(self, options, runtime, source, backbone, cache):
         from scf_fast.engine.deepspeed_config import resolve_precision
-        from scf_fast.engine.engine import initialize_engine
-        from scf_fast.engine.optimizers import build_optimizer
+        from scf_fast.engine.engine import Engine
+        from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 
-        config = Config(
-            stage="confidence",
+        config = ConfidenceConfig(
             data="-",
             output_dir="-",
             saved_bkb="-",
@@ -207,8 +206,12 @@ class OurRun:
         precision = resolve_precision(config, runtime.device)
         self.dtype = torch.float32 if precision == "fp32" else None
         net = make_head(options, backbone.architecture)
-        self.engine = initialize_engine(
-            net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, precision
+        self.engine = Engine(
+            net,
+            build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device),
+            config,
+            runtime,
+            precision,
         )
         self.centers = torch.randn(source.num_classes, Z_DIM, device=DEVICE)
         network = FrozenBackbone(backbone, DEVICE, ("bf16",), compile=True)
@@ -222,18 +225,16 @@ class OurRun:
         )
 
     def epoch(self, number):
-        from scf_fast.engine.engine import take_step
-
         for batch in self.stream.batches(number):
             loss = scf_loss(
                 batch.features, self.engine(batch.convf.to(self.dtype or batch.convf.dtype)), self.centers, batch.labels
             )
             self.engine.backward(loss)
-            take_step(self.engine)
+            self.engine.step()
 
     def close(self):
         self.stream.close()
-        self.engine.destroy()
+        self.engine.close()
 
 
 def published_epoch(options, source, backbone):

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from scf_fast.config import Config
+from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.errors import InputError
 from scf_fast.kernels.margin_softmax import (
@@ -87,7 +87,7 @@ class ClassCenters:
             the loss are float32.
     """
 
-    def __init__(self, num_classes: int, width: int, config: Config, runtime: Runtime, precision: str = "fp32"):
+    def __init__(self, num_classes: int, width: int, config: BackboneConfig, runtime: Runtime, precision: str = "fp32"):
         self.num_classes, self.width, self.config, self.runtime = num_classes, width, config, runtime
         self.start, self.stop = rows_of(runtime.rank, runtime.world_size, num_classes)
         self.compute_dtype = PRECISION_DTYPES[precision]
@@ -136,7 +136,7 @@ class ClassCenters:
         """End of an optimizer step: update from the gradients since the last one, or drop them where the engine has
         skipped its step.
         """
-        if self.fused:
+        if self._gradient is None:
             return
         for rows in self._changed_rows() if applied else ():
             self._update_rows(rows, self._gradient[rows])
@@ -279,7 +279,7 @@ class ClassCenters:
                 rows_file.unlink(missing_ok=True)
 
 
-def fuses(config: Config, precision: str) -> bool:
+def fuses(config: BackboneConfig, precision: str) -> bool:
     """Whether the update of the class centers happens in the backward pass: by default wherever it can.
 
     With accumulation the gradients of several backward passes make one update, and with fp16 the engine says only after

@@ -5,7 +5,7 @@ import dataclasses
 from tqdm import tqdm
 
 from scf_fast import distributed
-from scf_fast.config import Config
+from scf_fast.config import FeatureConfig
 from scf_fast.data import open_data
 from scf_fast.distributed import Runtime
 from scf_fast.errors import InputError
@@ -31,12 +31,11 @@ class FeaturePass:
         InputError: data or weights that cannot be used.
     """
 
-    def __init__(self, config: Config):
-        assert config.saved_bkb is not None
+    def __init__(self, config: FeatureConfig):
         self.source, self.backbone = open_data(config), read_weights(config.saved_bkb, "--saved_bkb")
         self.network = self.backbone.network()
         facts = Facts()
-        if config.saved_fc not in (None, "none"):
+        if config.saved_fc:
             facts = read_weights(config.saved_fc, "--saved_fc").facts
         elif config.normalization is None:
             facts = read_noted_facts(self.backbone, config.saved_bkb)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from scf_fast.config import Config
+from scf_fast.config import FeatureConfig
 from scf_fast.data import image_loader
 from scf_fast.distributed import Runtime
 from scf_fast.features.records import CacheLayout, encoding_error
@@ -35,7 +35,7 @@ _DIGEST_IMAGES = 64
 _DIGEST_DIGITS = 16
 
 
-def pixel_convention(config: Config, network: str, facts: Facts) -> tuple[str, str]:
+def pixel_convention(config: FeatureConfig, network: str, facts: Facts) -> tuple[str, str]:
     """Returns the pixel convention of a backbone's images, a name that
     scf_fast.pipelines.loading.base.Preprocessing knows, and in words where it comes from.
 
@@ -51,7 +51,7 @@ def pixel_convention(config: Config, network: str, facts: Facts) -> tuple[str, s
 
 
 def open_stream(
-    config: Config, backbone_state: StateDict, source: ImageSource, sampler: EpochSampler, runtime: Runtime
+    config: FeatureConfig, backbone_state: StateDict, source: ImageSource, sampler: EpochSampler, runtime: Runtime
 ) -> FeatureStream:
     """Opens the stream that a configuration describes, with the cache of ``--feature_cache``; collective.
 
@@ -110,7 +110,7 @@ def cache_key(backbone_state: StateDict, source: ImageSource, normalization: str
 
 
 def _open_cache(
-    config: Config,
+    config: FeatureConfig,
     backbone_state: StateDict,
     backbone: Backbone,
     source: ImageSource,
@@ -153,6 +153,6 @@ def _open_cache(
     return FeatureCache.open(folder, layout, runtime.rank), read_meta(folder).key.precision
 
 
-def _normalization(config: Config) -> str:
+def _normalization(config: FeatureConfig) -> str:
     assert config.normalization is not None, "the pixel convention is settled before the stream is opened"
     return config.normalization

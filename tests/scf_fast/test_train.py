@@ -249,7 +249,7 @@ BAD = {
 
 
 def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkeypatch, capsys):
-    import train
+    from scf_fast import train
 
     monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 1)
     monkeypatch.setattr(
@@ -265,7 +265,7 @@ def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkey
 
 
 def test_a_damaged_cache_is_one_line(faces, stage1, flags, tmp_path, monkeypatch, capsys):
-    import train
+    from scf_fast import train
 
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "meta.json").write_text("{")
@@ -298,7 +298,7 @@ def test_a_damaged_cache_is_one_line(faces, stage1, flags, tmp_path, monkeypatch
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_line(faces, flags, monkeypatch, capsys):
-    import train
+    from scf_fast import train
 
     monkeypatch.setattr(
         sys,
@@ -320,7 +320,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(faces, flags, monkeypa
 
 def test_overwrite_deletes_nothing_while_the_input_is_bad(faces, stage1, flags, monkeypatch, capsys):
     """An optimizer that is not installed shows late, when the module is there."""
-    import train
+    from scf_fast import train
 
     before = snapshot(stage1[0])
     monkeypatch.setattr(
@@ -358,7 +358,7 @@ def snapshot(folder):
 @pytest.mark.parametrize("case", list(BAD))
 def test_bad_input_is_one_line_and_status_2(case, faces, stage1, flags, tmp_path, monkeypatch, capsys):
     """In this process, so that ten starts of the interpreter are saved; the launched form is tested below."""
-    import train
+    from scf_fast import train
 
     (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
     make, expected = BAD[case]
@@ -379,7 +379,7 @@ def test_bad_input_is_one_line_and_status_2(case, faces, stage1, flags, tmp_path
     [("both", "no backbone"), ("width", "from the same stage-1 run"), ("classes", "only 3 class centers")],
 )
 def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, flags, tmp_path, monkeypatch, capsys):
-    import train
+    from scf_fast import train
 
     backbone, centers = stage1[0] / "backbone.pth", stage1[0] / "fc.pth"
     if swap == "both":

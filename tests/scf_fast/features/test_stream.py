@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from scf_fast.config import Config
+from scf_fast.config import ConfidenceConfig
 from scf_fast.distributed import Runtime
 from scf_fast.features.open import open_stream
 from scf_fast.features.records import CacheLayout
@@ -308,8 +308,8 @@ def test_a_step_never_waits_for_the_device(rows, faces, backbone, tmp_path):
         cache = FeatureCache.open(tmp_path / "c", layout, 0)
     backbone(torch.zeros(2, 3, 112, 112))  # the choice of the precision waits, once
     stage = object.__new__(ConfidenceStage)
-    stage.config = Config(stage="confidence", data="-", output_dir="-", saved_bkb="-", saved_fc="-")
-    stage.net_dtype, stage.class_centers, net = torch.float32, torch.randn(8, 16), ConvConfidence(128, 7)
+    stage.config = ConfidenceConfig(data="-", output_dir="-", saved_bkb="-", saved_fc="-")
+    stage._net_dtype, stage.class_centers, net = torch.float32, torch.randn(8, 16), ConvConfidence(128, 7)
     made, _ = stream(faces, backbone, cache)
     made._make_images = decoded_outside(made._make_images)
     with made:
@@ -317,9 +317,9 @@ def test_a_step_never_waits_for_the_device(rows, faces, backbone, tmp_path):
             batches = made.batches(epoch)
             with NoHostSync():
                 for batch in batches:
-                    loss, metrics = stage.loss(net, batch)
-                    loss.backward()
-        assert loss.isfinite() and metrics["kappa"] > 0
+                    result = stage.loss(net, batch)
+                    result.loss.backward()
+        assert result.loss.isfinite() and result.metrics["kappa"] > 0
         assert made.seconds["data"] > 0 and made.seconds["backbone"] > 0
 
 
@@ -329,8 +329,7 @@ def test_a_cache_goes_on_in_its_own_precision_unless_another_was_asked_for(faces
     state = Backbone("ir_tiny", 16).state_dict()
 
     def opened(precision):
-        config = Config(
-            stage="confidence",
+        config = ConfidenceConfig(
             data="-",
             output_dir="-",
             saved_bkb="-",

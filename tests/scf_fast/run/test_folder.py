@@ -5,13 +5,12 @@ import dataclasses
 import pytest
 
 from scf_fast import config as configuration
-from scf_fast.config import Config
+from scf_fast.config import ConfidenceConfig
 from scf_fast.run import folder as run_folder
 
 
 def stage2(folder, **changes):
-    return Config(
-        stage="confidence",
+    return ConfidenceConfig(
         **{
             "data": "data",
             "saved_bkb": "b.pth",
