@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from scf_fast.command import Parser
-from scf_fast.config import STAGES, Config, PerStage, option_of
+from scf_fast.config import STAGES, ConfidenceConfig, Config, FeatureConfig, PerStage, option_of
 from scf_fast.errors import InputError
 
 _STAGE_HELP = "which stage to train; implied to be 'confidence' by --saved_bkb"
@@ -241,6 +241,25 @@ def parse_values(arguments: list[str] | None = None) -> dict[str, Any]:
         values["stage"] = given["stage"]
     values.update({name: _coerce(flag, given[name], f"--{name}") for name, flag in flags.items() if name in given})
     return values
+
+
+def parse_feature_pass(arguments: list[str], output_dir: Path, **fixed: Any) -> FeatureConfig:
+    """Returns the configuration of a pass that computes features and trains nothing, from flags of the training command.
+
+    Options of stage 2 that only training heeds are accepted and have no effect, so that its recipes can be given.
+
+    Args:
+        output_dir: if the flags give none.
+        fixed: options that the flags cannot change.
+    Raises:
+        InputError: an unknown flag, a value that cannot be used, or an option of stage 1.
+    """
+    values = {"output_dir": str(output_dir), "batch_size": 256, **parse_values(arguments)}
+    training = {field.name for field in dataclasses.fields(ConfidenceConfig)} - {
+        field.name for field in dataclasses.fields(FeatureConfig)
+    }
+    kept = {name: value for name, value in values.items() if name != "stage" and name not in training}
+    return make_config_of(FeatureConfig, {**kept, **fixed})
 
 
 def parse(arguments: list[str] | None = None) -> Config:

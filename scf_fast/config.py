@@ -21,9 +21,9 @@ import yaml
 
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import ALIASES, BACKBONES
-from scf_fast.networks.confidence import CONFIDENCE_NETS
+from scf_fast.networks.confidence import CONFIDENCE_NETS, DEFAULT_RADIUS
+from scf_fast.pipelines.formats.atomic_file import write_text
 from scf_fast.pipelines.loading.augmentation import PRESETS
-from scf_fast.weights.files import write_whole
 
 MARGIN_PRESETS = {"arcface": (1.0, 0.5, 0.0), "cosface": (1.0, 0.0, 0.4), "combined": (1.0, 0.3, 0.2)}
 
@@ -596,7 +596,7 @@ class ConfidenceConfig(FeatureConfig):
     convf_dim: int | None = option(
         None, "length of the flattened last feature map, checked against the backbone", group="model"
     )
-    radius: float = option(64.0, "radius r of the sphere", group="model", identity=True)
+    radius: float = option(DEFAULT_RADIUS, "radius r of the sphere", group="model", identity=True)
     normalizer: str = option(
         "exact",
         "vMF normalizer: exact, or the published code's float32 formula (for comparison with old runs)",
@@ -648,7 +648,7 @@ def save(config: Config, path: Path, versions: dict) -> None:
     text = yaml.safe_dump(
         {"config": config.as_dict(), "command": " ".join(sys.argv), "versions": versions}, sort_keys=False
     )
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def load_saved(path: Path) -> dict:

@@ -1,4 +1,3 @@
-import hashlib
 import os
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precis
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.weights.digest import digest_weights
 
 
 class Embedder:
@@ -37,16 +37,14 @@ class Embedder:
     def __init__(self, model: SCF, device: torch.device | str = "cpu", precision: str = "auto", flip: bool = False):
         self.device, self.flip = torch.device(device), flip
         self.radius, self.normalization, self.embedding_dim = model.radius, model.normalization, model.embedding_dim
-        weights = hashlib.sha256(f"{model.normalization} {precision} {self.device.type} {flip}".encode())
-        for name, value in sorted(model.state_dict().items()):
+        state = model.state_dict()
+        for name, value in sorted(state.items()):
             if not value.isfinite().all():
                 raise InputError(
                     f"the model's weights must be finite, and those of {name} are not; its training diverged, take an "
                     "earlier checkpoint"
                 )
-            weights.update(name.encode())
-            weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self.key = weights.hexdigest()
+        self.key = digest_weights(state, f"{model.normalization} {precision} {self.device.type} {flip}")
         self._precisions = (
             ("fp32",)
             if precision == "auto" and self.device.type == "cpu"

@@ -465,7 +465,7 @@ class _Run:
         self.clock.collect()
         seconds = sum(self.clock.seconds.values())
         self.clock.split("data", loader.seconds)
-        broken = torch.tensor(float(len(loader.broken)), device=self.runtime.device)
+        broken = torch.tensor(float(loader.count_broken()), device=self.runtime.device)
         counts = {
             "steps": step - self.first_step,
             "skipped_not_finite": self.guard.skipped,

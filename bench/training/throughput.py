@@ -45,7 +45,8 @@ from bench.measuring.environment import DEVICE, RESULTS, device_slug, environmen
 from bench.measuring.timing import interleaved_seconds, synchronize, write_json
 from scf_fast import distributed
 from scf_fast.config import ConfidenceConfig
-from scf_fast.features.store import CACHE_DTYPES, CacheLayout, FeatureCache, decode, encode, encoding_error
+from scf_fast.features.records import CACHE_DTYPES, CacheLayout, decode, encode, encoding_error
+from scf_fast.features.store import CacheKey, FeatureCache
 from scf_fast.features.stream import FeatureStream
 from scf_fast.kernels import scf_loss
 from scf_fast.networks import frozen
@@ -135,7 +136,7 @@ def our_backbone(backbone, without=None):
 def cached_features(backbone, batch, folder):
     """A reader of random features in the backbone's shapes, from a cache on disk, batch after batch."""
     layout = cache_layout(backbone, CACHED_BATCHES * batch, "bf16")
-    FeatureCache.create_or_check(folder, {}, layout)
+    FeatureCache.create_or_check(folder, CacheKey("", "", "", ""), layout)
     cache = FeatureCache.open(folder, layout, 0)
     for start in range(0, layout.num_images, batch):
         rows = np.arange(start, start + batch)
@@ -258,7 +259,7 @@ def published_epoch(options, source, backbone):
 def measure_epochs(options, runtime, backbone, source, folder):
     """Images a second of each way, epoch by epoch, and where the time of our uncached ones went."""
     layout = cache_layout(backbone, len(source), "bf16")
-    FeatureCache.create_or_check(folder / "epochs", {}, layout)
+    FeatureCache.create_or_check(folder / "epochs", CacheKey("", "", "", ""), layout)
     uncached, cached = (
         OurRun(options, runtime, source, backbone, cache)
         for cache in (None, FeatureCache.open(folder / "epochs", layout, 0))

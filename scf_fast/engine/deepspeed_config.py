@@ -10,6 +10,7 @@ import torch
 from scf_fast.config import Config
 from scf_fast.distributed import Runtime
 from scf_fast.errors import InputError
+from scf_fast.networks.precision import PRECISION_DTYPES, dtype_name
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typing error would silently train something else.
 _KNOWN_KEYS = frozenset(
@@ -117,7 +118,7 @@ def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict[s
     if precision != "fp32":
         generated["torch_autocast"] = {
             "enabled": True,
-            "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision],
+            "dtype": dtype_name(PRECISION_DTYPES[precision]),
             "lower_precision_safe_modules": [],
         }
     return _merge(generated, load_deepspeed_config(config.deepspeed_config)) if config.deepspeed_config else generated

@@ -31,7 +31,8 @@ from scf_fast.engine.class_centers import ClassCenters
 from scf_fast.engine.engine import Engine
 from scf_fast.engine.partitions import Piece
 from scf_fast.errors import InputError
-from scf_fast.weights.files import save_file, write_whole
+from scf_fast.pipelines.formats.atomic_file import write_json, write_text
+from scf_fast.weights.files import save_torch_file
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +166,8 @@ class Checkpoints:
         if rows is not None:
             files[ClassCenters.file_name(rank)] = rows
         for name, value in files.items():
-            save_file(value, folder / name)
-        _write_json(folder / f"rank{rank}.json", {name: _fingerprint(folder / name) for name in files})
+            save_torch_file(value, folder / name)
+        write_json(folder / f"rank{rank}.json", {name: _fingerprint(folder / name) for name in files})
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on every rank's disk, then makes it count: no other moment leaves a folder
@@ -209,8 +210,8 @@ class Checkpoints:
     def _complete(self, tag: str, state: RunState) -> None:
         parts = [self.folder / tag / f"rank{rank}.json" for rank in range(self.runtime.world_size)]
         files = {name: fingerprint for part in parts for name, fingerprint in json.loads(part.read_text()).items()}
-        _write_json(self.folder / tag / _STATE, {**dataclasses.asdict(state), "files": files}, indent=1)
-        write_whole(self.folder / _LATEST, lambda file: file.write(tag.encode()))
+        write_json(self.folder / tag / _STATE, {**dataclasses.asdict(state), "files": files}, indent=1)
+        write_text(self.folder / _LATEST, tag)
         for part in parts:
             part.unlink()
         log.info(
@@ -346,10 +347,6 @@ def _complete_ones(folder: Path) -> list[str]:
 
 def _read_json(folder: Path) -> dict[str, Any]:
     return json.loads((folder / _STATE).read_text())
-
-
-def _write_json(path: Path, value: dict[str, Any], indent: int | None = None) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=indent).encode()))
 
 
 def _metric(folder: Path) -> float | None:

@@ -21,8 +21,7 @@ from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
 from scf_fast.stages.memory_forecast import MemoryForecast, forecast
-from scf_fast.weights.files import save_file
-from scf_fast.weights.reading import BACKBONE_FILE, CENTERS_FILE
+from scf_fast.weights.files import BACKBONE_FILE, CENTERS_FILE, save_torch_file
 
 
 class BackboneStage(Stage):
@@ -86,5 +85,5 @@ class BackboneStage(Stage):
         files = [folder / BACKBONE_FILE, folder / CENTERS_FILE]
         self.centers.export(files[1], {"normalization": self.config.normalization, **progress.as_dict()})
         if is_main:
-            save_file(state, files[0])
+            save_torch_file(state, files[0])
         return files

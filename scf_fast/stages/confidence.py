@@ -25,9 +25,8 @@ from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages import published_files
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
-from scf_fast.weights import reading
-from scf_fast.weights.files import save_file
-from scf_fast.weights.reading import CONFIDENCE_FILE, MODEL_FILE
+from scf_fast.weights.files import CONFIDENCE_FILE, MODEL_FILE, save_torch_file
+from scf_fast.weights.reading import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +70,10 @@ class ConfidenceStage(Stage):
     centers = None  # they are frozen too
 
     def __init__(self, config: ConfidenceConfig, source: ImageSource):
-        backbone = reading.read(config.saved_bkb, "--saved_bkb")
+        backbone = read_weights(config.saved_bkb, "--saved_bkb")
         self.name, self.z_dim = backbone.network()
         self._watch = KappaWatch(self.z_dim)
-        assert backbone.backbone is not None, "network() has found one"
-        self.backbone_state = backbone.backbone
+        self.backbone_state = backbone.require_backbone()
         for flag, given, actual in (
             ("convf_dim", config.convf_dim, BACKBONES[self.name].convf_dim),
             ("z_dim", config.z_dim, self.z_dim),
@@ -84,8 +82,8 @@ class ConfidenceStage(Stage):
                 raise InputError(
                     f"--{flag} must be {actual} for the {self.name} in {config.saved_bkb}, got {given}; leave it out"
                 )
-        centers_file = reading.read(config.saved_fc, "--saved_fc")
-        self.class_centers = centers_file.usable_class_centers()
+        centers_file = read_weights(config.saved_fc, "--saved_fc")
+        self.class_centers = centers_file.require_class_centers()
         _check_class_centers(config, self.class_centers, self.z_dim, source.num_classes)
         self._normalization, self._pixels = pixel_convention(config, self.name, centers_file.facts)
         self.config = dataclasses.replace(config, normalization=self._normalization)
@@ -153,7 +151,7 @@ class ConfidenceStage(Stage):
         files = [folder / CONFIDENCE_FILE, folder / MODEL_FILE]
         if is_main:
             published_files.write_hparams(self.config, self.z_dim, BACKBONES[self.name].convf_dim)
-            save_file({"uncer_net_state_dict": net_state, **progress.as_dict()}, files[0])
+            save_torch_file({"uncer_net_state_dict": net_state, **progress.as_dict()}, files[0])
             save_model(
                 files[1],
                 trained_backbone or self.backbone_state,

@@ -11,7 +11,7 @@ import torch
 from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.engine.engine import Engine
 from scf_fast.stages.base import Progress
-from scf_fast.weights.files import save_file
+from scf_fast.weights.files import save_torch_file
 
 _HPARAMS = (
     "dataset",
@@ -118,5 +118,6 @@ def write_checkpoint(
     path = folder / "ckpts" / f"ckpt_e{progress.epoch + 1}.pt"
     path.parent.mkdir(exist_ok=True)
     backbone = {} if backbone_state is None else {"backbone_state_dict": backbone_state}
-    save_file({**progress.as_dict(), "uncer_net_state_dict": net_state, "opt_state": optimizer_state, **backbone}, path)
+    state = {**progress.as_dict(), "uncer_net_state_dict": net_state, "opt_state": optimizer_state, **backbone}
+    save_torch_file(state, path)
     return path

@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from scf_fast import distributed
-from scf_fast.checkpoints import backbone_state, class_centers
 from scf_fast.distributed import launcher
-from scf_fast.model import load_model
+from scf_fast.model import SCF
 from scf_fast.networks.families import identify_backbone
 from scf_fast.run import folder as run_folder
+from scf_fast.weights.reading import read_weights
 
 STEPS = 8 * 16 // 32 * 2
 
@@ -32,10 +32,10 @@ def test_stage_1_on_two_ranks(stage1):
     folder, output = stage1
     assert losses(folder, "step") == list(range(1, STEPS + 1))
     assert all(0 < m["loss"] < 100 and 0 <= m["accuracy"] <= 1 and m["images_per_second"] > 0 for m in metrics(folder))
-    state = backbone_state(folder / "backbone.pth")
+    state = read_weights(folder / "backbone.pth").require_backbone()
     assert identify_backbone(state) == ("ir_small", 32)
     assert all(v.dtype == torch.float32 for k, v in state.items() if "num_batches" not in k)
-    assert class_centers(folder / "fc.pth").shape == (8, 32)
+    assert read_weights(folder / "fc.pth").require_class_centers().shape == (8, 32)
     assert sorted(p.name for p in (folder / "checkpoints").glob("step*")) == ["step00000004", "step00000008"]
     assert (folder / "checkpoints" / "latest").read_text() == "step00000008"
     assert list((folder / "runs").glob("events.*"))
@@ -73,8 +73,8 @@ def test_stage_2_on_two_ranks(stage1, stage2):
         assert record["total_loss"] == pytest.approx(total + constant, rel=1e-4)
         assert 0 < record["kappa_p05"] <= record["kappa_p50"] <= record["kappa_p95"]
     assert losses(folder, "total_loss")[-1] < losses(folder, "total_loss")[0]
-    model = load_model(folder)
-    frozen = backbone_state(stage1[0] / "backbone.pth")
+    model = SCF.from_checkpoint(folder)
+    frozen = read_weights(stage1[0] / "backbone.pth").require_backbone()
     assert all(torch.equal(v, frozen[k]) for k, v in model.backbone.state_dict().items())
     assert set(torch.load(folder / "confidence.pth")) == {"uncer_net_state_dict", "epoch", "global_step"}
     assert "optimizer: fused Adam" in output
@@ -154,7 +154,8 @@ def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, 
     assert set(os.listdir("/dev/shm")) <= before
     ours, theirs = losses(tmp_path / "run", "loss"), losses(stage1[0], "loss")
     assert ours == pytest.approx(theirs, rel=1e-3 if how != "python" else 0.2)
-    assert backbone_state(tmp_path / "run" / "backbone.pth").keys() == backbone_state(stage1[0] / "backbone.pth").keys()
+    ours, theirs = (read_weights(out / "backbone.pth").require_backbone() for out in (tmp_path / "run", stage1[0]))
+    assert ours.keys() == theirs.keys()
 
 
 def test_stage_1_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, run_command):

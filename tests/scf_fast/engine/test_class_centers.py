@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scf_fast.checkpoints import class_centers
 from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine import class_centers as class_centers_module
 from scf_fast.engine.class_centers import ClassCenters, rows_of, sampled_classes
 from scf_fast.stages.backbone import BackboneStage
+from scf_fast.weights.reading import read_weights
 
 ONE_RANK = Runtime(0, 1, torch.device("cpu"))
 STEPS, BATCH, CLASSES, WIDTH, CLIP = 20, 12, 11, 5, 0.5
@@ -231,7 +231,9 @@ def test_any_number_of_ranks_trains_the_same(name, world_size, ranks):
         assert results(ranks, world_size)[name] == pytest.approx(losses, rel=2e-3)
         return
     assert results(ranks, world_size)[name] == pytest.approx(losses, rel=1e-5)
-    torch.testing.assert_close(class_centers(ranks / f"{name} {world_size}.pth"), weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        read_weights(ranks / f"{name} {world_size}.pth").require_class_centers(), weight, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
@@ -447,7 +449,7 @@ def test_checkpoint_and_export_hold_every_row(tmp_path):
         ClassCenters(12, WIDTH, make_config(), ONE_RANK).load(tmp_path, written_by=1)
     centers.export(tmp_path / "fc.pth", {"epoch": 3})
     assert (
-        torch.equal(class_centers(tmp_path / "fc.pth"), centers.weight)
+        torch.equal(read_weights(tmp_path / "fc.pth").require_class_centers(), centers.weight)
         and torch.load(tmp_path / "fc.pth")["epoch"] == 3
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["class_centers_rank0.pt", "fc.pth"]

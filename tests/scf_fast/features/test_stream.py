@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from scf_fast.config import ConfidenceConfig
 from scf_fast.distributed import Runtime
 from scf_fast.features.open import open_stream
-from scf_fast.features.store import CacheLayout, FeatureCache
+from scf_fast.features.records import CacheLayout
+from scf_fast.features.store import CacheKey, FeatureCache
 from scf_fast.features.stream import FeatureStream, one_ahead
 from scf_fast.networks import frozen
 from scf_fast.networks.backbones import Backbone
@@ -25,7 +26,7 @@ from scf_fast.pipelines.sources.base import EncodedImages
 from scf_fast.stages.confidence import ConfidenceStage
 
 CPU = torch.device("cpu")
-KEY = {"backbone": "b", "data": "d", "normalization": "insightface", "precision": "fp32"}
+KEY = CacheKey("b", "d", "insightface", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_a_broken_image_is_replaced_label_and_all_and_never_cached(faces, backbo
     with over(None) as plain, over(FeatureCache.open(tmp_path / "c", layout, 0)) as cached:
         for epoch in range(2):
             assert_same(list(cached.batches(epoch)), list(plain.batches(epoch)))
-            assert len(plain.broken) == len(cached.broken) == 1
+            assert plain.count_broken() == cached.count_broken() == 1
     assert np.flatnonzero(np.fromfile(tmp_path / "c" / "checksums.bin", np.uint32) == 0).tolist() == [14, 15]
 
 
@@ -323,7 +324,7 @@ def test_a_step_never_waits_for_the_device(rows, faces, backbone, tmp_path):
 
 
 def test_a_cache_goes_on_in_its_own_precision_unless_another_was_asked_for(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr("scf_fast.features.stream.dist.barrier", lambda: None)
+    monkeypatch.setattr("scf_fast.features.open.dist.barrier", lambda: None)
     source = open_source(faces / "train")
     state = Backbone("ir_tiny", 16).state_dict()
 

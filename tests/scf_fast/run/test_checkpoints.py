@@ -15,7 +15,7 @@ from scf_fast.distributed import Runtime, launcher
 from scf_fast.engine.partitions import shared_state
 from scf_fast.run.checkpoints import Checkpoints, newest_intact
 from scf_fast.run.reporting import StepLines, forget_after
-from scf_fast.weights.files import save_file
+from scf_fast.weights.files import save_torch_file
 
 
 @pytest.fixture
@@ -84,12 +84,12 @@ def test_none_and_none_that_is_intact(folder, tmp_path):
 
 def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path):
     """The limit on a file's size stands for it: writing fails in the middle, as there."""
-    save_file({"x": torch.zeros(3)}, tmp_path / "f.pt")
+    save_torch_file({"x": torch.zeros(3)}, tmp_path / "f.pt")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(OSError, match=r"f\.pt"):
-            save_file({"x": torch.randn(100_000)}, tmp_path / "f.pt")
+            save_torch_file({"x": torch.randn(100_000)}, tmp_path / "f.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["f.pt"]
