@@ -213,7 +213,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(case, world_size, results
     assert applied == [False, True, False, True]
     plain, config = torch.nn.Parameter(torch.ones(1, 1)), make_config(**options)
     optimizer = (
-        torch.optim.SGD([plain], config.lr, config.momentum) if rule == "sgd" else torch.optim.Adam([plain], config.lr)
+        torch.optim.SGD([plain], config.lr, momentum=0.9) if rule == "sgd" else torch.optim.Adam([plain], config.lr)
     )
     for gradient in (0.25, 0.125):
         plain.grad = torch.full_like(plain, gradient)
