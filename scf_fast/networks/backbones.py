@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from scf_fast.errors import InputError
-
-IMAGE_SIZE = 112
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Architecture:
     @property
     def map_size(self) -> int:
         """Side of the last feature map."""
-        size = IMAGE_SIZE
+        size = FACE_SIZE
         for stride in self.strides:
             size = -(-size // stride)
         return size

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from scf_fast.errors import InputError
-from scf_fast.networks.backbones import IMAGE_SIZE, Backbone
+from scf_fast.networks.backbones import Backbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class FoldedBackbone(nn.Module):
     def __init__(self, backbone: Backbone, dtype: torch.dtype = torch.float32):
         super().__init__()
         conv, norm, prelu = backbone.input_layer
-        size = IMAGE_SIZE
+        size = FACE_SIZE
         self.stem = FoldedConv(None, conv, norm, size, dtype)
         self.register_buffer("slope", prelu.weight.detach().float())
         size = -(-size // conv.stride[0])
