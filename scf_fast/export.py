@@ -29,8 +29,8 @@ from scf_fast.arguments import add_normalization_argument
 from scf_fast.errors import InputError
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import FoldedBackbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.base import Preprocessing
-from scf_fast.pipelines.loading.decode import FACE_SIZE
 from scf_fast.weights.contents import Facts, Weights
 from scf_fast.weights.writing import write_weights
 

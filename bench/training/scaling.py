@@ -104,6 +104,7 @@ def measure_stage1(zero_stage, runtime):
     from scf_fast.engine.engine import Engine
     from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
     from scf_fast.networks.backbones import Backbone
+    from scf_fast.pipelines.face_template import FACE_SIZE
 
     config = BackboneConfig(
         data="-",
@@ -122,7 +123,8 @@ def measure_stage1(zero_stage, runtime):
         "fp32",
     )
     centers = ClassCenters(CLASSES, Z_DIM, config, runtime)
-    images, labels = torch.randn(BATCH // runtime.world_size, 3, 112, 112), torch.arange(BATCH // runtime.world_size)
+    images = torch.randn(BATCH // runtime.world_size, 3, FACE_SIZE, FACE_SIZE)
+    labels = torch.arange(BATCH // runtime.world_size)
 
     def loss_of():
         return centers.loss(engine(images)[0], labels)[0]

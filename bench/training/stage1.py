@@ -27,7 +27,8 @@ from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine.class_centers import ClassCenters
 from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
-from scf_fast.networks.backbones import IMAGE_SIZE, Backbone
+from scf_fast.networks.backbones import Backbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 WAYS = ("dense", "scf_fast", "scf_fast, compiled")
 DIM = 512
@@ -105,7 +106,7 @@ def prepare(way, network, batch, classes, device):
         else our_step(backbone, classes, config, half, way != "scf_fast")
     )
     buffers = [
-        (torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device), torch.randint(classes, (batch,), device=device))
+        (torch.randn(batch, 3, FACE_SIZE, FACE_SIZE, device=device), torch.randint(classes, (batch,), device=device))
         for _ in range(4)
     ]
     assert step(*buffers[0]).isfinite(), "the loss is not finite"

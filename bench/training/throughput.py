@@ -53,6 +53,7 @@ from scf_fast.networks import frozen
 from scf_fast.networks.backbones import BACKBONES, Backbone
 from scf_fast.networks.confidence import CONFIDENCE_NETS, build_confidence_net
 from scf_fast.networks.frozen import FoldedBackbone, FrozenBackbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
@@ -70,7 +71,7 @@ def make_backbone(network):
     for module in backbone.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # the mean over all batches, of which there is one
-    backbone(torch.randn(32, 3, 112, 112, device=DEVICE))
+    backbone(torch.randn(32, 3, FACE_SIZE, FACE_SIZE, device=DEVICE))
     return backbone.eval()
 
 
@@ -162,7 +163,7 @@ def measure_steps(options, backbone, batch):
     """Images a second of each way, step by step."""
     centers = torch.randn(CLASSES, Z_DIM, device=DEVICE)
     buffers = [
-        (torch.randn(batch, 3, 112, 112, device=DEVICE), torch.randint(CLASSES, (batch,), device=DEVICE))
+        (torch.randn(batch, 3, FACE_SIZE, FACE_SIZE, device=DEVICE), torch.randint(CLASSES, (batch,), device=DEVICE))
         for _ in range(4)
     ]
     with tempfile.TemporaryDirectory() as folder:

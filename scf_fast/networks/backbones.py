@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-IMAGE_SIZE = 112
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Architecture:
     @property
     def map_size(self) -> int:
         """Side of the last feature map."""
-        size = IMAGE_SIZE
+        size = FACE_SIZE
         for stride in self.strides:
             size = -(-size // stride)
         return size

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from scf_fast.networks.backbones import IMAGE_SIZE, Backbone
+from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 # Dense bf16 and fp16 products, FLOP/s, from the vendors' data sheets; of the SXM form if there are several.
 PEAKS = {
@@ -46,7 +47,7 @@ def network_counts(network: str, confidence_net: str | None, z_dim: int = 512) -
     with torch.device("meta"):
         backbone = Backbone(network, z_dim).eval()
         with FlopCounterMode(display=False) as whole:
-            _, convf = backbone(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+            _, convf = backbone(torch.empty(1, 3, FACE_SIZE, FACE_SIZE))
         parameters = _count_parameters(backbone)
         if confidence_net is None:
             return NetworkCounts(whole.get_total_flops(), parameters, 0, 0)

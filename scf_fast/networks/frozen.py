@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from scf_fast.errors import InputError
-from scf_fast.networks.backbones import IMAGE_SIZE, Backbone, IRUnit, SqueezeExcitation
+from scf_fast.networks.backbones import Backbone, IRUnit, SqueezeExcitation
 from scf_fast.networks.precision import PRECISION_DTYPES
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ class FoldedBackbone(nn.Module):
         (conv,) = _layers_of(nn.Conv2d, backbone.input_layer)
         (norm,) = _layers_of(nn.BatchNorm2d, backbone.input_layer)
         (prelu,) = _layers_of(nn.PReLU, backbone.input_layer)
-        size = IMAGE_SIZE
+        size = FACE_SIZE
         self.stem = FoldedConv(None, conv, norm, size, dtype)
         self.register_buffer("slope", prelu.weight.detach().float())
         size = -(-size // conv.stride[0])

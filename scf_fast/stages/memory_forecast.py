@@ -12,6 +12,7 @@ from scf_fast.config import BackboneConfig
 from scf_fast.engine.class_centers import fuses, rows_of
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 _FLOAT = 4  # bytes of a float32, which parameters, states and gradients are
 _GB = 1e9
@@ -106,7 +107,7 @@ def _kept_for_backward(backbone: Backbone, batch: int, precision: str) -> int:
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
     with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        features, _ = backbone(torch.empty(batch, 3, 112, 112))
+        features, _ = backbone(torch.empty(batch, 3, FACE_SIZE, FACE_SIZE))
     weights = {parameter.untyped_storage()._cdata for parameter in backbone.parameters()}
     del features
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
