@@ -77,13 +77,15 @@ def _scf_fast(weights: Weights) -> Any:
     published code has them, and backbone and confidence net together as a model that says how to use it.
     """
     if weights.parts == (Part.BACKBONE, Part.CONFIDENCE_NET):
+        normalizer = weights.facts.normalizer
         return {
             "format": "scf_fast model",
             "backbone_state_dict": weights.backbone,
             "uncer_net_state_dict": weights.confidence_net,
             "radius": weights.radius,
             "normalization": weights.normalization,
-            **weights.facts.known(),
+            **({} if normalizer is None else {"normalizer": normalizer}),
+            **_progress(weights),
         }
     part = _only_part(weights, "scf_fast")
     if part is Part.BACKBONE:
