@@ -54,7 +54,7 @@ class TorchLoader(Loader):
     def _decode(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
         assert self._workers is not None, "the loader is closed"
         self._epoch_requests.requests = requests
-        if not self._started:
+        if self._num_workers and not self._started:
             # A forked worker that collected a DALI pipeline left over here would wait for its threads forever.
             gc.collect()
             self._started = True
