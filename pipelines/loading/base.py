@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.augmentation import PRESETS, Augmentation
 from scf_fast.pipelines.loading.broken import BrokenImages
+from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sources.base import ImageSource
 
@@ -78,7 +78,7 @@ class Decoded(NamedTuple):
     shown: np.ndarray  # (B,) int64, positions of the images in the source
 
 
-class Loader(abc.ABC):
+class Loader(BatchLoader[Batch]):
     """Iterates over epochs; made by ``make_loader``.
 
     Close it, or use it as a context manager: it holds threads or processes.
@@ -110,7 +110,7 @@ class Loader(abc.ABC):
         self._running: Generator[Batch, None, None] | None = None
         self._read_ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
-    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start_batch: int = 0) -> Generator[Batch, None, None]:
         """Iterates over the batches of one epoch.
 
         Another call ends an iteration left half way. A batch stays valid for as long as it is kept.
@@ -133,13 +133,8 @@ class Loader(abc.ABC):
         self._stop()
         self._read_ahead.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def count_broken(self) -> int:
+        return len(self.broken)
 
     def _stop(self) -> None:
         if self._running is not None:
