@@ -25,8 +25,11 @@ SCALARS = {
     "neg_dim_scalar_times_log_kappa",
     "log_iv_kappa",
 }  # of the published TensorBoard files
-HPARAMS = """batch_size convf_dim cuda dataroot dataset epochs eval_batch_size finetune_bkb gamma gpu_ids lr
-    lr_scheduler max_grad_clip max_grad_norm num_workers output_dir radius saved_bkb saved_fc seed step_size tensorboard z_dim""".split()
+HPARAMS = """
+    batch_size convf_dim cuda dataroot dataset epochs eval_batch_size finetune_bkb gamma gpu_ids lr
+    lr_scheduler max_grad_clip max_grad_norm num_workers output_dir radius saved_bkb saved_fc seed step_size
+    tensorboard z_dim
+""".split()
 
 
 class ScaledBessel(torch.autograd.Function):
