@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from scf_fast.errors import InputError
-from scf_fast.networks.frozen import DTYPES
+from scf_fast.networks.precision import PRECISION_DTYPES
 from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES
 
 
@@ -20,7 +20,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         default="auto",
-        choices=("auto", *DTYPES),
+        choices=("auto", *PRECISION_DTYPES),
         help="of the backbone; auto: half precision on a GPU where accurate",
     )
     parser.add_argument(

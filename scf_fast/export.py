@@ -29,9 +29,10 @@ from scf_fast.arguments import add_normalization_argument
 from scf_fast.errors import InputError
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import FoldedBackbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.base import Preprocessing
-from scf_fast.pipelines.loading.decode import FACE_SIZE
-from scf_fast.weights import reading, writing
+from scf_fast.weights.contents import Facts, Weights
+from scf_fast.weights.writing import write_weights
 
 TOLERANCE = 1e-4  # of mu absolutely, of kappa, or the length of features, relatively
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
@@ -171,13 +172,13 @@ def _run_onnx(path):
 
 def _write_weights(model, path, preprocess, opset):
     net_state = None if model.confidence_net is None else model.confidence_net.state_dict()
-    weights = reading.Weights(
+    weights = Weights(
         str(path),
         backbone=model.backbone.state_dict(),
         confidence_net=net_state,
-        facts={"radius": model.radius, "normalization": model.normalization},
+        facts=Facts(radius=model.radius, normalization=model.normalization),
     )
-    writing.write(weights, path, "safetensors")
+    write_weights(weights, path, "safetensors")
 
 
 def _run_weights(path):

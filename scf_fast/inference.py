@@ -1,4 +1,3 @@
-import hashlib
 import os
 from collections.abc import Iterator
 
@@ -6,13 +5,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scf_fast.distributed import on_every_rank
+from scf_fast.distributed import all_ranks_agree
 from scf_fast.errors import InputError
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.weights.digest import digest_weights
 
 
 class Embedder:
@@ -37,16 +37,14 @@ class Embedder:
     def __init__(self, model: SCF, device: torch.device | str = "cpu", precision: str = "auto", flip: bool = False):
         self.device, self.flip = torch.device(device), flip
         self.radius, self.normalization, self.embedding_dim = model.radius, model.normalization, model.embedding_dim
-        weights = hashlib.sha256(f"{model.normalization} {precision} {self.device.type} {flip}".encode())
-        for name, value in sorted(model.state_dict().items()):
+        state = model.state_dict()
+        for name, value in sorted(state.items()):
             if not value.isfinite().all():
                 raise InputError(
                     f"the model's weights must be finite, and those of {name} are not; its training diverged, take an "
                     "earlier checkpoint"
                 )
-            weights.update(name.encode())
-            weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self.key = weights.hexdigest()
+        self.key = digest_weights(state, f"{model.normalization} {precision} {self.device.type} {flip}")
         self._precisions = (
             ("fp32",)
             if precision == "auto" and self.device.type == "cpu"
@@ -86,7 +84,7 @@ class Embedder:
                 backbone(self._padded(images))
             except ValueError as error:
                 failure = error
-            if on_every_rank(failure is None):
+            if all_ranks_agree(failure is None):
                 self._backbone = backbone
                 return
         raise InputError(

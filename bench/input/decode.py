@@ -26,6 +26,7 @@ from bench.measuring.accuracy import tabulate
 from bench.measuring.environment import DEVICE, RESULTS, device_slug, environment
 from bench.measuring.timing import synchronize
 from scf_fast.pipelines.convert import convert
+from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.formats.recordio import RecordWriter, write_property
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
@@ -45,9 +46,9 @@ def make_records(folder, count):
     pictures = []
     for _ in range(DISTINCT):
         smooth = Image.fromarray(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8)).resize(
-            (112, 112), Image.Resampling.BICUBIC
+            (FACE_SIZE, FACE_SIZE), Image.Resampling.BICUBIC
         )
-        noisy = np.clip(np.asarray(smooth) + rng.normal(0, 8, (112, 112, 3)), 0, 255).astype(np.uint8)
+        noisy = np.clip(np.asarray(smooth) + rng.normal(0, 8, (FACE_SIZE, FACE_SIZE, 3)), 0, 255).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(noisy).save(file, "JPEG", quality=92)
         pictures.append(file.getvalue())
@@ -184,7 +185,8 @@ def decoding_rates(source, scratch, batch, batches, threads, rounds):
             if number:
                 rates[name].append(batches * batch / (time.perf_counter() - start))
                 busy[name].append((time.process_time() - start_busy) / (batches * batch) * 1e6)
-            assert images.shape == (batch, 3, 112, 112) and labels.shape == (batch,) and labels.dtype == torch.int64
+            assert images.shape == (batch, 3, FACE_SIZE, FACE_SIZE)
+            assert labels.shape == (batch,) and labels.dtype == torch.int64
             assert (
                 images.dtype == torch.float32
                 and images.is_contiguous(memory_format=torch.channels_last)

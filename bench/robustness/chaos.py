@@ -25,7 +25,7 @@ from pathlib import Path
 
 from bench.measuring.environment import environment
 from scf_fast.distributed import STOPPED, launcher
-from scf_fast.features.store import layout_of, read_meta
+from scf_fast.features.store import read_meta
 from scf_fast.pipelines.index import open_source
 
 IDENTITIES, IMAGES_EACH, BATCH, EPOCHS = 16, 32, 32, 3
@@ -227,7 +227,7 @@ class Chaos:
         """A record that is there, while no run is: the mark of the last one, which was killed, makes the next launch
         check every record.
         """
-        layout = layout_of(read_meta(self.cache))
+        layout = read_meta(self.cache).layout
         shard, row = divmod(self.rng.choice(self._present()), layout.rows_per_shard)
         with open(self.cache / f"rows-{shard:05d}.bin", "r+b") as file:
             file.seek(row * layout.record_bytes + self.rng.randrange(layout.record_bytes - 64))

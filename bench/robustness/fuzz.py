@@ -32,7 +32,7 @@ from PIL import Image
 
 import scf_fast
 from scf_fast import pipelines
-from scf_fast.features.store import layout_of, read_meta
+from scf_fast.features.store import read_meta
 from scf_fast.pipelines.evaluation_sets.verification_set import read_verification_set
 from scf_fast.pipelines.formats.array_file import map_arrays
 from scf_fast.pipelines.formats.recordio import pack_record, read_num_classes, whole_records
@@ -165,7 +165,7 @@ def _verification(content):
 def _cache(content):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "meta.json").write_bytes(content)
-        layout = layout_of(read_meta(Path(folder)))
+        layout = read_meta(Path(folder)).layout
         assert layout.total_bytes > 0 and layout.rows_per_shard > 0
 
 

@@ -43,15 +43,14 @@ LEARNING_RATE = 1e-5
 def work(options, way):
     """One rank: takes the steps and writes what came of it to the file of its rank."""
     from scf_fast import distributed
-    from scf_fast.config import Config
-    from scf_fast.engine.engine import initialize_engine, take_step
-    from scf_fast.engine.optimizers import build_optimizer
+    from scf_fast.config import ConfidenceConfig
+    from scf_fast.engine.engine import Engine
+    from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
     from scf_fast.networks.confidence import build_confidence_net
 
     runtime = distributed.start()
-    config = Config(
+    config = ConfidenceConfig(
         **{
-            "stage": "confidence",
             "data": "-",
             "output_dir": "-",
             "saved_bkb": "-",
@@ -65,8 +64,12 @@ def work(options, way):
     torch.manual_seed(0)
     net = build_confidence_net("mlp", CHANNELS, MAP).to(runtime.device)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    engine = initialize_engine(
-        net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, config.precision
+    engine = Engine(
+        net,
+        build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device),
+        config,
+        runtime,
+        config.precision,
     )
     torch.manual_seed(1 + runtime.rank)
     rows = options.batch // runtime.world_size
@@ -81,7 +84,7 @@ def work(options, way):
         began = time.perf_counter()
         loss = scf_loss(features, engine(convf), centers, labels, radius=config.radius)
         engine.backward(loss)
-        applied = take_step(engine)
+        applied = engine.step()
         synchronize(runtime.device)
         seconds.append(time.perf_counter() - began)
         losses.append(distributed.average_over_ranks(loss.detach()).item())
@@ -90,7 +93,8 @@ def work(options, way):
     peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = {"parameters": parameters, "losses": losses, "seconds": seconds, "peak_gib": peak / 2**30}
     (options.worker / f"{runtime.rank}.json").write_text(json.dumps(result))
-    distributed.finish(engine)
+    engine.close()
+    distributed.finish()
     distributed.leave(0)
 
 

@@ -21,7 +21,7 @@ import torch
 
 from bench.measuring.environment import DEVICE, RESULTS, device_slug, environment
 from bench.measuring.timing import write_json
-from scf_fast.config import Config
+from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine.class_centers import ClassCenters
 
@@ -72,8 +72,7 @@ def main():
         help="folder for the JSON file (default: bench/results/<device>)",
     )
     options = parser.parse_args()
-    config = Config(
-        stage="backbone",
+    config = BackboneConfig(
         data="-",
         output_dir="-",
         z_dim=options.dim,

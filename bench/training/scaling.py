@@ -99,14 +99,14 @@ def counted_steps(engine, take, loss_of):
 
 
 def measure_stage1(zero_stage, runtime):
-    from scf_fast.config import Config
+    from scf_fast.config import BackboneConfig
     from scf_fast.engine.class_centers import ClassCenters
-    from scf_fast.engine.engine import initialize_engine, take_step
-    from scf_fast.engine.optimizers import build_optimizer
+    from scf_fast.engine.engine import Engine
+    from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
     from scf_fast.networks.backbones import Backbone
+    from scf_fast.pipelines.face_template import FACE_SIZE
 
-    config = Config(
-        stage="backbone",
+    config = BackboneConfig(
         data="-",
         output_dir="-",
         network=NETWORK,
@@ -115,30 +115,34 @@ def measure_stage1(zero_stage, runtime):
         zero_stage=zero_stage,
     )
     backbone = Backbone(NETWORK, Z_DIM)
-    engine = initialize_engine(
-        backbone, build_optimizer("sgd", backbone.parameters(), config, runtime.device), config, runtime, "fp32"
+    engine = Engine(
+        backbone,
+        build_optimizer(OptimizerRule.SGD, backbone.parameters(), config, runtime.device),
+        config,
+        runtime,
+        "fp32",
     )
     centers = ClassCenters(CLASSES, Z_DIM, config, runtime)
-    images, labels = torch.randn(BATCH // runtime.world_size, 3, 112, 112), torch.arange(BATCH // runtime.world_size)
+    images = torch.randn(BATCH // runtime.world_size, 3, FACE_SIZE, FACE_SIZE)
+    labels = torch.arange(BATCH // runtime.world_size)
 
     def loss_of():
         return centers.loss(engine(images)[0], labels)[0]
 
-    counts = counted_steps(engine, lambda: centers.step(take_step(engine)), loss_of)
-    engine.destroy()
+    counts = counted_steps(engine, lambda: centers.step(engine.step()), loss_of)
+    engine.close()
     return counts
 
 
 def measure_stage2(zero_stage, runtime):
-    from scf_fast.config import Config
-    from scf_fast.engine.engine import initialize_engine, take_step
-    from scf_fast.engine.optimizers import build_optimizer
+    from scf_fast.config import ConfidenceConfig
+    from scf_fast.engine.engine import Engine
+    from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
     from scf_fast.kernels import scf_loss
     from scf_fast.networks.backbones import BACKBONES
     from scf_fast.networks.confidence import build_confidence_net
 
-    config = Config(
-        stage="confidence",
+    config = ConfidenceConfig(
         data="-",
         output_dir="-",
         saved_bkb="-",
@@ -148,15 +152,13 @@ def measure_stage2(zero_stage, runtime):
     )
     architecture, rows = BACKBONES[NETWORK], BATCH // runtime.world_size
     net = build_confidence_net(CONFIDENCE_NET, architecture.widths[-1], architecture.map_size)
-    engine = initialize_engine(
-        net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32"
+    engine = Engine(
+        net, build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device), config, runtime, "fp32"
     )
     convf = torch.randn(rows, architecture.widths[-1], architecture.map_size, architecture.map_size)
     features, centers, labels = torch.randn(rows, Z_DIM), torch.randn(CLASSES, Z_DIM), torch.arange(rows)
-    counts = counted_steps(
-        engine, lambda: take_step(engine), lambda: scf_loss(features, engine(convf), centers, labels)
-    )
-    engine.destroy()
+    counts = counted_steps(engine, lambda: engine.step(), lambda: scf_loss(features, engine(convf), centers, labels))
+    engine.close()
     return counts
 
 
@@ -164,10 +166,10 @@ def measure_overlap(runtime):
     """Median seconds of the classifier's forward and backward pass, with its communication beside the computation and
     without.
     """
-    from scf_fast.config import Config
+    from scf_fast.config import BackboneConfig
     from scf_fast.engine import class_centers
 
-    config = Config(stage="backbone", data="-", output_dir="-", z_dim=512, batch_size=OVERLAP_BATCH)
+    config = BackboneConfig(data="-", output_dir="-", z_dim=512, batch_size=OVERLAP_BATCH)
     centers = class_centers.ClassCenters(OVERLAP_CLASSES, 512, config, runtime)
     rows = OVERLAP_BATCH // runtime.world_size
     features, labels = torch.randn(rows, 512, requires_grad=True), torch.arange(rows)

@@ -23,19 +23,19 @@ from bench.baselines.dense_margin_softmax import dense_margin_softmax_loss
 from bench.measuring import roofline
 from bench.measuring.case import Case, benchmark_case
 from bench.measuring.environment import DEVICE
-from scf_fast.config import Config
+from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine.class_centers import ClassCenters
-from scf_fast.engine.optimizers import build_optimizer
-from scf_fast.networks.backbones import IMAGE_SIZE, Backbone
+from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
+from scf_fast.networks.backbones import Backbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 WAYS = ("dense", "scf_fast", "scf_fast, compiled")
 DIM = 512
 
 
 def config_of(network, batch):
-    return Config(
-        stage="backbone",
+    return BackboneConfig(
         data="-",
         output_dir="-",
         network=network,
@@ -82,7 +82,7 @@ def our_step(backbone, classes, config, half, compiled):
     """One step of ours, returning its loss."""
     device = next(backbone.parameters()).device
     centers = ClassCenters(classes, DIM, config, Runtime(0, 1, device), "bf16" if half else "fp32")
-    optimizer = build_optimizer("sgd", backbone.parameters(), config, device)
+    optimizer = build_optimizer(OptimizerRule.SGD, backbone.parameters(), config, device)
     network = torch.compile(backbone) if compiled else backbone
 
     def step(images, labels):
@@ -106,7 +106,7 @@ def prepare(way, network, batch, classes, device):
         else our_step(backbone, classes, config, half, way != "scf_fast")
     )
     buffers = [
-        (torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device), torch.randint(classes, (batch,), device=device))
+        (torch.randn(batch, 3, FACE_SIZE, FACE_SIZE, device=device), torch.randint(classes, (batch,), device=device))
         for _ in range(4)
     ]
     assert step(*buffers[0]).isfinite(), "the loss is not finite"

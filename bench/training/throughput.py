@@ -44,14 +44,16 @@ from bench.measuring.accuracy import tabulate
 from bench.measuring.environment import DEVICE, RESULTS, device_slug, environment
 from bench.measuring.timing import interleaved_seconds, synchronize, write_json
 from scf_fast import distributed
-from scf_fast.config import Config
-from scf_fast.features.store import CACHE_DTYPES, CacheLayout, FeatureCache, decode, encode, encoding_error
+from scf_fast.config import ConfidenceConfig
+from scf_fast.features.records import CACHE_DTYPES, CacheLayout, decode, encode, encoding_error
+from scf_fast.features.store import CacheKey, FeatureCache
 from scf_fast.features.stream import FeatureStream
 from scf_fast.kernels import scf_loss
 from scf_fast.networks import frozen
 from scf_fast.networks.backbones import BACKBONES, Backbone
 from scf_fast.networks.confidence import CONFIDENCE_NETS, build_confidence_net
 from scf_fast.networks.frozen import FoldedBackbone, FrozenBackbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
@@ -69,7 +71,7 @@ def make_backbone(network):
     for module in backbone.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # the mean over all batches, of which there is one
-    backbone(torch.randn(32, 3, 112, 112, device=DEVICE))
+    backbone(torch.randn(32, 3, FACE_SIZE, FACE_SIZE, device=DEVICE))
     return backbone.eval()
 
 
@@ -135,7 +137,7 @@ def our_backbone(backbone, without=None):
 def cached_features(backbone, batch, folder):
     """A reader of random features in the backbone's shapes, from a cache on disk, batch after batch."""
     layout = cache_layout(backbone, CACHED_BATCHES * batch, "bf16")
-    FeatureCache.create_or_check(folder, {}, layout)
+    FeatureCache.create_or_check(folder, CacheKey("", "", "", ""), layout)
     cache = FeatureCache.open(folder, layout, 0)
     for start in range(0, layout.num_images, batch):
         rows = np.arange(start, start + batch)
@@ -161,7 +163,7 @@ def measure_steps(options, backbone, batch):
     """Images a second of each way, step by step."""
     centers = torch.randn(CLASSES, Z_DIM, device=DEVICE)
     buffers = [
-        (torch.randn(batch, 3, 112, 112, device=DEVICE), torch.randint(CLASSES, (batch,), device=DEVICE))
+        (torch.randn(batch, 3, FACE_SIZE, FACE_SIZE, device=DEVICE), torch.randint(CLASSES, (batch,), device=DEVICE))
         for _ in range(4)
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -190,11 +192,10 @@ class OurRun:
 
     def __init__(self, options, runtime, source, backbone, cache):
         from scf_fast.engine.deepspeed_config import resolve_precision
-        from scf_fast.engine.engine import initialize_engine
-        from scf_fast.engine.optimizers import build_optimizer
+        from scf_fast.engine.engine import Engine
+        from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 
-        config = Config(
-            stage="confidence",
+        config = ConfidenceConfig(
             data="-",
             output_dir="-",
             saved_bkb="-",
@@ -206,8 +207,12 @@ class OurRun:
         precision = resolve_precision(config, runtime.device)
         self.dtype = torch.float32 if precision == "fp32" else None
         net = make_head(options, backbone.architecture)
-        self.engine = initialize_engine(
-            net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, precision
+        self.engine = Engine(
+            net,
+            build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device),
+            config,
+            runtime,
+            precision,
         )
         self.centers = torch.randn(source.num_classes, Z_DIM, device=DEVICE)
         network = FrozenBackbone(backbone, DEVICE, ("bf16",), compile=True)
@@ -221,18 +226,16 @@ class OurRun:
         )
 
     def epoch(self, number):
-        from scf_fast.engine.engine import take_step
-
         for batch in self.stream.batches(number):
             loss = scf_loss(
                 batch.features, self.engine(batch.convf.to(self.dtype or batch.convf.dtype)), self.centers, batch.labels
             )
             self.engine.backward(loss)
-            take_step(self.engine)
+            self.engine.step()
 
     def close(self):
         self.stream.close()
-        self.engine.destroy()
+        self.engine.close()
 
 
 def published_epoch(options, source, backbone):
@@ -257,7 +260,7 @@ def published_epoch(options, source, backbone):
 def measure_epochs(options, runtime, backbone, source, folder):
     """Images a second of each way, epoch by epoch, and where the time of our uncached ones went."""
     layout = cache_layout(backbone, len(source), "bf16")
-    FeatureCache.create_or_check(folder / "epochs", {}, layout)
+    FeatureCache.create_or_check(folder / "epochs", CacheKey("", "", "", ""), layout)
     uncached, cached = (
         OurRun(options, runtime, source, backbone, cache)
         for cache in (None, FeatureCache.open(folder / "epochs", layout, 0))

@@ -11,6 +11,7 @@ import torch
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.augmentation import PRESETS, Augmentation
 from scf_fast.pipelines.loading.decode import FACE_SIZE
+from scf_fast.pipelines.loading.protocol import BatchLoader
 
 _READ_AHEAD = (
     1 << 14
@@ -69,7 +70,7 @@ class Request(NamedTuple):
     flips: np.ndarray  # (B,) bool
 
 
-class Loader(abc.ABC):
+class Loader(BatchLoader[Batch]):
     """Runs through epochs; made by make_loader. Close it, or use it as a context manager: it holds threads or
     processes.
 
@@ -119,11 +120,9 @@ class Loader(abc.ABC):
         self._stop()
         self._read_ahead.shutdown(cancel_futures=True)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
+    def count_broken(self):
+        """Returns how many images are known to be broken."""
+        return len(self.broken)
 
     def _stop(self):
         if self._running is not None:

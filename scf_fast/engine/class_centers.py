@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from scf_fast.config import Config
+from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.errors import InputError
 from scf_fast.kernels.margin_softmax import (
@@ -36,12 +36,12 @@ from scf_fast.kernels.margin_softmax import (
     margin_softmax_statistics,
     mean_over_labeled,
 )
-from scf_fast.weights.files import save_file
+from scf_fast.networks.precision import PRECISION_DTYPES
+from scf_fast.weights.files import save_torch_file
 
 _INITIAL_STD = 0.01  # as arcface_torch
 _INITIAL_ROWS = 4096  # rows that one seed makes: the same rows come out at any world size
 _UPDATE_ROWS = 16384  # rows of one step of an update: its temporaries stay small
-_STATES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _EXPORT_BYTES = 64 * 2**20  # of one message to rank 0
 
 
@@ -87,17 +87,17 @@ class ClassCenters:
             the loss are float32.
     """
 
-    def __init__(self, num_classes: int, width: int, config: Config, runtime: Runtime, precision: str = "fp32"):
+    def __init__(self, num_classes: int, width: int, config: BackboneConfig, runtime: Runtime, precision: str = "fp32"):
         self.num_classes, self.width, self.config, self.runtime = num_classes, width, config, runtime
         self.start, self.stop = rows_of(runtime.rank, runtime.world_size, num_classes)
-        self.compute_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.compute_dtype = PRECISION_DTYPES[precision]
         self.fused = fuses(config, precision)
         self.lr = config.lr
         self._draw = 0  # batches seen: what samples and the rounding are drawn from
         self._noise = torch.Generator(runtime.device)
         self.weight = torch.empty(self.stop - self.start, width, device=runtime.device)
         self._initialize()
-        self.momentum = torch.zeros_like(self.weight, dtype=_STATES[config.centers_state])
+        self.momentum = torch.zeros_like(self.weight, dtype=PRECISION_DTYPES[config.centers_state])
         self._gradient = None if self.fused else torch.zeros_like(self.weight)
         self._touched = (
             torch.zeros(len(self.weight), dtype=torch.bool, device=runtime.device)
@@ -136,7 +136,7 @@ class ClassCenters:
         """End of an optimizer step: update from the gradients since the last one, or drop them where the engine has
         skipped its step.
         """
-        if self.fused:
+        if self._gradient is None:
             return
         for rows in self._changed_rows() if applied else ():
             self._update_rows(rows, self._gradient[rows])
@@ -273,13 +273,13 @@ class ClassCenters:
             if problem is not None:
                 raise problem
             if for_all is not None:
-                save_file({"arc_face_state_dict": {"weight": for_all}, **facts}, path)
+                save_torch_file({"arc_face_state_dict": {"weight": for_all}, **facts}, path)
         finally:
             if self.runtime.is_main:
                 rows_file.unlink(missing_ok=True)
 
 
-def fuses(config: Config, precision: str) -> bool:
+def fuses(config: BackboneConfig, precision: str) -> bool:
     """Whether the update of the class centers happens in the backward pass: by default wherever it can.
 
     With accumulation the gradients of several backward passes make one update, and with fp16 the engine says only after

@@ -11,13 +11,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from scf_fast.errors import InputError
-from scf_fast.pipelines.loading.decode import FACE_SIZE, open_image, pack_face
+from scf_fast.pipelines.face_template import FACE_SIZE, TEMPLATE
+from scf_fast.pipelines.loading.decode import open_image, pack_face
 from scf_fast.pipelines.sources.base import ImageSource
 
-# Eyes, nose and mouth corners (x, y) in pixels, of insightface's alignment: pixel centers have whole coordinates.
-TEMPLATE = np.array(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
-)
 _STILL = 0.05  # pixels: a transform that moves no corner further is left out, since resampling would only blur
 _CORNERS = np.array([0, FACE_SIZE - 1, 1j * (FACE_SIZE - 1), (1 + 1j) * (FACE_SIZE - 1)])
 

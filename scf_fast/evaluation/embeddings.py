@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from scf_fast.distributed import on_every_rank
+from scf_fast.distributed import all_ranks_agree
 from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.inference import check_usable, embed_batches, load_batches, put, room_for
 from scf_fast.kernels import vmf_similarity_from_cosine
@@ -95,9 +95,9 @@ class EmbeddingStore:
             ValueError: an image cannot be decoded, or gives unusable numbers; the message names it.
         """
         folder = self._data_folder(source)
-        on_every_rank(True)  # a rank that is still at an earlier source may be writing parts of this one
+        all_ranks_agree(True)  # a rank that is still at an earlier source may be writing parts of this one
         missing = [part for part in _parts(source) if not _path(folder, part).exists()]
-        if on_every_rank(
+        if all_ranks_agree(
             not missing
         ):  # and no rank starts before all have seen what is missing: their shares would not add up to it
             return

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scf_fast.evaluation.alignment import TEMPLATE, AlignedFaces, similarity_transform
+from scf_fast.evaluation.alignment import AlignedFaces, similarity_transform
+from scf_fast.pipelines.face_template import TEMPLATE
 from scf_fast.pipelines.loading.decode import decode_face
 from scf_fast.pipelines.sources.base import EncodedImages
 

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from scf_fast.evaluation import embeddings as module
-from scf_fast.evaluation.alignment import TEMPLATE, AlignedFaces
+from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.embeddings import EmbeddingStore
+from scf_fast.pipelines.face_template import TEMPLATE
 from scf_fast.pipelines.sources.base import EncodedImages, ImageFiles
 
 
@@ -95,6 +96,7 @@ RANKS = """
 import sys
 from pathlib import Path
 import torch
+from scf_fast.pipelines.face_template import TEMPLATE
 from scf_fast.pipelines.sources.base import ImageFiles
 from scf_fast import frozen, launch
 from scf_fast.networks.backbones import Backbone

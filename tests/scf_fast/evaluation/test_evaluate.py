@@ -16,10 +16,10 @@ from scipy.special import ive
 
 from scf_fast.evaluation import __main__ as command
 from scf_fast.evaluation import datasets, evaluate, report
-from scf_fast.evaluation.alignment import TEMPLATE
 from scf_fast.evaluation.embeddings import Embeddings
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery, TemplateProtocol, write_template_protocol
 from scf_fast.pipelines.evaluation_sets.verification_set import write_verification_set
+from scf_fast.pipelines.face_template import TEMPLATE
 
 
 class PixelModel:

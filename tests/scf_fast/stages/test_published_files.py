@@ -240,24 +240,24 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
         textwrap.dedent("""
         import sys
         import torch
-        from scf_fast import launch
-        from scf_fast.config import Config
+        from scf_fast import distributed
+        from scf_fast.config import ConfidenceConfig
         from scf_fast.networks.confidence import build_confidence_net
-        from scf_fast.engine.engine import initialize_engine
-        from scf_fast.engine.optimizers import build_optimizer
+        from scf_fast.engine.engine import Engine
+        from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
         from scf_fast.stages.published_files import adam_state_dict
 
-        runtime = launch.start()
+        runtime = distributed.start()
         convf, target = torch.randn(4, 2, 7, 7, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 2.0, 0.0, -1.0])
         def loss(net):
             return ((net(convf) - target) ** 2).mean()
         for stage in (0, 1, 2, 3):
-            config = Config(stage="confidence", data="d", output_dir="o", saved_bkb="b", saved_fc="f", batch_size=8, lr=1e-2, zero_stage=stage)
+            config = ConfidenceConfig(data="d", output_dir="o", saved_bkb="b", saved_fc="f", batch_size=8, lr=1e-2, zero_stage=stage)
             torch.manual_seed(0)
             net, plain = build_confidence_net("mlp", 2, 7), build_confidence_net("mlp", 2, 7)
             plain.load_state_dict(net.state_dict())
             reference = torch.optim.Adam(plain.parameters(), lr=1e-2, weight_decay=5e-4)
-            engine = initialize_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32")
+            engine = Engine(net, build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device), config, runtime, "fp32")
             for _ in range(3):
                 engine.backward(loss(engine))
                 engine.step()
@@ -273,8 +273,9 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
                     for key, value in state.items():
                         torch.testing.assert_close(ours["state"][index][key], value, rtol=1e-4, atol=1e-7, msg=f"stage {stage} {index} {key}")
                 print("stage", stage, "agrees", flush=True)
-        launch.finish(engine)
-        launch.leave(0)
+        engine.close()
+        distributed.finish()
+        distributed.leave(0)
         """)
     )
     start = [
@@ -310,7 +311,7 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(change, expected, tmp_path, monkeypatch, capsys):
-    import train
+    from scf_fast import train
 
     folder = published_run(tmp_path)
     for name, count in (("three", 3), ("five", 5)):
