@@ -23,6 +23,7 @@ from scf_fast.engine.engine import Engine
 from scf_fast.engine.optimizers import LearningRate
 from scf_fast.errors import Incomplete, InputError
 from scf_fast.networks.flops import peak_flops
+from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.run import checkpoints
 from scf_fast.run import folder as run_folder
@@ -319,7 +320,7 @@ class _Run:
             self.config.tensorboard,
         )
 
-    def _batches(self, loader: Any) -> Generator[Any, None, None]:
+    def _batches(self, loader: BatchLoader[Any]) -> Generator[Any, None, None]:
         """Yields batch after batch, over all epochs from the first step on."""
         for epoch in itertools.count(self.first_step // self.per_epoch):
             yield from loader.batches(epoch, start_batch=max(0, self.first_step - epoch * self.per_epoch))
@@ -460,7 +461,7 @@ class _Run:
         self.unwritten = None
         log.info("wrote %s", ", ".join(map(str, files)), extra={"event": "export", "step": step})
 
-    def _summarize(self, step: int, loader: Any, profile: StepProfile, stopped_by: str | None) -> None:
+    def _summarize(self, step: int, loader: BatchLoader[Any], profile: StepProfile, stopped_by: str | None) -> None:
         """Logs what the run has done and where its time went."""
         self.clock.collect()
         seconds = sum(self.clock.seconds.values())
