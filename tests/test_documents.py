@@ -36,7 +36,7 @@ def test_the_pages_exist_and_are_looked_into():
 
 def test_commands_name_modules_that_can_be_run(page, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    for name in re.findall(r"\s(?:-m|--module)\s+([a-z_][\w.]*\w)", page.read_text()):
+    for name in re.findall(r"\b(?:python|torchrun|deepspeed)\s+(?:-m|--module)\s+([\w.]*\w)", page.read_text()):
         assert name.partition(".")[0] not in ("kernels", "pipelines"), f"{name}: its name is scf_fast.{name}"
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -68,6 +68,8 @@ def test_names_in_the_text_can_be_imported(page, monkeypatch):
         names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
     for name in names:
         pkgutil.resolve_name(name)
+    for code in quoted(text):
+        assert not re.search(r"(?:^|\s)(?:kernels|pipelines)\.[a-z]", code), f"{code}: its name begins with scf_fast."
 
 
 def test_tests_named_in_the_text_exist(page):
