@@ -178,7 +178,7 @@ def _set_up_folder(config: Config, folder: Path, held: contextlib.ExitStack, loc
 
 @dataclass(frozen=True)
 class _StepOutcome:
-    """What to log of one optimizer step, still on the device.
+    """Values to log of one optimizer step, still on the device.
 
     Attributes:
         loss_name: name of the first of ``values``.

@@ -107,12 +107,12 @@ class Checkpoints:
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint waits for :meth:`finish`; equal on all ranks."""
+        """True while a checkpoint waits for :meth:`finish`; equal on all ranks."""
         return self._pending is not None
 
     @property
     def writing(self) -> bool:
-        """Whether this rank's files are not yet on the disk."""
+        """True while this rank's files are not yet on the disk."""
         return self._pending is not None and not self._pending.future.done()
 
     def save(self, engine: Engine, state: RunState, centers: ClassCenters | None = None) -> None:
