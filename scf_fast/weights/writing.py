@@ -73,7 +73,7 @@ def _insightface(weights: Weights) -> Any:
 
 
 def _scf_fast(weights: Weights) -> Any:
-    """Returns what the stages write: a backbone under its family's names, class centers and confidence nets as the
+    """Returns the entries that the stages write: a backbone under its family's names, class centers and confidence nets as the
     published code has them, and backbone and confidence net together as a model that says how to use it.
     """
     if weights.parts == (Part.BACKBONE, Part.CONFIDENCE_NET):
@@ -129,7 +129,7 @@ def _only_part(weights: Weights, layout: str) -> Part:
 
 
 def _progress(weights: Weights) -> dict[str, int | float | str]:
-    """Returns epoch and global step, where they are known."""
+    """Returns epoch and global step, as far as they are known."""
     return {name: value for name, value in weights.facts.known().items() if name in ("epoch", "global_step")}
 
 

@@ -1,4 +1,4 @@
-"""What several tests of features compare with."""
+"""Plain code that several tests of features compare with."""
 
 import copy
 

@@ -76,7 +76,7 @@ def test_class_centers_in_shards(kept, named, expected, tmp_path, save_as):
 
 
 def tface_head(kind, columns):
-    """What TFace saves of one data set's head: a column for each class; PartialFC is no module there, and is saved as
+    """Returns what TFace saves of one data set's head: a column for each class; PartialFC is no module there, and is saved as
     its matrix.
     """
     return {
@@ -100,7 +100,7 @@ def test_heads_of_tface(kind, ranks, tmp_path):
 
 
 def test_the_moments_of_an_optimizer_are_no_weights(tmp_path, small_backbone):
-    """Whatever a file calls it: TFace has BACKBONE_OPT, in a file of its own."""
+    """TFace has them in a file of their own, as BACKBONE_OPT."""
     net, head = small_backbone("tface"), torch.nn.Linear(32, 7, bias=False)
     optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
     for parameter in [*net.parameters(), *head.parameters()]:
