@@ -73,8 +73,10 @@ def _insightface(weights: Weights) -> Any:
 
 
 def _scf_fast(weights: Weights) -> Any:
-    """Returns the entries that the stages write: a backbone under its family's names, class centers and confidence nets as the
-    published code has them, and backbone and confidence net together as a model that says how to use it.
+    """Returns the entries that the stages write.
+
+    A backbone has its family's names, class centers and confidence nets those of the published code; backbone and
+    confidence net together are a model that says how to use it.
     """
     if weights.parts == (Part.BACKBONE, Part.CONFIDENCE_NET):
         normalizer = weights.facts.normalizer

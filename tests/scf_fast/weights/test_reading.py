@@ -76,8 +76,8 @@ def test_class_centers_in_shards(kept, named, expected, tmp_path, save_as):
 
 
 def tface_head(kind, columns):
-    """Returns what TFace saves of one data set's head: a column for each class; PartialFC is no module there, and is saved as
-    its matrix.
+    """Returns what TFace saves of one data set's head: a column for each class. PartialFC is no module there, so it is
+    saved as its matrix.
     """
     return {
         "arcface": {"kernel": columns},
