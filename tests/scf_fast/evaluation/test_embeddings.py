@@ -12,6 +12,7 @@ from scf_fast.evaluation import embeddings as module
 from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.embeddings import EmbeddingStore
 from scf_fast.inference import Decoding, Embeddings
+from scf_fast.pipelines.face_template import TEMPLATE
 from scf_fast.pipelines.sources.base import EncodedImages, ImageFiles
 
 
