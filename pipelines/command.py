@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from scf_fast.pipelines.errors import InputError
 
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
             spelled.append(argument)
         return spelled
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(INPUT_ERROR, f"{self.prog}: error: {message}\n")
 
 

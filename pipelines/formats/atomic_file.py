@@ -1,32 +1,123 @@
-"""Output files that appear whole or not at all, and files of arrays that are read by mapping them into memory."""
+"""Durable file writing for the whole project: a file appears complete under its name, or not at all.
+
+    atomic_output(path)                    context manager: a binary file to write into
+    atomic_path(path)                      context manager: a path, for libraries that open the file themselves
+    write_bytes, write_text, write_json    the whole content at once
+    publish(aside, path)                   gives a file that was finished elsewhere its name
+
+All of them write aside, flush, sync the file, rename it, and sync its folder: after a power failure there is the old
+file or the new one. On any exception what was written aside is removed. An ``OSError`` names the file that was to be
+written.
+"""
 
 import contextlib
+import errno
+import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # some file systems and folders do not offer it
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
-def atomic_output(path, sync=True):
-    """Open a binary file beside `path` for writing; on success it takes the name `path`, on an exception it is removed.
+def atomic_output(path: str | os.PathLike[str], sync: bool = True) -> Iterator[BinaryIO]:
+    """Opens a binary, seekable file beside ``path``; on success it takes that name, on an exception it is removed.
 
     Args:
-        path: str or Path. Missing parent folders are created.
-        sync: wait until the bytes are on the disk; False for many small files that can be made anew, which it would
-            slow a hundredfold.
-    Yields:
-        A binary file object, seekable.
+        path: replaced if it exists. Missing parent folders are created.
+        sync: wait until the bytes are on the disk. False for many small files that can be made again: syncing each
+            would take a hundred times as long.
+    Raises:
+        OSError: the file cannot be written, for instance because the disk is full; names ``path``.
     """
+    with _set_aside(path, sync) as aside, open(aside, "wb") as file:
+        yield file
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a path beside ``path``, for a library that opens and closes the file itself; see :func:`atomic_output`."""
+    with _set_aside(path, sync=True) as aside:
+        yield aside
+        _sync(aside)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes | bytearray | memoryview, sync: bool = True) -> None:
+    """Writes a file; see :func:`atomic_output`."""
+    with atomic_output(path, sync) as file:
+        file.write(content)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file in UTF-8 with its line ends as they are; see :func:`atomic_output`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(
+    path: str | os.PathLike[str], value: Any, *, indent: int | None = None, end: str = "", allow_nan: bool = True
+) -> None:
+    """Writes a JSON file that ends in ``end``; see :func:`atomic_output` and ``json.dumps``."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + end)
+
+
+def publish(aside: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Gives a finished file the name ``path`` on the same file system, once its bytes are on the disk."""
+    _sync(aside)
+    os.replace(aside, path)
+    _sync_folder(Path(path).parent)
+
+
+@contextlib.contextmanager
+def _set_aside(path: str | os.PathLike[str], sync: bool) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(
-        f".{path.name}.{os.getpid()}.partial"
-    )  # the process id keeps ranks that write the same cache apart
+    # The process id keeps ranks that write the same cache apart.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
+        yield aside
         os.replace(aside, path)
+        if sync:
+            _sync_folder(path.parent)
+    except Exception as error:
+        cause = _os_error_behind(error)
+        if cause is None or (cause.filename is not None and os.fspath(cause.filename) != os.fspath(aside)):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _os_error_behind(error: Exception) -> OSError | None:
+    """The ``OSError`` that an exception is or stands for; None where there is none with a number."""
+    cause: BaseException | None = error
+    if isinstance(error, RuntimeError):
+        cause = error.__context__  # torch.save goes on to close its archive, and that fails in turn
+    elif type(error).__module__.startswith("safetensors"):
+        found = _RUST_OS_ERROR.search(str(error))
+        cause = found and OSError(int(found[1]), os.strerror(int(found[1])))
+    return cause if isinstance(cause, OSError) and cause.errno is not None else None
+
+
+def _sync(path: str | os.PathLike[str]) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())  # of the file, whoever has written it
+
+
+def _sync_folder(folder: Path) -> None:
+    """Syncs the names in a folder, else a power failure could lose a new one and bring an older file back."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise

@@ -1,8 +1,22 @@
+import contextlib
+import errno
+import json
+import os
+import resource
+
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file as save_safetensors
 
-from scf_fast.pipelines.formats.array_file import map_arrays, write_arrays
-from scf_fast.pipelines.formats.atomic_file import atomic_output
+from scf_fast.pipelines.formats.atomic_file import (
+    atomic_output,
+    atomic_path,
+    publish,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def test_output_appears_when_closed_and_replaces(tmp_path):
@@ -15,43 +29,120 @@ def test_output_appears_when_closed_and_replaces(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_exception_keeps_the_old_file(tmp_path):
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_exception_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyError), atomic_output(path) as file:
+    with pytest.raises(error), atomic_output(path) as file:
         file.write(b"half")
-        raise KeyError
+        raise error
+    with pytest.raises(error), atomic_path(path) as aside:
+        aside.write_bytes(b"half")
+        raise error
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_arrays_come_back_mapped(tmp_path):
-    arrays = {
-        "a": np.arange(5),
-        "empty": np.empty((0, 3), np.float32),
-        "b": np.array([[1.5, 2], [3, 4]], np.float32)[:, ::-1],
-        "c": np.uint8([7]),
-    }
-    write_arrays(tmp_path / "x", {"what": "größe", "n": 3}, arrays)
-    meta, found = map_arrays(tmp_path / "x")
-    assert meta == {"what": "größe", "n": 3} and list(found) == list(arrays)
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(found[name], array)
-        assert (
-            found[name].dtype == array.dtype and not found[name].flags.writeable and found[name].ctypes.data % 64 == 0
-        )
+def test_whole_contents(tmp_path):
+    write_bytes(tmp_path / "bytes", memoryview(b"\0\1"))
+    write_text(tmp_path / "text", "größe\r\n")
+    write_json(tmp_path / "json", {"a": [1]}, indent=2, end="\n")
+    assert (tmp_path / "bytes").read_bytes() == b"\0\1"
+    assert (tmp_path / "text").read_bytes() == "größe\r\n".encode()
+    assert (tmp_path / "json").read_text() == json.dumps({"a": [1]}, indent=2) + "\n"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "json", float("nan"), allow_nan=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes", "json", "text"]
 
 
-def test_damaged_arrays_are_noticed(tmp_path):
-    path = tmp_path / "x"
-    write_arrays(path, {"n": 1}, {"a": np.arange(9), "b": np.uint8([1])})
-    whole = path.read_bytes()
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match=r"x is (no file of arrays, or )?damaged; delete it"):
-            map_arrays(path)
-    for size in range(len(whole)):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="delete it"):
-            map_arrays(path)
-    with pytest.raises(FileNotFoundError):
-        map_arrays(tmp_path / "none")
+def test_file_and_folder_are_synced_around_the_rename(tmp_path, monkeypatch):
+    path, calls = tmp_path / "file", []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: calls.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+    )
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(("rename", str(new))), replace(old, new)))
+    aside = str(tmp_path / f".file.{os.getpid()}.part")
+    durable = [("sync", aside), ("rename", str(path)), ("sync", str(tmp_path))]
+    write_bytes(path, b"1")
+    assert calls == durable
+    calls.clear()
+    with atomic_path(path) as other:
+        other.write_bytes(b"2")
+    assert calls == durable
+    calls.clear()
+    (tmp_path / "made").write_bytes(b"3")
+    publish(tmp_path / "made", path)
+    assert calls == [("sync", str(tmp_path / "made")), *durable[1:]] and path.read_bytes() == b"3"
+    calls.clear()
+    write_bytes(path, b"4", sync=False)
+    assert calls == [("rename", str(path))]
+
+
+def test_folders_that_cannot_be_synced_are_left_alone(tmp_path, monkeypatch):
+    open_file = os.open
+
+    def refuse(number):
+        def opened(path, flags, *rest, **options):
+            if str(path) == str(tmp_path):
+                raise OSError(number, os.strerror(number))
+            return open_file(path, flags, *rest, **options)
+
+        return opened
+
+    monkeypatch.setattr(os, "open", refuse(errno.EINVAL))
+    write_bytes(tmp_path / "file", b"1")
+    monkeypatch.setattr(os, "open", refuse(errno.EIO))
+    with pytest.raises(OSError, match=r"Input/output error: '.*file'"):
+        write_bytes(tmp_path / "file", b"2")
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As on a full disk, EFBIG in place of ENOSPC."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def fill_plainly(path):
+    with atomic_output(path) as file:
+        file.write(bytes(1 << 20))
+
+
+def fill_with_numpy(path):
+    with atomic_output(path) as file:
+        np.savez(file, a=np.zeros(1 << 18))
+
+
+def fill_with_torch(path):
+    with atomic_output(path) as file:
+        torch.save(torch.zeros(1 << 18), file)
+
+
+def fill_with_safetensors(path):
+    with atomic_path(path) as aside:
+        save_safetensors({"a": torch.zeros(1 << 18)}, aside)
+
+
+@pytest.mark.parametrize("fill", [fill_plainly, fill_with_numpy, fill_with_torch, fill_with_safetensors])
+def test_error_of_a_full_disk_names_the_file(tmp_path, fill):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with files_of_at_most(1 << 16), pytest.raises(OSError, match=r"File too large: '.*/file'") as caught:
+        fill(path)
+    assert caught.value.errno == errno.EFBIG
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="other"), atomic_output(tmp_path / "file"):
+        open(tmp_path / "other")
+    with pytest.raises(RuntimeError, match="a bug"), atomic_output(tmp_path / "file"):
+        raise RuntimeError("a bug")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"Is a directory: '.*/folder'"):
+        write_bytes(tmp_path / "folder", b"")
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
