@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from scf_fast.kernels._common import dense_rows
-from scf_fast.kernels._vmf_phi import phi, phi_plan
+from scf_fast.kernels._vmf_common import phi, phi_plan, row_lengths
 from scf_fast.kernels.debye import debye_kernel
-from scf_fast.kernels.vmf_similarity import row_lengths
 
 _BLOCK = 128  # rows and columns of a tile of scores
 _GROUP = 8  # tiles of rows that share their columns in the second-level cache

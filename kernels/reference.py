@@ -1,4 +1,4 @@
-"""Each formula in plain PyTorch and float64, as its source states it, for tests and benchmarks to compare with.
+"""Each formula in plain PyTorch and float64, as its source states it: tests and benchmarks compare the kernels with it.
 
 They share no code with the kernels, and are differentiable by autograd. The Bessel function is summed term by term,
 about kappa / 2 terms per element, to 1e-16 of the largest logarithm among them: use kappa up to 1e5.

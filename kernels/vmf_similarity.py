@@ -20,16 +20,21 @@ import triton
 import triton.language as tl
 
 from scf_fast.kernels._common import (
-    MAX_DIM,
     as_compute,
-    check_floating,
     check_radius,
     dense_rows,
     promoted_dtype,
     use_triton,
 )
 from scf_fast.kernels._debye_series import debye_plan
-from scf_fast.kernels._vmf_phi import log_uniform, phi, phi_of_square, score_constant
+from scf_fast.kernels._vmf_common import (
+    check_faces,
+    log_uniform,
+    phi,
+    phi_of_square,
+    score_constant,
+    unit_rows,
+)
 from scf_fast.kernels.debye import debye_kernel
 from scf_fast.kernels.log_bessel import log_vmf_normalizer, mean_resultant_length
 
@@ -43,35 +48,6 @@ def neutral_radius(dim: int) -> float:
     Any radius shifts all scores by one number. This one keeps them small, which a result in half precision needs.
     """
     return math.exp(log_uniform(dim) / dim)
-
-
-def row_lengths(mu: torch.Tensor, kappa: torch.Tensor) -> torch.Tensor:
-    """Returns |mu| in float64, and 1 for a zero row with kappa 0, whose direction has no effect."""
-    length = torch.linalg.vector_norm(mu, dim=1, dtype=torch.float64)
-    return torch.where((length == 0) & (kappa == 0), 1.0, length)
-
-
-def unit_rows(mu: torch.Tensor, kappa: torch.Tensor) -> torch.Tensor:
-    """Returns the unit rows of float64 directions; a zero row stays zero where kappa is 0, and is NaN elsewhere."""
-    return mu / row_lengths(mu, kappa)[:, None]
-
-
-def check_faces(
-    mu1: torch.Tensor, kappa1: torch.Tensor, mu2: torch.Tensor, kappa2: torch.Tensor, radius: float
-) -> torch.dtype:
-    """Checks the arguments that all public functions share, and returns the type of their results."""
-    for name, tensor in {"mu1": mu1, "kappa1": kappa1, "mu2": mu2, "kappa2": kappa2}.items():
-        check_floating(name, tensor)
-    if mu1.ndim != 2 or mu2.ndim != 2 or mu1.shape[1] != mu2.shape[1] or not 2 <= mu1.shape[1] <= MAX_DIM:
-        raise ValueError(
-            f"mu1 and mu2 must be (N, D) and (M, D) with D in 2 .. {MAX_DIM}, got {tuple(mu1.shape)} and "
-            f"{tuple(mu2.shape)}"
-        )
-    for index, mu, kappa in (1, mu1, kappa1), (2, mu2, kappa2):
-        if kappa.shape != mu.shape[:1]:
-            raise ValueError(f"kappa{index} must be ({len(mu)},), one per row of mu{index}, got {tuple(kappa.shape)}")
-    check_radius(radius)
-    return promoted_dtype(mu1, kappa1, mu2, kappa2)
 
 
 def _vmf_similarity_torch(

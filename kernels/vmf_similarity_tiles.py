@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from scf_fast.kernels._common import promoted_dtype, slices, use_triton
-from scf_fast.kernels._vmf_phi import phi, phi_of_square, score_constant
+from scf_fast.kernels._vmf_common import check_faces, phi, phi_of_square, score_constant, unit_rows
 from scf_fast.kernels._vmf_similarity_triton import KEPT, launch_histogram, launch_matrix, launch_top_k
-from scf_fast.kernels.vmf_similarity import check_faces, neutral_radius, unit_rows
+from scf_fast.kernels.vmf_similarity import neutral_radius
 
 # Scores that exist at once where they are not written out: 512 and 8 MiB as float64.
 _BAND = {"cuda": 1 << 26, "cpu": 1 << 20}

@@ -323,6 +323,10 @@ class Config:
             "0 or more",
         )
         self._require_each(("lr", "gamma", "power"), lambda value: value > 0, "positive")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        require = self._require
         require(abs(self.seed) < 1 << 63, "seed", "between -2^63 and 2^63")
         require(
             self.lr_scheduler != "MultiStep" or self.milestones,

@@ -84,6 +84,24 @@ class ResumePoint:
         """The folder's name."""
         return self.folder.name
 
+    def check_data(self, data: str, num_classes: int, num_images: int) -> None:
+        """Checks that the data are still those that the checkpoint was trained on.
+
+        Args:
+            data: what the user named them with, for the message.
+        Raises:
+            InputError: they have other identities or images.
+        """
+        for what, before, now in (
+            ("identities", self.state.num_classes, num_classes),
+            ("images", self.state.num_images, num_images),
+        ):
+            if before != now:
+                raise InputError(
+                    f"--resume: the checkpoint was trained on {before} {what}, but --data {data} now has {now}; give "
+                    "the data set of that run"
+                )
+
 
 class Checkpoints:
     """Writes a run's checkpoints; all methods are collective.

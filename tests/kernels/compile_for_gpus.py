@@ -172,7 +172,7 @@ def compile_similarity(name: str, pointer: str, dim: int, architecture: int) -> 
     block_d = triton.next_power_of_2(dim)
     tile = dict(
         D=dim,
-        PLAN=load("_vmf_phi").phi_plan(dim, torch.float32),
+        PLAN=load("_vmf_common").phi_plan(dim, torch.float32),
         PRECISION="tf32x3" if pointer == "*fp32" else "ieee",
         BLOCK=tiles._BLOCK,
         BLOCK_D=16 if pointer == "*fp32" else 64,

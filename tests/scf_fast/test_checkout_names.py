@@ -1,33 +1,81 @@
-"""``kernels`` and ``pipelines``, the short names in a checkout, are the modules of ``scf_fast``, loaded once."""
+"""Short names in a checkout. In processes of their own: the names stay for the rest of a process."""
 
 import sys
+import textwrap
 
 import pytest
 
-PROGRAM = """
-import importlib, sys
-{imports}
-files = {{}}
-for name, module in list(sys.modules.items()):
-    if name.partition(".")[0] in ("kernels", "pipelines"):
-        assert module is sys.modules["scf_fast." + name], name
-    elif name.startswith("scf_fast") and getattr(module, "__file__", None):
-        assert files.setdefault(module.__file__, name) == name, (name, files[module.__file__])
-assert {{"kernels.log_bessel", "pipelines.sources.tar"}} <= set(sys.modules)
-assert "scf_fast.pipelines.sources.tar" in files.values()
-assert importlib.util.find_spec("pipelines.no_such_module") is None
+ONE_NAME_PER_MODULE = """
+import pathlib, sys
+
+def check_names():
+    modules = {name: module for name, module in sys.modules.items() if getattr(module, "__file__", None)}
+    short = [name for name in modules if name.partition(".")[0] in ("kernels", "pipelines")]
+    for name in short:
+        assert modules[name] is modules["scf_fast." + name], name
+        assert modules[name].__name__ == modules[name].__spec__.name == "scf_fast." + name, name
+    by_file = {}
+    for name, module in modules.items():
+        file = pathlib.Path(module.__file__).resolve()
+        assert by_file.setdefault(file, module) is module or "site-packages" in str(file), (name, file)
+    return short
 """
-SHORT = "import kernels.log_bessel; from pipelines.sources import tar; import pipelines.sources.tar"
-LONG = "import scf_fast.kernels.log_bessel; import scf_fast.pipelines.sources.tar"
 
 
-@pytest.mark.parametrize("imports", [f"{SHORT}\n{LONG}", f"{LONG}\n{SHORT}"], ids=["short_first", "long_first"])
-def test_no_module_is_loaded_under_two_names(run_command, imports):
-    status, output = run_command([sys.executable, "-c", PROGRAM.format(imports=imports)])
-    assert status == 0, output
+@pytest.fixture
+def run_program(run_command):
+    def run(program):
+        program = ONE_NAME_PER_MODULE + textwrap.dedent(program)
+        status, output = run_command([sys.executable, "-W", "error::RuntimeWarning", "-c", program])
+        assert status == 0, output
+
+    return run
 
 
-@pytest.mark.parametrize("command", ["index", "convert", "synthetic"])
-def test_commands_run_under_their_short_names(run_command, command):
-    status, output = run_command([sys.executable, "-m", f"pipelines.{command}", "--help"])
-    assert status == 0 and f"usage: python -m scf_fast.pipelines.{command} " in output, output
+@pytest.mark.parametrize(
+    "first", ["import kernels, kernels.debye", "import scf_fast.kernels.debye", "import pipelines"]
+)
+def test_no_module_is_loaded_under_two_names(run_program, first):
+    run_program(
+        f"""
+        {first}
+        import kernels, kernels.debye
+        import scf_fast.kernels.debye
+        from kernels import scf_loss
+        import kernels.scf_loss, kernels.reference
+        import pipelines.sampling.sampler
+        import scf_fast.kernels.reference, scf_fast.pipelines.sampling.sampler
+
+        assert callable(scf_loss) and kernels.scf_loss is scf_loss is scf_fast.kernels.scf_loss
+        assert kernels is scf_fast.kernels and kernels.debye is scf_fast.kernels.debye
+        assert {{"kernels.debye", "kernels.reference", "pipelines.sampling.sampler"}} <= set(check_names())
+        """
+    )
+
+
+def test_reload_and_names_of_missing_modules(run_program):
+    run_program(
+        """
+        import importlib, importlib.util, pickle
+        import kernels, kernels.reference, pipelines
+
+        for module in (pipelines, kernels.reference):
+            assert importlib.reload(module) is module
+        assert pickle.dumps(kernels.SCFTerms).count(b"scf_fast.kernels.scf_loss") == 1
+        assert importlib.util.find_spec("kernels.nothing") is None
+        for name in ("kernels.nothing", "kernels.nothing.below", "pipelines.sampling.nothing"):
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                assert name.startswith(error.name) and "scf_fast" not in str(error), error
+            else:
+                raise AssertionError(name)
+        check_names()
+        """
+    )
+
+
+@pytest.mark.parametrize("command", ["pipelines.index", "pipelines.synthetic", "scf_fast.pipelines.index"])
+def test_commands_run_under_both_names(run_command, command):
+    status, output = run_command([sys.executable, "-W", "error::RuntimeWarning", "-m", command, "--help"])
+    assert status == 0 and output.startswith("usage:"), output

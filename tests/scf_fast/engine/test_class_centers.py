@@ -99,7 +99,7 @@ def with_prelu():
 
 
 def train_without_deepspeed():
-    """Returns the result that `train_under_deepspeed` must come to: one rank, PyTorch's own clipping of the backbone's gradient."""
+    """Returns what `train_under_deepspeed` must give: one rank, PyTorch's own clipping of the backbone's gradient."""
     config, module, losses = make_config(), with_prelu(), []
     centers = ClassCenters(CLASSES, WIDTH, config, ONE_RANK)
     optimizer = torch.optim.SGD(
