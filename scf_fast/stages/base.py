@@ -1,4 +1,4 @@
-"""What the trainer needs of a stage: the protocol, and the values that pass between them."""
+"""The protocol between trainer and stages, and the values that pass between them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
