@@ -41,7 +41,7 @@ def epoch_sampler(config: Config, source, rank: int, world_size: int) -> EpochSa
     """
     selection = None
     if config.data_weights:
-        sizes = getattr(source, "sizes", (len(source),))
+        sizes = source.sizes
         if len(sizes) != len(config.data_weights):
             raise InputError(
                 f"--data_weights must have one number for each data set of --data, got {len(config.data_weights)} for "

@@ -12,6 +12,7 @@ from scf_fast.model import SCF
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 
 
@@ -140,8 +141,8 @@ def put(
         into[1][rows] = log_kappa
 
 
-class ChosenBatches:
-    """The sampler of :func:`scf_fast.pipelines.loader.make_loader` for batches chosen beforehand, none mirrored."""
+class ChosenBatches(Sampler):
+    """Samples batches that were chosen beforehand, none mirrored."""
 
     world_size = 1
 
@@ -151,9 +152,6 @@ class ChosenBatches:
 
     def indices(self, epoch: int, batch: int) -> np.ndarray:
         return self._batches[batch]
-
-    def flips(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        return np.zeros(len(indices), dtype=bool)
 
 
 def load_batches(

@@ -89,29 +89,24 @@ class Loader(abc.ABC):
         self._running = None
         self._read_ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
-    def batches(self, epoch, start_batch=0, *, start_sample=0):
+    def batches(self, epoch, start_batch=0):
         """The batches of one epoch. Asking again ends an iteration left half way; a batch stays valid for as long as it
         is kept.
 
         Args:
             epoch: int >= 0.
             start_batch: int in [0, number of batches], the first batch wanted: resume there.
-            start_sample: int, the position in the epoch's order that batch 0 starts at: what was seen of the epoch by a
-                run with another batch size.
         Returns:
             Iterator over Batch.
         Raises:
             ValueError: a start is out of range; or, while iterating, an image is broken and not to be replaced (the
                 message names it).
         """
-        batches = self._sampler.batches_from(start_sample) if start_sample else self.batches_per_epoch
+        batches = self.batches_per_epoch
         if not 0 <= start_batch <= batches:
-            raise InputError(f"start_batch must lie in 0..{batches}, got {start_batch}")
+            raise ValueError(f"start_batch must lie in 0..{batches}, got {start_batch}")
         self._stop()
-        position = (
-            (start_sample,) if start_sample else ()
-        )  # so that a sampler without positions will do where none is asked for
-        self._running = self._run(epoch, range(start_batch, batches), position)
+        self._running = self._run(epoch, range(start_batch, batches))
         return self._running
 
     def close(self):
@@ -129,11 +124,11 @@ class Loader(abc.ABC):
         if self._running is not None:
             self._running.close()
 
-    def _run(self, epoch, batches, position):
+    def _run(self, epoch, batches):
         requested = deque()
 
         def indices_of(batch):
-            return self._sampler.indices(epoch, batch, *position)
+            return self._sampler.indices(epoch, batch)
 
         def requests():
             group = max(1, _READ_AHEAD * self._sampler.world_size // self._sampler.global_batch_size)

@@ -38,8 +38,7 @@ _MARKERS = np.zeros(
 _MARKERS[[0xC0, 0xC1]] = _FRAME
 _MARKERS[[0xC4, 0xDB, 0xDD, *range(0xE0, 0xFF)]] = _TABLE
 _CHANNELS = np.isin(np.arange(256), (1, 3, 4))  # gray, YCbCr or RGB, CMYK
-_FACE_PPM = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # what pixels of a face become a file with
-_FACE_PPM_BYTES = len(_FACE_PPM) + 3 * FACE_SIZE**2
+_PPM_HEADER = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # of the files that pack_face makes
 _JPEG_END, _PNG_START, _PNG_END = b"\xff\xd9", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -49,9 +48,7 @@ class Header(NamedTuple):
     format: str  # as Pillow names it
     height: int  # pixels
     width: int
-    # complete, of a kind that every decoder reads alike: JPEG, PNG or WebP with 8 bits a channel, or what pack_face
-    # makes
-    is_common: bool
+    is_common: bool  # complete, of a kind that every decoder reads alike: JPEG, PNG or WebP with 8 bits a channel
 
 
 def decode_face(encoded):
@@ -97,17 +94,18 @@ def open_image(encoded):
 
 
 def load_face(source, i):
-    """decode_face of image i of a source.
+    """Returns face i of a source: the source's own pixels, or what decode_face makes of the image file.
 
     Raises:
-        ValueError: it cannot be read or decoded; the message names it.
+        InputError: it cannot be read or decoded; the message names it.
     """
-    return _named(source, i, decode_face, source.encoded(i))
+    pixels = source.pixels(i)
+    return _named(source, i, decode_face, source.encoded(i)) if pixels is None else pixels
 
 
 def load_encoded(source, i, convert=False, encoded=None):
     """Image i of a source as every decoder reads it: as it is stored where that is JPEG, PNG or WebP, complete and not
-    large, else as a PPM file of what decode_face makes of it.
+    large, else as a PPM file of its pixels.
 
     Args:
         source: ImageSource.
@@ -122,6 +120,9 @@ def load_encoded(source, i, convert=False, encoded=None):
             decoder to find.
     """
     if encoded is None:
+        pixels = source.pixels(i)
+        if pixels is not None:
+            return pack_face(pixels), True
         encoded = source.encoded(i)
     if not convert:
         header = _named(source, i, read_header, encoded)
@@ -139,7 +140,7 @@ def pack_face(face):
     Returns:
         (bytes,) uint8.
     """
-    return np.frombuffer(_FACE_PPM + face.tobytes(), dtype=np.uint8)
+    return np.frombuffer(_PPM_HEADER + face.tobytes(), dtype=np.uint8)
 
 
 def _named(source, i, function, encoded):
@@ -166,8 +167,6 @@ def read_header(encoded):
         elif start[:8] == _PNG_START:
             width, height, depth = struct.unpack_from(">IIB", data, 16)
             header = Header("PNG", height, width, depth <= 8 and b"IEND" in bytes(data[-_TAIL:]))
-        elif start.startswith(_FACE_PPM):
-            header = Header("PPM", FACE_SIZE, FACE_SIZE, len(data) == _FACE_PPM_BYTES)
         else:
             header = _other_header(encoded, start)
     except (struct.error, IndexError):
@@ -183,7 +182,7 @@ def read_headers(data, starts, lengths):
         data: (bytes,) uint8 array that holds the image files.
         starts, lengths: (B,) int64, file b is data[starts[b]:starts[b] + lengths[b]]; a length of 0 is no file.
     Returns:
-        (B, 2) int64, height and width of the files that are JPEG (sequential), PNG or PPM and of which read_header
+        (B, 2) int64, height and width of the files that are JPEG (sequential) or PNG and of which read_header
         would say that they are common, and not large; (0, 0) for those that it takes load_encoded to judge.
     """
     sizes = np.zeros((len(starts), 2), dtype=np.int64)
@@ -195,11 +194,6 @@ def read_headers(data, starts, lengths):
     png = rows[(first[:, :8] == np.frombuffer(_PNG_START, np.uint8)).all(axis=1) & (first[:, 24] <= 8)]
     png = png[(_bytes_at(data, ends[png] - 8, 8) == np.frombuffer(_PNG_END, np.uint8)).all(axis=1)]
     sizes[png] = _big_endian(_bytes_at(data, starts[png] + 16, 8).reshape(-1, 2, 4))[:, ::-1]
-
-    is_face = (lengths[rows] == _FACE_PPM_BYTES) & (
-        first[:, : len(_FACE_PPM)] == np.frombuffer(_FACE_PPM, np.uint8)
-    ).all(axis=1)
-    sizes[rows[is_face]] = FACE_SIZE
 
     jpeg = rows[(first[:, 0] == 0xFF) & (first[:, 1] == 0xD8)]
     jpeg = jpeg[(_bytes_at(data, ends[jpeg] - 2, 2) == np.frombuffer(_JPEG_END, np.uint8)).all(axis=1)]

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from scf_fast.errors import InputError
-from scf_fast.pipelines.loading.decode import FACE_SIZE, open_image, pack_face
-from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.loading.decode import FACE_SIZE, open_image
+from scf_fast.pipelines.sources.base import ImageSource, ReadFiles
 
 # Eyes, nose and mouth corners (x, y) in pixels, of insightface's alignment: pixel centers have whole coordinates.
 TEMPLATE = np.array(
@@ -36,8 +36,8 @@ class AlignedFaces(ImageSource):
     """The images of a source, each brought to the template by its landmarks when it is asked for; bilinear, black
     outside the picture.
 
-    An image of 112 x 112 whose landmarks lie on the template already is handed on as it is; others are handed on
-    uncompressed (PPM), so that any loader can be fed from it.
+    The file of a 112 x 112 image whose landmarks already lie on the template is passed on as it is; of other images the
+    source gives the pixels.
 
     Args:
         source: N images.
@@ -67,15 +67,27 @@ class AlignedFaces(ImageSource):
     def will_need(self, indices):
         self.source.will_need(indices)
 
+    def update_digest(self, digest):
+        self.source.update_digest(digest)
+        digest.update(np.ascontiguousarray(self.landmarks).data)
+
+    def read(self, indices):
+        none = np.zeros(len(indices), dtype=np.int64)  # each image is asked for on its own
+        return ReadFiles(np.empty(0, dtype=np.uint8), none, none)
+
     def encoded(self, i):
+        """Returns the image file, which shows the aligned face only where ``pixels(i)`` is None."""
+        return self.source.encoded(i)
+
+    def pixels(self, i):
         encoded = self.source.encoded(i)
         try:
             with open_image(encoded) as image:
                 if self._in_place[i] and image.size == (FACE_SIZE, FACE_SIZE):
-                    return encoded
+                    return None
                 if "exif" in image.info:
                     image = ImageOps.exif_transpose(image)
-                face = self._warp(image.convert("RGB"), i)
+                return self._warp(image.convert("RGB"), i)
         except (
             Exception
         ) as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
@@ -85,7 +97,6 @@ class AlignedFaces(ImageSource):
             raise InputError(
                 f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out"
             ) from error
-        return pack_face(face)
 
     def _warp(self, image, i):
         """(112, 112, 3) uint8. In float32: of bytes Pillow cuts the fraction off, which makes faces darker by half a

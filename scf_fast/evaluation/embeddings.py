@@ -1,8 +1,6 @@
 """What a model says of images, kept on disk, and the scores of pairs."""
 
 import contextlib
-import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +12,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from scf_fast.distributed import on_every_rank
-from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.inference import check_usable, embed_batches, load_batches, put, room_for
 from scf_fast.kernels import vmf_similarity_from_cosine
 from scf_fast.networks.frozen import CHECK_IMAGES
 from scf_fast.pipelines.formats.atomic_file import atomic_output
-from scf_fast.pipelines.sources.base import ImageFiles, ImageSource
+from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.sources.digest import content_digest
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PIXELS = 2  # counts the changes in how files become pixels, after which stored embeddings are made anew
@@ -149,9 +147,7 @@ class EmbeddingStore:
         return Embeddings(*embeddings)
 
     def _data_folder(self, source):
-        digest = _digest(source)
-        digest.update(f"{self.embedder.key} {_PIXELS}".encode())
-        return self._folder / digest.hexdigest()[:24]
+        return self._folder / content_digest(source, f"{self.embedder.key} {_PIXELS}")[:24]
 
 
 def _path(folder, part):
@@ -160,23 +156,6 @@ def _path(folder, part):
 
 def _parts(source):
     return [range(start, min(start + _PART, len(source))) for start in range(0, len(source), _PART)]
-
-
-def _digest(source):
-    """Of what decides the pixels: name, size and time of each file, or the bytes of what is no file; and landmarks."""
-    if isinstance(source, AlignedFaces):
-        digest = _digest(source.source)
-        digest.update(np.ascontiguousarray(source.landmarks))
-        return digest
-    digest = hashlib.sha256()
-    for i in range(len(source)):
-        if isinstance(source, ImageFiles):
-            status = os.stat(source.name(i))
-            name = "/".join(Path(source.name(i)).parts[-2:])  # of a picture and its identity; the data set may move
-            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        else:
-            digest.update(source.encoded(i))
-    return digest
 
 
 class PairScores(NamedTuple):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from scf_fast.errors import InputError
+from scf_fast.pipelines.sources.digest import sampled_digest
 
 CACHE_DTYPES = {
     "fp32": torch.float32,
@@ -80,12 +81,9 @@ def cache_key(backbone_state: dict[str, torch.Tensor], source, normalization: st
     for name in sorted(backbone_state):
         weights.update(name.encode())
         weights.update(backbone_state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    data = hashlib.sha256(np.ascontiguousarray(source.labels))
-    for index in np.linspace(0, len(source) - 1, num=min(64, len(source)), dtype=np.int64):
-        data.update(source.encoded(int(index)))
     return {
         "backbone": weights.hexdigest()[:16],
-        "data": data.hexdigest()[:16],
+        "data": sampled_digest(source, images=64)[:16],
         "normalization": normalization,
         "precision": precision,
     }

@@ -14,7 +14,7 @@ import torch
 from scf_fast.features.store import FeatureCache, decode
 from scf_fast.networks.frozen import FrozenBackbone
 from scf_fast.pipelines.loading.base import Loader
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ def one_ahead(batches: Iterator[FeatureBatch], making: torch.cuda.Stream) -> Ite
         batch, ready = following
 
 
-class _Missing:
+class _Missing(Sampler):
     """A sampler's requests without the images that are in the cache, and without flips: the stream makes both
     orientations itself.
     """
 
-    def __init__(self, sampler: EpochSampler, present: np.ndarray):
+    def __init__(self, sampler: Sampler, present: np.ndarray):
         self._sampler, self._present = sampler, present
         self.num_samples, self.global_batch_size, self.world_size = (
             sampler.num_samples,
@@ -69,12 +69,9 @@ class _Missing:
         )
         self.batches_per_epoch = sampler.batches_per_epoch
 
-    def indices(self, epoch, batch):
+    def indices(self, epoch: int, batch: int) -> np.ndarray:
         indices = self._sampler.indices(epoch, batch)
         return indices[~self._present[indices]]
-
-    def flips(self, epoch, indices):
-        return np.zeros(len(indices), dtype=bool)
 
 
 class FeatureStream:
@@ -86,7 +83,7 @@ class FeatureStream:
 
     Args:
         make_images: ``make_images(sampler, flip)`` gives a loader of images; closed when the stream is.
-        sampler: EpochSampler.
+        sampler: which images, in which batches.
         labels: (N,) int64 of all images.
         backbone: FrozenBackbone.
         flip: whether images are mirrored at random.
@@ -97,7 +94,7 @@ class FeatureStream:
     def __init__(
         self,
         make_images: Callable[..., Loader],
-        sampler: EpochSampler,
+        sampler: Sampler,
         labels: np.ndarray,
         backbone: FrozenBackbone,
         *,

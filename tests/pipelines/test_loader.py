@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.augmentation import Augmentation
 from scf_fast.pipelines.loading.base import Preprocessing
@@ -248,34 +249,13 @@ def test_what_is_known_to_be_broken_is_not_tried(source, backend, caplog):
 def test_data_that_disappears_is_one_error(source, backend):
     class Gone(EncodedImages):
         def encoded(self, i):
-            raise ValueError(f"cannot read image {i}: the mount is gone")
+            raise InputError(f"cannot read image {i}: the mount is gone")
 
     images = Gone([b"x"] * 8, labels=np.zeros(8))
     with make_loader(images, EpochSampler(8, 4), backend=backend, on_broken="replace") as loader:
         for _ in range(2):
             with pytest.raises(ValueError, match="and the 7 images after it cannot be read or decoded"):
                 next(loader.batches(0))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_epoch_goes_on_with_another_batch_size(source, backend):
-    """6 images of an epoch by batches of 3, the rest by batches of 4 on two ranks."""
-    first = EpochSampler(NUM_IMAGES, 3, seed=2)
-    rest = [EpochSampler(NUM_IMAGES, 4, rank=rank, world_size=2, seed=2) for rank in range(2)]
-    with make_loader(source, first, backend=backend, num_workers=1) as loader:
-        batches = loader.batches(1)
-        seen = [next(batches), next(batches)]
-    for start_batch in (0, 1):
-        shares = []
-        for sampler in rest:
-            with make_loader(source, sampler, backend=backend, num_workers=1) as loader:
-                shares.append(list(loader.batches(1, start_batch, start_sample=6)))
-        tail = [torch.cat([a.indices, b.indices]) for a, b in zip(*shares)]
-        order = torch.cat([*(batch.indices for batch in seen), *tail])
-        whole = EpochSampler(NUM_IMAGES, NUM_IMAGES, seed=2).indices(1, 0).tolist()
-        assert order.tolist() == whole[:6] + whole[6 + 4 * start_batch :]
-    with pytest.raises(ValueError, match=r"start_batch must lie in 0\.\.4, got 5"):
-        loader.batches(1, 5, start_sample=6)
 
 
 @pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
@@ -324,7 +304,7 @@ def test_unreadable_image_is_named(backend, source):
     class Unreadable(EncodedImages):
         def encoded(self, i):
             if i == 2:
-                raise ValueError("cannot read image 2: the disk is gone")
+                raise InputError("cannot read image 2: the disk is gone")
             return super().encoded(i)
 
     images = Unreadable([source.encoded(i).tobytes() for i in range(4)])
