@@ -2,9 +2,25 @@
 requirements.txt.
 """
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildPy(build_py):
+    """Starts from an empty build folder.
+
+    A wheel takes all of ``build/lib``, so one of a checkout that was built before would bring what has been moved or
+    deleted since. Earlier versions left ``build/lib/kernels`` there, which is the name of another project's package.
+    """
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
 
 setup(
     name="scf_fast",
@@ -12,8 +28,11 @@ setup(
     description="Sphere Confidence Face training with fused Triton kernels, DALI input and DeepSpeed ZeRO",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["scf_fast*"]),  # through the links to kernels/ and pipelines/
+    # scf_fast/kernels and scf_fast/pipelines are links to the folders beside scf_fast/. A wheel and an sdist hold what
+    # they lead to, so that nothing but scf_fast lies at the top of site-packages.
+    packages=find_packages(include=["scf_fast*"]),
     package_data={"scf_fast": ["recipes/*.yaml", "py.typed"]},
+    cmdclass={"build_py": BuildPy},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.8",
@@ -40,8 +59,15 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.90",
             "mpmath>=1.3",
-            "ruff>=0.12",
             "scikit-learn>=1.4",
+            "kernels>=0.10",  # Hugging Face's: ours is tested beside it
+            "setuptools>=70.1",
+            "ruff>=0.14",
+            "codespell>=2.4",
+            "mypy>=2.4",
+            "types-PyYAML>=6.0",
+            "types-tqdm>=4.65",
+            "import-linter>=2.6",
         ],
     },
 )

@@ -1,3 +1,1 @@
-"""Measurements of scf_fast: accuracy against 60-digit arithmetic, and time against the published way and plain
-PyTorch.
-"""
+"""Measurements: accuracy against 60-digit arithmetic, speed against the published code and plain PyTorch."""

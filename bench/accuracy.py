@@ -1,8 +1,8 @@
-"""``python -m bench.accuracy``: see :mod:`bench.measuring.accuracy`."""
+"""The command ``python -m bench.accuracy``; its code is in ``bench.kernels.accuracy``."""
 
 import sys
 
-from bench.measuring.accuracy import main
+from bench.kernels.accuracy import main
 
 if __name__ == "__main__":
     sys.exit(main())

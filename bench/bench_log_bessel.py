@@ -1,3 +1,5 @@
-"""``python -m pytest bench/bench_log_bessel.py``: see :mod:`bench.kernels.log_bessel`."""
+"""The benchmark ``python -m pytest bench/bench_log_bessel.py``; its code is in ``bench.kernels.log_bessel``."""
 
-from bench.kernels.log_bessel import *  # noqa: F403
+from bench.kernels.log_bessel import test_log_bessel
+
+__all__ = ["test_log_bessel"]

@@ -1,3 +1,5 @@
-"""``python -m pytest bench/bench_scf_loss.py``: see :mod:`bench.kernels.scf_loss`."""
+"""The benchmark ``python -m pytest bench/bench_scf_loss.py``; its code is in ``bench.kernels.scf_loss``."""
 
-from bench.kernels.scf_loss import *  # noqa: F403
+from bench.kernels.scf_loss import test_scf_loss
+
+__all__ = ["test_scf_loss"]

@@ -1,3 +1,5 @@
-"""``python -m pytest bench/bench_stage1.py``: see :mod:`bench.training.stage1`."""
+"""The benchmark ``python -m pytest bench/bench_stage1.py``; its code is in ``bench.training.stage1``."""
 
-from bench.training.stage1 import *  # noqa: F403
+from bench.training.stage1 import test_stage1
+
+__all__ = ["test_stage1"]

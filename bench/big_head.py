@@ -1,4 +1,4 @@
-"""``python -m bench.big_head``: see :mod:`bench.training.big_head`."""
+"""The command ``python -m bench.big_head``; its code is in ``bench.training.big_head``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m bench.center_memory``: see :mod:`bench.training.center_memory`."""
+"""The command ``python -m bench.center_memory``; its code is in ``bench.training.center_memory``."""
 
 import sys
 

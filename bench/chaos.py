@@ -1,4 +1,4 @@
-"""``python -m bench.chaos``: see :mod:`bench.robustness.chaos`."""
+"""The command ``python -m bench.chaos``; its code is in ``bench.robustness.chaos``."""
 
 import sys
 

@@ -1,57 +1,50 @@
-"""Has it become slower? Two result files of the same device, with the noise taken into account.
+"""Compares two result files of one device and says what has become slower, beyond the noise.
 
     python -m bench.compare OLD.json NEW.json [--tolerance 0.05]
 
-A case counts as slower where the intervals that hold the two medians with 95 % probability (bench/measuring/results.py)
-lie apart by more than the tolerance, which stands for what differs from one process to the next. What the baselines did
-in the meantime is the control: where they changed as much, it was the machine. Exit status 1 where a way of ours has
-become slower, 0 otherwise, 2 where files do not compare.
+A case counts as slower where the intervals that hold the two medians with 95 % probability
+(bench/measuring/samples.py) lie apart by more than the tolerance, which allows for differences from one process to the
+next. The baselines are the control: where they changed by as much, the cause is the machine. The exit status is 1 where
+one of our cases has become slower, 2 where the files cannot be compared, and 0 otherwise.
 """
 
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 
-from bench.measuring.results import read, table
+from bench.measuring.results import Timing, read
+from bench.measuring.tables import markdown_table
+from scf_fast.command import Parser, run
+from scf_fast.errors import InputError
 
 
-def verdict(old, new, tolerance):
-    """ "slower", "faster", "same", or "unknown" where a file has fewer than 5 samples of it."""
-    if None in (old.low, new.low):
+def verdict(old: Timing, new: Timing, tolerance: float) -> str:
+    """Returns "slower", "faster", "same", or "unknown" where a file has fewer than 5 samples of the case."""
+    if old.low is None or old.high is None or new.low is None or new.high is None:
         return "unknown"
     if new.low > old.high * (1 + tolerance):
         return "slower"
     return "faster" if new.high < old.low / (1 + tolerance) else "same"
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("old")
-    parser.add_argument("new")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.05, help="change that is put down to the process (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        files = read(options.old), read(options.new)
-    except ValueError as error:
-        parser.error(str(error))
+def compare(old_path: str, new_path: str, tolerance: float) -> int:
+    """Prints the comparison and returns the exit status."""
+    files = read(old_path), read(new_path)
     for name in ("device", "cpu", "threads"):
         found = [file.environment.get(name) for file in files]
         if found[0] != found[1]:
-            parser.error(
+            raise InputError(
                 f"both files must come from one {name}, got {found[0]!r} and {found[1]!r}; measure the old revision "
                 "on this machine"
             )
     before, after = ({(timing.work, timing.way): timing for timing in file.timings} for file in files)
     both = [key for key in before if key in after]
     if not both:
-        parser.error("the files must have cases in common, and have none; give two results of the same benchmark")
-    verdicts = {key: verdict(before[key], after[key], options.tolerance) for key in both}
+        raise InputError("the files must have cases in common, and have none; give two results of the same benchmark")
+    verdicts = {key: verdict(before[key], after[key], tolerance) for key in both}
     print(
-        table(
+        markdown_table(
             ["work", "way", "old, ms", "new, ms", "new / old", ""],
             [
                 [
@@ -77,6 +70,19 @@ def main(arguments=None):
     slower = [key for key in both if verdicts[key] == "slower" and before[key].ours]
     print(f"\n{len(slower)} of our {sum(before[key].ours for key in both)} cases are slower.")
     return 1 if slower else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("old", metavar="OLD", help="result file of the revision before")
+    parser.add_argument("new", metavar="NEW", help="result file of the revision after")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.05, help="change attributed to the process (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    return run(parser.prog, lambda: compare(options.old, options.new, options.tolerance))
 
 
 if __name__ == "__main__":

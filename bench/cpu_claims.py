@@ -1,4 +1,4 @@
-"""``python -m bench.cpu_claims``: see :mod:`bench.kernels.cpu_claims`."""
+"""The command ``python -m bench.cpu_claims``; its code is in ``bench.kernels.cpu_claims``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m bench.decode``: see :mod:`bench.input.decode`."""
+"""The command ``python -m bench.decode``; its code is in ``bench.input.decode``."""
 
 import sys
 

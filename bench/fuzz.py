@@ -1,4 +1,4 @@
-"""``python -m bench.fuzz``: see :mod:`bench.robustness.fuzz`."""
+"""The command ``python -m bench.fuzz``; its code is in ``bench.robustness.fuzz``."""
 
 import sys
 

@@ -1,16 +1,11 @@
-"""The suite (see bench.suite) on a GPU, with all of its arguments; without one it says so and does nothing, unless
---tiny tries it out.
+"""``python -m bench.gpu``: the suite (``bench.suite``) with all of its flags, for a GPU only.
+
+Without one it stops with an error, unless ``--tiny`` tries it out on the CPU.
 """
 
 import sys
 
-from bench.measuring.environment import DEVICE
 from bench.suite import main
 
 if __name__ == "__main__":
-    if DEVICE != "cuda" and not {"--tiny", "--help", "-h", "--list"} & set(sys.argv):
-        sys.exit(
-            "python -m bench.gpu needs a CUDA device and found none; python -m bench.suite runs on the CPU, --tiny "
-            "tries this out on it"
-        )
-    sys.exit(main(prog="python -m bench.gpu"))
+    sys.exit(main(prog="python -m bench.gpu", gpu_only=True))

@@ -1,4 +1,4 @@
-"""``python -m bench.ijb_scale``: see :mod:`bench.scoring.ijb_scale`."""
+"""The command ``python -m bench.ijb_scale``; its code is in ``bench.scoring.ijb_scale``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m bench.scaling``: see :mod:`bench.training.scaling`."""
+"""The command ``python -m bench.scaling``; its code is in ``bench.training.scaling``."""
 
 import sys
 

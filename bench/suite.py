@@ -2,13 +2,13 @@
 
     python -m bench.suite [--out DIR] [--sections floors,stage1] [--tiny] [--budget SECONDS] [--profile DIR] [--list]
 
-Runs on the GPU where there is one and on the CPU elsewhere, there on one core unless OMP_NUM_THREADS says otherwise:
+Runs on the GPU where there is one, else on the CPU: there on one core unless OMP_NUM_THREADS says otherwise, since
 threads that share cores with other work wait for each other. ``python -m bench.gpu`` is the same and insists on the
-GPU. The floors come first: what the device copies, multiplies and launches is what every other number is set against.
-DIR (default: bench/results/<device>) gets one JSON file a section. A section that is interrupted, fails or runs into
-its limit leaves what it had; the others go on. One that needs a package which is not installed is left out, and says
-so. Exit status 1 where a section failed or a way computed something wrong. ``python -m bench.report`` makes tables and
-plots of the files.
+GPU. The floors come first: every other number is set against what the device copies, multiplies and launches. DIR
+(default: bench/results/<device>) gets one JSON file for each section. A section that is interrupted, fails or reaches
+its limit keeps what it had, and the others go on. A section that needs a package which is not installed is left out,
+and the output says so. The exit status is 1 where a section failed or a way computed wrong values. ``python -m
+bench.report`` makes tables and plots of the files.
 """
 
 import argparse
@@ -18,25 +18,29 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.measuring import roofline
-from bench.measuring.case import LEFT_OUT, measure
-from bench.measuring.environment import DEVICE, RESULTS, device_slug, environment
-from bench.measuring.timing import write_json
+from bench.measuring.case import LEFT_OUT, Case, measure
+from bench.measuring.environment import DEVICE, RESULTS, ROOT, device_slug, environment
+from bench.measuring.results import write_json
+from scf_fast.command import Parser, run
+from scf_fast.errors import InputError
 
-ROOT = Path(__file__).parents[1]
 FLOORS = "floors"
 
 
 @dataclass(frozen=True)
 class Section:
-    """
+    """A part of the suite: either cases, or programs of their own.
+
     Attributes:
-        shows: one line.
-        cases: "module:function" giving cases(device, tiny), or None.
-        commands: argument lists of programs that write their own JSON file into --out, by size: "tiny", "cpu" or
+        shows: what it measures, in one line.
+        cases: "module:function" that returns its cases for (device, tiny), or None.
+        commands: argument lists of programs that write their own JSON file into ``--out``, by size: "tiny", "cpu" or
             "cuda".
         limit: seconds after which it is ended.
         needs: modules without which it is left out.
@@ -49,7 +53,28 @@ class Section:
     needs: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a section ended: "ok", "failed", "out of time" or "left out: needs ..."."""
+
+    seconds: float
+    status: str
+
+
+@dataclass
+class Options:
+    """The command's options, resolved."""
+
+    out: Path
+    tiny: bool = False
+    budget: float = 1.0  # seconds to sample each case for
+    profile: Path | None = None  # folder for traces
+
+
 _STAGE2 = ["--images", "20480", "--batches", "1024", "--epochs", "2"]  # five networks are compiled for each batch size
+_TINY_STAGE2 = (
+    "bench.throughput --networks ir_tiny --batches 4 --images 64 --epoch_batch 16 --rounds 1 --epochs 1".split()
+)
 SECTIONS = {
     FLOORS: Section("copy bandwidth, matrix rates and launch time of the device", limit=120),
     "accuracy": Section(
@@ -67,29 +92,13 @@ SECTIONS = {
     "stage2": Section(
         "training steps of stage 2: frozen backbone switch by switch, feature cache, by batch size",
         commands={
-            "tiny": [
-                [
-                    "bench.throughput",
-                    "--networks",
-                    "ir_tiny",
-                    "--batches",
-                    "4",
-                    "--images",
-                    "64",
-                    "--epoch_batch",
-                    "16",
-                    "--rounds",
-                    "1",
-                    "--epochs",
-                    "1",
-                ]
-            ],
+            "tiny": [_TINY_STAGE2],
             "cpu": [["bench.throughput"]],
             "cuda": [["bench.throughput", "--networks", "ir_100", *_STAGE2]],
         },
     ),
     "stage2_ir_50": Section(
-        "the same of a smaller backbone",
+        "the same for a smaller backbone",
         commands={"tiny": [], "cpu": [], "cuda": [["bench.throughput", "--networks", "ir_50", *_STAGE2]]},
     ),
     "decoding": Section(
@@ -119,8 +128,8 @@ SECTIONS = {
 }
 
 
-def heading(name, options):
-    """What every file of a section says first."""
+def file_head(name: str, options: Options) -> dict[str, Any]:
+    """Returns the fields that every file of a section begins with."""
     command = f"python -m bench.suite --sections {name} --budget {options.budget:g}"
     return {
         "section": name,
@@ -129,51 +138,57 @@ def heading(name, options):
     }
 
 
-def run_cases(name, cases, options, machine):
-    """Measure one case after another; the section's file is complete after each."""
+def run_cases(name: str, cases: Iterable[Case], options: Options, machine: roofline.Machine) -> bool:
+    """Measures one case after another and rewrites the section's file after each; returns whether one was wrong or
+    failed.
+    """
     path = options.out / f"{name}.json"
-    content = {**heading(name, options), "machine": machine.as_dict(), "complete": False, "records": []}
+    records: list[dict[str, Any]] = []
+    content = {**file_head(name, options), "machine": machine.as_dict(), "complete": False, "records": records}
     for case in cases:
-        trace = options.profile and options.profile / name / f"{case}.json"
-        content["records"].append(measure(case, DEVICE, machine, options.budget, trace))
+        trace = options.profile / name / f"{case}.json" if options.profile else None
+        record = measure(case, DEVICE, machine, options.budget, trace)
+        records.append(record)
         write_json(path, content)
-        record = content["records"][-1]
         outcome = ", ".join(f"{kind}: {record[kind]}" for kind in LEFT_OUT if kind in record)
         if not outcome:
             outcome = f"{1e3 * record['median_seconds']:.3f} ms, {record['times_floor']:.1f} x floor"
         print(f"  {case.work}, {case.way}: {outcome}", flush=True)
     write_json(path, content | {"complete": True})
-    return any("wrong" in record or "failed" in record for record in content["records"])
+    return any("wrong" in record or "failed" in record for record in records)
 
 
-def work(name, options):
-    """What the process of a section of cases, or of the floors, does; its exit status."""
+def measure_floors(options: Options) -> None:
+    """Measures the device's rates and writes them to the file that the other sections read."""
+    machine = roofline.Machine.measure(DEVICE, small=options.tiny)
+    write_json(
+        options.out / f"{FLOORS}.json",
+        file_head(FLOORS, options) | {"machine": machine.as_dict(), "complete": True, "records": []},
+    )
+    rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in machine.flops_per_second.items())
+    print(
+        f"  copy {machine.copy_bytes_per_second / 1e9:.4g} GB/s, {rates}, launch {1e6 * machine.launch_seconds:.1f} us",
+        flush=True,
+    )
+
+
+def run_worker(name: str, options: Options) -> int:
+    """Runs one section in its own process and returns the exit status."""
     if name == FLOORS:
-        machine = roofline.Machine.measure(DEVICE, small=options.tiny)
-        write_json(
-            options.out / f"{FLOORS}.json",
-            heading(name, options) | {"machine": machine.as_dict(), "complete": True, "records": []},
-        )
-        rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in machine.flops_per_second.items())
-        print(
-            f"  copy {machine.copy_bytes_per_second / 1e9:.4g} GB/s, {rates}, launch "
-            f"{1e6 * machine.launch_seconds:.1f} us",
-            flush=True,
-        )
+        measure_floors(options)
         return 0
     machine = roofline.Machine(**json.loads((options.out / f"{FLOORS}.json").read_text())["machine"])
-    module, function = SECTIONS[name].cases.split(":")
+    module, _, function = (SECTIONS[name].cases or "").partition(":")
     cases = getattr(importlib.import_module(module), function)(DEVICE, options.tiny)
     if options.tiny:
-        cases = [
-            case for case in cases if not case.way.endswith("compiled")
-        ]  # the compiler takes longer than everything else
-    cases.sort(key=lambda case: case.way.endswith("compiled"))  # so that it takes nobody else's time
+        # The compiler takes longer than everything else.
+        cases = [case for case in cases if not case.way.endswith("compiled")]
+    cases.sort(key=lambda case: case.way.endswith("compiled"))  # last, so that compilation delays no other case
     return int(run_cases(name, cases, options, machine))
 
 
-def commands_of(name, options):
-    """The argument lists that a section consists of."""
+def commands_of(name: str, options: Options) -> list[list[str]]:
+    """Returns the argument lists of the processes that a section consists of."""
     section = SECTIONS[name]
     if section.commands is None:
         words = ["bench.suite", "--worker", name, "--out", str(options.out), "--budget", str(options.budget)]
@@ -182,20 +197,21 @@ def commands_of(name, options):
     return [words if words[0] == "pytest" else [*words, "--out", str(options.out)] for words in commands]
 
 
-def is_installed(module):
+def is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
-def run_section(name, options):
-    """{"seconds", "status"}: "ok", "failed", "out of time" or "left out: needs ..."."""
+def run_section(name: str, options: Options) -> Outcome:
+    """Runs the processes of one section until they are done or out of time."""
     missing = [module for module in SECTIONS[name].needs if not is_installed(module)]
     if missing:
-        return {"seconds": 0.0, "status": f"left out: needs {', '.join(missing)}"}
-    deadline, began, status = time.monotonic() + SECTIONS[name].limit, time.monotonic(), "ok"
-    environ = ({} if DEVICE == "cuda" else {"OMP_NUM_THREADS": "1"}) | os.environ
+        return Outcome(0.0, f"left out: needs {', '.join(missing)}")
+    began, status = time.monotonic(), "ok"
+    deadline = began + SECTIONS[name].limit
+    environ = ({} if DEVICE == "cuda" else {"OMP_NUM_THREADS": "1"}) | dict(os.environ)
     for words in commands_of(name, options):
         process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, env=environ)
         try:
@@ -208,16 +224,36 @@ def run_section(name, options):
             if process.poll() is None:  # out of time, or interrupted
                 process.kill()
                 process.wait()
-    return {"seconds": round(time.monotonic() - began, 1), "status": status}
+    return Outcome(round(time.monotonic() - began, 1), status)
 
 
-def main(arguments=None, prog="python -m bench.suite"):
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def run_suite(chosen: list[str], options: Options) -> int:
+    """Runs the chosen sections, the floors first, and returns the exit status."""
+    unknown = [name for name in chosen if name not in SECTIONS]
+    if unknown:
+        raise InputError(f"--sections must be some of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    outcomes = {}
+    for name in (name for name in SECTIONS if name == FLOORS or name in chosen):
+        print(f"{name}: {SECTIONS[name].shows}", flush=True)
+        outcomes[name] = run_section(name, options)
+        print(f"  {outcomes[name].status} after {outcomes[name].seconds:.0f} s", flush=True)
+    write_json(
+        options.out / "suite.json",
+        {
+            "environment": environment(DEVICE),
+            "tiny": options.tiny,
+            "sections": {name: asdict(outcome) for name, outcome in outcomes.items()},
+        },
     )
+    print(f"Written: {options.out}")
+    return int(any(outcome.status in ("failed", "out of time") for outcome in outcomes.values()))
+
+
+def build_parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for the JSON files (default: bench/results/<device>)")
     parser.add_argument(
-        "--sections", default=",".join(SECTIONS), help="some of them, with commas between (default: all)"
+        "--sections", default=",".join(SECTIONS), help="sections to run, separated by commas (default: all)"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="smallest sizes, to see that everything runs; the figures mean nothing"
@@ -228,40 +264,43 @@ def main(arguments=None, prog="python -m bench.suite"):
         help="seconds to sample each case for (default: 1 on a GPU, 0.2 on a CPU, 0.01 with --tiny)",
     )
     parser.add_argument(
-        "--profile", type=Path, help="write a PyTorch profiler trace of a call of each case under this folder"
+        "--profile", type=Path, help="write a PyTorch profiler trace of one call of each case to this folder"
     )
-    parser.add_argument("--list", action="store_true", help="say what the sections are")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.list:
-        print("\n".join(f"{name:16}{section.shows}" for name, section in SECTIONS.items()))
-        return 0
-    if options.tiny and options.out is None:
-        parser.error(
-            "--tiny must be given with --out: its figures mean nothing and would replace real ones in bench/results"
+    parser.add_argument("--list", action="store_true", help="list the sections and stop")
+    parser.add_argument("--worker", choices=list(SECTIONS), help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench.suite", gpu_only: bool = False) -> int:
+    given = build_parser(prog).parse_args(arguments)
+
+    def act() -> int:
+        if given.list:
+            print("\n".join(f"{name:16}{section.shows}" for name, section in SECTIONS.items()))
+            return 0
+        if gpu_only and DEVICE != "cuda" and not given.tiny:
+            raise InputError(
+                "a CUDA device is needed, and none was found; python -m bench.suite runs on the CPU, --tiny tries this "
+                "command out on it"
+            )
+        if given.tiny and given.out is None:
+            raise InputError(
+                "--tiny must be given with --out: its figures mean nothing and would replace real ones in bench/results"
+            )
+        budget = given.budget
+        if budget is None:
+            budget = 0.01 if given.tiny else 1.0 if DEVICE == "cuda" else 0.2
+        options = Options(
+            (given.out or RESULTS / device_slug(DEVICE)).resolve(),
+            given.tiny,
+            budget,
+            given.profile.resolve() if given.profile else None,
         )
-    options.out = (options.out or RESULTS / device_slug(DEVICE)).resolve()
-    options.profile = options.profile and options.profile.resolve()
-    if options.budget is None:
-        options.budget = 0.01 if options.tiny else 1.0 if DEVICE == "cuda" else 0.2
-    if options.worker:
-        return work(options.worker, options)
-    chosen = options.sections.split(",")
-    unknown = [name for name in chosen if name not in SECTIONS]
-    if unknown:
-        parser.error(f"--sections must be some of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
-    if FLOORS not in chosen:
-        chosen.insert(0, FLOORS)
-    summary = {}
-    for name in sorted(chosen, key=list(SECTIONS).index):
-        print(f"{name}: {SECTIONS[name].shows}", flush=True)
-        summary[name] = run_section(name, options)
-        print(f"  {summary[name]['status']} after {summary[name]['seconds']:.0f} s", flush=True)
-    write_json(
-        options.out / "suite.json", {"environment": environment(DEVICE), "tiny": options.tiny, "sections": summary}
-    )
-    print(f"Written: {options.out}")
-    return int(any(section["status"] in ("failed", "out of time") for section in summary.values()))
+        if given.worker:
+            return run_worker(given.worker, options)
+        return run_suite(given.sections.split(","), options)
+
+    return run(prog, act)
 
 
 if __name__ == "__main__":

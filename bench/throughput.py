@@ -1,4 +1,4 @@
-"""``python -m bench.throughput``: see :mod:`bench.training.throughput`."""
+"""The command ``python -m bench.throughput``; its code is in ``bench.training.throughput``."""
 
 import sys
 

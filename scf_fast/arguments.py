@@ -1,59 +1,66 @@
+"""Flags and positional arguments that several commands share."""
+
 import argparse
 from pathlib import Path
 
 import torch
 
 from scf_fast.errors import InputError
-from scf_fast.networks.frozen import DTYPES
+from scf_fast.inference import Decoding, InferenceOptions
+from scf_fast.networks.precision import PRECISION_DTYPES
 from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES
 
 
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of every command that embeds images."""
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of every command that embeds images; :func:`inference_options` reads them."""
     add_normalization_argument(parser)
     parser.add_argument(
         "--flip",
         action="store_true",
-        help="embed mirror images too, as insightface does: features added, log kappa averaged",
+        help="embed mirror images too, as insightface does: features are added, log kappa is averaged",
     )
-    parser.add_argument("--device", type=_device, help="default: this rank's GPU where there is one, else cpu")
+    parser.add_argument("--device", type=usable_device, help="default: this rank's GPU where there is one, else cpu")
     parser.add_argument(
         "--precision",
         default="auto",
-        choices=("auto", *DTYPES),
-        help="of the backbone; auto: half precision on a GPU where accurate",
+        choices=("auto", *PRECISION_DTYPES),
+        help="precision of the backbone; auto: half precision on a GPU where it is accurate",
     )
     parser.add_argument(
-        "--batch-size",
-        "--batch_size",
-        type=_positive,
-        default=256,
-        metavar="N",
-        help="images at once (default: %(default)s)",
+        "--batch-size", type=positive_int, default=256, metavar="N", help="images at once (default: %(default)s)"
     )
     parser.add_argument(
-        "--loader", default="auto", choices=("auto", "dali", "torch"), help="decoder: dali where installed, else torch"
+        "--loader", default="auto", choices=("auto", "dali", "torch"), help="decoder; auto: dali where it is installed"
     )
     parser.add_argument(
-        "--num-workers",
-        "--num_workers",
-        type=int,
-        default=2,
-        metavar="N",
-        help="decoding threads or processes (default: %(default)s)",
+        "--num-workers", type=int, default=2, metavar="N", help="decoding threads or processes (default: %(default)s)"
+    )
+
+
+def inference_options(arguments: argparse.Namespace) -> InferenceOptions:
+    """Returns the values of the flags that :func:`add_inference_arguments` adds."""
+    return InferenceOptions(
+        normalization=arguments.normalization,
+        flip=arguments.flip,
+        device=arguments.device,
+        precision=arguments.precision,
+        batch_size=arguments.batch_size,
+        decoding=Decoding(arguments.loader, arguments.num_workers),
     )
 
 
 def add_normalization_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--normalization``."""
     parser.add_argument(
         "--normalization",
         choices=("insightface", "published"),
-        help="pixel convention, where the model's files do not tell it; else as the "
-        "fc.pth beside a backbone notes it, else what the backbone's family is trained with",
+        help="pixel convention, where the model's files do not state it (default: as noted in the fc.pth beside a "
+        "backbone, else the one that the backbone's family is trained with)",
     )
 
 
-def _device(text: str) -> torch.device:
+def usable_device(text: str) -> torch.device:
+    """Converts a command-line word to a device that works here."""
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch built without CUDA
@@ -62,7 +69,8 @@ def _device(text: str) -> torch.device:
         ) from error
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
+    """Converts a command-line word to an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -70,20 +78,21 @@ def _positive(text: str) -> int:
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """The files, and every image file under the folders, sorted within each.
+    """Returns the files given, and every image file under the folders given, sorted within each folder.
 
     Raises:
-        ValueError: a path does not exist, or there are no images.
+        InputError: a path does not exist, or there are no images.
     """
     found = []
     for path in paths:
         if not path.exists():
             raise InputError(f"there is no {path}; check the path")
-        found += (
-            [path]
-            if path.is_file()
-            else sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        )
+        if path.is_file():
+            found.append(path)
+        else:
+            found += sorted(
+                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            )
     if not found:
         raise InputError(f"no images under {', '.join(map(str, paths))}; files must end in {', '.join(IMAGE_SUFFIXES)}")
     return found

@@ -1,12 +1,10 @@
-"""Weight files of every family: read with nothing but tensors let in, recognized by their keys, written complete or not
-at all.
+"""Shows and converts weight files of every family.
 
     python -m scf_fast.checkpoints inspect FILE
     python -m scf_fast.checkpoints convert IN OUT --to published|tface|insightface|scf_fast|safetensors
 
-A file is a backbone, class centers, a confidence net, or several of these (:class:`Weights`); what its layout calls
-them is in :func:`read` and :data:`LAYOUTS`. The folders that a run resumes from belong to
-:mod:`scf_fast.run.checkpoints`.
+A file is a backbone, class centers, a confidence net, or several of these, recognized by the names of its tensors; code
+in it is never run. The folders that a run resumes from belong to :mod:`scf_fast.run.checkpoints`.
 """
 
 import argparse
@@ -14,66 +12,57 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-
+from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
-from scf_fast.weights.reading import _DEFAULT_RADIUS, Weights, read
-from scf_fast.weights.writing import LAYOUTS, write
+from scf_fast.networks.confidence import DEFAULT_RADIUS
+from scf_fast.weights.contents import Facts, Part
+from scf_fast.weights.reading import read_weights
+from scf_fast.weights.writing import LAYOUTS, write_weights
+
+_FILES = "a file; several that belong together as a comma-separated list, a pattern or a folder"
 
 
-def backbone_state(spec: str | Path, flag: str = "--saved_bkb") -> dict[str, torch.Tensor]:
-    """The backbone in a weight file of any family, under the names of :class:`scf_fast.networks.backbones.Backbone`;
-    see :func:`read`.
-    """
-    return read(spec, flag).only("backbone").backbone
+def _inspect(options: argparse.Namespace) -> None:
+    weights = read_weights(options.source)
+    facts = [f"{name} {value}" for name, value in weights.facts.known().items()]
+    other = [f"{len(state)} tensors of no known kind, such as {next(iter(state))}" for state in weights.other]
+    print("\n".join([*weights.describe(), *facts, *other]))
 
 
-def class_centers(spec: str | Path, flag: str = "--saved_fc") -> torch.Tensor:
-    """(C, z_dim) float32 class centers in weight files of any family, unnormalized; see :func:`read`."""
-    return read(spec, flag).usable_class_centers()
+def _convert(options: argparse.Namespace) -> None:
+    weights = read_weights(options.source)
+    if options.target.exists() and not options.overwrite:
+        raise InputError(f"{options.target}: exists; give another name, or --overwrite")
+    if options.part:
+        weights = weights.only(Part(options.part))
+    weights = replace(weights, facts=weights.facts.completed_by(Facts(radius=options.radius)))
+    write_weights(weights, options.target, options.to)
+    print(f"{options.target}: {' and '.join(weights.describe())}, as {options.to}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scf_fast.checkpoints",
-        description="What is in a weight file, and the same weights for other code.",
+        description="Show what is in a weight file, or write the same weights for other code.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    files = "a file; several that belong together as a comma-separated list, a pattern or a folder"
-    inspect = commands.add_parser("inspect", help="say what a file holds")
-    inspect.add_argument("source", metavar="FILE", help=files)
+    commands = parser.add_subparsers(required=True, metavar="inspect|convert")
+    inspect = commands.add_parser("inspect", help="show what a file holds")
+    inspect.add_argument("source", metavar="FILE", help=_FILES)
+    inspect.set_defaults(action=_inspect)
     convert = commands.add_parser(
         "convert", help="write the weights as other code names them, bit for bit; optimizer states are left out"
     )
-    convert.add_argument("source", metavar="IN", help=files)
+    convert.add_argument("source", metavar="IN", help=_FILES)
     convert.add_argument("target", metavar="OUT", type=Path)
-    convert.add_argument("--to", required=True, choices=tuple(LAYOUTS), help="whose layout")
-    convert.add_argument("--part", choices=Weights.PARTS, help="write this part alone")
+    convert.add_argument("--to", required=True, choices=tuple(LAYOUTS), help="the code that shall read it")
+    convert.add_argument("--part", choices=[part.value for part in Part], help="write this part alone")
     convert.add_argument(
-        "--radius", type=float, help=f"radius of a model whose file does not say it [{_DEFAULT_RADIUS:g}]"
+        "--radius", type=float, help=f"radius of a model whose file does not say it [{DEFAULT_RADIUS:g}]"
     )
-    convert.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    convert.set_defaults(action=_convert)
     options = parser.parse_args(arguments)
-    try:
-        weights = read(options.source)
-        if options.command == "inspect":
-            facts = [f"{key} {value}" for key, value in weights.facts.items()]
-            other = [f"{len(state)} tensors of no known kind, such as {next(iter(state))}" for state in weights.other]
-            print("\n".join([*weights.describe(), *facts, *other]))
-            return 0
-        if options.target.exists() and not options.overwrite:
-            raise InputError(f"{options.target}: exists; give another name, or --overwrite")
-        if options.part:
-            weights = weights.only(options.part)
-        if options.radius is not None:
-            weights = replace(weights, facts={"radius": options.radius, **weights.facts})
-        write(weights, options.target, options.to)
-        print(f"{options.target}: {' and '.join(weights.describe())}, as {options.to}")
-        return 0
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return run(parser.prog, lambda: options.action(options))
 
 
 if __name__ == "__main__":

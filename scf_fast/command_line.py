@@ -1,19 +1,55 @@
+"""The command line and the recipes, generated from the options in :mod:`scf_fast.config`."""
+
 import argparse
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
-from scf_fast.config import Config, PerStage
+from scf_fast.command import Parser
+from scf_fast.config import STAGES, ConfidenceConfig, Config, FeatureConfig, PerStage, option_of
 from scf_fast.errors import InputError
 
+_STAGE_HELP = "which stage to train; implied to be 'confidence' by --saved_bkb"
+_GROUPS = {
+    "task": "what to do",
+    "model": "model and loss",
+    "training": "optimization",
+    "input": "input pipeline",
+    "system": "system",
+    "published": "the published command line",
+}
+SomeConfig = TypeVar("SomeConfig", bound=Config)
 
-def _value_type(field):
-    """(python type, is a tuple) of a field's annotation, seen through ``| None``."""
-    annotation = typing.get_type_hints(Config)[field.name]
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """An option as the command line sees it.
+
+    Attributes:
+        kind: Python type of a value, or of an element of a tuple.
+        is_tuple: whether several values are given, with commas between.
+        stage: the only stage that has the option; None where both have it.
+    """
+
+    field: dataclasses.Field
+    kind: type
+    is_tuple: bool
+    stage: str | None
+
+    @property
+    def name(self) -> str:
+        return self.field.name
+
+
+def _value_type(config_class: type[Config], name: str) -> tuple[Any, bool]:
+    """Returns (Python type, whether it is a tuple of them) of a field, seen through ``| None``."""
+    annotation = typing.get_type_hints(config_class)[name]
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is tuple:
@@ -21,13 +57,30 @@ def _value_type(field):
     return annotation, False
 
 
-def _coerce(field, value, source):
-    """``value`` of a recipe or a flag as the field's type; a clear error otherwise."""
-    kind, is_tuple = _value_type(field)
+def _all_flags() -> dict[str, _Flag]:
+    """Returns every option of any stage by name."""
+    flags: dict[str, _Flag] = {}
+    for config_class in STAGES.values():
+        for field in dataclasses.fields(config_class):
+            having = [stage for stage, other in STAGES.items() if field.name in other.__dataclass_fields__]
+            only = having[0] if len(having) == 1 else None
+            flags.setdefault(field.name, _Flag(field, *_value_type(config_class, field.name), only))
+    return flags
+
+
+def _coerce(flag: _Flag, value: Any, source: str) -> Any:
+    """Returns the value of a recipe or a flag as the option's type.
+
+    Args:
+        source: where the value is from, for the message.
+    Raises:
+        InputError: it is no such value.
+    """
+    kind = flag.kind
     try:
         if value is None:
             return None
-        if is_tuple:
+        if flag.is_tuple:
             parts = value.replace(" ", "").split(",") if isinstance(value, str) else value
             return tuple(kind(part) for part in parts if part != "")
         if kind is bool:
@@ -35,41 +88,55 @@ def _coerce(field, value, source):
                 return value
             raise ValueError
         if kind is int:
-            number = (
-                int(value) if str(value).strip().lstrip("+-").isdigit() else float(value)
-            )  # 1e5 is whole, and a long seed no float
+            # 1e5 is a whole number, and a long seed is no float
+            number = int(value) if str(value).strip().lstrip("+-").isdigit() else float(value)
             if int(number) != number:
                 raise ValueError
             return int(number)
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        expected = f"comma-separated {kind.__name__}s" if is_tuple else {bool: "true or false"}.get(kind, kind.__name__)
-        raise InputError(f"{source}: {field.name} must be {expected}, got {value!r}") from None
+        expected = (
+            f"comma-separated {kind.__name__}s" if flag.is_tuple else "true or false" if kind is bool else kind.__name__
+        )
+        raise InputError(f"{source}: {flag.name} must be {expected}, got {value!r}") from None
 
 
-def _suggest(name, known):
-    close = difflib.get_close_matches(name, known, n=1)
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 class _Switch(argparse.Action):
-    """--x for true, --no_x (as the published command line spells it) or --no-x for false."""
+    """``--x`` for true, ``--no_x`` (as the published command line spells it) for false."""
 
     def __init__(self, option_strings, dest, **extra):
         super().__init__(option_strings, dest, nargs=0, **extra)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith(("--no_", "--no-")))
+        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+def _add_flag(group: argparse._ArgumentGroup, flag: _Flag) -> None:
+    option = option_of(flag.field)
+    default = shown = flag.field.default
+    if isinstance(default, PerStage):
+        shown = ", ".join(f"{value} ({stage})" for stage, value in vars(default).items() if value is not None)
+    text = option.help + ("" if shown in (None, ()) else f" [{shown}]")
+    if flag.stage:
+        text = f"({flag.stage} only) {text}"
+    settings: dict[str, Any] = {"dest": flag.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if flag.kind is bool:
+        group.add_argument(f"--{flag.name}", f"--no_{flag.name}", action=_Switch, **settings)
+    else:
+        choices = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else ""
+        group.add_argument(
+            f"--{flag.name}", metavar=option.metavar or choices or flag.kind.__name__.upper(), **settings
+        )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line, generated from :class:`Config`."""
-    parser = _Parser(
+def build_parser() -> Parser:
+    """Returns the parser of the training command, generated from the configuration classes."""
+    parser = Parser(
         prog="train.py",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
@@ -84,50 +151,22 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         help="YAML recipe with any of the flags below as keys; flags on the command line win",
     )
-    parser.add_argument(
-        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
-    )  # appended by the deepspeed launcher
-    titles = {
-        "task": "what to do",
-        "model": "model and loss",
-        "training": "optimization",
-        "input": "input pipeline",
-        "system": "system",
-        "published": "the published command line",
-    }
-    groups = {key: parser.add_argument_group(title) for key, title in titles.items()}
-    for field in dataclasses.fields(Config):
-        meta = field.metadata
-        default = field.default
-        shown = default
-        if isinstance(default, PerStage):
-            shown = ", ".join(f"{value} ({stage})" for stage, value in vars(default).items() if value is not None)
-        text = meta["help"] + ("" if shown in (None, ()) else f" [{shown}]")
-        if meta["stage"]:
-            text = f"({meta['stage']} only) {text}"
-        flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        kind, _ = _value_type(field)
-        if kind is bool:
-            flags |= dict.fromkeys([f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"])
-        extra = (
-            {"action": _Switch}
-            if kind is bool
-            else {
-                "metavar": meta["metavar"]
-                or ("{" + ",".join(map(str, meta["choices"])) + "}" if meta["choices"] else kind.__name__.upper())
-            }
-        )
-        groups[meta["group"]].add_argument(
-            *flags, dest=field.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **extra
-        )
+    # The deepspeed launcher appends it.
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
+    groups["task"].add_argument(
+        "--stage", metavar="{" + ",".join(STAGES) + "}", default=argparse.SUPPRESS, help=_STAGE_HELP
+    )
+    for flag in _all_flags().values():
+        _add_flag(groups[option_of(flag.field).group], flag)
     return parser
 
 
-def load_recipe(path: str) -> dict:
-    """Keys and values of a YAML recipe; unknown keys are refused.
+def load_recipe(path: str) -> dict[str, Any]:
+    """Returns keys and values of a YAML recipe, each of its option's type.
 
     Raises:
-        ValueError: the file is missing, is no YAML mapping, or has an unknown key or a value of the wrong type.
+        InputError: the file is missing, is no YAML mapping, or has an unknown key or a value of the wrong type.
     """
     try:
         values = yaml.safe_load(Path(path).read_text())
@@ -139,32 +178,94 @@ def load_recipe(path: str) -> dict:
         raise InputError(f"--config {path}: is no valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: must hold `key: value` lines, got {type(values).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(Config)}
+    flags = _all_flags()
     for key in values:
-        if key not in fields:
-            raise InputError(f"--config {path}: unknown key {key!r}{_suggest(str(key), fields)}")
-    return {key: _coerce(fields[key], value, f"--config {path}") for key, value in values.items()}
+        if key != "stage" and key not in flags:
+            raise InputError(f"--config {path}: unknown key {key!r}{_suggest(str(key), ['stage', *flags])}")
+    return {
+        key: value if key == "stage" else _coerce(flags[key], value, f"--config {path}")
+        for key, value in values.items()
+    }
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """Returns the configuration of the stage that ``values`` name, or that ``saved_bkb`` among them implies.
+
+    Args:
+        values: by option, ``stage`` among them.
+    Raises:
+        InputError: there is no such stage, a value cannot be used, or it belongs to another stage.
+    """
+    values = dict(values)
+    stage = values.pop("stage", None)
+    if stage is None and values.get("saved_bkb"):
+        stage = "confidence"
+    if stage not in STAGES:
+        raise InputError(f"--stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    return make_config_of(STAGES[stage], values)
+
+
+def make_config_of(config_class: type[SomeConfig], values: dict[str, Any]) -> SomeConfig:
+    """Returns a configuration of the class.
+
+    Raises:
+        InputError: a value cannot be used, or belongs to another stage.
+    """
+    flags = _all_flags()
+    own = {field.name for field in dataclasses.fields(config_class)}
+    for name, value in values.items():
+        if name not in own and value is not None:
+            raise InputError(
+                f"--{name} belongs to stage {flags[name].stage}, but this is stage {config_class.stage}; leave it out"
+            )
+    return config_class(**{name: value for name, value in values.items() if name in own})
+
+
+def parse_values(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Returns the options that a command line and its recipes give, each of its type.
+
+    Raises:
+        InputError: an unknown flag, or a value of the wrong type.
+    """
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(arguments)
+    flags = _all_flags()
+    if unknown:
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        raise InputError(f"unknown argument {unknown[0]}{_suggest(f'--{name}', (f'--{flag}' for flag in flags))}")
+    values: dict[str, Any] = {}
+    for path in known.config:
+        values.update(load_recipe(path))
+    given = vars(known)
+    if "stage" in given:
+        values["stage"] = given["stage"]
+    values.update({name: _coerce(flag, given[name], f"--{name}") for name, flag in flags.items() if name in given})
+    return values
+
+
+def parse_feature_pass(arguments: list[str], output_dir: Path, **fixed: Any) -> FeatureConfig:
+    """Returns the configuration of a pass that computes features and trains nothing, from flags of train.py.
+
+    Options of stage 2 that only training heeds are accepted and have no effect, so that its recipes can be given.
+
+    Args:
+        output_dir: if the flags give none.
+        fixed: options that the flags cannot change.
+    Raises:
+        InputError: an unknown flag, a value that cannot be used, or an option of stage 1.
+    """
+    values = {"output_dir": str(output_dir), "batch_size": 256, **parse_values(arguments)}
+    training = {field.name for field in dataclasses.fields(ConfidenceConfig)} - {
+        field.name for field in dataclasses.fields(FeatureConfig)
+    }
+    kept = {name: value for name, value in values.items() if name != "stage" and name not in training}
+    return make_config_of(FeatureConfig, {**kept, **fixed})
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """The run's configuration from the command line; wrong input ends the process with one line and exit status 2."""
-    parser = build_parser()
-    known, unknown = parser.parse_known_args(arguments)
-    flags = {name for action in parser._actions for name in action.option_strings}
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}{_suggest(unknown[0].split('=')[0], flags)}")
-    try:
-        values: dict = {}
-        for path in known.config:
-            values.update(load_recipe(path))
-        fields = {field.name: field for field in dataclasses.fields(Config)}
-        given = {name: value for name, value in vars(known).items() if name in fields}
-        values.update({name: _coerce(fields[name], value, f"--{name}") for name, value in given.items()})
-        config = Config(**values)
-        for name in values:
-            only = fields[name].metadata["stage"]
-            if only and only != config.stage and values[name] is not None:
-                raise InputError(f"--{name} belongs to stage {only}, but this is stage {config.stage}; leave it out")
-        return config
-    except ValueError as error:
-        parser.error(str(error))
+    """Returns the run's configuration.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    return make_config(parse_values(arguments))

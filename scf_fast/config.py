@@ -1,27 +1,30 @@
 """One typed definition of every training option: defaults, ``--help``, YAML recipes and checks all come from here.
 
-A field of :class:`Config` is a flag (``batch_size`` -> ``--batch_size`` or ``--batch-size``) and a recipe key. A
-default that differs between the stages is a :class:`PerStage`. Order of precedence: default < recipe (``--config``) <
-command line.
+A field of one of the configuration classes is a flag (``batch_size`` -> ``--batch_size`` or ``--batch-size``) and a
+recipe key. The options of both stages are in :class:`Config`, those of one stage in its subclass. Order of precedence:
+default < recipe (``--config``) < command line.
+
+Over 450 lines because it is a table, one entry an option.
 """
 
 import dataclasses
 import json
 import math
+import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import ALIASES, BACKBONES
-from scf_fast.networks.confidence import CONFIDENCE_NETS
+from scf_fast.networks.confidence import CONFIDENCE_NETS, DEFAULT_RADIUS
+from scf_fast.pipelines.formats.atomic_file import write_text
 from scf_fast.pipelines.loading.augmentation import PRESETS
-from scf_fast.weights.files import write_whole
 
-STAGES = ("backbone", "confidence")
 MARGIN_PRESETS = {"arcface": (1.0, 0.5, 0.0), "cosface": (1.0, 0.0, 0.4), "combined": (1.0, 0.3, 0.2)}
 
 
@@ -33,31 +36,56 @@ class PerStage:
     confidence: Any
 
 
-def option(
-    default, help: str, *, choices=None, stage: str | None = None, group: str = "training", metavar: str | None = None
-):
-    """A dataclass field with what the command line needs to know about it; ``stage`` names the only stage that has
-    it.
+@dataclass(frozen=True)
+class Option:
+    """Description of an option for the command line and the run folder, besides its type and default.
+
+    Attributes:
+        identity: whether another value makes it another run, which --resume refuses.
+        reads: whether its value names files that a run reads and does not make.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "stage": stage, "group": group, "metavar": metavar}
-    )
+
+    help: str
+    choices: tuple | None = None
+    group: str = "training"
+    metavar: str | None = None
+    identity: bool = False
+    reads: bool = False
 
 
-@dataclass(kw_only=True)
+def option(default: Any, help: str, **settings) -> Any:
+    """Returns the dataclass field of an option; ``settings`` are those of :class:`Option`."""
+    return dataclasses.field(default=default, metadata={"option": Option(help, **settings)})
+
+
+def option_of(field: dataclasses.Field) -> Option:
+    """Returns what :func:`option` was told about a field."""
+    return field.metadata["option"]
+
+
+def split_paths(text: str) -> tuple[str, ...]:
+    """Splits ``a,b`` into paths; an existing path may hold a comma."""
+    return (text,) if os.path.exists(text) else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run. ``None`` means "not set"; the checks name the flag, what arrived and what to
-    do.
+    """Options of both stages. ``None`` means "not set"; the checks name the flag, what arrived and what to do.
+
+    Frozen: what is found out later, such as the pixel convention of a checkpoint, makes a new one
+    (``dataclasses.replace``).
     """
 
-    stage: str | None = option(
-        None, "which stage to train; implied to be 'confidence' by --saved_bkb", choices=STAGES, group="task"
-    )
-    data: str | None = option(
+    stage: ClassVar[str]
+    default_zero_stage: ClassVar[int]
+
+    data: str = option(
         None,
         "a .rec file or its folder, .tar or .tfrecord shards, a list of images or TFRecords, or a folder of folders",
         group="task",
         metavar="PATH",
+        identity=True,
+        reads=True,
     )
     dataset: str | None = option(
         None,
@@ -71,125 +99,21 @@ class Config:
         "the list's own",
         group="task",
         metavar="DIR",
+        reads=True,
     )
-    output_dir: str | None = option(None, "where the run's files go", group="task", metavar="DIR")
+    output_dir: str = option(None, "where the run's files go", group="task", metavar="DIR")
     resume: bool = option(
         False, "continue from the newest checkpoint in --output_dir, or start if there is none", group="task"
     )
     overwrite: bool = option(False, "delete what an earlier run left in --output_dir", group="task")
-    seed: int = option(777, "seed of weights, shuffle and flips", group="task")
-
-    network: str = option(
-        "ir_100",
-        "backbone architecture: ir_* of the published code, tface_*, or insightface's iresnet* (r50 for iresnet50 is "
-        "accepted); stage 2 reads it off the checkpoint instead",
-        choices=tuple(BACKBONES),
-        stage="backbone",
-        group="model",
-    )
-    z_dim: int | None = option(
-        PerStage(512, None), "embedding width d; stage 2 reads it off the checkpoint and checks this one", group="model"
-    )
-    dropout: float | None = option(
-        None,
-        "dropout before the embedding layer, in [0, 1); default: 0.4, for iresnet* 0",
-        stage="backbone",
-        group="model",
-    )
-    loss: str = option(
-        "arcface",
-        "margin preset: " + ", ".join(f"{name} {m}" for name, m in MARGIN_PRESETS.items()),
-        choices=tuple(MARGIN_PRESETS),
-        stage="backbone",
-        group="model",
-    )
-    margins: tuple[float, ...] | None = option(
-        None,
-        "m1,m2,m3 of cos(m1 theta + m2) - m3 (radians for m2); overrides --loss",
-        stage="backbone",
-        group="model",
-        metavar="M1,M2,M3",
-    )
-    margin_gradient: str = option(
-        "exact",
-        "gradient at the target: the derivative, or s (as arcface_torch has it)",
-        choices=("exact", "straight_through"),
-        stage="backbone",
-        group="model",
-    )
-    scale: float = option(64.0, "multiplier s of the logits", stage="backbone", group="model")
-    label_smoothing: float = option(
-        0.0, "share of the target distribution spread over all identities, in [0, 1)", stage="backbone", group="model"
-    )
-    sample_rate: float = option(
-        1.0,
-        "share of the other identities that each step's softmax is over, drawn anew (Partial FC), in (0, 1]",
-        stage="backbone",
-        group="model",
-    )
-
-    saved_bkb: str | None = option(
-        None,
-        "backbone checkpoint of stage 1: of this program, the published code, TFace or insightface",
-        stage="confidence",
-        group="model",
-        metavar="FILE",
-    )
-    saved_fc: str | None = option(
-        None,
-        "class-center checkpoint of stage 1, of the same; the ranks' shards as a folder or as 'checkpoint_gpu_*.pt'",
-        stage="confidence",
-        group="model",
-        metavar="FILE",
-    )
-    finetune_bkb: bool = option(
-        False,
-        "train the backbone too, from --saved_bkb on, jointly with the confidence net",
-        stage="confidence",
-        group="model",
-    )
-    partial_identities: bool = option(
-        False,
-        "the data hold only some of the identities that --saved_fc has centers for, under the same numbers",
-        stage="confidence",
-        group="model",
-    )
-    confidence_net: str = option(
-        "mlp",
-        "network on the last feature map: the published MLP, or TFace's convolutional one",
-        choices=tuple(CONFIDENCE_NETS),
-        stage="confidence",
-        group="model",
-    )
-    convf_dim: int | None = option(
-        None,
-        "length of the flattened last feature map, checked against the backbone",
-        stage="confidence",
-        group="model",
-    )
-    radius: float = option(64.0, "radius r of the sphere", stage="confidence", group="model")
-    normalizer: str = option(
-        "exact",
-        "vMF normalizer: exact, or the published code's float32 formula (for comparison with old runs)",
-        choices=("exact", "published"),
-        stage="confidence",
-        group="model",
-    )
-    initial_kappa: float | None = option(
-        None,
-        "kappa that the untrained confidence net starts from; default: as PyTorch initializes (about 1)",
-        stage="confidence",
-        group="model",
-    )
-
-    batch_size: int = option(PerStage(512, 1024), "images per optimizer step over all ranks")
+    seed: int = option(777, "seed of weights, shuffle and flips", group="task", identity=True)
+    batch_size: int = option(PerStage(512, 1024), "images per optimizer step over all ranks", identity=True)
     gradient_accumulation_steps: int = option(
         1, "micro-batches per optimizer step; divides a rank's share of --batch_size"
     )
     epochs: int = option(PerStage(20, 30), "passes over the data")
     lr: float = option(PerStage(0.1, 3e-5), "learning rate after warm-up")
     weight_decay: float = option(5e-4, "L2 term added to the gradient (not decoupled)")
-    momentum: float = option(0.9, "SGD momentum", stage="backbone")
     lr_scheduler: str = option(
         PerStage("Polynomial", "StepLR"),
         "learning-rate rule",
@@ -212,7 +136,6 @@ class Config:
         "implementation of SGD/Adam: the first of apex, deepspeed, torch that is there",
         choices=("auto", "apex", "deepspeed", "torch"),
     )
-
     normalization: str | None = option(
         None,
         "pixels: insightface is (x - 127.5)/127.5, published is (x - 127.5)/128. Default: stage 1 takes what the "
@@ -220,6 +143,7 @@ class Config:
         "takes the note in --saved_fc, else what the family of --saved_bkb was trained with",
         choices=("insightface", "published"),
         group="input",
+        identity=True,
     )
     loader: str = option(
         "auto", "decoder: dali where installed, else torch", choices=("auto", "dali", "torch"), group="input"
@@ -229,33 +153,39 @@ class Config:
         "decoding threads (DALI, at least one) or processes (torch; 0: none but the rank's own) a rank",
         group="input",
     )
-    flip: bool = option(True, "random horizontal flip", group="input")
+    flip: bool = option(True, "random horizontal flip", group="input", identity=True)
     augmentation: str = option(
         "none",
         "random changes to the images: as arcface_torch has them, or with crops and occlusions too",
         choices=tuple(PRESETS),
         group="input",
+        identity=True,
     )
     shuffle: str = option(
         "global",
         "block reads runs of neighboring images, for spinning disks and network mounts",
         choices=("global", "block"),
         group="input",
+        identity=True,
     )
     data_weights: tuple[float, ...] = option(
         (),
         "share of each of several data sets in an epoch; default: each image once",
         group="input",
         metavar="W1,W2,...",
+        identity=True,
     )
     max_images_per_identity: int = option(
-        0, "at most so many images of an identity in an epoch; 0 is all", group="input"
+        0, "at most so many images of an identity in an epoch; 0 is all", group="input", identity=True
     )
     images_per_identity: int = option(
-        0, "exactly so many images of every identity in an epoch (class-balanced); 0 is off", group="input"
+        0,
+        "exactly so many images of every identity in an epoch (class-balanced); 0 is off",
+        group="input",
+        identity=True,
     )
     index_dir: str | None = option(
-        None, "folder for the indices of the data; default: beside the data", group="input", metavar="DIR"
+        None, "folder for the indices of the data; default: beside the data", group="input", metavar="DIR", reads=True
     )
     on_broken: str = option(
         "replace",
@@ -263,61 +193,12 @@ class Config:
         choices=("replace", "raise"),
         group="input",
     )
-
     precision: str = option(
         "auto",
         "forward and backward type; auto: bf16 where the GPU has it, fp32 on CPU. Parameters, BatchNorm statistics "
         "and the "
         "loss stay float32",
         choices=("auto", "fp32", "bf16", "fp16"),
-        group="system",
-    )
-    compile: bool | None = option(
-        None,
-        "fuse the frozen backbone with torch.compile; default: on a GPU, and on a CPU when enough images go through it",
-        stage="confidence",
-        group="system",
-    )
-    feature_cache: str | None = option(
-        None,
-        "folder to keep the frozen backbone's features in: later epochs and runs then neither decode nor compute them",
-        stage="confidence",
-        group="system",
-        metavar="DIR",
-    )
-    cache_dtype: str = option(
-        "bf16",
-        "type of the cached feature map",
-        choices=("fp32", "fp16", "bf16", "fp8", "int8"),
-        stage="confidence",
-        group="system",
-    )
-    cache_budget: float = option(
-        0.0,
-        "most GB (10^9 bytes) that the cache may take; what does not fit is computed anew in every epoch; 0: no limit",
-        stage="confidence",
-        group="system",
-    )
-    centers_state: str = option(
-        "fp32",
-        "type of the class centers' momentum; bf16 halves it, with stochastic rounding",
-        choices=("fp32", "bf16"),
-        stage="backbone",
-        group="system",
-    )
-    skip_below: float = option(
-        0.0,
-        "on a GPU the backward pass over the class centers leaves out tiles whose gradient is below this share of the "
-        "largest "
-        "possible, in [0, 1); 0 is exact, 0.000244 (2^-12) is under bf16's rounding",
-        stage="backbone",
-        group="system",
-    )
-    fused_center_update: bool | None = option(
-        None,
-        "update class centers inside the backward pass, without storing their gradient; default: unless "
-        "there is accumulation or fp16",
-        stage="backbone",
         group="system",
     )
     zero_stage: int | None = option(
@@ -335,7 +216,7 @@ class Config:
         group="system",
     )
     deepspeed_config: str | None = option(
-        None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE"
+        None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE", reads=True
     )
     log_every: int = option(20, "steps between log points; each costs one host synchronization", group="system")
     checkpoint_every: int = option(
@@ -361,14 +242,6 @@ class Config:
     profile: bool = option(False, "write a PyTorch profiler trace of five steps to OUTPUT/profile", group="system")
     max_steps: int = option(0, "stop after this many optimizer steps, checkpointed; 0 is off", group="system")
     tensorboard: bool = option(True, "write TensorBoard event files to OUTPUT/runs", group="system")
-
-    published_checkpoints: bool | None = option(
-        None,
-        "after each epoch write OUTPUT/ckpts/ckpt_eN.pt as the published code does, optimizer state "
-        "included (4.7 GB for its confidence net); default: with --dataset",
-        stage="confidence",
-        group="published",
-    )
     gpu_ids: str | None = option(
         None,
         "GPUs for plain python, which uses the first; under a launcher the launcher chooses",
@@ -380,67 +253,80 @@ class Config:
         None, "accepted, without effect as in the published code: evaluation is a program of its own", group="published"
     )
 
-    def __post_init__(self):
-        if self.stage is None and self.saved_bkb:
-            self.stage = "confidence"
-        if self.dataset and not self.data:
-            self.dataroot = self.dataroot or "."
-            self.data = str(Path(self.dataroot) / "list" / f"{self.dataset}_list.txt")
-        self.network = ALIASES.get(self.network, self.network)
-        if self.stage not in STAGES:
-            raise InputError(f"--stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+    def __post_init__(self) -> None:
+        self._resolve()
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), option_of(field).choices
+            if choices and value is not None and value not in choices:
+                raise InputError(f"--{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        self._check()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen for everybody else
+
+    def _resolve(self) -> None:
+        """Fills in what was not given."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, PerStage):
-                setattr(self, field.name, getattr(value, self.stage))
-                value = getattr(self, field.name)
-            choices = field.metadata["choices"]
-            if choices and value is not None and value not in choices:
-                raise InputError(f"--{field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-        if self.margins is None:
-            self.margins = MARGIN_PRESETS[self.loss]
-        if self.stage == "backbone" and self.normalization is None:
-            self.normalization = BACKBONES[self.network].normalization
-        if self.published_checkpoints is None:
-            self.published_checkpoints = self.stage == "confidence" and bool(self.dataset)
-        self._check()
+                self._set(field.name, getattr(value, self.stage))
+        if self.dataset and not self.data:
+            self._set("dataroot", self.dataroot or ".")
+            self._set("data", str(Path(self.dataroot or ".") / "list" / f"{self.dataset}_list.txt"))
 
-    def _check(self):
-        def require(condition, flag, what):
-            if not condition:
-                raise InputError(f"--{flag} must be {what}, got {getattr(self, flag)!r}")
+    def _require(self, condition: object, flag: str, what: str) -> None:
+        if not condition:
+            raise InputError(f"--{flag} must be {what}, got {getattr(self, flag)!r}")
 
+    def _require_each(self, flags: Iterable[str], holds, what: str) -> None:
+        for flag in flags:
+            self._require(holds(getattr(self, flag)), flag, what)
+
+    def _check(self) -> None:
+        """Checks values and their combinations.
+
+        Raises:
+            InputError: one cannot be used; the message names the flag.
+        """
+        require = self._require
         require(self.data, "data", "given (or --dataset, as the published code has it)")
         require(self.output_dir, "output_dir", "given")
-        for flag in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "epochs",
-            "step_size",
-            "log_every",
-            "keep_checkpoints",
-            "max_skipped_steps",
-        ):
-            require(getattr(self, flag) >= 1, flag, "at least 1")
-        for flag in (
-            "weight_decay",
-            "momentum",
-            "warmup_epochs",
-            "max_grad_norm",
-            "max_grad_clip",
-            "checkpoint_every",
-            "max_steps",
-            "cache_budget",
-            "max_images_per_identity",
-            "images_per_identity",
-            "num_workers",
-        ):
-            require(getattr(self, flag) >= 0, flag, "0 or more")
-        for flag in ("lr", "scale", "radius", "gamma", "power"):
-            require(getattr(self, flag) > 0, flag, "positive")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(not isinstance(value, float) or math.isfinite(value), field.name, "finite")
+        self._require_each(
+            (
+                "batch_size",
+                "gradient_accumulation_steps",
+                "epochs",
+                "step_size",
+                "log_every",
+                "keep_checkpoints",
+                "max_skipped_steps",
+            ),
+            lambda value: value >= 1,
+            "at least 1",
+        )
+        self._require_each(
+            (
+                "weight_decay",
+                "warmup_epochs",
+                "max_grad_norm",
+                "max_grad_clip",
+                "checkpoint_every",
+                "max_steps",
+                "max_images_per_identity",
+                "images_per_identity",
+                "num_workers",
+            ),
+            lambda value: value >= 0,
+            "0 or more",
+        )
+        self._require_each(("lr", "gamma", "power"), lambda value: value > 0, "positive")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        require = self._require
         require(abs(self.seed) < 1 << 63, "seed", "between -2^63 and 2^63")
         require(
             self.lr_scheduler != "MultiStep" or self.milestones,
@@ -452,25 +338,12 @@ class Config:
             "warmup_epochs",
             "0 with --lr_scheduler ReduceLROnPlateau",
         )
-        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
         require(
             self.gpu_ids is None or all(part.strip().isdigit() for part in str(self.gpu_ids).split(",")),
             "gpu_ids",
             "numbers with commas between",
         )
-        require(self.z_dim is None or self.z_dim >= 2, "z_dim", "at least 2")
-        require(len(self.margins) == 3, "margins", "three numbers m1,m2,m3")
         require(self.warmup_epochs <= self.epochs, "warmup_epochs", f"at most --epochs ({self.epochs})")
-        require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
-        require(0 < self.sample_rate <= 1, "sample_rate", "in (0, 1]")
-        require(0 <= self.skip_below < 1, "skip_below", "in [0, 1)")
-        require(
-            not self.fused_center_update or (self.gradient_accumulation_steps == 1 and self.precision != "fp16"),
-            "fused_center_update",
-            "off with --gradient_accumulation_steps or fp16: the gradient is not complete, or may not count, in the "
-            "backward pass",
-        )
-        require(self.initial_kappa is None or self.initial_kappa > 0, "initial_kappa", "positive")
         require(
             not (self.resume and self.overwrite),
             "resume",
@@ -486,50 +359,307 @@ class Config:
         )
         require(all(weight > 0 for weight in self.data_weights), "data_weights", "positive numbers")
         require(
+            self.offload_optimizer == "none" or self.zero_stage != 0,
+            "offload_optimizer",
+            "none with --zero_stage 0: it is ZeRO that offloads",
+        )
+
+    @property
+    def trains_backbone(self) -> bool:
+        """True where the backbone is trained, so that its BatchNorm sees the batches."""
+        return self.stage == "backbone"
+
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        """The data sets that ``--data`` names."""
+        return split_paths(self.data)
+
+    def zero_stage_on(self, world_size: int) -> int:
+        """Returns the ZeRO stage of a run on ``world_size`` ranks: the one given, or the default."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        if world_size == 1 and self.offload_optimizer == "none":
+            return 0
+        return self.default_zero_stage
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the options that make it this run and no other, as :meth:`as_dict` has them."""
+        names = [field.name for field in dataclasses.fields(self) if option_of(field).identity]
+        values = self.as_dict()
+        return {name: values[name] for name in ("stage", *names)}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Returns the default of each option, as :meth:`as_dict` would have it."""
+        found = {}
+        for field in dataclasses.fields(cls):
+            default = field.default
+            found[field.name] = getattr(default, cls.stage) if isinstance(default, PerStage) else default
+        return json.loads(json.dumps(found))
+
+    def input_paths(self) -> list[tuple[str, str]]:
+        """Returns (option, path) of everything that the run reads and does not make."""
+        return [
+            (field.name, path)
+            for field in dataclasses.fields(self)
+            if option_of(field).reads and getattr(self, field.name)
+            for path in split_paths(getattr(self, field.name))
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns plain values that JSON and YAML can hold."""
+        return {"stage": self.stage, **json.loads(json.dumps(dataclasses.asdict(self)))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(Config):
+    """Options of stage 1: a backbone under a margin softmax."""
+
+    stage: ClassVar[str] = "backbone"
+    default_zero_stage: ClassVar[int] = 1
+
+    network: str = option(
+        "ir_100",
+        "backbone architecture: ir_* of the published code, tface_*, or insightface's iresnet* (r50 for iresnet50 is "
+        "accepted); stage 2 reads it off the checkpoint instead",
+        choices=tuple(BACKBONES),
+        group="model",
+        identity=True,
+    )
+    z_dim: int = option(512, "embedding width d", group="model", identity=True)
+    dropout: float | None = option(
+        None,
+        "dropout before the embedding layer, in [0, 1); default: 0.4, for iresnet* 0",
+        group="model",
+        identity=True,
+    )
+    loss: str = option(
+        "arcface",
+        "margin preset: " + ", ".join(f"{name} {m}" for name, m in MARGIN_PRESETS.items()),
+        choices=tuple(MARGIN_PRESETS),
+        group="model",
+        identity=True,
+    )
+    margins: tuple[float, float, float] = option(
+        None,
+        "m1,m2,m3 of cos(m1 theta + m2) - m3 (radians for m2); overrides --loss",
+        group="model",
+        metavar="M1,M2,M3",
+        identity=True,
+    )
+    margin_gradient: str = option(
+        "exact",
+        "gradient at the target: the derivative, or s (as arcface_torch has it)",
+        choices=("exact", "straight_through"),
+        group="model",
+        identity=True,
+    )
+    scale: float = option(64.0, "multiplier s of the logits", group="model", identity=True)
+    label_smoothing: float = option(
+        0.0, "share of the target distribution spread over all identities, in [0, 1)", group="model", identity=True
+    )
+    sample_rate: float = option(
+        1.0,
+        "share of the other identities that each step's softmax is over, drawn anew (Partial FC), in (0, 1]",
+        group="model",
+        identity=True,
+    )
+    momentum: float = option(0.9, "SGD momentum")
+    centers_state: str = option(
+        "fp32",
+        "type of the class centers' momentum; bf16 halves it, with stochastic rounding",
+        choices=("fp32", "bf16"),
+        group="system",
+    )
+    skip_below: float = option(
+        0.0,
+        "on a GPU the backward pass over the class centers leaves out tiles whose gradient is below this share of the "
+        "largest "
+        "possible, in [0, 1); 0 is exact, 0.000244 (2^-12) is under bf16's rounding",
+        group="system",
+    )
+    fused_center_update: bool | None = option(
+        None,
+        "update class centers inside the backward pass, without storing their gradient; default: unless "
+        "there is accumulation or fp16",
+        group="system",
+    )
+
+    def _resolve(self) -> None:
+        super()._resolve()
+        self._set("network", ALIASES.get(self.network, self.network))
+        if self.margins is None and self.loss in MARGIN_PRESETS:
+            self._set("margins", MARGIN_PRESETS[self.loss])
+        if self.normalization is None and self.network in BACKBONES:
+            self._set("normalization", BACKBONES[self.network].normalization)
+
+    def _check(self) -> None:
+        super()._check()
+        require = self._require
+        require(self.momentum >= 0, "momentum", "0 or more")
+        require(self.scale > 0, "scale", "positive")
+        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        require(self.z_dim >= 2, "z_dim", "at least 2")
+        require(len(self.margins) == 3, "margins", "three numbers m1,m2,m3")
+        require(all(map(math.isfinite, self.margins)), "margins", "finite")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
+        require(0 < self.sample_rate <= 1, "sample_rate", "in (0, 1]")
+        require(0 <= self.skip_below < 1, "skip_below", "in [0, 1)")
+        require(
+            not self.fused_center_update or (self.gradient_accumulation_steps == 1 and self.precision != "fp16"),
+            "fused_center_update",
+            "off with --gradient_accumulation_steps or fp16: the gradient is not complete, or may not count, in the "
+            "backward pass",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig(Config):
+    """Options of a pass over images with a frozen backbone, with or without training on its features."""
+
+    stage: ClassVar[str] = "confidence"
+    default_zero_stage: ClassVar[int] = 2
+
+    saved_bkb: str = option(
+        None,
+        "backbone checkpoint of stage 1: of this program, the published code, TFace or insightface",
+        group="model",
+        metavar="FILE",
+        identity=True,
+        reads=True,
+    )
+    saved_fc: str = option(
+        None,
+        "class-center checkpoint of stage 1, of the same; the ranks' shards as a folder or as 'checkpoint_gpu_*.pt'",
+        group="model",
+        metavar="FILE",
+        identity=True,
+        reads=True,
+    )
+    compile: bool | None = option(
+        None,
+        "fuse the frozen backbone with torch.compile; default: on a GPU, and on a CPU when enough images go through it",
+        group="system",
+    )
+    feature_cache: str | None = option(
+        None,
+        "folder to keep the frozen backbone's features in: later epochs and runs then neither decode nor compute them",
+        group="system",
+        metavar="DIR",
+        reads=True,
+    )
+    cache_dtype: str = option(
+        "bf16", "type of the cached feature map", choices=("fp32", "fp16", "bf16", "fp8", "int8"), group="system"
+    )
+    cache_budget: float = option(
+        0.0,
+        "most GB (10^9 bytes) that the cache may take; what does not fit is computed anew in every epoch; 0: no limit",
+        group="system",
+    )
+
+    def _check(self) -> None:
+        super()._check()
+        require = self._require
+        require(self.saved_bkb, "saved_bkb", "given for stage 2: the backbone that stage 1 wrote")
+        require(self.cache_budget >= 0, "cache_budget", "0 or more")
+        require(
             self.augmentation == "none" or not self.feature_cache,
             "augmentation",
             "none with --feature_cache: the cache holds one picture an image",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceConfig(FeatureConfig):
+    """Options of stage 2: a confidence net on the frozen backbone, or with it."""
+
+    z_dim: int | None = option(
+        None,
+        "embedding width d; read off the checkpoint, which a value given here must match",
+        group="model",
+        identity=True,
+    )
+    finetune_bkb: bool = option(
+        False,
+        "train the backbone too, from --saved_bkb on, jointly with the confidence net",
+        group="model",
+        identity=True,
+    )
+    partial_identities: bool = option(
+        False,
+        "the data hold only some of the identities that --saved_fc has centers for, under the same numbers",
+        group="model",
+    )
+    confidence_net: str = option(
+        "mlp",
+        "network on the last feature map: the published MLP, or TFace's convolutional one",
+        choices=tuple(CONFIDENCE_NETS),
+        group="model",
+        identity=True,
+    )
+    convf_dim: int | None = option(
+        None, "length of the flattened last feature map, checked against the backbone", group="model"
+    )
+    radius: float = option(DEFAULT_RADIUS, "radius r of the sphere", group="model", identity=True)
+    normalizer: str = option(
+        "exact",
+        "vMF normalizer: exact, or the published code's float32 formula (for comparison with old runs)",
+        choices=("exact", "published"),
+        group="model",
+        identity=True,
+    )
+    initial_kappa: float | None = option(
+        None,
+        "kappa that the untrained confidence net starts from; default: as PyTorch initializes (about 1)",
+        group="model",
+    )
+    published_checkpoints: bool = option(
+        None,
+        "after each epoch write OUTPUT/ckpts/ckpt_eN.pt as the published code does, optimizer state "
+        "included (4.7 GB for its confidence net); default: with --dataset",
+        group="published",
+    )
+
+    @property
+    def trains_backbone(self) -> bool:
+        """True where the backbone is trained with the confidence net."""
+        return self.finetune_bkb
+
+    def _resolve(self) -> None:
+        super()._resolve()
+        if self.published_checkpoints is None:
+            self._set("published_checkpoints", bool(self.dataset))
+
+    def _check(self) -> None:
+        super()._check()
+        require = self._require
+        require(self.saved_fc, "saved_fc", "given for stage 2: the class centers that stage 1 wrote")
+        require(self.radius > 0, "radius", "positive")
+        require(self.z_dim is None or self.z_dim >= 2, "z_dim", "at least 2")
+        require(self.initial_kappa is None or self.initial_kappa > 0, "initial_kappa", "positive")
         require(
             not (self.finetune_bkb and self.feature_cache),
             "finetune_bkb",
             "without --feature_cache: the features change with the backbone",
         )
-        require(
-            self.offload_optimizer == "none" or self.zero_stage != 0,
-            "offload_optimizer",
-            "none with --zero_stage 0: it is ZeRO that offloads",
-        )
-        if self.stage == "confidence":
-            require(self.saved_bkb, "saved_bkb", "given for stage 2: the backbone that stage 1 wrote")
-            require(self.saved_fc, "saved_fc", "given for stage 2: the class centers that stage 1 wrote")
 
-    def zero_stage_on(self, world_size: int) -> int:
-        """The ZeRO stage on so many ranks: the one given, or the default."""
-        if self.zero_stage is not None:
-            return self.zero_stage
-        if world_size == 1 and self.offload_optimizer == "none":
-            return 0
-        return 1 if self.stage == "backbone" else 2
 
-    def as_dict(self) -> dict:
-        """Plain values, JSON- and YAML-ready."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+STAGES: dict[str, type[Config]] = {"backbone": BackboneConfig, "confidence": ConfidenceConfig}
 
 
 def save(config: Config, path: Path, versions: dict) -> None:
-    """Write the resolved configuration and versions as YAML, complete or not at all."""
+    """Writes the resolved configuration and versions as YAML, complete or not at all."""
     text = yaml.safe_dump(
         {"config": config.as_dict(), "command": " ".join(sys.argv), "versions": versions}, sort_keys=False
     )
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def load_saved(path: Path) -> dict:
-    """The ``config`` part of a file that :func:`save` wrote.
+    """Returns the ``config`` part of a file that :func:`save` wrote.
 
     Raises:
-        ValueError: it is no such file.
+        InputError: it is no such file.
     """
     try:
         return yaml.safe_load(path.read_text())["config"]

@@ -1,4 +1,4 @@
-"""Images for a run, as its configuration wants them."""
+"""Data of a run as its configuration describes them: source, sampler, loader."""
 
 from pathlib import Path
 
@@ -11,35 +11,34 @@ from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.augmentation import PRESETS
 from scf_fast.pipelines.loading.base import Loader, Preprocessing
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 from scf_fast.pipelines.sampling.selection import Mixture, PerIdentity
+from scf_fast.pipelines.sources.base import ImageSource
 
 _BLOCK_IMAGES = 256  # neighbors read in one go by --shuffle block: 2 MB of faces
 
 
-def open_data(config: Config):
-    """The images at --data, or where --dataset has them.
+def open_data(config: Config) -> ImageSource:
+    """Opens the images at ``--data``, or where ``--dataset`` has them.
 
     Raises:
-        ValueError: nothing is there, or nothing that is known.
+        InputError: nothing is there, or nothing of a known kind.
     """
     if config.dataset and not Path(config.data).exists():
         raise InputError(
             f"--dataset {config.dataset}: there is no {config.data}; give --dataroot, the folder that holds "
-            f"list/{config.dataset}_list.txt, "
-            "or the data set itself as --data"
+            f"list/{config.dataset}_list.txt, or the data set itself as --data"
         )
-    paths = [config.data] if Path(config.data).exists() else config.data.split(",")  # a path may hold a comma
-    return open_source(paths, config.dataroot, config.index_dir)
+    return open_source(list(config.data_sets), config.dataroot, config.index_dir)
 
 
-def epoch_sampler(config: Config, source, rank: int, world_size: int) -> EpochSampler:
-    """Which images an epoch has and in which order, as the configuration wants it.
+def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: int) -> EpochSampler:
+    """Returns the sampler of this rank: which images an epoch has, and in which order.
 
     Raises:
-        ValueError: the choice does not fit the data, or an epoch fills no batch.
+        InputError: the choice does not fit the data, or an epoch fills no batch.
     """
-    selection = None
+    selection: Mixture | PerIdentity | None = None
     if config.data_weights:
         sizes = source.sizes
         if len(sizes) != len(config.data_weights):
@@ -70,8 +69,9 @@ def epoch_sampler(config: Config, source, rank: int, world_size: int) -> EpochSa
     )
 
 
-def image_loader(config: Config, source, sampler, runtime: Runtime, flip: bool) -> Loader:
-    """Batches of normalized float32 faces on this rank's device."""
+def image_loader(config: Config, source: ImageSource, sampler: Sampler, runtime: Runtime, flip: bool) -> Loader:
+    """Returns the loader of normalized float32 faces on this rank's device."""
+    assert config.normalization is not None, "the stage settles it"
     preprocessing = Preprocessing(config.normalization, horizontal_flip=flip, augmentation=PRESETS[config.augmentation])
     return make_loader(
         source,

@@ -1,22 +1,32 @@
-"""Start of a rank: environment, device, process group; and its end. Serves ``deepspeed``, ``torchrun`` and plain
-``python`` alike.
+"""The ranks of a launch: their start and end, what they agree on, and the launcher's command.
+
+Serves ``deepspeed``, ``torchrun`` and plain ``python``.
 """
 
+import contextlib
+import datetime
 import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from scf_fast.errors import InputError
+
+_GROUP_TIMEOUT = datetime.timedelta(minutes=30)  # of a collective whose other ranks do not come
+_Value = TypeVar("_Value")
 STOPPED = 75  # exit status of a rank that a signal has stopped, after its checkpoint: EX_TEMPFAIL, "try again later"
 
 
 @dataclass(frozen=True)
 class Runtime:
+    """A rank's place in the launch."""
+
     rank: int
     world_size: int
     device: torch.device
@@ -27,61 +37,87 @@ class Runtime:
 
 
 def environment() -> tuple[int, int]:
-    """(rank, world size) as the launcher has set them; (0, 1) without one."""
+    """Returns (rank, world size) as the launcher has set them; (0, 1) without one."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now, so that two launches on one machine do not meet."""
+    """Returns a TCP port that nothing listens on now, so that two launches on one machine do not meet."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def start() -> Runtime:
-    """Join the process group; the GPU of this local rank, or the CPU."""
+    """Joins the process group and returns this rank's place in it: on the GPU of its local rank, or on the CPU."""
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
-    if not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if (
-            "OMP_NUM_THREADS" not in os.environ
-        ):  # the deepspeed launcher sets no limit, and every rank would take every core
-            torch.set_num_threads(
-                max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
-            )
+        if "OMP_NUM_THREADS" not in os.environ:
+            # The deepspeed launcher sets no limit, and every rank would take every core.
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "99"
-    )  # or the profiler's library says on every rank that it starts and stops
-    import deepspeed
-
-    # Used for inference only, this op takes 30 s to compile and leaves 66 MiB a rank in shared memory for ever.
-    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = (
-        False  # set, not asked for: that would try every op's compiler
-    )
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    )  # or the profiler's library reports its start and stop on every rank
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
+    if has_gpu:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = (
-            False  # --precision fp32 is float32 in convolutions too, as matrix products are by default
-        )
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        # --precision fp32 is float32 in convolutions too, as it is in matrix products by default.
+        torch.backends.cudnn.allow_tf32 = False
+    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=_GROUP_TIMEOUT)
     return Runtime(dist.get_rank(), dist.get_world_size(), device)
 
 
-def finish(engine=None) -> None:
-    """Leave the process group; without it a rank that is done can abort at interpreter exit."""
-    if engine is not None:
-        engine.destroy()
+def finish() -> None:
+    """Leaves the process group; without it a rank that is done can abort at interpreter exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def all_ranks_agree(flag: bool) -> bool:
+    """Returns whether ``flag`` is true on every rank of the process group, all of which have to ask; without a group,
+    the flag itself.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    agreed = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return bool(agreed)
+
+
+def broadcast_from_main(value: _Value) -> _Value:
+    """Returns the main rank's value, on every rank; collective."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def shared_input_errors(runtime: Runtime) -> Iterator[None]:
+    """Ends every rank with the message of an input error that any rank has met in the block; collective.
+
+    Raises:
+        InputError: on all ranks.
+    """
+    problem = None
+    try:
+        yield
+    except (InputError, OSError) as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * runtime.world_size
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise InputError(found if rank == 0 or found == problem else f"rank {rank}: {found}")
+
+
 def average_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Mean over ranks of a small float tensor."""
+    """Averages a small float tensor over the ranks, in place, and returns it; collective."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -89,7 +125,7 @@ def average_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def leave(status: int) -> NoReturn:
-    """End a rank that has closed everything, without the interpreter's own teardown.
+    """Ends a rank that has closed everything, without the interpreter's own teardown.
 
     There a thread of the collective library sometimes aborts the process ("terminate called without an active
     exception", about 1 of 100 runs even after :func:`finish`), and the launcher would report a finished job as failed.
@@ -101,8 +137,10 @@ def leave(status: int) -> NoReturn:
 
 
 def launcher(ranks: int | None = None) -> list[str]:
-    """``deepspeed`` with so many processes; by default one for each GPU, two on a machine without; a free port, so that
-    two launches can run at once.
+    """Returns the command that starts training under the deepspeed launcher; the flags of train.py follow.
+
+    Args:
+        ranks: processes; default: one for each GPU, two on a machine without.
     """
     count = [] if ranks is None and torch.cuda.is_available() else ["--num_accelerators", str(ranks or 2)]
     return [
@@ -116,12 +154,3 @@ def launcher(ranks: int | None = None) -> list[str]:
         "--module",
         "scf_fast.train",
     ]
-
-
-def on_every_rank(flag: bool) -> bool:
-    """Whether it is true on every rank of the process group, which all of them have to ask; without a group, here."""
-    if not dist.is_initialized():
-        return flag
-    agreed = torch.tensor(float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(agreed, dist.ReduceOp.MIN)
-    return bool(agreed)

@@ -1,8 +1,7 @@
-"""Images -> direction mu and concentration kappa, as fast as the machine allows: `python -m scf_fast.embed IMAGES...
---model M --out FILE`.
+"""Computes direction mu and concentration kappa of images: ``python -m scf_fast.embed IMAGES... --model M --out FILE``.
 
 The images are aligned faces; those of another size than 112 x 112 are resized whole. OUT.npz holds mu (N, d) float32,
-kappa (N,) float32 and path (N,); OUT.parquet the same columns, which needs the extra `embed` (pyarrow). A backbone
+kappa (N,) float32 and path (N,); OUT.parquet holds the same columns and needs the extra ``embed`` (pyarrow). A backbone
 alone gives no kappa.
 """
 
@@ -12,27 +11,50 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from scf_fast.arguments import add_loading_arguments, find_images
+from scf_fast.arguments import add_inference_arguments, find_images, inference_options
+from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
-from scf_fast.inference import Embedder, check_usable, default_device, embed_batches, put, room_for
-from scf_fast.model import SCF
+from scf_fast.inference import Embedder, Embeddings, InferenceOptions, embed_batches, open_embedder
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.sources.base import ImageFiles
 
 
-def _write(path: Path, mu: np.ndarray, kappa: dict[str, np.ndarray], paths: list[str]) -> None:
+def embed_images(embedder: Embedder, source: ImageFiles, options: InferenceOptions) -> Embeddings:
+    """Embeds all images of a source in order, under a progress bar.
+
+    Raises:
+        InputError: an image cannot be decoded, or gives unusable numbers; the message names it.
+    """
+    embeddings = Embeddings.allocate(len(source), embedder.embedding_dim, embedder.gives_kappa)
+    batches = np.split(np.arange(len(source)), range(options.batch_size, len(source), options.batch_size))
+    with tqdm(total=len(source), desc="embedding", unit=" images", mininterval=1) as progress:
+        for indices, batch in embed_batches(embedder, source, batches, options.decoding):
+            embeddings.write_rows(indices, batch)
+            progress.update(len(batch))
+    embeddings.check_usable(source)
+    return embeddings
+
+
+def write_embeddings(path: Path, embeddings: Embeddings, image_paths: list[Path]) -> None:
+    """Writes mu, kappa if there is one, and the paths, in the format of the suffix: .npz or .parquet."""
+    columns = {"mu": embeddings.mu.numpy()}
+    if embeddings.log_kappa is not None:
+        columns["kappa"] = embeddings.log_kappa.exp().numpy()
+    columns["path"] = np.array(list(map(str, image_paths)))
     with atomic_output(path) as file:
         if path.suffix == ".npz":
-            np.savez(file, mu=mu, **kappa, path=np.array(paths))
+            np.savez(file, **columns)  # type: ignore[arg-type]  # NumPy 2 types its own keywords there
             return
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # type: ignore[import-untyped,import-not-found]  # optional, and ships no types
+        import pyarrow.parquet  # type: ignore[import-untyped,import-not-found]
 
+        mu = columns.pop("mu")
         directions = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(mu.ravel()), mu.shape[1])
-        pyarrow.parquet.write_table(pyarrow.table({"path": paths, **kappa, "mu": directions}), file)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"path": columns.pop("path").tolist(), **columns, "mu": directions}), file
+        )
 
 
 def _check_output(path: Path) -> None:
@@ -48,16 +70,12 @@ def _check_output(path: Path) -> None:
             ) from error
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m scf_fast.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGES",
-        help="image files, or folders of them, searched all the way down",
+        "images", nargs="+", type=Path, metavar="IMAGES", help="image files, or folders of them, searched at any depth"
     )
     parser.add_argument(
         "--model", required=True, metavar="M", help="output folder of a run, or weight files of any family"
@@ -69,33 +87,26 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help=".npz or .parquet (default: %(default)s)",
     )
-    add_loading_arguments(parser)
+    add_inference_arguments(parser)
+    return parser
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    _check_output(arguments.out)
+    paths, options = find_images(arguments.images), inference_options(arguments)
+    embedder = open_embedder(arguments.model, options)
+    began = time.perf_counter()
+    embeddings = embed_images(embedder, ImageFiles(paths), options)
+    images_per_second = len(paths) / (time.perf_counter() - began)
+    write_embeddings(arguments.out, embeddings, paths)
+    without = "" if embedder.gives_kappa else f"; no kappa: {arguments.model} is a backbone alone"
+    print(f"{arguments.out}: {len(paths)} images, {images_per_second:.0f} images/s{without}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
     options = parser.parse_args(arguments)
-    try:
-        _check_output(options.out)
-        paths = find_images(options.images)
-        model = SCF.from_checkpoint(options.model, normalization=options.normalization, backbone_alone=True)
-        embedder = Embedder(model, options.device or default_device(), options.precision, options.flip)
-        source = ImageFiles(paths)
-        features, log_kappa = embeddings = room_for(embedder, len(source))
-        batches = np.split(np.arange(len(source)), range(options.batch_size, len(source), options.batch_size))
-        began = time.perf_counter()
-        with tqdm(total=len(source), desc="embedding", unit=" images", mininterval=1) as progress:
-            for indices, *values in embed_batches(
-                embedder, source, batches, loader=options.loader, num_workers=options.num_workers
-            ):
-                put(embeddings, indices, *values)
-                progress.update(len(indices))
-        seconds = time.perf_counter() - began
-        check_usable(features, log_kappa, source, np.arange(len(source)))
-        kappa = {"kappa": log_kappa.exp().numpy()} if embedder.gives_kappa else {}
-        _write(options.out, F.normalize(features).numpy(), kappa, list(map(str, paths)))
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    without = "" if embedder.gives_kappa else f"; no kappa: {options.model} is a backbone alone"
-    print(f"{options.out}: {len(source)} images, {len(source) / seconds:.0f} images/s{without}")
-    return 0
+    return run(parser.prog, lambda: _embed(options))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""A model in the formats of other programs: `python -m scf_fast.export MODEL OUT.onnx|OUT.pt2|OUT.safetensors`.
+"""Exports a model in a format of other programs: ``python -m scf_fast.export MODEL OUT.onnx|OUT.pt2|OUT.safetensors``.
 
-    .onnx         images -> mu (B, d), kappa (B,); any batch size; opset 18 unless asked otherwise. Needs the extra `export`.
+    .onnx         images -> mu (B, d), kappa (B,); any batch size; opset 18 unless asked otherwise; needs the extra
+                  `export`
     .pt2          the same as a program of torch.export: torch.export.load(OUT).module()(images)
     .safetensors  the weights with radius and pixel convention, as SCF.from_checkpoint reads them
 
 A backbone alone has one output, its features (B, d), unnormalized, as insightface's own tools take them.
-images are (B, 3, 112, 112) float32 RGB scaled as the model says, or, with --preprocess, (B, 112, 112, 3) uint8 RGB.
+Images are (B, 3, 112, 112) float32 RGB, scaled as the model says, or, with --preprocess, (B, 112, 112, 3) uint8 RGB.
 Programs hold the backbone with every BatchNorm folded, in float32. Before the command says that it is done, the file
 has been read back and its output compared with PyTorch's.
 """
@@ -14,11 +15,12 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,23 +28,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from scf_fast.arguments import add_normalization_argument
+from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import FoldedBackbone
+from scf_fast.pipelines.face_template import FACE_SIZE
+from scf_fast.pipelines.formats.atomic_file import publish
 from scf_fast.pipelines.loading.base import Preprocessing
-from scf_fast.pipelines.loading.decode import FACE_SIZE
-from scf_fast.weights import reading, writing
+from scf_fast.weights.contents import Facts, Weights
+from scf_fast.weights.writing import write_weights
 
-TOLERANCE = 1e-4  # of mu absolutely, of kappa, or the length of features, relatively
-SUFFIXES = (".onnx", ".pt2", ".safetensors")
+TOLERANCE = 1e-4  # of mu absolutely; of kappa, or of the length of features, relatively
 _OPSET = 18
 _ONE_FILE = 2_000_000_000  # bytes of weights: a protobuf message, and so an .onnx file, ends at 2^31
 _CHECKED_BATCHES = (1, 5)
+Output = tuple[torch.Tensor, torch.Tensor] | torch.Tensor  # mu (B, d) and kappa (B,); or features (B, d)
+Program = Callable[[torch.Tensor], Output]
 
 
 class ServedModel(nn.Module):
-    """images -> (mu, kappa), or of a backbone alone the features, for export: folded backbone, and preprocessing where
-    it belongs inside.
+    """The program that is exported: images -> (mu, kappa), or the features of a backbone alone.
+
+    Its backbone is folded; preprocessing is inside where it is asked for.
 
     Args:
         model: left as it is, on the CPU.
@@ -55,51 +62,49 @@ class ServedModel(nn.Module):
         self._preprocessing = Preprocessing(model.normalization) if preprocess else None
         self.eval()
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+    def forward(self, images: torch.Tensor) -> Output:
         if self._preprocessing is not None:
             images = self._preprocessing.normalize(images)
         features, convf = self.backbone(images)
         return features if self.confidence_net is None else (F.normalize(features), self.confidence_net(convf).exp())
 
 
-def outputs(model: SCF) -> list[str]:
-    """Names of what its program gives."""
+def output_names(model: SCF) -> list[str]:
+    """Returns the names of a program's outputs."""
     return ["features"] if model.confidence_net is None else ["mu", "kappa"]
 
 
 def export(model: SCF, out: Path, *, preprocess: bool = False, opset: int = _OPSET) -> None:
-    """Writes a model to `out`, in the format of its suffix, and compares what comes back with the model.
+    """Writes a model to ``out``, in the format of its suffix, and compares what comes back with the model.
 
     Args:
         model: on the CPU.
-        out: replaced if it exists, once the check has passed. Beside an .onnx of more than 2 GB of weights they lie in
-            OUT.onnx.data.
+        out: replaced if it exists, once the check has passed. With more than 2 GB of weights, those of an .onnx lie
+            beside it in OUT.onnx.data.
         preprocess: images come as uint8; see the module.
         opset: of ONNX.
     Raises:
-        ValueError: unknown suffix, a package is missing, or the file does not give the model's output.
+        InputError: unknown suffix, a package is missing, or the file does not give the model's output.
     """
     check_request(out, preprocess)
-    write, run = {
-        ".onnx": (_write_onnx, _run_onnx),
-        ".pt2": (_write_program, _run_program),
-        ".safetensors": (_write_weights, _run_weights),
-    }[out.suffix]
+    form = _FORMATS[out.suffix]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         aside = Path(folder) / out.name
-        write(model, aside, preprocess, opset)
-        _compare(model, run(aside), preprocess, out)
+        form.write(model, aside, preprocess, opset)
+        _compare(model, form.load(aside), preprocess, out)
         for path in sorted(Path(folder).iterdir(), reverse=True):  # the file itself comes last, after its data
-            os.replace(path, out.with_name(path.name))
+            publish(path, out.with_name(path.name))
 
 
 def check_request(out: Path, preprocess: bool) -> None:
-    """Raises:
-    ValueError: what `export` raises before it does anything.
+    """Checks a request before any work is done.
+
+    Raises:
+        InputError: unknown suffix, a package is missing, or the format cannot hold preprocessing.
     """
-    if out.suffix not in SUFFIXES:
-        raise InputError(f"OUT must end in {', '.join(SUFFIXES)}, got {out}")
+    if out.suffix not in _FORMATS:
+        raise InputError(f"OUT must end in {', '.join(_FORMATS)}, got {out}")
     if out.suffix == ".safetensors" and preprocess:
         raise InputError("--preprocess belongs to .onnx and .pt2: a .safetensors file holds weights and no program")
     if out.suffix == ".onnx":
@@ -113,137 +118,169 @@ def check_request(out: Path, preprocess: bool) -> None:
             )
 
 
-def _example(preprocess: bool, count: int) -> torch.Tensor:
-    """Random pixels: every channel and position differs."""
+def _random_images(preprocess: bool, count: int) -> torch.Tensor:
+    """Returns random pixels as the program takes them: every channel and position differs."""
     pixels = torch.randint(
         256, (count, FACE_SIZE, FACE_SIZE, 3), generator=torch.Generator().manual_seed(count), dtype=torch.uint8
     )
     return pixels if preprocess else Preprocessing().normalize(pixels).contiguous()
 
 
-def _program(model: SCF, preprocess: bool) -> tuple[nn.Module, tuple, dict]:
-    """Module, arguments and dynamic shapes for torch.export."""
-    return ServedModel(model, preprocess), (_example(preprocess, 2),), {"images": {0: torch.export.Dim("batch", min=1)}}
+@dataclass(frozen=True)
+class _Tracing:
+    """Input of torch.export and of its ONNX exporter."""
+
+    module: nn.Module
+    arguments: tuple[torch.Tensor]
+    dynamic_shapes: dict[str, Any]
 
 
-def _write_program(model, path, preprocess, opset):
-    module, arguments, shapes = _program(model, preprocess)
-    torch.export.save(torch.export.export(module, arguments, dynamic_shapes=shapes), path)
+def _prepare_tracing(model: SCF, preprocess: bool) -> _Tracing:
+    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    return _Tracing(ServedModel(model, preprocess), (_random_images(preprocess, 2),), shapes)
 
 
-def _run_program(path):
+def _write_program(model: SCF, path: Path, preprocess: bool, opset: int) -> None:
+    tracing = _prepare_tracing(model, preprocess)
+    torch.export.save(
+        torch.export.export(tracing.module, tracing.arguments, dynamic_shapes=tracing.dynamic_shapes), path
+    )
+
+
+def _load_program(path: Path) -> Program:
     return torch.export.load(path).module()
 
 
-def _write_onnx(model, path, preprocess, opset):
+def _write_onnx(model: SCF, path: Path, preprocess: bool, opset: int) -> None:
     # It warns that operators of torchvision are not there; there are none in these networks.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    module, arguments, shapes = _program(model, preprocess)
+    tracing = _prepare_tracing(model, preprocess)
     program = torch.onnx.export(
-        module,
-        arguments,
+        tracing.module,
+        tracing.arguments,
         dynamo=True,
-        dynamic_shapes=shapes,
+        dynamic_shapes=tracing.dynamic_shapes,
         opset_version=opset,
         input_names=["images"],
-        output_names=outputs(model),
+        output_names=output_names(model),
         verbose=False,
     )
+    assert program is not None  # as dynamo=True has it
     facts = {"radius": model.radius, "normalization": "none: uint8 RGB" if preprocess else model.normalization}
     program.model.metadata_props["scf_fast"] = json.dumps(facts)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     program.save(str(path), external_data=weights > _ONE_FILE)
 
 
-def _run_onnx(path):
-    import onnxruntime
+def _load_onnx(path: Path) -> Program:
+    import onnxruntime  # type: ignore[import-untyped,import-not-found]  # optional, and ships no types
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def run(images):
-        found = tuple(map(torch.from_numpy, session.run(None, {"images": np.ascontiguousarray(images.numpy())})))
-        return found if len(found) > 1 else found[0]
+    def run_session(images: torch.Tensor) -> Output:
+        first, *second = map(torch.from_numpy, session.run(None, {"images": np.ascontiguousarray(images.numpy())}))
+        return (first, second[0]) if second else first
 
-    return run
+    return run_session
 
 
-def _write_weights(model, path, preprocess, opset):
+def _write_weights(model: SCF, path: Path, preprocess: bool, opset: int) -> None:
     net_state = None if model.confidence_net is None else model.confidence_net.state_dict()
-    weights = reading.Weights(
+    weights = Weights(
         str(path),
         backbone=model.backbone.state_dict(),
         confidence_net=net_state,
-        facts={"radius": model.radius, "normalization": model.normalization},
+        facts=Facts(radius=model.radius, normalization=model.normalization),
     )
-    writing.write(weights, path, "safetensors")
+    write_weights(weights, path, "safetensors")
 
 
-def _run_weights(path):
-    return _answer(SCF.from_checkpoint(path, backbone_alone=True))
+def _load_weights(path: Path) -> Program:
+    return _expected_program(SCF.from_checkpoint(path, backbone_alone=True))
 
 
-def _answer(model: SCF) -> Callable:
-    """What its program is to give."""
+@dataclass(frozen=True)
+class _Format:
+    """Writes a model to a file, and loads the file as a program: ``write(model, path, preprocess, opset)``."""
+
+    write: Callable[[SCF, Path, bool, int], None]
+    load: Callable[[Path], Program]
+
+
+_FORMATS = {  # by suffix
+    ".onnx": _Format(_write_onnx, _load_onnx),
+    ".pt2": _Format(_write_program, _load_program),
+    ".safetensors": _Format(_write_weights, _load_weights),
+}
+
+
+def _expected_program(model: SCF) -> Program:
+    """Returns a function of normalized images with the outputs that the exported program must have."""
     return (lambda images: model.embed(images)[0]) if model.confidence_net is None else model
 
 
-def _direction_and_size(found: tuple[torch.Tensor, torch.Tensor] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """mu and kappa; of features their directions and lengths."""
-    return (F.normalize(found), torch.linalg.vector_norm(found, dim=1)) if isinstance(found, torch.Tensor) else found
+def _direction_and_size(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns mu and kappa; of features, their directions and lengths."""
+    if isinstance(output, torch.Tensor):
+        return F.normalize(output), torch.linalg.vector_norm(output, dim=1)
+    return output
 
 
 @torch.no_grad()
-def _compare(model: SCF, run: Callable, preprocess: bool, out: Path) -> None:
+def _compare(model: SCF, program: Program, preprocess: bool, out: Path) -> None:
+    """Compares a program's output with the model's, on images in batch sizes that tracing has not seen."""
     for count in _CHECKED_BATCHES:
-        images = _example(preprocess, count)
+        images = _random_images(preprocess, count)
         normalized = Preprocessing(model.normalization).normalize(images) if preprocess else images
-        (mu, size), (expected_mu, expected_size) = (
-            _direction_and_size(run(images)),
-            _direction_and_size(_answer(model)(normalized)),
-        )
+        mu, size = _direction_and_size(program(images))
+        expected_mu, expected_size = _direction_and_size(_expected_program(model)(normalized))
         error = max((mu - expected_mu).abs().max().item(), (size / expected_size - 1).abs().max().item())
         if not error <= TOLERANCE:  # NaN is no agreement
             raise InputError(
                 f"{out}: its output differs from PyTorch's by {error:.1e} with {count} images, more than "
-                f"{TOLERANCE:.0e}, so it is not "
-                "kept; try another --opset or format"
+                f"{TOLERANCE:.0e}, so it is not kept; try another --opset or format"
             )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m scf_fast.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="output folder of a run, or weight files of any family")
-    parser.add_argument("out", type=Path, metavar="OUT", help="file to write; its suffix says the format")
+    parser.add_argument("out", type=Path, metavar="OUT", help="file to write; its suffix selects the format")
     parser.add_argument(
         "--preprocess", action="store_true", help="take uint8 RGB images (B, 112, 112, 3) and scale them inside"
     )
     add_normalization_argument(parser)
     parser.add_argument("--opset", type=int, default=_OPSET, help="of ONNX (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
-    options = parser.parse_args(arguments)
-    try:
-        check_request(options.out, options.preprocess)
-        if options.out.exists() and not options.overwrite:
-            raise InputError(f"{options.out}: exists; give another name, or --overwrite")
-        model = SCF.from_checkpoint(options.model, normalization=options.normalization, backbone_alone=True)
-        export(model, options.out, preprocess=options.preprocess, opset=options.opset)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    return parser
+
+
+def _export(options: argparse.Namespace) -> None:
+    check_request(options.out, options.preprocess)
+    if options.out.exists() and not options.overwrite:
+        raise InputError(f"{options.out}: exists; give another name, or --overwrite")
+    model = SCF.from_checkpoint(options.model, normalization=options.normalization, backbone_alone=True)
+    export(model, options.out, preprocess=options.preprocess, opset=options.opset)
     if options.out.suffix == ".safetensors":
-        what = f"weights, {model.normalization} scaling"
+        content = f"weights, {model.normalization} scaling"
     else:
-        scaled = f"(B, 3, {FACE_SIZE}, {FACE_SIZE}) float32 RGB, {model.normalization} scaling"
-        takes = f"(B, {FACE_SIZE}, {FACE_SIZE}, 3) uint8 RGB" if options.preprocess else scaled
-        what = f"{takes} -> {' and '.join(outputs(model))}" + (
-            f", opset {options.opset}" if options.out.suffix == ".onnx" else ""
-        )
-    print(f"{options.out}: {what}; output within {TOLERANCE:.0e} of PyTorch's")
-    return 0
+        if options.preprocess:
+            images = f"(B, {FACE_SIZE}, {FACE_SIZE}, 3) uint8 RGB"
+        else:
+            images = f"(B, 3, {FACE_SIZE}, {FACE_SIZE}) float32 RGB, {model.normalization} scaling"
+        opset = f", opset {options.opset}" if options.out.suffix == ".onnx" else ""
+        content = f"{images} -> {' and '.join(output_names(model))}{opset}"
+    print(f"{options.out}: {content}; output within {TOLERANCE:.0e} of PyTorch's")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return run(parser.prog, lambda: _export(options))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
+"""Inference with a trained model: images -> features and log kappa, in batches of any image source."""
+
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scf_fast.distributed import on_every_rank
+from scf_fast.distributed import all_ranks_agree
 from scf_fast.errors import InputError
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
@@ -16,9 +21,94 @@ from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How images are read and decoded; see :func:`scf_fast.pipelines.loader.make_loader`."""
+
+    backend: str = "auto"  # "dali", "torch", or "auto": DALI where it is installed
+    num_workers: int = 2  # threads of DALI, processes of PyTorch
+
+
+DEFAULT_DECODING = Decoding()
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """Settings that every command shares which embeds images; its flags are in :mod:`scf_fast.arguments`."""
+
+    normalization: str | None = None  # None: as the model's files say, see SCF.from_checkpoint
+    flip: bool = False
+    device: torch.device | None = None  # None: see default_device
+    precision: str = "auto"
+    batch_size: int = 256  # images
+    decoding: Decoding = DEFAULT_DECODING
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Outputs of a model for N images."""
+
+    features: torch.Tensor  # (N, D) float32, unnormalized
+    log_kappa: torch.Tensor | None  # (N,) float32; None from a backbone alone
+
+    @classmethod
+    def allocate(cls, count: int, embedding_dim: int, with_kappa: bool) -> "Embeddings":
+        """Returns uninitialized embeddings on the CPU, for :meth:`write_rows` to fill."""
+        return cls(torch.empty(count, embedding_dim), torch.empty(count) if with_kappa else None)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def write_rows(self, rows: slice | torch.Tensor, values: "Embeddings") -> None:
+        """Overwrites some rows: a slice of them, or (B,) int64 indices."""
+        self.features[rows] = values.features
+        if self.log_kappa is not None and values.log_kappa is not None:
+            self.log_kappa[rows] = values.log_kappa
+
+    def cpu(self) -> "Embeddings":
+        """Returns the same embeddings on the CPU."""
+        return Embeddings(self.features.cpu(), None if self.log_kappa is None else self.log_kappa.cpu())
+
+    def check_usable(self, source: ImageSource, first: int = 0) -> None:
+        """Checks that a distribution can be made of every row.
+
+        Args:
+            source: where the images are from.
+            first: the source's image that row 0 belongs to; the others follow in order.
+        Raises:
+            InputError: a feature vector is not finite or all zero, or kappa is not finite and positive in float32; the
+                message names the first such image.
+        """
+        usable = self.features.isfinite().all(dim=1) & self.features.any(dim=1)
+        if self.log_kappa is not None:
+            kappa = self.log_kappa.exp()
+            usable &= kappa.isfinite() & (kappa > 0)
+        if not usable.all():
+            bad = (~usable).nonzero()[:, 0].tolist()
+            raise InputError(
+                f"features must be finite and not zero, and kappa finite and positive; those of {len(bad)} of "
+                f"{len(self)} images are not, the first {source.name(first + bad[0])}; look at that image, and check "
+                "whether the model's training diverged"
+            )
+
+    @cached_property
+    def mu(self) -> torch.Tensor:
+        """(N, D) float32 unit directions."""
+        return F.normalize(self.features)
+
+    @cached_property
+    def kappa(self) -> np.ndarray | None:
+        """(N,) float64, or None."""
+        return None if self.log_kappa is None else self.log_kappa.double().exp().numpy()
+
+    @cached_property
+    def feature_norm(self) -> np.ndarray:
+        """(N,) float64."""
+        return torch.linalg.vector_norm(self.features, dim=1).double().numpy()
+
+
 class Embedder:
-    """A model set up for inference alone: images -> features and log kappa, float32, the latter None of a backbone
-    alone.
+    """A model set up for inference alone: images -> :class:`Embeddings` in float32.
 
     Args:
         model: left as it is.
@@ -29,65 +119,55 @@ class Embedder:
             averaged.
     Attributes:
         radius, normalization, embedding_dim: the model's.
-        gives_kappa: whether it has a confidence net.
+        gives_kappa: True if the model has a confidence net.
         key: digest of everything here that decides the numbers.
     Raises:
-        ValueError: weights that are not finite.
+        InputError: the weights are not finite.
     """
 
     def __init__(self, model: SCF, device: torch.device | str = "cpu", precision: str = "auto", flip: bool = False):
         self.device, self.flip = torch.device(device), flip
         self.radius, self.normalization, self.embedding_dim = model.radius, model.normalization, model.embedding_dim
-        weights = hashlib.sha256(f"{model.normalization} {precision} {self.device.type} {flip}".encode())
-        for name, value in sorted(model.state_dict().items()):
-            if not value.isfinite().all():
-                raise InputError(
-                    f"the model's weights must be finite, and those of {name} are not; its training diverged, take an "
-                    "earlier checkpoint"
-                )
-            weights.update(name.encode())
-            weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self.key = weights.hexdigest()
+        self.key = _digest_of(model, f"{model.normalization} {precision} {self.device.type} {flip}")
         self._precisions = (
             ("fp32",)
             if precision == "auto" and self.device.type == "cpu"
             else frozen_precisions(precision, self.device)
         )
-        self._model_backbone, self._backbone = model.backbone, None
-        self.gives_kappa = model.confidence_net is not None
-        self._confidence_net = model.confidence_net.to(self.device) if self.gives_kappa else None
+        self._model_backbone = model.backbone
+        self._backbone: FrozenBackbone | None = None
+        self._confidence_net = None if model.confidence_net is None else model.confidence_net.to(self.device)
+        self.gives_kappa = self._confidence_net is not None
         self._batch_size = 0
 
     @property
-    def settled(self) -> bool:
-        """Whether the precision is chosen."""
+    def is_settled(self) -> bool:
+        """True once the precision is chosen."""
         return self._backbone is not None
 
     def settle(self, images: torch.Tensor, batch_size: int = 1) -> None:
-        """Chooses the backbone's precision: the first that is accurate on these images, in a process group on those of
-        every rank. All ranks have to call it then, and get one precision; otherwise the first call of the embedder
-        does.
+        """Chooses the backbone's precision: the first that is accurate on these images.
+
+        In a process group all ranks must call it, and agree on the first precision that is accurate on every rank's
+        images. Without a group the embedder's first call does it.
 
         Args:
             images: (B, 3, 112, 112) normalized RGB on the device; the first 32 count.
             batch_size: the most images that later calls will bring, which a GPU compiles for.
         Raises:
-            ValueError: no precision is accurate on all ranks.
+            InputError: no precision is accurate on all ranks.
         """
         images = images[:CHECK_IMAGES]
         self._batch_size = max(self._batch_size, batch_size, len(images))
         for precision in self._precisions:
-            backbone, failure = (
-                FrozenBackbone(
-                    self._model_backbone, self.device, (precision,), self.device.type == "cuda", lambda: images
-                ),
-                None,
-            )
+            compiled = self.device.type == "cuda"
+            backbone = FrozenBackbone(self._model_backbone, self.device, (precision,), compiled, lambda: images)
+            failure = None
             try:
-                backbone(self._padded(images))
-            except ValueError as error:
+                backbone(self._pad(images))
+            except InputError as error:
                 failure = error
-            if on_every_rank(failure is None):
+            if all_ranks_agree(failure is None):
                 self._backbone = backbone
                 return
         raise InputError(
@@ -96,49 +176,71 @@ class Embedder:
             else f"the backbone is not accurate in {self._precisions[-1]} on another rank"
         ) from failure
 
-    def _padded(self, images):
-        """On a GPU one size is compiled, and a shorter last batch is filled up."""
+    def _pad(self, images: torch.Tensor) -> torch.Tensor:
+        """Fills a shorter last batch up on a GPU, where one size is compiled."""
         return F.pad(images, (0, 0) * 3 + (0, self._batch_size - len(images))) if self.device.type == "cuda" else images
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, 3, 112, 112) normalized RGB on the device -> features (B, d) unnormalized, log kappa (B,) or None.
+    def __call__(self, images: torch.Tensor) -> Embeddings:
+        """Embeds (B, 3, 112, 112) normalized RGB on the device; the result lies there too.
 
         Raises:
-            ValueError: as in settle, on the first call.
+            InputError: as in :meth:`settle`, on the first call.
         """
-        if not self.settled:
+        if not self.is_settled:
             self.settle(images, len(images))
-        features, log_kappa = self._embed(images)
-        if self.flip:
-            mirrored_features, mirrored_log_kappa = self._embed(images.flip(3))
-            features, log_kappa = (
-                features + mirrored_features,
-                (log_kappa + mirrored_log_kappa) / 2 if self.gives_kappa else None,
-            )
-        return features, log_kappa
+        found = self._embed(images)
+        if not self.flip:
+            return found
+        mirrored = self._embed(images.flip(3))
+        log_kappa = None
+        if found.log_kappa is not None and mirrored.log_kappa is not None:
+            log_kappa = (found.log_kappa + mirrored.log_kappa) / 2
+        return Embeddings(found.features + mirrored.features, log_kappa)
 
     @full_float32()
-    def _embed(self, images):
+    def _embed(self, images: torch.Tensor) -> Embeddings:
+        assert self._backbone is not None
         count, self._batch_size = len(images), max(self._batch_size, len(images))
-        features, convf = self._backbone(self._padded(images))
+        features, convf = self._backbone(self._pad(images))
+        log_kappa = None if self._confidence_net is None else self._confidence_net(convf[:count].float())
         # A copy: the next call may write over the compiled backbone's output.
-        log_kappa = self._confidence_net(convf[:count].float()) if self.gives_kappa else None
-        return features[:count].to(torch.float32, copy=True), log_kappa
+        return Embeddings(features[:count].to(torch.float32, copy=True), log_kappa)
 
 
-def room_for(embedder: Embedder, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Features (count, d) and log kappa (count,), or None where the embedder gives none, for :func:`put` to fill."""
-    return torch.empty(count, embedder.embedding_dim), torch.empty(count) if embedder.gives_kappa else None
+def _digest_of(model: SCF, settings: str) -> str:
+    """Returns a SHA-256 of settings and weights.
+
+    Raises:
+        InputError: a weight is not finite.
+    """
+    digest = hashlib.sha256(settings.encode())
+    for name, value in sorted(model.state_dict().items()):
+        if not value.isfinite().all():
+            raise InputError(
+                f"the model's weights must be finite, and those of {name} are not; its training diverged, take an "
+                "earlier checkpoint"
+            )
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def put(
-    into: tuple[torch.Tensor, torch.Tensor | None], rows, features: torch.Tensor, log_kappa: torch.Tensor | None
-) -> None:
-    """Write some rows, a slice or (B,) indices, of what :func:`room_for` made."""
-    into[0][rows] = features
-    if into[1] is not None:
-        into[1][rows] = log_kappa
+def open_embedder(path: str | Path, options: InferenceOptions) -> Embedder:
+    """Reads the model in weight files of any family, a backbone alone included, and sets it up for inference.
+
+    Raises:
+        InputError: as in :meth:`scf_fast.model.SCF.from_checkpoint` and :class:`Embedder`.
+    """
+    model = SCF.from_checkpoint(path, normalization=options.normalization, backbone_alone=True)
+    return Embedder(model, options.device or default_device(), options.precision, options.flip)
+
+
+def default_device() -> torch.device:
+    """Returns this rank's GPU, or the CPU on a machine without one."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
 
 
 class ChosenBatches(Sampler):
@@ -155,67 +257,32 @@ class ChosenBatches(Sampler):
 
 
 def load_batches(
-    embedder: Embedder,
-    source: ImageSource,
-    batches: list[np.ndarray],
-    *,
-    loader: str = "auto",
-    num_workers: int = 2,
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    embedder: Embedder, source: ImageSource, batches: list[np.ndarray], decoding: Decoding = DEFAULT_DECODING
+) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
     """Yields (indices, images) of batches of a source's images, in order, as the embedder takes them.
 
     Args:
         batches: (B,) int64 each.
-        loader, num_workers: see scf_fast.pipelines.loader.make_loader.
     Raises:
-        ValueError: an image cannot be decoded; the message names it.
+        InputError: an image cannot be decoded; the message names it.
     """
-    sampler, preprocessing = (
-        ChosenBatches(len(source), batches),
-        Preprocessing(embedder.normalization, horizontal_flip=False),
-    )
+    sampler = ChosenBatches(len(source), batches)
+    preprocessing = Preprocessing(embedder.normalization, horizontal_flip=False)
     with make_loader(
-        source, sampler, preprocessing, device=embedder.device, backend=loader, num_workers=num_workers
-    ) as batches_of_images:
-        for images, _, indices in batches_of_images.batches(epoch=0):
-            yield indices.numpy(), images
+        source,
+        sampler,
+        preprocessing,
+        device=embedder.device,
+        backend=decoding.backend,
+        num_workers=decoding.num_workers,
+    ) as loader:
+        for images, _, indices in loader.batches(epoch=0):
+            yield indices, images
 
 
 def embed_batches(
-    embedder: Embedder,
-    source: ImageSource,
-    batches: list[np.ndarray],
-    **loading,
-) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
-    """Yields (indices, features, log kappa or None), on the CPU; the rest as in load_batches."""
-    for indices, images in load_batches(embedder, source, batches, **loading):
-        features, log_kappa = embedder(images)
-        yield indices, features.cpu(), None if log_kappa is None else log_kappa.cpu()
-
-
-def check_usable(
-    features: torch.Tensor, log_kappa: torch.Tensor | None, source: ImageSource, indices: np.ndarray
-) -> None:
-    """Refuses what no distribution can be made of.
-
-    Raises:
-        ValueError: a feature is not finite or all zero, or kappa is not finite and positive in float32; the message
-            names the first image.
-    """
-    usable = features.isfinite().all(dim=1) & features.any(dim=1)
-    if log_kappa is not None:
-        kappa = log_kappa.exp()
-        usable &= kappa.isfinite() & (kappa > 0)
-    if not usable.all():
-        bad = indices[~usable.numpy()]
-        raise InputError(
-            f"features must be finite and not zero, and kappa finite and positive; {len(bad)} of {len(indices)} "
-            "images are not so, the "
-            f"first {source.name(int(bad[0]))}; look at that image, and at whether the model's training diverged"
-        )
-
-
-def default_device() -> torch.device:
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    embedder: Embedder, source: ImageSource, batches: list[np.ndarray], decoding: Decoding = DEFAULT_DECODING
+) -> Generator[tuple[torch.Tensor, Embeddings], None, None]:
+    """Yields (indices, embeddings) on the CPU; arguments and errors as in :func:`load_batches`."""
+    for indices, images in load_batches(embedder, source, batches, decoding):
+        yield indices, embedder(images).cpu()

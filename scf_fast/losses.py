@@ -1,12 +1,12 @@
-"""The SCF loss as a module, for a training loop of one's own."""
+"""The SCF loss as PyTorch modules, for training loops outside this project."""
 
 import math
 
 import torch
 from torch import nn
 
-from scf_fast.errors import InputError
 from scf_fast.kernels import log_bessel_i, log_vmf_normalizer, scf_loss
+from scf_fast.networks.confidence import DEFAULT_RADIUS
 
 
 class SCFLoss(nn.Module):
@@ -27,22 +27,25 @@ class SCFLoss(nn.Module):
     class_centers: torch.Tensor
 
     def __init__(
-        self, class_centers: torch.Tensor, radius: float = 64.0, normalizer: str = "exact", reduction: str = "mean"
+        self,
+        class_centers: torch.Tensor,
+        radius: float = DEFAULT_RADIUS,
+        normalizer: str = "exact",
+        reduction: str = "mean",
     ):
         super().__init__()
         self.register_buffer("class_centers", class_centers.detach(), persistent=False)
         self.radius, self.normalizer, self.reduction = radius, normalizer, reduction
 
     def forward(self, features: torch.Tensor, log_kappa: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """
+        """Returns the loss, a scalar or (B,); differentiable in features and log_kappa.
+
         Args:
             features: (B, d) embeddings before normalization.
             log_kappa: (B,) or (B, 1).
             labels: (B,) int64 in [0, C).
-        Returns:
-            The loss, a scalar or (B,); differentiable in features and log_kappa.
         """
-        return scf_loss(
+        loss = scf_loss(
             features,
             log_kappa,
             self.class_centers,
@@ -51,14 +54,16 @@ class SCFLoss(nn.Module):
             normalizer=self.normalizer,
             reduction=self.reduction,
         )
+        assert isinstance(loss, torch.Tensor)  # a tuple only with return_terms
+        return loss
 
 
 _EPSILON = 1e-6  # of the published code, in both of its logarithms; the first decides its result, see KLDiracVMF
 
 
 class KLDiracVMF(nn.Module):
-    """KL divergence between a Dirac at the class center and the r-radius vMF; the published class of this name, call
-    for call.
+    """KL divergence between a Dirac at the class center and the r-radius vMF; takes and returns what the published
+    class of this name does.
 
         losses = l1 + l2 + l3 + (d/2) log(2 pi) + d log r
         l1 = -kappa cos,  l2 = -(d/2 - 1) log kappa,  l3 = log I_(d/2-1)(kappa)
@@ -78,19 +83,18 @@ class KLDiracVMF(nn.Module):
     def __init__(self, z_dim: int, radius: float, normalizer: str = "exact"):
         super().__init__()
         if normalizer not in ("exact", "published"):
-            raise InputError(f"normalizer must be 'exact' or 'published', got {normalizer!r}")
+            raise ValueError(f"normalizer must be 'exact' or 'published', got {normalizer!r}")
         self.z_dim, self.radius, self.normalizer = z_dim, radius, normalizer
 
     def forward(
         self, mu: torch.Tensor, kappa: torch.Tensor, wc: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
+        """Returns (losses, l1, l2, l3), each (B, 1), differentiable in all arguments.
+
         Args:
             mu: (B, d) unit directions.
             kappa: (B, 1), positive.
             wc: (B, d) class centers of length r, the own one of each row.
-        Returns:
-            (losses, l1, l2, l3), each (B, 1), differentiable in all arguments.
         """
         d, order = self.z_dim, self.z_dim / 2 - 1
         l1 = -kappa * (mu * wc).sum(dim=1, keepdim=True) / self.radius

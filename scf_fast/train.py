@@ -1,40 +1,46 @@
-"""Train a Sphere Confidence Face model: ``deepspeed train.py --stage backbone|confidence ...``; ``--help`` lists the options."""
+"""The training command: ``deepspeed train.py --stage backbone|confidence ...``; ``--help`` lists the options.
+
+The same as ``python -m scf_fast.train`` where the package is installed.
+"""
 
 import os
 import sys
-import time
 
 from scf_fast import command_line, distributed
+from scf_fast.command import INTERRUPTED, run
+from scf_fast.errors import Incomplete
+
+_PROG = "train.py"
+_FAILED = 1  # exit status of a run that has no result
 
 
-def main() -> int:
-    settings = command_line.parse()
-    if not settings.cuda:
+def main(arguments: list[str] | None = None) -> int:
+    """Trains and returns the exit status: 0; 75 after a signal and its checkpoint, 1 where the run failed, 2 for bad
+    input.
+    """
+    return run(_PROG, lambda: _train(arguments))
+
+
+def _train(arguments: list[str] | None) -> int:
+    config = command_line.parse(arguments)
+    if not config.cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif settings.gpu_ids and "RANK" not in os.environ:  # a launcher has chosen already
-        os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids.replace(" ", "")
+    elif config.gpu_ids and "RANK" not in os.environ:  # a launcher has chosen already
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids.replace(" ", "")
     from scf_fast import trainer  # after the flags are known to be good: DeepSpeed and DALI take seconds to import
 
     try:
-        if trainer.train(settings):
-            return distributed.STOPPED
+        stopped_by = trainer.train(config)
     except KeyboardInterrupt:
-        print("train.py: interrupted, without a checkpoint of this step", file=sys.stderr)
-        return 130
+        print(f"{_PROG}: interrupted, without a checkpoint of this step", file=sys.stderr)
+        return INTERRUPTED
     except FloatingPointError as error:
-        print(f"train.py: stopped: {error}", file=sys.stderr)
-        return 1
-    except trainer.Incomplete as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except trainer.InputError as error:
-        if os.environ.get("SCF_FAST_TRACEBACK"):
-            raise
-        if distributed.environment()[0]:
-            time.sleep(3)  # as a rule rank 0 has the same error, says it, and the launcher ends this rank meanwhile
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print(f"{_PROG}: stopped: {error}", file=sys.stderr)
+        return _FAILED
+    except Incomplete as error:
+        print(f"{_PROG}: {error}", file=sys.stderr)
+        return _FAILED
+    return distributed.STOPPED if stopped_by else 0
 
 
 if __name__ == "__main__":

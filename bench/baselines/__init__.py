@@ -1,3 +1,3 @@
-"""What the kernels are measured against, each written from published formulas: the published SCF loss and plain
-PyTorch.
+"""The implementations that the kernels are measured against: the published SCF code, dense margin softmax and plain
+PyTorch, each written from its formulas.
 """

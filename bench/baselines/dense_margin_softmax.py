@@ -1,23 +1,29 @@
-"""Margin softmax with all logits, as the training code released with ArcFace composes it, operation by operation.
+"""Margin softmax over dense logits, composed operation by operation as in the training code released with ArcFace.
 
     cos = normalize(embeddings) normalize(class_centers)^T          (B, C)
-    cos[i, labels_i] <- cos(theta + m2) - m3, without gradient       so that the gradient at the target is s
+    cos[i, labels_i] <- cos(theta + m2) - m3, without gradient      so the gradient at the target is s
     loss = cross_entropy(s cos, labels)
 
-Written from these formulas. Matrix products run in ``compute_dtype``, as its autocast does; logits and loss are
-float32.
+Written from these formulas. Matrix products run in ``compute_dtype``, as under that code's autocast; logits and loss
+are float32.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 
 def dense_margin_softmax_loss(
-    embeddings, class_centers, labels, scale=64.0, margins=(1.0, 0.5, 0.0), compute_dtype=None
-):
-    """Mean loss, a scalar differentiable in both.
+    embeddings: torch.Tensor,
+    class_centers: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float = 64.0,
+    margins: Sequence[float] = (1.0, 0.5, 0.0),
+    compute_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Returns the mean loss, a scalar differentiable in embeddings and class centers.
 
     Args:
         embeddings: (B, D) float.
@@ -25,7 +31,7 @@ def dense_margin_softmax_loss(
         labels: (B,) int64 in [0, C).
         scale: s.
         margins: (1, m2, m3).
-        compute_dtype: of the matrix products; None leaves the inputs' own.
+        compute_dtype: dtype of the matrix products; None keeps that of the inputs.
     """
     dtype = compute_dtype or embeddings.dtype
     cos = F.linear(F.normalize(embeddings).to(dtype), F.normalize(class_centers).to(dtype)).clamp(-1, 1)

@@ -1,7 +1,9 @@
-"""Plain PyTorch, differentiated by autograd: what a careful user writes in ten lines.
+"""The exact formulas in plain PyTorch, differentiated by autograd, as a careful user would write them in ten lines.
 
-    log I_v(kappa) = s - v asinh(v / kappa) - 1/2 log(2 pi s) + log sum_k U_k(t) / v^k,    s = sqrt(v^2 + kappa^2),  t = v / s
-    log C_d(kappa) = v log kappa - (d/2) log(2 pi) - log I_v(kappa),    loss = -kappa cos - log C_d(kappa) + d log r
+    log I_v(kappa) = s - v asinh(v / kappa) - 1/2 log(2 pi s) + log sum_k U_k(t) / v^k
+    s = sqrt(v^2 + kappa^2),    t = v / s
+    log C_d(kappa) = v log kappa - (d/2) log(2 pi) - log I_v(kappa)
+    loss = -kappa cos - log C_d(kappa) + d log r
 
 The uniform expansion of DLMF 10.41.3 with U_1 to U_3 of DLMF 10.41.10; v asinh(v / kappa) is its v log((v + s) /
 kappa). Good to about 1/v^4: for orders of 30 and more.
@@ -13,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 
-def eager_log_bessel_i(order, kappa):
-    """log I_order(kappa) for an order of 30 or more and a float tensor kappa > 0; differentiable in kappa."""
+def eager_log_bessel_i(order: float, kappa: torch.Tensor) -> torch.Tensor:
+    """Returns log I_order(kappa) for an order of 30 or more and a float tensor kappa > 0; differentiable in kappa."""
     s = torch.sqrt(order**2 + kappa**2)
     t = order / s
     t2 = t**2
@@ -25,15 +27,26 @@ def eager_log_bessel_i(order, kappa):
     return s - order * torch.asinh(order / kappa) - 0.5 * torch.log(2 * math.pi * s) + torch.log1p(series)
 
 
-def eager_log_vmf_normalizer(kappa, dim):
-    """log C_d(kappa) = v log kappa - (d/2) log(2 pi) - log I_v(kappa) for dim >= 62; differentiable in kappa."""
+def eager_log_vmf_normalizer(kappa: torch.Tensor, dim: int) -> torch.Tensor:
+    """Returns log C_d(kappa) for dim >= 62; differentiable in kappa."""
     order = dim / 2 - 1
     return order * torch.log(kappa) - dim / 2 * math.log(2 * math.pi) - eager_log_bessel_i(order, kappa)
 
 
-def eager_scf_loss(features, log_kappa, class_centers, labels, radius=64.0):
-    """The exact SCF loss of each sample, (B,): features (B, d), log_kappa (B,), class_centers (C, d) of any length,
-    labels (B,) int64.
+def eager_scf_loss(
+    features: torch.Tensor,
+    log_kappa: torch.Tensor,
+    class_centers: torch.Tensor,
+    labels: torch.Tensor,
+    radius: float = 64.0,
+) -> torch.Tensor:
+    """Returns the exact SCF loss of each sample, (B,).
+
+    Args:
+        features: (B, d) float.
+        log_kappa: (B,) float.
+        class_centers: (C, d) float, rows of any length.
+        labels: (B,) int64 in [0, C).
     """
     dim = features.shape[1]
     kappa = torch.exp(log_kappa)

@@ -1,4 +1,4 @@
-"""The published SCF loss as a training step composes it, operation by operation.
+"""The published SCF loss, composed operation by operation as in its training step.
 
     mu = features / |features|                        w = class_centers[labels]
     log kappa = log(1e-6 + exp(log_kappa))            cos = <mu, w> / r
@@ -18,7 +18,7 @@ from bench.baselines.published_normalizer import OFFSET, published_log_bessel_i
 
 
 class PublishedLoss(NamedTuple):
-    """Per sample, each (B,): the loss and the three terms that the published code logs."""
+    """The loss of each sample and the three terms that the published code logs, each (B,)."""
 
     loss: torch.Tensor
     l1: torch.Tensor
@@ -26,16 +26,20 @@ class PublishedLoss(NamedTuple):
     l3: torch.Tensor
 
 
-def published_scf_loss(features, log_kappa, class_centers, labels, radius=64.0):
-    """The published loss of each sample.
+def published_scf_loss(
+    features: torch.Tensor,
+    log_kappa: torch.Tensor,
+    class_centers: torch.Tensor,
+    labels: torch.Tensor,
+    radius: float = 64.0,
+) -> PublishedLoss:
+    """Returns the published loss of each sample, differentiable in features and log_kappa.
 
     Args:
         features: (B, d) float, the backbone's output before normalization.
         log_kappa: (B,) float, the confidence net's last linear output.
         class_centers: (C, d) float, rows of length radius: the published code scales them once, on load.
         labels: (B,) int64 in [0, C).
-    Returns:
-        PublishedLoss, differentiable in features and log_kappa.
     """
     dim = features.shape[1]
     mu = features / torch.norm(features, dim=1, keepdim=True)

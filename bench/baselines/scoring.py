@@ -1,8 +1,9 @@
-"""Scoring and pooling as they are usually written: plain PyTorch with whole matrices, the published normalizer band by
-band, loops in Python.
+"""Scoring and pooling as they are usually written: plain PyTorch on whole matrices, the published normalizer a band of
+rows at a time, loops in Python.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +15,14 @@ from bench.baselines.published_normalizer import published_log_vmf_normalizer
 _BAND = 1 << 22  # scores
 
 
-def _scores(mu1, kappa1, mu2, kappa2, radius, log_normalizer):
+def _scores(
+    mu1: torch.Tensor,
+    kappa1: torch.Tensor,
+    mu2: torch.Tensor,
+    kappa2: torch.Tensor,
+    radius: float,
+    log_normalizer: Callable[[torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
     dim = mu1.shape[1]
     cos = F.normalize(mu1) @ F.normalize(mu2).T
     kappa_sum = torch.sqrt(kappa1[:, None] ** 2 + kappa2**2 + 2 * kappa1[:, None] * kappa2 * cos)
@@ -26,14 +34,18 @@ def _scores(mu1, kappa1, mu2, kappa2, radius, log_normalizer):
     )
 
 
-def eager_similarity_matrix(mu1, kappa1, mu2, kappa2, radius=64.0):
-    """Eqn (13) of all pairs, (N, M), in the arguments' dtype, every step a tensor of that size; dim >= 62."""
+def eager_similarity_matrix(
+    mu1: torch.Tensor, kappa1: torch.Tensor, mu2: torch.Tensor, kappa2: torch.Tensor, radius: float = 64.0
+) -> torch.Tensor:
+    """Returns Eqn (13) of all pairs, (N, M), in the arguments' dtype for d >= 62; every step makes such a tensor."""
     return _scores(mu1, kappa1, mu2, kappa2, radius, eager_log_vmf_normalizer)
 
 
-def published_similarity_matrix(mu1, kappa1, mu2, kappa2, radius=64.0):
-    """The same with the published normalizer, on the host by SciPy, a band of rows at a time. Its values are off as
-    that normalizer is.
+def published_similarity_matrix(
+    mu1: torch.Tensor, kappa1: torch.Tensor, mu2: torch.Tensor, kappa2: torch.Tensor, radius: float = 64.0
+) -> torch.Tensor:
+    """Returns the same with the published normalizer, by SciPy on the host, a band of rows at a time. Its values
+    inherit that normalizer's error.
     """
     height = max(1, _BAND // len(mu2))
     return torch.cat(
@@ -44,13 +56,14 @@ def published_similarity_matrix(mu1, kappa1, mu2, kappa2, radius=64.0):
     )
 
 
-def pool_by_loop(features, template_ids, media_ids):
-    """Templates as IJB scripts pool them: for each template the mean of each medium, summed and normalized; (T, D) in
-    ascending order of ids.
+def pool_by_loop(features: np.ndarray, template_ids: np.ndarray, media_ids: np.ndarray) -> np.ndarray:
+    """Pools templates as IJB scripts do: the mean of each medium, summed over the template and normalized.
 
     Args:
-        features: (N, D) NumPy, weighted already.
-        template_ids, media_ids: (N,) NumPy.
+        features: (N, D), already weighted.
+        template_ids, media_ids: (N,).
+    Returns:
+        (T, D) in ascending order of template ids.
     """
     pooled = []
     for template in np.unique(template_ids):
@@ -61,9 +74,9 @@ def pool_by_loop(features, template_ids, media_ids):
     return np.array(pooled)
 
 
-def cosine_in_chunks(features, first, second, at_once=100_000):
-    """Cosines (P,) of rows first[k] and second[k] of unit features (T, D), NumPy, in pieces of 100,000 pairs as IJB
-    scripts take them.
+def cosine_in_chunks(features: np.ndarray, first: np.ndarray, second: np.ndarray, at_once: int = 100_000) -> np.ndarray:
+    """Returns the cosines (P,) of rows first[k] and second[k] of unit features (T, D), in chunks of 100,000 pairs as in
+    IJB scripts.
     """
     pieces = range(0, len(first), at_once)
     return np.concatenate(

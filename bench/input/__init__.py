@@ -1,1 +1,1 @@
-
+"""Benchmarks of reading and decoding images."""

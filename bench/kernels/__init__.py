@@ -1,1 +1,1 @@
-
+"""Speed and accuracy of the kernels."""

@@ -1,38 +1,42 @@
-"""What the CPU path is held to, in one run: ours against the published way, in turns, medians.
+"""Checks what the project claims of its CPU path: ours against the published way in one run, in turns, medians.
 
     python -m bench.cpu_claims [--threads 1] [--out DIR]
 
-Held to: the normalizer log C_d of 4096 values with its derivative at least 10 x as fast as the published way through
-scipy; log I_v, and the whole SCF loss, forward and backward, at every batch size, faster than the published. Exit
-status 1 where one of these is missed.
+The claims: the normalizer log C_d of 4096 values with its derivative is at least 10 x as fast as the published way
+through SciPy; log I_v, and the whole SCF loss at every batch size, forward and backward, are faster than the published.
+The exit status is 1 where one of them does not hold.
 
-With one thread the clock is the processor time of this process: on a machine that is busy with other work, elapsed time
-punishes long calls more than short ones, since they are the ones interrupted. With more threads it is elapsed time, so
+With one thread the clock is the processor time of this process: on a machine busy with other work, elapsed time
+penalizes long calls more than short ones, since they are the ones interrupted. With more threads it is elapsed time, so
 keep the machine to yourself.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.kernels import log_bessel, scf_loss
-from bench.measuring.accuracy import tabulate
 from bench.measuring.environment import RESULTS, environment
-from bench.measuring.timing import interleaved_seconds
+from bench.measuring.results import write_json
+from bench.measuring.samples import Samples
+from bench.measuring.tables import text_table
+from bench.measuring.timing import Clock, interleaved_seconds
+from scf_fast.command import Parser, run
 
 NORMALIZER_SIZE = 4096
 SPEEDUPS = {"log_vmf_normalizer": 10.0, "log_bessel_i": 1.0}
 ROUNDS = {256: 200, 1024: 100, 4096: 30, 16384: 10, 65536: 5}
 
 
-def normalizer_seconds(quantity, clock):
-    """{name: seconds} for value and gradient of NORMALIZER_SIZE values."""
+def normalizer_seconds(quantity: str, clock: Clock) -> dict[str, list[float]]:
+    """Times value and gradient of NORMALIZER_SIZE values, {way: seconds}."""
     torch.compiler.reset()
     ways = log_bessel.FAMILY[quantity]
     buffers = log_bessel.fresh_kappas(NORMALIZER_SIZE, "cpu")
@@ -42,8 +46,8 @@ def normalizer_seconds(quantity, clock):
     return interleaved_seconds(calls, [(kappa,) for kappa in buffers], "cpu", rounds=100, clock=clock)
 
 
-def loss_seconds(class_centers, batch, finetune, clock):
-    """{name: seconds} for one forward and backward pass of each loss."""
+def loss_seconds(class_centers: torch.Tensor, batch: int, finetune: bool, clock: Clock) -> dict[str, list[float]]:
+    """Times one forward and backward pass of each loss, {way: seconds}."""
     torch.compiler.reset()
     batches = scf_loss.fresh_batches(batch, class_centers, finetune)
     for name in scf_loss.LOSSES:
@@ -52,37 +56,41 @@ def loss_seconds(class_centers, batch, finetune, clock):
     return interleaved_seconds(calls, batches, "cpu", rounds=ROUNDS[batch], clock=clock)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.cpu_claims", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads PyTorch may use (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "cpu", help="folder for the JSON file (default: bench/results/cpu)"
-    )
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    clock = time.process_time if options.threads == 1 else time.perf_counter
+def judge(work: str, needed: float, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Returns the record of one claim: it holds if ours is more than ``needed`` times as fast as the published way."""
+    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    speedup = medians["published"] / medians["scf_fast"]
+    return {
+        "work": work,
+        "needs": needed,
+        "seconds": {way: Samples.summarize(values).as_dict() for way, values in seconds.items()},
+        "medians": medians,
+        "speedup": speedup,
+        "holds": speedup > needed,
+    }
 
+
+def measure(clock: Clock) -> list[dict[str, Any]]:
+    """Measures all claims."""
     cases = [
-        {
-            "work": f"{quantity}, {NORMALIZER_SIZE} values",
-            "needs": needs,
-            "seconds": normalizer_seconds(quantity, clock),
-        }
-        for quantity, needs in SPEEDUPS.items()
+        judge(f"{quantity}, {NORMALIZER_SIZE} values", needed, normalizer_seconds(quantity, clock))
+        for quantity, needed in SPEEDUPS.items()
     ]
     class_centers = scf_loss.fresh_class_centers(scf_loss.MS1M, "cpu")
     for finetune in (False, True):
-        for batch in scf_loss.BATCHES[
-            : -1 if finetune else None
-        ]:  # the largest needs gigabytes and minutes with feature gradients
+        # With feature gradients the largest batch needs gigabytes and minutes.
+        for batch in scf_loss.BATCHES[: -1 if finetune else None]:
             work = f"loss, {'finetune' if finetune else 'confidence'}, B = {batch}"
-            cases.append({"work": work, "needs": 1.0, "seconds": loss_seconds(class_centers, batch, finetune, clock)})
-    for case in cases:
-        medians = case["medians"] = {way: statistics.median(seconds) for way, seconds in case["seconds"].items()}
-        case["speedup"] = medians["published"] / medians["scf_fast"]
-        case["holds"] = case["speedup"] > case["needs"]
+            cases.append(judge(work, 1.0, loss_seconds(class_centers, batch, finetune, clock)))
+    return cases
 
+
+def check_claims(threads: int, out: Path) -> int:
+    """Measures, prints and writes the claims; returns 0 if all hold, else 1."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    cases = measure(clock)
     names = list(scf_loss.LOSSES)
     rows = [
         [
@@ -95,14 +103,24 @@ def main(arguments=None):
         for case in cases
     ]
     print(f"Forward and backward, median microseconds by {clock.__name__}, d = 512, float32")
-    print(tabulate(["", *names, "published / scf_fast", "more than", "holds"], rows))
-
-    measured = {"environment": environment("cpu"), "clock": clock.__name__, "cases": cases}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"kernels-cpu-{measured['environment']['date']}.json"
-    path.write_text(json.dumps(measured, indent=1) + "\n")
+    print(text_table(["", *names, "published / scf_fast", "more than", "holds"], rows))
+    measured_on = environment("cpu")
+    path = out / f"kernels-cpu-{measured_on['date']}.json"
+    write_json(path, {"environment": measured_on, "clock": clock.__name__, "cases": cases})
     print(f"\nWritten: {path}")
     return 0 if all(case["holds"] for case in cases) else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m bench.cpu_claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads PyTorch may use (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "cpu", help="folder for the JSON file (default: bench/results/cpu)"
+    )
+    options = parser.parse_args(arguments)
+    return run(parser.prog, lambda: check_claims(options.threads, options.out))
 
 
 if __name__ == "__main__":

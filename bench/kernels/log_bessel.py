@@ -1,13 +1,15 @@
-"""The log-Bessel family at d = 512: ours, the published scipy way, plain PyTorch, and that compiled.
+"""Speed of the log-Bessel family at d = 512: ours, the published way through SciPy, plain PyTorch, and that compiled.
 
     python -m bench.suite --sections log_bessel
     python -m pytest bench/bench_log_bessel.py --benchmark-json=bench/results/<device>/log_bessel-<date>.json
 
-"value" is the forward pass of a tensor that asks for a gradient, so ours also writes the derivative;
+"value" is the forward pass of a tensor that requires a gradient, so that ours also writes the derivative;
 "value_and_gradient" adds the backward pass.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,14 +22,18 @@ from bench.baselines.published_normalizer import OFFSET, published_log_bessel_i,
 from bench.measuring import roofline
 from bench.measuring.case import Case, NotMeasured, benchmark_case
 from bench.measuring.environment import DEVICE
-from bench.measuring.timing import buffer_count
+from bench.measuring.roofline import Machine
+from bench.measuring.timing import Buffers, buffer_count
 from scf_fast.kernels import inverse_mean_resultant_length, log_bessel_i, log_vmf_normalizer, mean_resultant_length
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 DIM = 512
 ORDER = DIM / 2 - 1
 MOST_PUBLISHED = 2**20  # elements; beyond it a call through the host takes seconds to a minute
-# Each function of kappa alone, in every way there is.
-FAMILY = {
+Function = Callable[[torch.Tensor], torch.Tensor]  # of kappa alone
+FAMILY: dict[str, dict[str, Function]] = {  # {quantity: {way: function}}
     "log_bessel_i": {
         "scf_fast": partial(log_bessel_i, ORDER),
         "published": partial(published_log_bessel_i, ORDER),
@@ -44,27 +50,27 @@ FAMILY = {
 }
 
 
-def value(function, kappa):
+def value(function: Function, kappa: torch.Tensor) -> torch.Tensor:
     return function(kappa)
 
 
-def value_and_gradient(function, kappa):
+def value_and_gradient(function: Function, kappa: torch.Tensor) -> tuple[torch.Tensor, ...]:
     result = function(kappa)
     return torch.autograd.grad(result, kappa, torch.ones_like(result))
 
 
-PASSES = {"value": value, "value_and_gradient": value_and_gradient}
+PASSES: dict[str, Callable] = {"value": value, "value_and_gradient": value_and_gradient}
 
 
-def fresh_kappas(size, device):
-    """Log-uniform over the working range, 50 to 5000: tensors of (size,) float32 that ask for a gradient, in turn."""
+def fresh_kappas(size: int, device: torch.device | str) -> list[torch.Tensor]:
+    """Returns (size,) float32 tensors that require a gradient, log-uniform over the working range of 50 to 5000."""
     count = buffer_count(4 * size)
     return [torch.empty(size, device=device).uniform_(3.9, 8.5).exp_().requires_grad_() for _ in range(count)]
 
 
-def expected(quantity, name, kappa):
-    """(value, gradient) in float64 at the float64 tensor kappa: of the published formula by scipy, else of the eager
-    expansion.
+def expected(quantity: str, name: str, kappa: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (value, gradient) in float64 at the float64 tensor ``kappa``: of the published formula through SciPy for
+    the way "published", of the eager expansion for all others.
     """
     if name == "published":
         at = kappa.cpu().numpy()
@@ -76,7 +82,7 @@ def expected(quantity, name, kappa):
                 ORDER * np.log(OFFSET + at) - DIM / 2 * np.log(2 * np.pi) - log_i,
                 ORDER / (OFFSET + at) - slope,
             )
-        return tuple(torch.from_numpy(array).to(kappa.device) for array in (log_i, slope))
+        return torch.from_numpy(log_i).to(kappa.device), torch.from_numpy(slope).to(kappa.device)
     kappa = kappa.clone().requires_grad_()
     log_i = eager_log_bessel_i(ORDER, kappa)
     (slope,) = torch.autograd.grad(log_i.sum(), kappa, create_graph=True)
@@ -88,16 +94,20 @@ def expected(quantity, name, kappa):
     return ORDER * torch.log(kappa) - DIM / 2 * np.log(2 * np.pi) - log_i, -a
 
 
-def check(quantity, name, kappa):
-    """Refuses to time a function whose values or gradients are not what it promises."""
+def check(quantity: str, name: str, kappa: torch.Tensor) -> None:
+    """Refuses to time a function whose values or gradients differ from float64.
+
+    Raises:
+        AssertionError: they differ.
+    """
     kappa = kappa[:4096].detach().requires_grad_()
     result = FAMILY[quantity][name](kappa)
     (gradient,) = torch.autograd.grad(result.sum(), kappa)
     expected_value, expected_gradient = (
         tensor.detach() for tensor in expected(quantity, name, kappa.detach().double())
     )
-    # The baselines subtract terms of thousands in float32: their values hold to 1e-3, and their gradients to as many
-    # digits fewer.
+    # The baselines subtract terms in the thousands in float32: their values are good to 1e-3, and their gradients lose
+    # as many digits.
     torch.testing.assert_close(
         result.double(), expected_value, rtol=1e-5, atol=1e-6 if quantity == "mean_resultant_length" else 1e-3
     )
@@ -106,25 +116,27 @@ def check(quantity, name, kappa):
     )
 
 
-def prepare(quantity, name, direction, size, device):
+def prepare(
+    quantity: str, name: str, direction: str, size: int, device: torch.device | str
+) -> tuple[Callable, Buffers]:
     if name == "published" and size > MOST_PUBLISHED:
-        raise NotMeasured("seconds to a minute a call")
+        raise NotMeasured("a call takes seconds to a minute")
     buffers = fresh_kappas(size, device)
     check(quantity, name, buffers[0])
     return partial(PASSES[direction], FAMILY[quantity][name]), [(kappa,) for kappa in buffers]
 
 
-def prepare_inverse(size, device):
+def prepare_inverse(size: int, device: torch.device | str) -> tuple[Callable, Buffers]:
     kappas = [kappa.detach() for kappa in fresh_kappas(size, device)]
     buffers = [mean_resultant_length(kappa, DIM) for kappa in kappas]
     found = inverse_mean_resultant_length(buffers[0], DIM)
-    # A rounding of rho moves kappa by rho / (kappa A') of it: tenfold at kappa = 5000.
+    # The relative rounding error of rho grows by rho / (kappa A') in kappa: tenfold at kappa = 5000.
     torch.testing.assert_close(found, kappas[0], rtol=1e-5, atol=0)
     return partial(inverse_mean_resultant_length, dim=DIM), [(rho,) for rho in buffers]
 
 
-def cases(device, tiny=False):
-    """Every function, size and direction."""
+def cases(device: torch.device | str, tiny: bool = False) -> list[Case]:
+    """Returns a case for every function, way, size and direction."""
     powers = (8,) if tiny else (10, 14, 18, 22, 26) if device == "cuda" else (10, 14, 18)
     found = []
     for size in (2**power for power in powers):
@@ -158,5 +170,5 @@ def cases(device, tiny=False):
 
 
 @pytest.mark.parametrize("case", cases(DEVICE), ids=str)
-def test_log_bessel(benchmark, case, device, machine):
+def test_log_bessel(benchmark: "BenchmarkFixture", case: Case, device: str, machine: Machine) -> None:
     benchmark_case(benchmark, case, device, machine)

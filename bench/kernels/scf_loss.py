@@ -1,14 +1,16 @@
-"""The whole SCF loss at d = 512: ours ("scf_fast_published" with the published normalizer), the published composition,
-plain PyTorch, and that compiled.
+"""Speed of the whole SCF loss at d = 512: ours, the published composition, plain PyTorch, and that compiled.
 
     python -m bench.suite --sections scf_loss
     python -m pytest bench/bench_scf_loss.py --benchmark-json=bench/results/<device>/scf_loss-<date>.json
 
-"confidence" asks for the gradient of log_kappa alone, as stage 2 does with its backbone frozen; "finetune" also for
-that of the features. The published code scales its class centers to the radius on load, so that is not timed.
+"scf_fast_published" is our loss with the published normalizer. "confidence" takes the gradient in log_kappa alone, as
+stage 2 does with its frozen backbone; "finetune" also that in the features. The published code scales its class centers
+to the radius on load, so that scaling is not timed.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,45 +21,55 @@ from bench.baselines.published_scf_loss import published_scf_loss
 from bench.measuring import roofline
 from bench.measuring.case import Case, benchmark_case
 from bench.measuring.environment import DEVICE
-from bench.measuring.timing import buffer_count
+from bench.measuring.roofline import Machine
+from bench.measuring.timing import Buffers, buffer_count
 from scf_fast.kernels import scf_loss
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 DIM = 512
 RADIUS = 64.0
 BATCHES = (256, 1024, 4096, 16384, 65536)
-MS1M, MILLION = 85_742, 1_000_000  # identities; a million are 2 GB of class centers, made only where a GPU makes them
-LOSSES = {
-    "scf_fast": lambda *inputs: scf_loss(*inputs, radius=RADIUS),
-    "scf_fast_published": lambda *inputs: scf_loss(*inputs, radius=RADIUS, normalizer="published"),
-    "published": lambda *inputs: published_scf_loss(*inputs, radius=RADIUS).loss.mean(),
-    "eager": lambda *inputs: eager_scf_loss(*inputs, radius=RADIUS).mean(),
-    "compiled": lambda *inputs: compiled_scf_loss(*inputs, radius=RADIUS).mean(),
+MS1M, MILLION = 85_742, 1_000_000  # identities; class centers of a million take 2 GB and are made on GPUs only
+Loss = Callable[..., torch.Tensor]  # of (features, log_kappa, class_centers, labels)
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+LOSSES: dict[str, Loss] = {
+    "scf_fast": lambda x, k, w, y: scf_loss(x, k, w, y, RADIUS),
+    "scf_fast_published": lambda x, k, w, y: scf_loss(x, k, w, y, RADIUS, normalizer="published"),
+    "published": lambda x, k, w, y: published_scf_loss(x, k, w, y, RADIUS).loss.mean(),
+    "eager": lambda x, k, w, y: eager_scf_loss(x, k, w, y, RADIUS).mean(),
+    "compiled": lambda x, k, w, y: compiled_scf_loss(x, k, w, y, RADIUS).mean(),
 }
 PUBLISHED = {"scf_fast_published", "published"}
 
 
-def forward(loss, features, log_kappa, class_centers, labels):
+def forward(
+    loss: Loss, features: torch.Tensor, log_kappa: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     with torch.no_grad():
         return loss(features, log_kappa, class_centers, labels)
 
 
-def forward_backward(loss, features, log_kappa, class_centers, labels):
-    asked_for = [tensor for tensor in (features, log_kappa) if tensor.requires_grad]
-    return torch.autograd.grad(loss(features, log_kappa, class_centers, labels), asked_for)
+def forward_backward(
+    loss: Loss, features: torch.Tensor, log_kappa: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    inputs = [tensor for tensor in (features, log_kappa) if tensor.requires_grad]
+    return torch.autograd.grad(loss(features, log_kappa, class_centers, labels), inputs)
 
 
-PASSES = {"forward": forward, "forward_backward": forward_backward}
+PASSES: dict[str, Callable] = {"forward": forward, "forward_backward": forward_backward}
 
 
-def fresh_class_centers(classes, device):
-    """(classes, DIM) float32, random directions of length RADIUS."""
+def fresh_class_centers(classes: int, device: torch.device | str) -> torch.Tensor:
+    """Returns (classes, DIM) float32 random directions of length RADIUS."""
     centers = torch.randn(classes, DIM, device=device)
     return centers.mul_(RADIUS / centers.norm(dim=1, keepdim=True))
 
 
-def fresh_batches(batch, class_centers, finetune):
-    """Inputs of a loss, in turn: features that lean to their class center (cos about 0.6), log kappa about log 400,
-    random labels.
+def fresh_batches(batch: int, class_centers: torch.Tensor, finetune: bool) -> list[Batch]:
+    """Returns input sets of a loss: features that lean to their class center (cos about 0.6), log kappa around log 400,
+    and random labels.
     """
     device = class_centers.device
     batches = []
@@ -69,8 +81,12 @@ def fresh_batches(batch, class_centers, finetune):
     return batches
 
 
-def check(name, batch):
-    """Refuses to time a loss that differs, in value or gradient, from the same formula in float64 plain PyTorch."""
+def check(name: str, batch: Batch) -> None:
+    """Refuses to time a loss that differs, in value or gradient, from the same formula in float64 plain PyTorch.
+
+    Raises:
+        AssertionError: it differs.
+    """
     features, log_kappa, class_centers, labels = batch
     features, labels = features[:256].detach(), labels[:256]
     log_kappa = log_kappa[:256].detach().requires_grad_()
@@ -87,14 +103,16 @@ def check(name, batch):
     )
 
 
-def prepare(name, direction, batch, classes, finetune, device):
+def prepare(
+    name: str, direction: str, batch: int, classes: int, finetune: bool, device: torch.device | str
+) -> tuple[Callable, Buffers]:
     batches = fresh_batches(batch, fresh_class_centers(classes, device), finetune)
     check(name, batches[0])
     return partial(PASSES[direction], LOSSES[name]), batches
 
 
-def cases(device, tiny=False):
-    """Every loss, batch size and direction."""
+def cases(device: torch.device | str, tiny: bool = False) -> list[Case]:
+    """Returns a case for every loss, number of classes, batch size and direction."""
     found = []
     for classes in (100,) if tiny else (MS1M, MILLION) if device == "cuda" else (MS1M,):
         for batch in (32,) if tiny else BATCHES if device == "cuda" else (256, 1024, 16384):
@@ -117,5 +135,5 @@ def cases(device, tiny=False):
 
 
 @pytest.mark.parametrize("case", cases(DEVICE), ids=str)
-def test_scf_loss(benchmark, case, device, machine):
+def test_scf_loss(benchmark: "BenchmarkFixture", case: Case, device: str, machine: Machine) -> None:
     benchmark_case(benchmark, case, device, machine)

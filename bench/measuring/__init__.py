@@ -1,1 +1,1 @@
-
+"""Everything that the benchmarks share: timing, floors, machine, result files."""

@@ -1,17 +1,23 @@
-"""One way of doing one piece of work, described once and timed by pytest-benchmark or by the suite."""
+"""A case, one way of doing one piece of work: described once, timed by pytest-benchmark or by the suite."""
 
 import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench.measuring.environment import environment
-from bench.measuring.roofline import Work
-from bench.measuring.timing import footprint, sampled_seconds, time_case
+from bench.measuring.roofline import Machine, Work
+from bench.measuring.samples import Samples
+from bench.measuring.timing import Buffers, footprint, sampled_seconds, time_case
 
-# Why a case has no time: it cannot run here; its values or gradients are not right; it raised something.
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+# Why a case has no time: it cannot run here, its values or gradients are wrong, or it raised an exception.
 LEFT_OUT = ("not_measured", "wrong", "failed")
 
 
@@ -21,32 +27,33 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """
+    """One way of doing one piece of work.
+
     Attributes:
-        work: what is done and at which size; cases of the same work are compared with each other.
-        way: who does it, "scf_fast..." for ours.
-        prepare: called on the device's turn, gives (call, buffers): call(*buffer) is timed on one buffer after another.
-            It checks values and gradients first and raises AssertionError where they are wrong, NotMeasured where the
-            case cannot run here.
-        least: what any way must do.
-        items: (how many, of what) a call gets through, for a rate; None where that has no meaning.
-        facts: shapes, types and settings, to be written beside the time.
+        work: the task and its size; cases of the same work are compared with each other.
+        way: who does it; "scf_fast..." is ours.
+        prepare: builds (call, buffers) on the device: ``call(*buffer)`` is timed on one buffer after another. It checks
+            values and gradients first and raises AssertionError where they are wrong, NotMeasured where the case cannot
+            run here.
+        least: the least that any way must do.
+        items: (count, unit) that one call gets through, for a rate; None where a rate has no meaning.
+        facts: shapes, types and settings, written beside the time.
     """
 
     work: str
     way: str
-    prepare: Callable[[], tuple[Callable, list[tuple]]]
+    prepare: Callable[[], tuple[Callable, Buffers]]
     least: Work
     items: tuple[int, str] | None = None
-    facts: dict = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.work}, {self.way}".replace(" ", "-")
 
 
-def fresh(seed=0):
-    """The same random numbers in every run; nothing compiled before, so that no case runs into the limit of
-    recompilations; memory given back.
+def reset_state(seed: int = 0) -> None:
+    """Gives every case the same random numbers, an empty compiler cache (so that none runs into the limit of
+    recompilations) and free memory.
     """
     torch.manual_seed(seed)
     torch.compiler.reset()
@@ -54,7 +61,8 @@ def fresh(seed=0):
     torch.cuda.empty_cache()
 
 
-def _derived(case, median, machine):
+def _derived(case: Case, median: float, machine: Machine) -> dict[str, Any]:
+    """Sets a median in seconds against the floor."""
     floor, bound = case.least.floor(machine)
     found = {
         "floor_seconds": floor,
@@ -69,25 +77,28 @@ def _derived(case, median, machine):
     return found
 
 
-def measure(case, device, machine, budget, trace=None):
-    """The case as a record for a JSON file: samples, median, floor, memory; or why there are none, under one of
-    LEFT_OUT.
+def measure(
+    case: Case, device: torch.device | str, machine: Machine, budget: float, trace: Path | None = None
+) -> dict[str, Any]:
+    """Runs the case and returns its record for a JSON file: the summary of its samples, floor and memory, or under one
+    of LEFT_OUT the reason why there are none.
 
-    Whatever a case raises is its own affair: on a device seen for the first time the others are still worth having.
+    No exception of a case ends the others: on a device seen for the first time they are still worth having.
 
     Args:
-        budget: about how many seconds to sample for.
+        budget: seconds to sample for, about.
         trace: file for a profiler trace of one call, or None.
     """
-    record = {"work": case.work, "way": case.way, **case.facts}
-    fresh()
+    record: dict[str, Any] = {"work": case.work, "way": case.way, **case.facts}
+    reset_state()
     try:
         call, buffers = case.prepare()
         seconds = sampled_seconds(call, buffers, device, budget)
+        median = statistics.median(seconds)
         record |= {
-            "seconds": seconds,
-            "median_seconds": statistics.median(seconds),
-            **_derived(case, statistics.median(seconds), machine),
+            "seconds": Samples.summarize(seconds).as_dict(),
+            "median_seconds": median,
+            **_derived(case, median, machine),
         }
         return record | footprint(call, buffers[0], device, trace)
     except NotMeasured as reason:
@@ -100,8 +111,8 @@ def measure(case, device, machine, budget, trace=None):
         return record | {"failed": f"{type(error).__name__}: {error}"}
 
 
-def benchmark_case(benchmark, case, device, machine):
-    """The same under pytest-benchmark, which keeps its own statistics."""
+def benchmark_case(benchmark: "BenchmarkFixture", case: Case, device: torch.device | str, machine: Machine) -> None:
+    """Measures the case under pytest-benchmark, which keeps its own statistics."""
     benchmark.group = case.work
     call, buffers = case.prepare()
     seconds = time_case(benchmark, call, buffers, device)

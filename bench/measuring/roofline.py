@@ -1,15 +1,15 @@
-"""The least time a piece of work can take on a machine: bytes and floating-point operations counted from shapes, over
-measured rates.
+"""The least time that a piece of work can take on a machine: bytes and FLOP counted from shapes, over measured rates.
 
     floor = max(bytes / copy bandwidth, FLOP / matrix rate of the type, one launch)
 
-Bytes are those that any implementation must read or write once, however it is fused; FLOP are those of matrix products
-and convolutions, a multiplication and an addition counted as two. Nothing here is a promise that the floor can be
-reached.
+Bytes are those that any implementation must read or write once, however it is fused. FLOP are those of matrix products
+and convolutions; a multiplication and an addition count as two. Nothing here promises that the floor can be reached.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -17,28 +17,26 @@ from bench.measuring.timing import sampled_seconds
 from scf_fast.networks.flops import network_counts
 
 FLOAT = 4  # bytes of a float32
-ADAM_BYTES, SGD_BYTES = (
-    7 * FLOAT,
-    5 * FLOAT,
-)  # a parameter's gradient read, weight and states (two, one) read and written
+# For each parameter: its gradient read, its weight and optimizer states (Adam two, SGD one) read and written.
+ADAM_BYTES, SGD_BYTES = 7 * FLOAT, 5 * FLOAT
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured rates of one device, the best of several calls: a floor is where nothing disturbs."""
+    """Measured rates of one device, each the best of several calls, since a floor allows for no disturbance."""
 
     copy_bytes_per_second: float  # read and written
-    flops_per_second: dict[str, float]  # of one large matrix product, by type
-    launch_seconds: float  # of the smallest operation, waited for
+    flops_per_second: dict[str, float]  # of one large matrix product, by dtype
+    launch_seconds: float  # of the smallest operation, including the wait for it
 
     @classmethod
-    def measure(cls, device, small=False):
-        """Take the rates of ``device``; ``small`` for a try-out, its figures mean nothing."""
+    def measure(cls, device: torch.device | str, small: bool = False) -> "Machine":
+        """Measures the rates of ``device``; ``small`` is a quick try-out whose figures mean nothing."""
         on_gpu = torch.device(device).type == "cuda"
         source = torch.rand(2**16 if small else 2**28 if on_gpu else 2**25, device=device)
         target = torch.empty_like(source)
         size = 64 if small else 8192 if on_gpu else 1024
-        calls = {"copy": lambda: target.copy_(source)}
+        calls: dict[str, Callable[[], torch.Tensor]] = {"copy": lambda: target.copy_(source)}
         for dtype in (torch.bfloat16, torch.float32):
             left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
             calls[str(dtype).removeprefix("torch.")] = functools.partial(torch.mm, left, right)
@@ -51,70 +49,70 @@ class Machine:
         rates = {dtype: 2 * size**3 / seconds[dtype] for dtype in ("bfloat16", "float32")}
         return cls(2 * source.nbytes / seconds["copy"], rates, seconds["launch"])
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What must be done at least."""
+    """The least that any implementation must do."""
 
     nbytes: float = 0.0
     flop: float = 0.0
     dtype: str = "float32"  # of the matrix products
 
-    def floor(self, machine):
-        """(seconds, what bounds them: "memory", "compute" or "launch")."""
+    def floor(self, machine: Machine) -> tuple[float, str]:
+        """Returns (seconds, bound), the bound being "memory", "compute" or "launch"."""
         bounds = {
             "memory": self.nbytes / machine.copy_bytes_per_second,
             "compute": self.flop / machine.flops_per_second[self.dtype],
             "launch": machine.launch_seconds,
         }
-        bound = max(bounds, key=bounds.get)
+        bound = max(bounds, key=bounds.__getitem__)
         return bounds[bound], bound
 
-    def __add__(self, other):
+    def __add__(self, other: "Work") -> "Work":
         return Work(self.nbytes + other.nbytes, self.flop + other.flop, self.dtype)
 
 
-def log_bessel(size, backward):
-    """kappa read, value and derivative written; going back, gradient and derivative read, gradient written."""
+def log_bessel(size: int, backward: bool) -> Work:
+    """Forward: kappa read, value and derivative written. Backward: gradient and derivative read, gradient written."""
     return Work(nbytes=(6 if backward else 3) * FLOAT * size)
 
 
-def scf_loss(batch, dim, finetune):
-    """Features and own class centers read; with ``finetune`` the features' gradient written."""
+def scf_loss(batch: int, dim: int, finetune: bool) -> Work:
+    """Features and the samples' own class centers read; with ``finetune`` the features' gradient written."""
     return Work(nbytes=(3 if finetune else 2) * FLOAT * batch * dim)
 
 
-def margin_softmax(batch, classes, dim, dtype):
-    """Four products: cosines, and again for the gradient, and one for each gradient. Class centers read twice, their
-    gradient written.
+def margin_softmax(batch: int, classes: int, dim: int, dtype: str) -> Work:
+    """Four products: the cosines, the cosines again for the gradient, and one for each of the two gradients. Class
+    centers read twice, their gradient written.
     """
     return Work(nbytes=3 * FLOAT * classes * dim, flop=4 * 2 * batch * classes * dim, dtype=dtype)
 
 
-def similarity_matrix(rows, columns, dim, dtype="float32", stored=True):
-    """All cosines; the scores written once where they are ``stored``."""
+def similarity_matrix(rows: int, columns: int, dim: int, dtype: str = "float32", stored: bool = True) -> Work:
+    """All cosines; with ``stored`` the scores are written once."""
     return Work(
         nbytes=FLOAT * (rows * columns * stored + dim * (rows + columns)), flop=2 * rows * columns * dim, dtype=dtype
     )
 
 
-def pooling(images, dim):
-    """Every image's embedding read."""
+def pooling(images: int, dim: int) -> Work:
+    """Every image's embedding is read."""
     return Work(nbytes=FLOAT * images * dim)
 
 
-def stage1_step(network, batch, classes, dtype, z_dim=512):
+def stage1_step(network: str, batch: int, classes: int, dtype: str, z_dim: int = 512) -> Work:
     """Backbone forward and twice that backward, SGD on it, and the margin softmax with SGD on the class centers."""
     flop, parameters, _, _ = network_counts(network, None, z_dim)
     head = margin_softmax(batch, classes, z_dim, dtype)
     return head + Work(SGD_BYTES * (parameters + classes * z_dim), 3 * flop * batch)
 
 
-def stage2_step(network, confidence_net, batch, dtype, cached=False):
-    """Frozen backbone forward (not where its features are ``cached``), confidence net forward and twice that backward,
+def stage2_step(network: str, confidence_net: str, batch: int, dtype: str, cached: bool = False) -> Work:
+    """Frozen backbone forward (unless its features are ``cached``), confidence net forward and twice that backward, and
     Adam.
     """
     flop, _, head_flop, parameters = network_counts(network, confidence_net)

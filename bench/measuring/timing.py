@@ -3,32 +3,40 @@
 import contextlib
 import itertools
 import json
-import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_ROTATED_BYTES = 256 * 2**20  # more than the last cache of the devices at hand holds
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+Buffers = Sequence[tuple]  # tuples of arguments, used in turn
+Clock = Callable[[], float]
+
+_ROTATED_BYTES = 256 * 2**20  # exceeds the last-level cache of the devices at hand
 _MAX_BUFFERS = 16
 _WARMUP_CALLS = 3
 
 
-def buffer_count(nbytes):
-    """How many input sets of nbytes each to rotate through, so that a call finds its input in memory, not in a cache,
-    where possible.
+def buffer_count(nbytes: int) -> int:
+    """Returns how many input sets of ``nbytes`` each to rotate through, so that where possible a call finds its input
+    in memory and not in a cache.
     """
     return max(2, min(_MAX_BUFFERS, -(-_ROTATED_BYTES // nbytes)))
 
 
-def synchronize(device):
+def synchronize(device: torch.device | str) -> None:
+    """Waits for the device's queued work; on the CPU there is none."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _seconds(call, args, device, clock=time.perf_counter):
+def _seconds(call: Callable, args: tuple, device: torch.device | str, clock: Clock = time.perf_counter) -> float:
     synchronize(device)
     start = clock()
     call(*args)
@@ -36,16 +44,24 @@ def _seconds(call, args, device, clock=time.perf_counter):
     return clock() - start
 
 
-def interleaved_seconds(calls, buffers, device, rounds, clock=time.perf_counter):
-    """Seconds by clock of ``rounds`` calls of each of calls, a dict from name to function, taken in turns so that a
-    disturbance strikes them alike.
+def interleaved_seconds(
+    calls: Mapping[str, Callable],
+    buffers: Buffers,
+    device: torch.device | str,
+    rounds: int,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Times ``rounds`` calls of each function, the functions taking turns so that a disturbance strikes all of them.
 
-    In every round each call runs once untimed on the one buffer, a tuple of arguments, and once timed on the next: what
-    the call before it left behind, such as a heap just given back to the system, is not on its account. Rounds begin
-    with each call in turn.
+    In every round each function runs once untimed on one buffer and once timed on the next: whatever the function
+    before it left behind, such as a heap just returned to the system, is not charged to it. Each round begins with
+    another function.
+
+    Returns:
+        {name: seconds by ``clock``, one for each round}.
     """
     names, remaining = list(calls), itertools.cycle(buffers)
-    samples = {name: [] for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         calls[name](*next(remaining))  # compilation
     for turn in range(rounds):
@@ -57,9 +73,11 @@ def interleaved_seconds(calls, buffers, device, rounds, clock=time.perf_counter)
     return samples
 
 
-def sampled_seconds(call, buffers, device, budget):
-    """Seconds of one call after another on buffers in turn, for about ``budget`` seconds: 5 to 200, 3 where a call
-    takes seconds itself.
+def sampled_seconds(call: Callable, buffers: Buffers, device: torch.device | str, budget: float) -> list[float]:
+    """Times one call after another on buffers in turn for about ``budget`` seconds.
+
+    Returns:
+        The seconds of 5 to 200 calls; of 3 where a single call takes 2 s or more.
     """
     remaining = itertools.cycle(buffers)
     call(*next(remaining))  # compilation
@@ -70,18 +88,8 @@ def sampled_seconds(call, buffers, device, budget):
     return [_seconds(call, next(remaining), device) for _ in range(rounds)]
 
 
-def write_json(path, content):
-    """Replace the file whole or not at all, so that whoever reads it, or is interrupted here, finds one of its
-    states.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-
-
 @contextlib.contextmanager
-def _trace_path(kept):
+def _trace_path(kept: Path | None) -> Iterator[Path]:
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         yield kept
@@ -90,15 +98,18 @@ def _trace_path(kept):
         yield Path(folder) / "trace.json"
 
 
-def footprint(call, args, device, trace=None):
-    """What one call costs besides time; it must have run before, so that nothing is compiled or set up in it.
+def footprint(
+    call: Callable, args: tuple, device: torch.device | str, trace: Path | None = None
+) -> dict[str, float | int | None]:
+    """Measures what one call costs besides time; an earlier call must have done all compiling and setting up.
 
     Args:
         trace: file to keep the profiler's trace in, for chrome://tracing or Perfetto.
     Returns:
-        dict: peak_mib, the most it held at once from PyTorch's allocators beyond its inputs; operators, PyTorch
-        operators dispatched; kernels and copies, device kernels launched and transfers made, and device_us, the device
-        time of both (None on the CPU).
+        peak_mib: the most that PyTorch's allocators held at once beyond the inputs.
+        operators: PyTorch operators dispatched.
+        kernels, copies: device kernels launched and transfers made; None on the CPU.
+        device_us: device time of both; None on the CPU.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
@@ -110,7 +121,7 @@ def footprint(call, args, device, trace=None):
     del result
     with _trace_path(trace) as path:
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
     device_type = 1 if on_gpu else 0  # as c10::DeviceType numbers them
     allocations = sorted(
         (event["ts"], event["args"]["Bytes"])
@@ -128,17 +139,17 @@ def footprint(call, args, device, trace=None):
     }
 
 
-def time_case(benchmark, call, buffers, device):
-    """Times call on one buffer after another with pytest-benchmark and returns the median seconds."""
+def time_case(benchmark: "BenchmarkFixture", call: Callable, buffers: Buffers, device: torch.device | str) -> float:
+    """Times ``call`` on one buffer after another with pytest-benchmark and returns the median in seconds."""
     remaining = itertools.cycle(buffers)
 
-    def timed(*args):
+    def timed(*args: object) -> None:
         call(*args)
         synchronize(device)
 
     timed(*next(remaining))  # compilation
     seconds = _seconds(call, next(remaining), device)
-    # About a second in all, but twice at least: the published way takes most of a minute for 2^26 values.
+    # About a second in all, but at least two rounds: the published way takes most of a minute for 2^26 values.
     rounds = max(2, min(200, int(1 / seconds)))
     benchmark.pedantic(
         timed, setup=lambda: (next(remaining), {}), rounds=rounds, warmup_rounds=min(_WARMUP_CALLS, rounds - 2)

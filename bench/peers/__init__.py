@@ -1,1 +1,1 @@
-
+"""Other projects' own code, run where it is installed."""

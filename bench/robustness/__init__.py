@@ -1,1 +1,1 @@
-
+"""Training under faults, and fuzzing of the file readers."""

@@ -1,39 +1,40 @@
-"""Train both stages while everything goes wrong, and compare with the same training left alone: ``make chaos`` or
-``python -m bench.chaos``.
+"""Trains both stages under all kinds of faults and compares the result with the same training left alone.
+
+    python -m bench.chaos [--seed 1] [--stages 2] [--kinds KIND,...] [--work DIR] [--out DIR]      (or: make chaos)
 
 Two ranks train on synthetic faces of which 1 % are corrupt. One run of each stage is left alone. Another is killed at
-random moments, also inside the writing of checkpoints and of the feature cache; its newest checkpoint and its cache are
-corrupted; its disk is full for a while; a scheduler's signal stops it; it goes on under another ZeRO stage and, in
+random moments, also while checkpoints and the feature cache are being written; its newest checkpoint and its cache are
+corrupted; its disk is full for a while; a scheduler's signal stops it; it continues under another ZeRO stage and, in
 stage 2, with another number of ranks. After each fault it is launched again with ``--resume``. At the end both runs
-must have seen the same images in every step and have the same losses.
+must have seen the same images in every epoch and have the same losses.
 
-The full disk is a limit on the size of any file (RLIMIT_FSIZE): writing fails in the middle, as there.
+The full disk is a limit on the size of any file (RLIMIT_FSIZE): writing fails in the middle, as on a full disk.
 """
 
 import argparse
 import collections
 import json
-import os
 import random
-import resource
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.measuring.environment import environment
-from scf_fast.distributed import STOPPED, launcher
-from scf_fast.features.store import layout_of, read_meta
+from bench.measuring.results import write_json
+from bench.robustness.faults import EVERYWHERE, STAGE_2, Chaos, Job
+from scf_fast.command import Parser, run
+from scf_fast.errors import InputError
 from scf_fast.pipelines.index import open_source
 
 IDENTITIES, IMAGES_EACH, BATCH, EPOCHS = 16, 32, 32, 3
 CORRUPT_SHARE = 0.01
 STEPS = IDENTITIES * IMAGES_EACH // BATCH * EPOCHS
 CHECKPOINT_EVERY = 4
-TOLERANCE = {"stage 1": 0.0, "stage 2": 1e-5}  # relative: another number of ranks sums in another order
-_LAUNCH_SECONDS = 240  # a launch that is not over by then hangs
 _COMMON = [
     "--batch_size",
     BATCH,
@@ -52,7 +53,7 @@ _COMMON = [
 
 
 def make_data(folder: Path) -> set[int]:
-    """Synthetic faces, a few with their first bytes overwritten; positions of these."""
+    """Makes synthetic faces, overwrites the first bytes of a few, and returns the positions of these."""
     sizes = ["--identities", IDENTITIES, "--images-per-identity", IMAGES_EACH, "--eval-identities", 0]
     subprocess.run([sys.executable, "-m", "scf_fast.pipelines.synthetic", folder, *map(str, sizes)], check=True)
     source = open_source(folder / "train")
@@ -65,253 +66,8 @@ def make_data(folder: Path) -> set[int]:
     return set(corrupt)
 
 
-class Job:
-    """One stage's command, launched again and again."""
-
-    def __init__(self, arguments: list, out: Path):
-        self.arguments, self.out = list(map(str, arguments)), out
-        self.seconds = 0.0
-
-    def start(self, ranks: int = 2, zero_stage: int = 2, file_bytes: int | None = None) -> subprocess.Popen:
-        def limit():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-
-        with open(f"{self.out}.log", "a") as log:
-            return subprocess.Popen(
-                [
-                    *launcher(ranks),
-                    *self.arguments,
-                    "--zero_stage",
-                    str(zero_stage),
-                    "--output_dir",
-                    str(self.out),
-                    "--resume",
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=limit if file_bytes else None,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-            )
-
-    def finish(self, process: subprocess.Popen) -> int:
-        """Exit status of a launch, of which nothing is left running."""
-        try:
-            return process.wait(_LAUNCH_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise SystemExit(f"a launch hung; see {self.out}.log") from None
-        finally:
-            kill_all(process)
-
-    @property
-    def step(self) -> int:
-        """The last one logged."""
-        try:
-            return json.loads((self.out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        except (OSError, ValueError, IndexError, KeyError):  # not there yet, or a line is being written
-            return 0
-
-    def ranks_of(self, process: subprocess.Popen) -> list[int]:
-        """Process ids of a launch's ranks."""
-        found = []
-        for entry in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                if (
-                    os.getpgid(int(entry)) == process.pid
-                    and b"\0RANK=" in Path("/proc", entry, "environ").read_bytes()
-                    and b"train.py" in Path("/proc", entry, "cmdline").read_bytes()
-                ):
-                    found.append(int(entry))
-            except OSError:
-                pass
-        return found
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
-
-
-def wait_until(condition, process: subprocess.Popen, pause: float = 0.01) -> bool:
-    """Whether it came true while the launch was running."""
-    deadline = time.monotonic() + _LAUNCH_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(pause)
-    return False
-
-
-class Chaos:
-    """The faults; each takes a job and says whether it struck, and leaves the job dead or stopped."""
-
-    def __init__(self, rng: random.Random, cache: Path):
-        self.rng, self.cache = rng, cache
-
-    def _further(self, job: Job, process, steps: int) -> bool:
-        """Let a launch make some steps, and a part of one."""
-        target = job.step + self.rng.randint(1, steps)
-        came = wait_until(lambda: job.step >= target, process)
-        time.sleep(self.rng.uniform(0, 0.2))
-        return came
-
-    def kill_all_ranks(self, job, steps):
-        process = job.start()
-        struck = self._further(job, process, steps)
-        kill_all(process)
-        return struck
-
-    def kill_one_rank(self, job, steps):
-        process = job.start()
-        struck = self._further(job, process, steps) and len(ranks := job.ranks_of(process)) == 2
-        if struck:
-            began = time.monotonic()
-            os.kill(self.rng.choice(ranks), signal.SIGKILL)
-            status = job.finish(process)
-            struck = status != 0 and time.monotonic() - began < 60
-        kill_all(process)
-        return struck
-
-    def kill_at_start(self, job, steps):
-        process = job.start()
-        time.sleep(self.rng.uniform(2, 8))
-        struck = process.poll() is None
-        kill_all(process)
-        return struck
-
-    def kill_in_checkpoint(self, job, steps):
-        """While a file of a checkpoint is being written: it has its name only when it is whole."""
-        process = job.start()
-        started = job.step
-        struck = wait_until(
-            lambda: job.step > started and any((job.out / "checkpoints").glob("step*/*.part")), process, pause=0
-        )
-        kill_all(process)
-        return struck
-
-    def kill_before_complete(self, job, steps):
-        """When a checkpoint's files are there, and the list of them, written last, is not."""
-
-        def half():
-            return any(
-                not (folder / "state.json").exists() and any(folder.glob("*.pt"))
-                for folder in (job.out / "checkpoints").glob("step*")
-            )
-
-        process = job.start()
-        started = job.step
-        struck = wait_until(lambda: job.step > started and half(), process, pause=0)
-        kill_all(process)
-        return struck
-
-    def kill_in_cache_write(self, job, steps):
-        """While features are being stored: the cache is marked as being written to, and grows."""
-        process = job.start()
-        before = self._cached()
-        struck = wait_until(lambda: self._cached() > before, process, pause=0)
-        kill_all(process)
-        return struck
-
-    def _cached(self) -> int:
-        return len(self._present())
-
-    def _present(self) -> list[int]:
-        sums = self.cache / "checksums.bin"
-        views = memoryview(sums.read_bytes()).cast("I") if sums.exists() else []
-        return [i for i in range(len(views) // 2) if views[2 * i] and views[2 * i + 1]]
-
-    def corrupt_cache(self, job, steps):
-        """A record that is there, while no run is: the mark of the last one, which was killed, makes the next launch
-        check every record.
-        """
-        layout = layout_of(read_meta(self.cache))
-        shard, row = divmod(self.rng.choice(self._present()), layout.rows_per_shard)
-        with open(self.cache / f"rows-{shard:05d}.bin", "r+b") as file:
-            file.seek(row * layout.record_bytes + self.rng.randrange(layout.record_bytes - 64))
-            file.write(b"\xa5" * 64)
-        (self.cache / "writing-0").touch()
-        found = "1 were damaged"
-        before = Path(f"{job.out}.log").read_text().count(found)
-        return self.kill_all_ranks(job, steps) and Path(f"{job.out}.log").read_text().count(found) == before + 1
-
-    def corrupt_checkpoint(self, job, steps):
-        def resumable():
-            latest = job.out / "checkpoints" / "latest"
-            newest = latest.read_text().strip() if latest.exists() else ""
-            return sorted(
-                folder
-                for folder in latest.parent.glob("step*")
-                if folder.name <= newest and (folder / "state.json").exists()
-            )
-
-        process = job.start()
-        self._further(job, process, steps)
-        wait_until(lambda: len(resumable()) > 1, process)
-        kill_all(process)
-        if len(resumable()) < 2:
-            return False
-        path = self.rng.choice([path for path in resumable()[-1].iterdir() if path.suffix == ".pt"])
-        content = bytearray(path.read_bytes())
-        content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
-        path.write_bytes(content)
-        return True
-
-    def full_disk(self, job, steps):
-        process = job.start(file_bytes=50_000)
-        failed = len(self._events(job, "checkpoint_failed"))
-        struck = wait_until(lambda: len(self._events(job, "checkpoint_failed")) > failed, process)
-        kill_all(process)
-        return struck
-
-    def _events(self, job, name):
-        path = job.out / "events.jsonl"
-        return [line for line in path.read_text().splitlines() if f'"event": "{name}"' in line] if path.exists() else []
-
-    def scheduler_signal(self, job, steps):
-        process = job.start()
-        struck = self._further(job, process, steps) and bool(ranks := job.ranks_of(process))
-        if struck:
-            os.kill(self.rng.choice(ranks), self.rng.choice([signal.SIGTERM, signal.SIGUSR1]))
-            struck = job.finish(process) == STOPPED
-        kill_all(process)
-        return struck
-
-    def other_zero_stage(self, job, steps):
-        return self._other_layout(job, steps, 2, self.rng.choice([0, 1, 3]))
-
-    def other_world_size(self, job, steps):
-        return self._other_layout(job, steps, 1, self.rng.choice([1, 2, 3]))
-
-    def _other_layout(self, job, steps, ranks, zero_stage):
-        while not any((job.out / "checkpoints").glob("step*/state.json")):  # there must be something to go on from
-            process = job.start()
-            wait_until(lambda: any((job.out / "checkpoints").glob("step*/state.json")), process)
-            kill_all(process)
-        process = job.start(ranks, zero_stage)
-        struck = self._further(job, process, steps)
-        kill_all(process)
-        return struck
-
-
-EVERYWHERE = [
-    "kill_all_ranks",
-    "kill_one_rank",
-    "kill_at_start",
-    "kill_in_checkpoint",
-    "kill_before_complete",
-    "corrupt_checkpoint",
-    "full_disk",
-    "scheduler_signal",
-    "other_zero_stage",
-]
-STAGE_2 = ["kill_in_cache_write", "corrupt_cache", "other_world_size"]
-
-
 def images_seen(out: Path) -> dict[int, list[int]]:
-    """The images of each step, over all ranks."""
+    """Returns the images of each step, over all ranks."""
     steps: dict[int, list[int]] = collections.defaultdict(list)
     for path in out.glob("samples_rank*.jsonl"):
         for line in path.read_text().splitlines():
@@ -320,11 +76,11 @@ def images_seen(out: Path) -> dict[int, list[int]]:
     return steps
 
 
-def compare(out: Path, alone: Path, corrupt: set[int], loss: str) -> dict:
-    """Images lost and repeated within epochs, and how far losses are apart."""
+def compare(out: Path, alone: Path, corrupt: set[int], loss: str) -> dict[str, Any]:
+    """Counts images lost and repeated within epochs, and measures how far the losses of the two runs are apart."""
     seen, count = images_seen(out), IDENTITIES * IMAGES_EACH
     shown_for = {}
-    for i in range(count):  # an image that is corrupt is replaced by the next that is not
+    for i in range(count):  # a corrupt image is replaced by the next one that is not
         shown_for[i] = next(j % count for j in range(i, i + count) if j % count not in corrupt)
     lost = repeated = 0
     per_epoch = STEPS // EPOCHS
@@ -354,121 +110,167 @@ def compare(out: Path, alone: Path, corrupt: set[int], loss: str) -> dict:
 
 
 def torment(job: Job, kinds: list[str], chaos: Chaos) -> collections.Counter:
-    """Strike with each kind in turn, then let the job end; how often each has struck."""
-    struck = collections.Counter()
+    """Strikes with each kind in turn, then lets the job finish; returns how often each has struck."""
+    struck: collections.Counter[str] = collections.Counter()
     for number, kind in enumerate(kinds):
         left = len(kinds) - number
         steps = max(1, (STEPS - 4 - job.step) // (left + 1))
         began = time.monotonic()
         hit = getattr(chaos, kind)(job, steps)
         struck[kind] += hit
-        what, seconds = "survived" if hit else "missed", time.monotonic() - began
-        print(f"  {kind.replace('_', ' '):22s} {what:9s} step {job.step:3d} of {STEPS}  {seconds:3.0f} s", flush=True)
+        outcome, seconds = "survived" if hit else "missed", time.monotonic() - began
+        print(
+            f"  {kind.replace('_', ' '):22s} {outcome:9s} step {job.step:3d} of {STEPS}  {seconds:3.0f} s", flush=True
+        )
     status = job.finish(job.start())
     if status:
-        raise SystemExit(f"the last launch failed with status {status}; see {job.out}.log")
+        raise SystemExit(f"the last launch failed with status {status}; see {job.log}")
     return struck
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the plan.
+
+    Attributes:
+        number: "1" or "2".
+        arguments: the training command's flags.
+        kinds: the faults that can strike it.
+        loss: name of its loss in metrics.jsonl.
+        tolerance: relative difference of losses that is allowed.
+        cached: whether the run under faults uses a feature cache.
+    """
+
+    number: str
+    arguments: list[object]
+    kinds: list[str]
+    loss: str
+    tolerance: float
+    cached: bool
+
+    @property
+    def name(self) -> str:
+        return f"stage {self.number}"
+
+
+def make_plan(work: Path) -> list[Stage]:
+    """Returns both stages; the second trains on the weights that the first run left alone has written."""
+    data = ["--data", work / "faces" / "train"]
+    stage1 = ["--stage", "backbone", "--network", "ir_small", "--z_dim", 32, "--lr", 0.01, *_COMMON, *data]
+    net = ["--stage", "confidence", "--confidence_net", "mlp", "--precision", "fp32", "--lr", 3e-5]
+    weights = ["--saved_bkb", work / "alone1" / "backbone.pth", "--saved_fc", work / "alone1" / "fc.pth"]
+    stage2 = [*net, "--cache_dtype", "fp32", *weights, *_COMMON, *data]
+    return [
+        Stage("1", stage1, EVERYWHERE, "loss", 0.0, cached=False),
+        # Another number of ranks sums in another order.
+        Stage("2", stage2, EVERYWHERE + STAGE_2, "total_loss", 1e-5, cached=True),
+    ]
+
+
+def order_faults(kinds: list[str], rng: random.Random) -> list[str]:
+    """Returns the faults in random order, but the write to the cache first: later everything is in the cache."""
+    order = rng.sample(kinds, len(kinds))
+    order.sort(key=lambda kind: kind != "kill_in_cache_write")
+    return order
+
+
+def run_stage(
+    stage: Stage, work: Path, corrupt: set[int], kinds: list[str] | None, rng: random.Random
+) -> dict[str, Any]:
+    """Runs a stage alone and under faults, and returns the comparison with the number of times each fault struck."""
+    print(f"{stage.name}, left alone", flush=True)
+    alone = Job(stage.arguments, work / f"alone{stage.number}")
+    if alone.finish(alone.start()):
+        raise SystemExit(f"the run that is left alone failed; see {alone.log}")
+    print(f"{stage.name}, tormented", flush=True)
+    order = order_faults(stage.kinds, rng)
+    cache = work / "cache"
+    job = Job(
+        [*stage.arguments, *(["--feature_cache", cache] if stage.cached else [])], work / f"tormented{stage.number}"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the faults' order and moments [%(default)s]")
-    parser.add_argument("--stages", type=int, choices=(1, 2), default=2, help="1 leaves stage 2 out [%(default)s]")
-    parser.add_argument(
-        "--kinds",
-        help="faults of each stage in this order, with commas between; default: each once, at random: "
-        f"{', '.join(EVERYWHERE)}, in stage 2 {', '.join(STAGE_2)} too",
-    )
-    parser.add_argument("--work", type=Path, help="folder for data and runs, kept; default: a temporary one")
-    parser.add_argument("--out", type=Path, help="folder for the results as JSON")
-    options = parser.parse_args()
-    temporary = None if options.work else tempfile.TemporaryDirectory()
-    work = options.work or Path(temporary.name)
+    struck = torment(job, kinds or order, Chaos(rng, cache))
+    return {
+        **compare(job.out, alone.out, corrupt, stage.loss),
+        "tolerance": stage.tolerance,
+        "faults": dict(struck),
+    }
+
+
+def run_all(options: argparse.Namespace, work: Path) -> int:
+    """Runs the chosen stages, prints and writes the outcome, and returns 0 if every fault was survived."""
     work.mkdir(parents=True, exist_ok=True)
     if any(work.iterdir()):
-        parser.error(f"--work {work} must be empty or missing")
+        raise InputError(f"--work {work} must be empty or missing")
     began, rng = time.monotonic(), random.Random(options.seed)
     corrupt = make_data(work / "faces")
-    data = ["--data", work / "faces" / "train"]
     print(
         f"{IDENTITIES * IMAGES_EACH} images, {len(corrupt)} corrupt; {STEPS} steps a stage, checkpoints every "
         f"{CHECKPOINT_EVERY}",
         flush=True,
     )
-    stage1 = ["--stage", "backbone", "--network", "ir_small", "--z_dim", 32, "--lr", 0.01, *_COMMON, *data]
-    weights = ["--saved_bkb", work / "alone1" / "backbone.pth", "--saved_fc", work / "alone1" / "fc.pth"]
-    stage2 = [
-        "--stage",
-        "confidence",
-        "--confidence_net",
-        "mlp",
-        "--precision",
-        "fp32",
-        "--lr",
-        3e-5,
-        "--cache_dtype",
-        "fp32",
-        *weights,
-        *_COMMON,
-        *data,
-    ]
-    results, faults, missed = {}, collections.Counter(), []
-    plan = (("stage 1", stage1, EVERYWHERE, "loss"), ("stage 2", stage2, EVERYWHERE + STAGE_2, "total_loss"))
-    for stage, arguments, kinds, loss in plan[: options.stages]:
-        print(f"{stage}, left alone", flush=True)
-        name, cache = stage.replace("stage ", ""), work / "cache"
-        alone = Job(arguments, work / f"alone{name}")
-        if alone.finish(alone.start()):
-            raise SystemExit(f"the run that is left alone failed; see {alone.out}.log")
-        print(f"{stage}, tormented", flush=True)
-        order = rng.sample(kinds, len(kinds))
-        if "kill_in_cache_write" in order:
-            order.remove("kill_in_cache_write")
-            order.insert(0, "kill_in_cache_write")  # later everything is in the cache
-        order = options.kinds.split(",") if options.kinds else order
-        job = Job([*arguments, *(["--feature_cache", cache] if name == "2" else [])], work / f"tormented{name}")
-        struck = torment(job, order, Chaos(rng, cache))
-        faults += struck
-        missed += [kind for kind in order if not struck[kind]]
-        results[stage] = {
-            **compare(job.out, alone.out, corrupt, loss),
-            "tolerance": TOLERANCE[stage],
-            "faults": dict(struck),
-        }
-    lost, repeated = (sum(result[what] for result in results.values()) for what in ("lost", "repeated"))
+    kinds = options.kinds.split(",") if options.kinds else None
+    results = {stage.name: run_stage(stage, work, corrupt, kinds, rng) for stage in make_plan(work)[: options.stages]}
+    survived = sum(sum(result["faults"].values()) for result in results.values())
+    missed = [kind for result in results.values() for kind, struck in result["faults"].items() if not struck]
+    lost, repeated = (sum(result[count] for result in results.values()) for count in ("lost", "repeated"))
     equal = all(result["largest_difference"] <= result["tolerance"] for result in results.values())
     seconds = time.monotonic() - began
     for stage, result in results.items():
         print(
             f"{stage}: final loss {result['final_loss']:.6f}, left alone {result['final_loss_alone']:.6f}; losses "
-            "differ by "
-            f"{result['largest_difference']:.1e} at most, allowed {result['tolerance']:.0e}"
+            f"differ by {result['largest_difference']:.1e} at most, allowed {result['tolerance']:.0e}"
         )
     print(
-        f"faults survived {faults.total()}, samples lost {lost}, samples repeated within an epoch {repeated}, "
+        f"faults survived {survived}, samples lost {lost}, samples repeated within an epoch {repeated}, "
         f"losses {'equal' if equal else 'DIFFERENT'}, {seconds:.0f} s"
     )
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        measured = {
-            "environment": environment("cpu"),
-            "command": "python -m bench.chaos",
-            "seconds": seconds,
-            "faults_survived": faults.total(),
-            "samples_lost": lost,
-            "samples_repeated": repeated,
-            "stages": results,
-        }
-        path = options.out / f"chaos-{measured['environment']['date']}.json"
-        path.write_text(json.dumps(measured, indent=1) + "\n")
+        measured_on = environment("cpu")
+        path = options.out / f"chaos-{measured_on['date']}.json"
+        write_json(
+            path,
+            {
+                "environment": measured_on,
+                "command": "python -m bench.chaos",
+                "seconds": seconds,
+                "faults_survived": survived,
+                "samples_lost": lost,
+                "samples_repeated": repeated,
+                "stages": results,
+            },
+        )
         print(f"Written: {path}")
-    if temporary:
-        temporary.cleanup()
     if missed:
         print(f"did not strike: {', '.join(missed)}; another --seed may do")
     return 0 if equal and not lost and not repeated and not missed else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m bench.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the faults' order and moments (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stages", type=int, choices=(1, 2), default=2, help="1 leaves stage 2 out (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kinds",
+        help="faults of each stage in this order, separated by commas; default: each once, in random order: "
+        f"{', '.join(EVERYWHERE)}, in stage 2 also {', '.join(STAGE_2)}",
+    )
+    parser.add_argument("--work", type=Path, help="folder for data and runs, kept; default: a temporary one")
+    parser.add_argument("--out", type=Path, help="folder for the results as JSON")
+    options = parser.parse_args(arguments)
+
+    def act() -> int:
+        if options.work:
+            return run_all(options, options.work)
+        with tempfile.TemporaryDirectory() as folder:
+            return run_all(options, Path(folder))
+
+    return run(parser.prog, act)
 
 
 if __name__ == "__main__":

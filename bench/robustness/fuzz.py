@@ -1,12 +1,12 @@
-"""Coverage-guided fuzzing of everything that reads files of strangers.
+"""Coverage-guided fuzzing of everything that reads untrusted files.
 
     python -m bench.fuzz TARGET [--seconds 60] [--out runs/fuzz] [--seed 0]
     python -m bench.fuzz TARGET --replay FILE
 
-A target is fed mutated files. Good are data and a ValueError; any other exception, more than 10 s or more than 4 GB is
-a finding, which is written to OUT with its traceback. An input that reaches a new pair of successive lines in
-pipelines/ or scf_fast/ joins the corpus, in OUT too, where the next run finds it. OUT/TARGET.running holds the input at
-work: after a crash of the interpreter it is the cause. Exit status 1 on findings.
+A target is fed mutated files. It may return data or raise a ValueError; any other exception, more than 10 s or more
+than 4 GB is a finding, which is written to OUT with its traceback. An input that reaches a new pair of successive lines
+in pipelines/ or scf_fast/ joins the corpus, also in OUT, where the next run finds it. OUT/TARGET.running holds the
+current input: after a crash of the interpreter it is the cause. The exit status is 1 if there are findings.
 """
 
 import argparse
@@ -25,14 +25,19 @@ import tempfile
 import time
 import traceback
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 import scf_fast
 from scf_fast import pipelines
-from scf_fast.features.store import layout_of, read_meta
+from scf_fast.command import Parser
+from scf_fast.command import run as run_command
+from scf_fast.features.store import read_meta
 from scf_fast.pipelines.evaluation_sets.verification_set import read_verification_set
 from scf_fast.pipelines.formats.array_file import map_arrays
 from scf_fast.pipelines.formats.recordio import pack_record, read_num_classes, whole_records
@@ -40,10 +45,12 @@ from scf_fast.pipelines.formats.tfrecord import frame
 from scf_fast.pipelines.formats.tfrecord import pack_record as pack_tfrecord
 from scf_fast.pipelines.index import describe, open_source
 from scf_fast.pipelines.loading.decode import decode_face, read_header, read_headers
+from scf_fast.pipelines.sources.base import ImageSource
 
-TIMEOUT = 10.0  # seconds an input may take; tracing makes Python some ten times as slow
+TIMEOUT = 10.0  # seconds an input may take; tracing slows Python down about tenfold
 MEMORY = 4 << 30  # bytes that the process may grow by
-_CODE = tuple(str(Path(module.__file__).parent) for module in (pipelines, scf_fast))
+_CODE = tuple(str(Path(module.__file__ or "").parent) for module in (pipelines, scf_fast))
+Step = tuple[CodeType, int, int]  # code, a line of it, and the line executed next
 _NUMBERS = (
     0,
     1,
@@ -67,16 +74,16 @@ _NUMBERS = (
 
 
 class Slow(BaseException):
-    """Raised in an input that takes too long."""
+    """Raised while an input takes too long; not an Exception, so that no target can catch it by accident."""
 
 
-def _encode(fmt, **options):
+def _encode(fmt: str, **options: Any) -> bytes:
     file = io.BytesIO()
     Image.linear_gradient("L").resize((24, 20)).convert("RGB").save(file, fmt, **options)
     return file.getvalue()
 
 
-def _tar(form):
+def _tar(form: int) -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=form) as shard:
         for name, content in (
@@ -91,7 +98,7 @@ def _tar(form):
     return file.getvalue()
 
 
-def _records():
+def _records() -> bytes:
     return b"".join(
         [
             pack_record(0, [3, 4], b""),
@@ -102,8 +109,8 @@ def _records():
     )
 
 
-def _look_at(source):
-    """Everything that is done with a source."""
+def _use(source: ImageSource) -> None:
+    """Does everything that training does with a source."""
     describe(source)
     source.will_need(np.arange(len(source)))
     read_headers(*source.read(np.arange(len(source))))
@@ -113,39 +120,39 @@ def _look_at(source):
             source.encoded(i)
 
 
-def _open(name, content):
+def _open(name: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
         path.with_name("a.jpg").write_bytes(b"image")
-        _look_at(open_source(path))
+        _use(open_source(path))
 
 
-def _recordio(content):
+def _recordio(content: bytes) -> None:
     starts, end = whole_records(np.frombuffer(content, dtype=np.uint8))
     assert len(starts) <= end <= len(content)
     _open("train.rec", content)
 
 
-def _tfrecord(content):
-    """As a shard, else as the message in a record, since no mutation would get a checksum right."""
+def _tfrecord(content: bytes) -> None:
+    """Reads it as a shard, else as the message of a record, since no mutation would get a checksum right."""
     try:
         _open("a.tfrecord", content)
     except ValueError:
         _open("a.tfrecord", pack_tfrecord(b"face", 1) + frame(content))
 
 
-def _tfrecord_list(content):
+def _tfrecord_list(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "a" / "a-00000.tfrecord"
         shard.parent.mkdir()
         shard.write_bytes(pack_tfrecord(b"first", 0) + frame(b"no message") + pack_tfrecord(b"x" * 600, 300))
         path = Path(folder) / "list.txt"
         path.write_bytes(content)
-        _look_at(open_source(path))
+        _use(open_source(path))
 
 
-def _image(content):
+def _image(content: bytes) -> None:
     data = np.frombuffer(content, dtype=np.uint8)
     size = read_headers(data, np.zeros(1, dtype=np.int64), np.array([len(data)]))[0]
     header = read_header(data)
@@ -153,7 +160,7 @@ def _image(content):
     decode_face(data)
 
 
-def _verification(content):
+def _verification(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lfw.bin"
         path.write_bytes(content)
@@ -162,25 +169,25 @@ def _verification(content):
             pairs.source.encoded(i)
 
 
-def _cache(content):
+def _cache(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "meta.json").write_bytes(content)
-        layout = layout_of(read_meta(Path(folder)))
+        layout = read_meta(Path(folder)).layout
         assert layout.total_bytes > 0 and layout.rows_per_shard > 0
 
 
-def _property(content):
+def _property(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "property"
         path.write_bytes(content)
         read_num_classes(path)
 
 
-_INDEX = struct.Struct("<16sIIQ")  # what it is, checksums of header and arrays, bytes of the header
+_INDEX = struct.Struct("<16sIIQ")  # magic, checksums of header and arrays, bytes of the header
 
 
-def _index(content):
-    """An index whose checksums are right, which is all that tells accidents: header, zero byte, arrays."""
+def _index(content: bytes) -> None:
+    """Reads header, zero byte and arrays as an index with right checksums, since wrong ones reject every mutation."""
     header, _, body = content.partition(b"\0")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.rec"
@@ -189,18 +196,18 @@ def _index(content):
         index.write_bytes(
             _INDEX.pack(b"face arrays 1\n  ", zlib.crc32(header), zlib.crc32(body), len(header)) + header + body
         )
-        _look_at(open_source(path))
+        _use(open_source(path))
 
 
-def _indexed(path):
-    """Write records, and their index; where that lies, and the fingerprint in it."""
+def _indexed(path: Path) -> tuple[Path, bytes]:
+    """Writes records and their index, and returns the path of the index and the fingerprint in it."""
     path.write_bytes(_records())
     open_source(path)
     index = path.with_name("train.rec.index")
     return index, map_arrays(index)[0]["fingerprint"].encode()
 
 
-def _index_seed():
+def _index_seed() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         index, fingerprint = _indexed(Path(folder) / "train.rec")
         content = index.read_bytes()
@@ -210,7 +217,7 @@ def _index_seed():
 
 
 _FINGERPRINT = b"FINGERPRINT"  # stands for the true one, which no mutation would hit
-TARGETS = {  # name: (what is done with a file, files to start from)
+TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {  # {name: (reader, files to start from)}
     "recordio": (_recordio, [_records()]),
     "tar": (
         lambda content: _open("a.tar", content),
@@ -259,9 +266,9 @@ TARGETS = {  # name: (what is done with a file, files to start from)
 }
 
 
-def mutate(data, others, rng):
-    """Some random changes to a file; `others` are files to take pieces from."""
-    data = bytearray(data)
+def mutate(content: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
+    """Makes a few random changes to a file; ``others`` are files to take pieces from."""
+    data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         at = rng.randrange(len(data) + 1)
         length = min(rng.choice((1, 2, 4, 8, 16, 64, 512)), len(data) - at)
@@ -280,15 +287,10 @@ def mutate(data, others, rng):
                 (
                     str(number).encode(),
                     b"%o" % number,
-                    *(
-                        number.to_bytes(8, order)[part]
-                        for order, part in (
-                            ("little", slice(4)),
-                            ("little", slice(8)),
-                            ("big", slice(4, 8)),
-                            ("big", slice(8)),
-                        )
-                    ),
+                    number.to_bytes(8, "little")[:4],
+                    number.to_bytes(8, "little"),
+                    number.to_bytes(8, "big")[4:],
+                    number.to_bytes(8, "big"),
                 )
             )
             data[at : at + rng.choice((0, len(digits)))] = digits
@@ -301,22 +303,21 @@ def mutate(data, others, rng):
     return bytes(data[: 1 << 16])
 
 
-def run(function, content):
-    """Give one file to a target.
+def run(function: Callable[[bytes], None], content: bytes) -> tuple[set[Step], BaseException | None]:
+    """Gives one file to a target.
 
     Returns:
-        lines: set of (code, line, next line) in pipelines/ that were executed.
-        error: the exception that is a finding, or None.
+        The steps in pipelines/ and scf_fast/ that were executed, and the exception that is a finding, or None.
     """
-    lines = set()
+    lines: set[Step] = set()
 
-    def enter(frame, event, argument):
+    def enter(frame: FrameType, event: str, argument: object) -> Callable | None:
         code = frame.f_code
         if not code.co_filename.startswith(_CODE):
             return None
         last = 0
 
-        def step(frame, event, argument):
+        def step(frame: FrameType, event: str, argument: object) -> Callable:
             nonlocal last
             lines.add((code, last, frame.f_lineno))
             last = frame.f_lineno
@@ -324,12 +325,12 @@ def run(function, content):
 
         return step
 
-    def too_slow(*_):
+    def too_slow(*_: object) -> None:
         raise Slow(f"it takes more than {TIMEOUT:g} s")
 
     before = signal.signal(signal.SIGALRM, too_slow)
     signal.setitimer(signal.ITIMER_REAL, TIMEOUT)
-    error = None
+    error: BaseException | None = None
     sys.settrace(enter)
     try:
         function(content)
@@ -344,18 +345,17 @@ def run(function, content):
     return lines, error
 
 
-def fuzz(target, seconds, folder, seed):
-    """Mutate and run until the time is up.
-
-    Returns:
-        int, findings.
-    """
+def fuzz(target: str, seconds: float, folder: Path, seed: int) -> int:
+    """Mutates and runs until the time is up, and returns the number of findings."""
     function, seeds = TARGETS[target]
     corpus_folder = folder / target
     corpus_folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     waiting = [*seeds, *(path.read_bytes() for path in sorted(corpus_folder.iterdir()))]
-    corpus, covered, findings, count, end = [], set(), set(), 0, time.monotonic() + seconds
+    corpus: list[bytes] = []
+    covered: set[Step] = set()
+    findings: set[tuple] = set()
+    count, end = 0, time.monotonic() + seconds
     running = folder / f"{target}.running"
     while waiting or time.monotonic() < end:
         content = waiting.pop() if waiting else mutate(rng.choice(corpus), corpus, rng)
@@ -383,23 +383,27 @@ def fuzz(target, seconds, folder, seed):
     return len(findings)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m bench.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", metavar="TARGET", choices=TARGETS, help=f"one of {', '.join(TARGETS)}")
+    parser.add_argument("--seconds", type=float, default=60, help="time to fuzz for (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/fuzz"), help="folder of corpus and findings (default: %(default)s)"
     )
     parser.add_argument("--replay", type=Path, metavar="FILE", help="run one input and show what it raises")
     options = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)  # of images that are broken, and indices that are made anew
+    logging.disable(logging.WARNING)  # of broken images and of indices that are built again
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     if options.replay is not None:
-        TARGETS[options.target][0](options.replay.read_bytes())
+        TARGETS[options.target][0](options.replay.read_bytes())  # outside the runner, which would hide some tracebacks
         return 0
-    return 1 if fuzz(options.target, options.seconds, options.out, options.seed) else 0
+    return run_command(
+        parser.prog, lambda: 1 if fuzz(options.target, options.seconds, options.out, options.seed) else 0
+    )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-
+"""Benchmarks of scoring and template pooling."""

@@ -1,24 +1,29 @@
-"""The IJB-C protocol at full size on made-up embeddings: seconds and peak memory of every step, and of the way IJB
-scripts go.
+"""The IJB-C protocol at full size on synthetic embeddings: seconds and peak memory of ours and of the usual scripts.
 
     python -m bench.ijb_scale [--out bench/results/<device>/ijb_scale-<device>-<date>.json] [--share 1.0]
 
 469,375 images of 23,124 templates, 15.66 M template pairs (1:1), 19,593 probes in a gallery of 3,531 (1:N), d = 512.
-Only the embedding of the images is left out. The scripts' templates and cosines must agree with ours; Eqn (13) and the
-search they do not have.
+Only the embedding of the images is left out. Templates and cosines of the usual IJB scripts must agree with ours; they
+have neither Eqn (13) nor the search.
 """
 
 import argparse
-import json
+import functools
 import resource
+import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from bench.baselines.scoring import cosine_in_chunks, pool_by_loop
 from bench.measuring.environment import DEVICE, environment
+from bench.measuring.results import write_json
+from bench.measuring.timing import synchronize
+from scf_fast.command import Parser, run
 from scf_fast.evaluation import metrics, protocols
 from scf_fast.evaluation.embeddings import Embeddings
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery, TemplateProtocol
@@ -26,10 +31,12 @@ from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery, Templa
 IMAGES, TEMPLATES, SUBJECTS, PAIRS, GENUINE = 469_375, 23_124, 3_531, 15_658_489, 19_557
 DIM, RADIUS = 512, 64.0
 
+Result = TypeVar("Result")
 
-def make(share, rng):
-    """Embeddings that lean to their subject by a random amount, kappa that says how much; a protocol over them, and its
-    1:N part.
+
+def make(share: float, rng: np.random.Generator) -> tuple[Embeddings, TemplateProtocol, list[Gallery]]:
+    """Makes embeddings that lean to their subject by a random amount, which kappa follows; a 1:1 protocol over them,
+    and the galleries of its 1:N part.
     """
     images, templates, subjects, pairs, genuine = (
         max(200, int(share * count)) for count in (IMAGES, TEMPLATES, SUBJECTS, PAIRS, GENUINE)
@@ -50,14 +57,14 @@ def make(share, rng):
     mates = rng.integers(0, templates - subjects, genuine)
     first[:genuine], second[:genuine] = mates, mates + subjects
     protocol = TemplateProtocol(
-        range(len(template_ids)),
+        list(range(len(template_ids))),
         template_ids,
         media_ids,
-        None,
+        None,  # type: ignore[arg-type]  # landmarks: nothing is embedded
         rng.uniform(0.5, 1, len(template_ids)).astype(np.float32),
         np.stack([first, second], axis=1),
         subject_of[first] == subject_of[second],
-        None,
+        None,  # type: ignore[arg-type]  # images: nothing is embedded
     )
     half = subjects // 2
     probes = np.arange(subjects, templates)
@@ -68,57 +75,47 @@ def make(share, rng):
     return embeddings, protocol, galleries
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ijb_scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    parser.add_argument("--share", type=float, default=1.0, help="of the protocol's size [%(default)s]")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    embeddings, protocol, galleries = make(options.share, np.random.default_rng(0))
-    seconds = {}
+def peak_gib() -> float:
+    """Returns the most memory that this process has ever held resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    def timed(step, call):
+
+class Stopwatch:
+    """Times named steps and prints each with the peak memory so far."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, step: str, call: Callable[[], Result]) -> Result:
         started = time.perf_counter()
         result = call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        seconds[step] = time.perf_counter() - started
-        print(
-            f"{step:32} {seconds[step]:9.2f} s   peak "
-            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:6.2f} GiB",
-            flush=True,
-        )
+        synchronize(DEVICE)
+        self.seconds[step] = time.perf_counter() - started
+        print(f"{step:32} {self.seconds[step]:9.2f} s   peak {peak_gib():6.2f} GiB", flush=True)
         return result
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    directions, kappas = timed(
-        "pool by kappa", lambda: protocols.pool_protocol(embeddings, protocol, embeddings.kappa, DEVICE)
-    )
-    pooling = protocols.Pooling(directions, kappas)
-    scores = timed("score pairs, cosine and Eqn (13)", lambda: protocols.score_templates(pooling, protocol, RADIUS))
-    tars = timed(
-        "TAR at FAR, both scores", lambda: [protocols.tar_table(values, protocol.pair_labels) for values in scores]
-    )
-    timed(
-        "equal error rate, both scores",
-        lambda: [metrics.equal_error_rate(values, protocol.pair_labels) for values in scores],
-    )
+
+def time_searches(
+    watch: Stopwatch, pooling: protocols.Pooling, protocol: TemplateProtocol, galleries: list[Gallery]
+) -> None:
+    """Times the 1:N part: both galleries by either score, and the histogram over both."""
+
+    def search(score: str) -> list:
+        return [
+            protocols.summarize_searches(protocols.search_templates(pooling, protocol, gallery, RADIUS, score))
+            for gallery in galleries
+        ]
+
     for score in ("cosine", "vmf"):
-        timed(
-            f"search both galleries, {score}",
-            lambda score=score: [
-                protocols.summarize_searches(protocols.search_templates(pooling, protocol, gallery, RADIUS, score))
-                for gallery in galleries
-            ],
-        )
+        watch.time(f"search both galleries, {score}", functools.partial(search, score))
     ids, subjects = (
         np.concatenate([getattr(gallery, part) for gallery in galleries])
         for part in ("gallery_ids", "gallery_subjects")
     )
     enrolled, probes = protocols.template_rows(protocol, ids), protocols.template_rows(protocol, galleries[0].probe_ids)
-    timed(
+    directions, kappas = pooling
+    assert kappas is not None  # the weights are kappa
+    watch.time(
         "histogram of all searches",
         lambda: protocols.score_histogram(
             directions[enrolled],
@@ -129,12 +126,37 @@ def main():
             galleries[0].probe_subjects,
         ),
     )
-    ours = sum(seconds.values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    weighted = embeddings.mu.numpy() * embeddings.kappa.astype(np.float32)[:, None]
-    looped = timed("scripts: pool in a loop", lambda: pool_by_loop(weighted, protocol.template_ids, protocol.media_ids))
+
+
+def measure(share: float, out: Path | None) -> None:
+    """Times every step of the protocol, ours first, and writes the numbers."""
+    torch.manual_seed(0)
+    embeddings, protocol, galleries = make(share, np.random.default_rng(0))
+    kappa = embeddings.kappa
+    assert kappa is not None  # ``make`` gives it
+    before, watch = peak_gib(), Stopwatch()
+    directions, kappas = watch.time(
+        "pool by kappa", lambda: protocols.pool_protocol(embeddings, protocol, kappa, DEVICE)
+    )
+    pooling = protocols.Pooling(directions, kappas)
+    scores = watch.time(
+        "score pairs, cosine and Eqn (13)", lambda: protocols.score_templates(pooling, protocol, RADIUS)
+    )
+    tars = watch.time(
+        "TAR at FAR, both scores", lambda: [protocols.tar_table(values, protocol.pair_labels) for values in scores]
+    )
+    watch.time(
+        "equal error rate, both scores",
+        lambda: [metrics.equal_error_rate(values, protocol.pair_labels) for values in scores],
+    )
+    time_searches(watch, pooling, protocol, galleries)
+    ours, peak = sum(watch.seconds.values()), peak_gib()
+    weighted = embeddings.mu.numpy() * kappa.astype(np.float32)[:, None]
+    looped = watch.time(
+        "scripts: pool in a loop", lambda: pool_by_loop(weighted, protocol.template_ids, protocol.media_ids)
+    )
     assert np.abs(looped - directions.cpu().numpy()).max() < 1e-5
-    cosines = timed(
+    cosines = watch.time(
         "scripts: score pairs, cosine",
         lambda: cosine_in_chunks(looped.astype(np.float64), *protocol.pair_template_ids.T),
     )
@@ -143,21 +165,28 @@ def main():
         f"ours: {ours:.1f} s, peak {peak:.2f} GiB ({before:.2f} of them the embeddings); TAR {tars[0]} by cosine, "
         f"{tars[1]} by Eqn (13)"
     )
-    if options.out is not None:
-        options.out.write_text(
-            json.dumps(
-                {
-                    "environment": environment(DEVICE),
-                    "share": options.share,
-                    "seconds": seconds,
-                    "peak_gib": peak,
-                    "embeddings_gib": before,
-                },
-                indent=2,
-            )
-            + "\n"
+    if out is not None:
+        write_json(
+            out,
+            {
+                "environment": environment(DEVICE),
+                "share": share,
+                "seconds": watch.seconds,
+                "peak_gib": peak,
+                "embeddings_gib": before,
+            },
         )
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m bench.ijb_scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the protocol's size (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    return run(parser.prog, lambda: measure(options.share, options.out))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,1 +1,1 @@
-
+"""Benchmarks of both training stages: speed, memory, scaling."""

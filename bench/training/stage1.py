@@ -1,20 +1,24 @@
-"""Training steps of stage 1 on one device, by batch size: ours, and the way of arcface_torch.
+"""Speed of stage 1's training steps on one device, by batch size: ours, and the way arcface_torch takes them.
 
     python -m bench.suite --sections stage1
     python -m pytest bench/bench_stage1.py --benchmark-json=bench/results/<device>/stage1-<date>.json
 
 A step is the backbone's forward and backward pass, the margin softmax over all identities, and SGD on both. Decoding is
-left out: the images are random and lie on the device. Ways:
+left out: the images are random and already on the device. The ways:
 
-    dense                  NCHW images, all logits and their cross-entropy through autograd, torch.optim.SGD on all parameters
-    scf_fast               channels_last images, sharded class centers on their one rank with the update in the backward pass, fused SGD
-    scf_fast, compiled     and the backbone through torch.compile, which training does not do yet
+    dense                 NCHW images, dense logits and their cross-entropy through autograd, torch.optim.SGD on all
+                          parameters
+    scf_fast              channels_last images, sharded class centers on their one rank with the update in the backward
+                          pass, fused SGD
+    scf_fast, compiled    the same with the backbone through torch.compile, which training does not do yet
 
-On a GPU all run the backbone under bf16 autocast, on the CPU in float32. The DeepSpeed engine around the backbone is
-left out.
+On a GPU all of them run the backbone under bf16 autocast, on the CPU in float32. The DeepSpeed engine around the
+backbone is left out.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -23,19 +27,25 @@ from bench.baselines.dense_margin_softmax import dense_margin_softmax_loss
 from bench.measuring import roofline
 from bench.measuring.case import Case, benchmark_case
 from bench.measuring.environment import DEVICE
-from scf_fast.config import Config
+from bench.measuring.roofline import Machine
+from bench.measuring.timing import Buffers
+from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine.class_centers import ClassCenters
-from scf_fast.engine.optimizers import build_optimizer
-from scf_fast.networks.backbones import IMAGE_SIZE, Backbone
+from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
+from scf_fast.networks.backbones import Backbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of images and labels; returns the loss
 WAYS = ("dense", "scf_fast", "scf_fast, compiled")
 DIM = 512
 
 
-def config_of(network, batch):
-    return Config(
-        stage="backbone",
+def config_of(network: str, batch: int) -> BackboneConfig:
+    return BackboneConfig(
         data="-",
         output_dir="-",
         network=network,
@@ -45,13 +55,13 @@ def config_of(network, batch):
     )
 
 
-def features_of(backbone, images, half):
+def features_of(backbone: Callable, images: torch.Tensor, half: bool) -> torch.Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
         return backbone(images)[0].float()
 
 
-def dense_step(backbone, classes, config, half):
-    """One step of the usual way, returning its loss."""
+def dense_step(backbone: Backbone, classes: int, config: BackboneConfig, half: bool) -> Step:
+    """Returns a function that takes one step in the usual way."""
     class_centers = torch.nn.Parameter(torch.randn(classes, DIM, device=next(backbone.parameters()).device).mul_(0.01))
     optimizer = torch.optim.SGD(
         [*backbone.parameters(), class_centers],
@@ -60,14 +70,17 @@ def dense_step(backbone, classes, config, half):
         weight_decay=config.weight_decay,
     )
 
-    def step(images, labels):
+    margins = config.margins
+    assert margins is not None  # the configuration resolves them
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
         loss = dense_margin_softmax_loss(
             features_of(backbone, images, half),
             class_centers,
             labels,
             config.scale,
-            config.margins,
+            margins,
             torch.bfloat16 if half else torch.float32,
         )
         loss.backward()
@@ -78,14 +91,14 @@ def dense_step(backbone, classes, config, half):
     return step
 
 
-def our_step(backbone, classes, config, half, compiled):
-    """One step of ours, returning its loss."""
+def our_step(backbone: Backbone, classes: int, config: BackboneConfig, half: bool, compiled: bool) -> Step:
+    """Returns a function that takes one of our steps."""
     device = next(backbone.parameters()).device
     centers = ClassCenters(classes, DIM, config, Runtime(0, 1, device), "bf16" if half else "fp32")
-    optimizer = build_optimizer("sgd", backbone.parameters(), config, device)
+    optimizer = build_optimizer(OptimizerRule.SGD, backbone.parameters(), config, device)
     network = torch.compile(backbone) if compiled else backbone
 
-    def step(images, labels):
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
         loss, _ = centers.loss(features_of(network, images.contiguous(memory_format=torch.channels_last), half), labels)
         loss.backward()
@@ -97,7 +110,7 @@ def our_step(backbone, classes, config, half, compiled):
     return step
 
 
-def prepare(way, network, batch, classes, device):
+def prepare(way: str, network: str, batch: int, classes: int, device: torch.device | str) -> tuple[Step, Buffers]:
     config, half = config_of(network, batch), torch.device(device).type == "cuda"
     backbone = Backbone(network, DIM).to(device)
     step = (
@@ -106,15 +119,15 @@ def prepare(way, network, batch, classes, device):
         else our_step(backbone, classes, config, half, way != "scf_fast")
     )
     buffers = [
-        (torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device), torch.randint(classes, (batch,), device=device))
+        (torch.randn(batch, 3, FACE_SIZE, FACE_SIZE, device=device), torch.randint(classes, (batch,), device=device))
         for _ in range(4)
     ]
     assert step(*buffers[0]).isfinite(), "the loss is not finite"
     return step, buffers
 
 
-def cases(device, tiny=False):
-    """Every way, network and batch size."""
+def cases(device: torch.device | str, tiny: bool = False) -> list[Case]:
+    """Returns a case for every way, network and batch size."""
     if tiny:
         settings = [("ir_tiny", 4, 100)]
     elif device == "cuda":
@@ -140,5 +153,5 @@ def cases(device, tiny=False):
 
 
 @pytest.mark.parametrize("case", cases(DEVICE), ids=str)
-def test_stage1(benchmark, case, device, machine):
+def test_stage1(benchmark: "BenchmarkFixture", case: Case, device: str, machine: Machine) -> None:
     benchmark_case(benchmark, case, device, machine)

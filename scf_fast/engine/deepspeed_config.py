@@ -1,39 +1,54 @@
+"""The DeepSpeed configuration of a run: generated from its options, with the user's JSON on top."""
+
 import difflib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scf_fast.config import Config
 from scf_fast.distributed import Runtime
 from scf_fast.errors import InputError
+from scf_fast.networks.precision import PRECISION_DTYPES, dtype_name
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typing error would silently train something else.
 _KNOWN_KEYS = frozenset(
     """
     train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler zero_optimization
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer fp16 bf16 amp torch_autocast data_types gradient_clipping prescale_gradients
-    gradient_predivide_factor sparse_gradients communication_data_type seq_parallel_communication_data_type gradient_allreduce_op
-    graph_harvesting dump_state steps_per_print wall_clock_breakdown memory_breakdown log_level flops_profiler tensorboard wandb comet
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer fp16 bf16 amp torch_autocast data_types gradient_clipping
+    prescale_gradients gradient_predivide_factor sparse_gradients communication_data_type
+    seq_parallel_communication_data_type gradient_allreduce_op graph_harvesting dump_state steps_per_print
+    wall_clock_breakdown memory_breakdown log_level flops_profiler tensorboard wandb comet
     csv_monitor comms_logger activation_checkpointing aio checkpoint data_efficiency curriculum_learning compile
     disable_allgather load_universal_checkpoint dataloader_drop_last use_data_before_expert_parallel_ timers nebula
     """.split()
 )
 
+# Keys that our own flags set, and the flags.
+_OUR_KEYS = {
+    **dict.fromkeys(("optimizer", "scheduler"), "our flags (--optimizer, --lr, --lr_scheduler ...)"),
+    **dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        "--batch_size and --gradient_accumulation_steps",
+    ),
+    **dict.fromkeys(("fp16", "bf16", "amp", "torch_autocast"), "--precision, which keeps parameters in float32"),
+}
+
 
 def resolve_precision(config: Config, device: torch.device) -> str:
-    """``"fp32"``, ``"bf16"`` or ``"fp16"``."""
+    """Returns the precision of a run: ``"fp32"``, ``"bf16"`` or ``"fp16"``."""
     if config.precision != "auto":
         return config.precision
     # Older GPUs emulate bf16, slower than float32.
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def load_deepspeed_config(path: str) -> dict:
-    """A user's DeepSpeed JSON, its top-level keys checked.
+def load_deepspeed_config(path: str) -> dict[str, Any]:
+    """Reads a user's DeepSpeed JSON and checks its top-level keys.
 
     Raises:
-        ValueError: unreadable, no JSON object, an unknown top-level key, or a key that belongs to our own flags.
+        InputError: unreadable, no JSON object, an unknown top-level key, or a key that belongs to our own flags.
     """
     try:
         values = json.loads(Path(path).read_text())
@@ -47,39 +62,22 @@ def load_deepspeed_config(path: str) -> dict:
         if key not in _KNOWN_KEYS:
             close = difflib.get_close_matches(key, _KNOWN_KEYS, n=1)
             raise InputError(
-                f"--deepspeed_config {path}: DeepSpeed has no key {key!r} and would ignore "
-                f"it{f'; did you mean {close[0]}?' if close else ''}"
+                f"--deepspeed_config {path}: DeepSpeed has no key {key!r} and would ignore it"
+                f"{f'; did you mean {close[0]}?' if close else ''}"
             )
-        if key in ("optimizer", "scheduler"):
-            raise InputError(
-                f"--deepspeed_config {path}: {key!r} is set by our flags (--optimizer, --lr, --lr_scheduler ...); "
-                "leave it out"
-            )
-        if key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-            raise InputError(
-                f"--deepspeed_config {path}: {key!r} is set by --batch_size and --gradient_accumulation_steps; leave "
-                "it out"
-            )
-        if key in ("fp16", "bf16", "amp", "torch_autocast"):
-            raise InputError(
-                f"--deepspeed_config {path}: {key!r} is set by --precision, which keeps parameters in float32; leave "
-                "it out"
-            )
+        if key in _OUR_KEYS:
+            raise InputError(f"--deepspeed_config {path}: {key!r} is set by {_OUR_KEYS[key]}; leave it out")
     zero = values.get("zero_optimization", {})
     offload = zero.get("offload_optimizer", {}) if isinstance(zero, dict) else None
     if not isinstance(offload, dict):
         raise InputError(
             f"--deepspeed_config {path}: 'zero_optimization', and 'offload_optimizer' in it, must be JSON objects"
         )
-    for flag, given in (
-        ("zero_stage", "stage" in zero),
-        ("offload_optimizer", "device" in offload),
-    ):  # memory and resume are planned by these
-        if given:
-            raise InputError(
-                f"--deepspeed_config {path}: --{flag} sets it; leave out "
-                f"{'stage' if flag == 'zero_stage' else 'device'!r}"
-            )
+    # Memory and resume are planned by these two.
+    if "stage" in zero:
+        raise InputError(f"--deepspeed_config {path}: --zero_stage sets it; leave out 'stage'")
+    if "device" in offload:
+        raise InputError(f"--deepspeed_config {path}: --offload_optimizer sets it; leave out 'device'")
     return values
 
 
@@ -90,13 +88,13 @@ def _merge(base: dict, override: dict) -> dict:
     return merged
 
 
-def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict:
-    """The DeepSpeed configuration of a run, with the keys of ``--deepspeed_config`` on top.
+def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict[str, Any]:
+    """Returns the DeepSpeed configuration of a run, with the keys of ``--deepspeed_config`` on top.
 
     Mixed precision is autocast: parameters and BatchNorm statistics stay float32, and gradients are reduced in float32
     (``lower_precision_safe_modules``), so that every ZeRO stage trains the same.
     """
-    generated: dict = {
+    generated: dict[str, Any] = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size
         // (runtime.world_size * config.gradient_accumulation_steps),
@@ -120,7 +118,7 @@ def deepspeed_config(config: Config, runtime: Runtime, precision: str) -> dict:
     if precision != "fp32":
         generated["torch_autocast"] = {
             "enabled": True,
-            "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision],
+            "dtype": dtype_name(PRECISION_DTYPES[precision]),
             "lower_precision_safe_modules": [],
         }
     return _merge(generated, load_deepspeed_config(config.deepspeed_config)) if config.deepspeed_config else generated

@@ -1,23 +1,28 @@
+"""Loss scaling and skipped steps by one rule under every ZeRO stage."""
+
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+_GROWTH_INTERVAL = 2000  # steps, as torch.amp.GradScaler
 
 
 class LossScaler:
     """Dynamic loss scaling for fp16 autocast under every ZeRO stage, by the rule of ``torch.amp.GradScaler``.
 
     Attributes:
-        scale: what the next loss is multiplied by. It halves after a step that overflowed and doubles after 2000 in a
-            row that did not.
-        good_steps: how many have not in a row.
+        scale: factor of the next loss. It halves after a step that overflowed and doubles after 2000 in a row that did
+            not.
+        good_steps: steps since the last overflow or change of scale.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.scale, self.good_steps = 2.0**16, 0
-        self._listener = lambda scale: None
+        self._listener: Callable[[float], Any] = lambda scale: None
 
-    def tell(self, listener: Callable[[float], None]) -> None:
-        """Call it with the scale, now and whenever it changes."""
+    def on_change(self, listener: Callable[[float], Any]) -> None:
+        """Calls ``listener`` with the scale, now and whenever it changes."""
         self._listener = listener
         listener(self.scale)
 
@@ -26,24 +31,24 @@ class LossScaler:
         self._listener(scale)
 
     def update(self, overflow: bool) -> None:
-        """After each optimizer step."""
+        """Adapts the scale after an optimizer step."""
         self.good_steps = 0 if overflow else self.good_steps + 1
         if overflow:
             self._set(self.scale / 2)
-        elif self.good_steps == 2000:
+        elif self.good_steps == _GROWTH_INTERVAL:
             self.good_steps = 0
             self._set(self.scale * 2)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "good_steps": self.good_steps}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.good_steps = state["good_steps"]
         self._set(state["scale"])
 
 
-class _StepWithoutZero:
-    """Stands where the engine without ZeRO has ``torch.amp.GradScaler``, and does as ZeRO does: it leaves out the steps
+class StepWithoutZero:
+    """Stands where the engine without ZeRO has ``torch.amp.GradScaler`` and does as ZeRO does: it leaves out the steps
     whose gradients are not all finite, in every precision.
 
     PyTorch's scaler leaves it to a fused optimizer to unscale and to skip. Values are then clipped while they are
@@ -56,8 +61,8 @@ class _StepWithoutZero:
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss * self._loss_scaler.scale if self._loss_scaler else loss
 
-    def unscale_(self, optimizer) -> None:
-        """The engine asks for it before it clips the norm."""
+    def unscale_(self, optimizer: Any) -> None:
+        """Divides the gradients by the scale; the engine asks for it before it clips the norm."""
         gradients = [
             parameter.grad
             for group in optimizer.param_groups
@@ -69,7 +74,7 @@ class _StepWithoutZero:
         optimizer.overflow = not torch.nn.utils.get_total_norm(gradients).isfinite()  # where the engine looks for it
         self._unscaled = True
 
-    def step(self, optimizer) -> None:
+    def step(self, optimizer: Any) -> None:
         if not self._unscaled:
             self.unscale_(optimizer)
         self._unscaled = False
@@ -77,4 +82,4 @@ class _StepWithoutZero:
             optimizer.step()
 
     def update(self) -> None:
-        """:func:`take_step` does it, as under ZeRO."""
+        """Does nothing: ``Engine.step`` updates the scale, as it does under ZeRO."""

@@ -1,10 +1,15 @@
 """SGD and Adam in the fastest implementation that is there, and the learning rate as a function of the step."""
 
+import contextlib
+import enum
 import importlib.util
 import logging
 import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
+from torch import nn
 
 from scf_fast.config import Config
 from scf_fast.errors import InputError
@@ -13,8 +18,9 @@ log = logging.getLogger(__name__)
 
 
 def nvidia_apex_problem() -> str | None:
-    """Why NVIDIA Apex's fused optimizers cannot be used, or None. The index's package called apex is an unrelated web
-    project.
+    """Returns why NVIDIA Apex's fused optimizers cannot be used, or None.
+
+    The package named apex on the Python package index is an unrelated web project.
     """
     if importlib.util.find_spec("apex") is None:
         return "not installed"
@@ -29,73 +35,97 @@ def nvidia_apex_problem() -> str | None:
     return None
 
 
-def _apex(rule, parameters, lr, momentum, weight_decay, device):
+class OptimizerRule(enum.Enum):
+    """The update rule, whichever implementation computes it."""
+
+    SGD = "sgd"
+    ADAM = "adam"
+
+
+class _Unusable(Exception):
+    """An implementation that cannot be used here; says why."""
+
+
+_Parameters = list[nn.Parameter]
+
+
+def _apex(
+    rule: OptimizerRule, parameters: _Parameters, lr: float, momentum: float, weight_decay: float, device: torch.device
+) -> torch.optim.Optimizer:
     problem = nvidia_apex_problem() or (None if device.type == "cuda" else "needs CUDA")
     if problem:
-        raise RuntimeError(problem)
+        raise _Unusable(problem)
     from apex.optimizers import FusedAdam, FusedSGD
 
-    if rule == "sgd":
+    if rule is OptimizerRule.SGD:
         return FusedSGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     return FusedAdam(parameters, lr=lr, weight_decay=weight_decay, adam_w_mode=False)
 
 
-def _deepspeed(rule, parameters, lr, momentum, weight_decay, device):
-    if rule == "sgd":
-        raise RuntimeError("has no fused SGD")
+def _deepspeed(
+    rule: OptimizerRule, parameters: _Parameters, lr: float, momentum: float, weight_decay: float, device: torch.device
+) -> torch.optim.Optimizer:
+    if rule is OptimizerRule.SGD:
+        raise _Unusable("has no fused SGD")
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     if device.type == "cpu":
         return DeepSpeedCPUAdam(parameters, lr=lr, weight_decay=weight_decay, adamw_mode=False)
-    return FusedAdam(
-        parameters, lr=lr, weight_decay=weight_decay, adam_w_mode=False
-    )  # compiles its extension at the first use
+    # It compiles its extension at the first use.
+    return FusedAdam(parameters, lr=lr, weight_decay=weight_decay, adam_w_mode=False)
 
 
-def _torch(rule, parameters, lr, momentum, weight_decay, device):
-    if rule == "sgd":
+def _torch(
+    rule: OptimizerRule, parameters: _Parameters, lr: float, momentum: float, weight_decay: float, device: torch.device
+) -> torch.optim.Optimizer:
+    if rule is OptimizerRule.SGD:
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
 
-_IMPLEMENTATIONS = {"apex": _apex, "deepspeed": _deepspeed, "torch": _torch}
+_IMPLEMENTATIONS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "apex": _apex,
+    "deepspeed": _deepspeed,
+    "torch": _torch,
+}
 
 
-def build_optimizer(rule: str, parameters, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """SGD with momentum or Adam, both with the L2 term in the gradient; logs once which implementation it took and why
-    not another.
+def build_optimizer(
+    rule: OptimizerRule,
+    parameters: Iterable[nn.Parameter],
+    config: Config,
+    device: torch.device,
+    *,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    """Returns SGD with momentum or Adam, both with the L2 term in the gradient; logs once which implementation it took
+    and why not another.
 
     Args:
-        rule: ``"sgd"`` or ``"adam"``.
-        parameters: what ``torch.optim`` accepts.
+        config: reads optimizer, offload_optimizer, lr, weight_decay and max_grad_clip.
         device: where training runs; with ``--offload_optimizer cpu`` the optimizer runs on the CPU all the same.
+        momentum: of SGD.
     Raises:
-        ValueError: ``--optimizer`` names one implementation and it is not usable.
+        InputError: ``--optimizer`` names one implementation and it is not usable.
     """
-    parameters = list(parameters)
+    trained = list(parameters)
     if config.offload_optimizer == "cpu":
         device = torch.device("cpu")
-    # On a CPU DeepSpeed's extension takes a minute to compile and is no faster than torch's fused one, so auto leaves
-    # it out there.
-    names = (
-        [config.optimizer]
-        if config.optimizer != "auto"
-        else ["apex", "deepspeed", "torch"]
-        if device.type == "cuda"
-        else ["torch"]
-    )
-    problems = []
+    if config.optimizer != "auto":
+        names = [config.optimizer]
+    else:
+        # On a CPU DeepSpeed's extension takes a minute to compile and is no faster than torch's fused optimizer.
+        names = ["apex", "deepspeed", "torch"] if device.type == "cuda" else ["torch"]
+    problems: list[str] = []
     for name in names:
         try:
-            optimizer = _IMPLEMENTATIONS[name](
-                rule, parameters, config.lr, config.momentum, config.weight_decay, device
-            )
+            optimizer = _IMPLEMENTATIONS[name](rule, trained, config.lr, momentum, config.weight_decay, device)
         except Exception as error:  # a failed extension build raises almost anything
             problems.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
         log.info(
             "optimizer: fused %s of %s%s",
-            rule.upper() if rule == "sgd" else "Adam",
+            {OptimizerRule.SGD: "SGD", OptimizerRule.ADAM: "Adam"}[rule],
             name,
             f" ({'; '.join(problems)})" if problems else "",
         )
@@ -105,18 +135,72 @@ def build_optimizer(rule: str, parameters, config: Config, device: torch.device)
     raise InputError(f"--optimizer {config.optimizer} cannot be used here ({'; '.join(problems)}); use auto")
 
 
-def _clip_values_before_step(optimizer, bound):
-    """Clip values where ZeRO hands the reduced gradient partition to the optimizer: earlier there is no full gradient
+def _clip_values_before_step(optimizer: torch.optim.Optimizer, bound: float) -> None:
+    """Clips values where ZeRO hands the reduced gradient partition to the optimizer: earlier there is no full gradient
     to clip.
     """
 
-    def clip(optimizer, *_):
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.clamp_(-bound, bound)
 
     optimizer.register_step_pre_hook(clip)
+
+
+class StepGate:
+    """Makes an optimizer's ``step`` change nothing while the gate is closed.
+
+    Under ZeRO it is the engine that calls ``step``, with partitions of its own, so the gate stands right before it:
+    without gradients every implementation leaves weights and moments alone. The gradients come back afterwards, since
+    offloading writes into their memory, and so do the counts of steps that fused Adam of Apex and of DeepSpeed keep in
+    the parameter groups.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self._is_closed = False
+        self._depth = 0  # a step that calls its base class's runs the hooks again
+        self._gradients: list[tuple[nn.Parameter, torch.Tensor | None]] = []
+        self._counts: list[Any] = []
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Closes the gate for the steps inside the block."""
+        self._is_closed = True
+        try:
+            yield
+        finally:
+            self._is_closed, self._depth = False, 0
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not self._is_closed:
+            return
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._counts = [group.get("step") for group in optimizer.param_groups]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not self._is_closed:
+            return
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        for group, count in zip(optimizer.param_groups, self._counts):
+            if count is None:
+                group.pop("step", None)
+            else:
+                group["step"] = count
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        self._gradients = []
 
 
 class LearningRate:
@@ -135,7 +219,7 @@ class LearningRate:
             )
 
     def at(self, step: int) -> float:
-        """Learning rate of the optimizer step with this number, counted from 0."""
+        """Returns the learning rate of the optimizer step with this number, counted from 0."""
         c, per_epoch = self.config, self.steps_per_epoch
         warmup, total = c.warmup_epochs * per_epoch, c.epochs * per_epoch
         if step < warmup:
@@ -152,7 +236,7 @@ class LearningRate:
         return c.lr * factor()
 
     def before_step(self, step: int) -> float:
-        """Set and return the rate for this step."""
+        """Sets and returns the rate of this step, counted from 0."""
         if self.plateau is not None:
             return self.optimizer.param_groups[0]["lr"]
         rate = self.at(step)
@@ -166,7 +250,5 @@ class LearningRate:
     def load_state_dict(self, state: dict) -> None:
         if self.plateau:
             self.plateau.load_state_dict(state)
-            for group, rate in zip(
-                self.optimizer.param_groups, state["_last_lr"]
-            ):  # before_step takes the rate from there
-                group["lr"] = rate
+            for group, rate in zip(self.optimizer.param_groups, state["_last_lr"]):
+                group["lr"] = rate  # where before_step finds it

@@ -1,18 +1,18 @@
-"""The part of an engine's trained state that this rank holds, piece by piece and under any ZeRO stage: weights and
-optimizer state.
+"""The trained state that a rank holds under any ZeRO stage, piece by piece: weights and optimizer state.
 
 A piece is a run of elements of one flattened parameter, so what one layout of ranks has saved any other can load: every
 rank fills the pieces it holds from whichever saved pieces overlap them. ZeRO 0 keeps everything on every rank; there
-each rank answers for an equal share.
+each rank saves an equal share.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from scf_fast.engine.engine import Engine
 from scf_fast.errors import InputError
 
 WEIGHT = "weight"
@@ -26,34 +26,30 @@ class Piece(NamedTuple):
     values: dict[str, torch.Tensor]  # 1-D, equally long: the float32 weight and the optimizer's tensors
 
 
-def owned_pieces(engine) -> list[Piece]:
-    """The pieces that this rank answers for; together the ranks' pieces cover every trained parameter once.
+def owned_pieces(engine: Engine) -> list[Piece]:
+    """Returns the pieces that this rank saves; together the ranks' pieces cover every trained parameter once.
 
-    The tensors are views wherever memory allows, so that writing to those of an engine that :func:`prepare` has seen
-    sets its state.
+    The tensors are views wherever memory allows, so that writing to them sets the engine's state.
     """
     return _pieces(engine, dist.get_rank(), dist.get_world_size())
 
 
-def _pieces(engine, share: int, shares: int) -> list[Piece]:
-    state = engine.basic_optimizer.state
+def _pieces(engine: Engine, share: int, shares: int) -> list[Piece]:
+    state = engine.optimizer.state
     return [
         Piece(
             name,
             start,
             {WEIGHT: weight, **{key: whole.reshape(-1)[place] for key, whole in _elementwise(state.get(flat, {}))}},
         )
-        for name, start, weight, flat, place in _places(engine, share, shares)
+        for name, start, weight, flat, place in engine.internals.places(share, shares)
     ]
 
 
-def shared_state(engine) -> dict:
-    """What belongs to no element and is the same on every rank: step counters and the loss scale."""
-    optimizer = engine.basic_optimizer
-    *_, last = [
-        {},
-        *optimizer.state.values(),
-    ]  # DeepSpeed's fused Adam counts its steps in the last parameter's state alone
+def shared_state(engine: Engine) -> dict[str, Any]:
+    """Returns the state that belongs to no element and is the same on every rank: step counters and the loss scale."""
+    optimizer = engine.optimizer
+    *_, last = [{}, *optimizer.state.values()]  # DeepSpeed's fused Adam counts in the last parameter's state alone
     counters = {key: value for key, value in last.items() if not (torch.is_tensor(value) and value.dim())}
     # Copies: the optimizer goes on counting while a checkpoint is being written.
     return {
@@ -62,20 +58,20 @@ def shared_state(engine) -> dict:
         },
         "group_steps": [group.get("step") for group in optimizer.param_groups],
         "loss_scaler": engine.loss_scaler.state_dict() if engine.loss_scaler else {},
-        "skipped_steps": engine.skipped_steps,
+        "skipped_steps": engine.internals.skipped_steps,
     }
 
 
-def restore(engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
-    """Give a new engine the optimizer state, the counters and the loss scale of a checkpoint; the weights must be in
+def restore(engine: Engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
+    """Gives a new engine the optimizer state, the counters and the loss scale of a checkpoint; the weights must be in
     the module already.
 
     Args:
         saved: all ranks' pieces, on any device.
     """
-    saved, optimizer = list(saved), engine.basic_optimizer
+    saved, optimizer = list(saved), engine.optimizer
     keys = [key for key in saved[0].values if key != WEIGHT]
-    for flat in {id(flat): flat for _, _, _, flat, _ in _places(engine, 0, 1)}.values():
+    for flat in {id(place.flat): place.flat for place in engine.internals.places(0, 1)}.values():
         counters = {
             key: value.to(flat.device, copy=True) if torch.is_tensor(value) else value
             for key, value in shared["counters"].items()
@@ -91,16 +87,16 @@ def restore(engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
     for group, count in zip(optimizer.param_groups, shared["group_steps"]):
         if count is not None:
             group["step"] = count
-    if engine.loss_scaler and shared["loss_scaler"]:  # else the scale begins anew
+    if engine.loss_scaler and shared["loss_scaler"]:  # else the scale starts from the beginning
         engine.loss_scaler.load_state_dict(shared["loss_scaler"])
-    engine.global_steps, engine.skipped_steps = step, shared["skipped_steps"]
+    engine.internals.global_steps, engine.internals.skipped_steps = step, shared["skipped_steps"]
 
 
 def load_weights(module: nn.Module, saved: Iterable[Piece], buffers: dict[str, torch.Tensor]) -> None:
-    """Weights and buffers into a module that no engine has divided yet.
+    """Copies weights and buffers into a module that no engine has divided yet.
 
     Raises:
-        ValueError: the pieces are of another network.
+        InputError: the pieces are of another network.
     """
     by_name = _by_name(saved)
     state = module.state_dict()
@@ -134,37 +130,6 @@ def _fill(target: torch.Tensor, start: int, saved: list[Piece], key: str) -> Non
             target[low - start : high - start] = piece.values[key][low - piece.start : high - piece.start].to(
                 target.device
             )
-
-
-def _places(engine, share: int, shares: int):
-    """(name, start, weight, flat, place) of each piece: the optimizer's state of it is ``state[flat]``, there flattened
-    at ``place``.
-
-    Under ZeRO 0 those of one of so many equal shares of what every rank has whole; else the shares are the ranks' own.
-    """
-    stage, rank = engine.zero_optimization_stage(), dist.get_rank()
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if stage == 0:
-            place = slice(parameter.numel() * share // shares, parameter.numel() * (share + 1) // shares)
-            if place.start < place.stop:
-                yield name, place.start, parameter.detach().reshape(-1)[place], parameter, place
-        elif stage < 3:
-            mapping = parameter._hp_mapping
-            if mapping is not None:  # None: this rank has no part of the parameter
-                inside, within = mapping.hp_fragment_address, mapping.lp_fragment_address
-                flat, place = (
-                    engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index],
-                    slice(inside.start, inside.start + inside.numel),
-                )
-                yield name, within.start, flat.detach()[place], flat, place
-        else:
-            group, offset, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
-            size = min(size, parameter.ds_numel - rank * size)  # the last ranks' parts may be padding
-            if size > 0:
-                flat, place = engine.optimizer.fp32_partitioned_groups_flat[group], slice(offset, offset + size)
-                yield name, rank * parameter.ds_tensor.numel(), flat.detach()[place], flat, place
 
 
 def _elementwise(state: dict):

@@ -1,13 +1,17 @@
-"""What a trained SCF model is worth: verification, template pooling, identification and rejection by kappa.
+"""Evaluation of trained SCF models: verification, template pooling, identification and rejection by kappa.
 
-    metrics      rates and curves over plain arrays
-    alignment    loose crops and their landmarks -> aligned faces
-    datasets     files on disk -> checked data sets
-    embeddings   images -> features and kappa, kept on disk -> scores of pairs
-    protocols    what each protocol measures
-    evaluate     the evaluations: what each embeds and makes of it
-    report       tables, report.html, report.md, results.json
-    plots        its figures
-
-The command line is `python -m scf_fast.evaluation verify|ijb|identify|risk|report`.
+__main__     the command: python -m scf_fast.evaluation verify|ijb|identify|risk|report
+comparison   several models on the same evaluations, by all ranks
+evaluate     the evaluations: what each embeds and measures
+datasets     files on disk -> checked data sets
+alignment    loose crops and their landmarks -> aligned faces
+embeddings   images -> features and kappa, kept on disk
+pair_scores  cosine and Eqn (13) of many pairs
+protocols    verification, templates, identification
+quality      error versus reject, quality and known degradation
+metrics      rates and curves over plain arrays
+results      typed results, as results.json keeps them
+tables       results -> tables
+plots        figures
+report       the report folder;  report_html: its page
 """

@@ -1,29 +1,27 @@
-"""Five-point alignment on the fly: a loose crop and its landmarks -> the 112 x 112 face that the models were trained
-on.
+"""Five-point alignment on the fly: turns a loose crop and its landmarks into a 112 x 112 face as models are trained on.
 
     z -> a z + b in complex numbers,  a = sum conj(z_k - zc) (w_k - wc) / sum |z_k - zc|^2,  b = wc - a zc
 
-is the similarity transform that brings landmarks z_k closest to the template's w_k in the least squares (zc, wc: their
-means).
+is the similarity transform that brings landmarks z_k closest to the template's w_k in the sense of least squares (zc,
+wc: their means).
 """
+
+import hashlib
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from scf_fast.errors import InputError
-from scf_fast.pipelines.loading.decode import FACE_SIZE, open_image
+from scf_fast.pipelines.face_template import FACE_SIZE, TEMPLATE
+from scf_fast.pipelines.loading.decode import open_image
 from scf_fast.pipelines.sources.base import ImageSource, ReadFiles
 
-# Eyes, nose and mouth corners (x, y) in pixels, of insightface's alignment: pixel centers have whole coordinates.
-TEMPLATE = np.array(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
-)
 _STILL = 0.05  # pixels: a transform that moves no corner further is left out, since resampling would only blur
 _CORNERS = np.array([0, FACE_SIZE - 1, 1j * (FACE_SIZE - 1), (1 + 1j) * (FACE_SIZE - 1)])
 
 
 def similarity_transform(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(a, b), each (N,) complex128, of landmarks (N, 5, 2); where all five are one point, a is not finite."""
+    """Returns (a, b), each (N,) complex128, of landmarks (N, 5, 2); where all five are one point, a is not finite."""
     points, target = landmarks.astype(np.float64) @ [1, 1j], TEMPLATE @ [1, 1j]
     center, target_center = points.mean(axis=1), target.mean()
     offsets = points - center[:, None]
@@ -33,7 +31,7 @@ def similarity_transform(landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 class AlignedFaces(ImageSource):
-    """The images of a source, each brought to the template by its landmarks when it is asked for; bilinear, black
+    """A source whose images are brought to the template by their landmarks when they are asked for: bilinear, black
     outside the picture.
 
     The file of a 112 x 112 image whose landmarks already lie on the template is passed on as it is; of other images the
@@ -44,7 +42,7 @@ class AlignedFaces(ImageSource):
         landmarks: (N, 5, 2) x and y in pixels of the upright image: left eye, right eye, nose, left and right mouth
             corner.
     Raises:
-        ValueError: the landmarks of an image are not finite, or all in one point.
+        InputError: the landmarks of an image are not finite, or all in one point.
     """
 
     def __init__(self, source: ImageSource, landmarks: np.ndarray):
@@ -55,61 +53,58 @@ class AlignedFaces(ImageSource):
         if len(bad):
             raise InputError(
                 f"landmarks must be finite and not all in one point; those of {len(bad)} of {len(source)} images are "
-                "not so, the first "
-                f"{source.name(int(bad[0]))}: {landmarks[bad[0]].tolist()}; detect them anew"
+                f"not, the first {source.name(int(bad[0]))}: {landmarks[bad[0]].tolist()}; detect them again"
             )
         moved = np.abs(self._a[:, None] * _CORNERS + self._b[:, None] - _CORNERS).max(axis=1)
         self._in_place = moved < _STILL
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         return self.source.name(i)
 
-    def will_need(self, indices):
+    def will_need(self, indices: np.ndarray) -> None:
         self.source.will_need(indices)
 
-    def update_digest(self, digest):
+    def update_digest(self, digest: "hashlib._Hash") -> None:
         self.source.update_digest(digest)
         digest.update(np.ascontiguousarray(self.landmarks).data)
 
-    def read(self, indices):
-        none = np.zeros(len(indices), dtype=np.int64)  # each image is asked for on its own
+    def read(self, indices: np.ndarray) -> ReadFiles:
+        none = np.zeros(len(indices), dtype=np.int64)  # each image has to be asked for on its own
         return ReadFiles(np.empty(0, dtype=np.uint8), none, none)
 
-    def encoded(self, i):
+    def encoded(self, i: int) -> np.ndarray:
         """Returns the image file, which shows the aligned face only where ``pixels(i)`` is None."""
         return self.source.encoded(i)
 
-    def pixels(self, i):
+    def pixels(self, i: int) -> np.ndarray | None:
         encoded = self.source.encoded(i)
         try:
             with open_image(encoded) as image:
                 if self._in_place[i] and image.size == (FACE_SIZE, FACE_SIZE):
                     return None
-                if "exif" in image.info:
-                    image = ImageOps.exif_transpose(image)
-                return self._warp(image.convert("RGB"), i)
-        except (
-            Exception
-        ) as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
-            reason = (
-                "unknown format" if isinstance(error, UnidentifiedImageError) else error
-            )  # that error's text is an address
+                upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
+                return self._warp(upright.convert("RGB"), i)
+        # A damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
+        except Exception as error:
+            # The text of Pillow's error is the address of an object.
+            reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
             raise InputError(
                 f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out"
             ) from error
 
-    def _warp(self, image, i):
-        """(112, 112, 3) uint8. In float32: of bytes Pillow cuts the fraction off, which makes faces darker by half a
-        gray level.
+    def _warp(self, image: Image.Image, i: int) -> np.ndarray:
+        """Returns the aligned face, (112, 112, 3) uint8.
+
+        It is computed in float32: for bytes Pillow cuts the fraction off, which makes faces darker by half a gray
+        level.
         """
-        # Pillow asks for the way back, and has pixel centers at 1/2.
+        # Pillow asks for the inverse transform, and has pixel centers at 1/2.
         a = 1 / self._a[i]
         b = -self._b[i] * a + (0.5 + 0.5j) * (1 - a)
-        way_back = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
+        inverse = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
+        size = (FACE_SIZE, FACE_SIZE)
         colors = [
-            color.convert("F").transform(
-                (FACE_SIZE, FACE_SIZE), Image.Transform.AFFINE, way_back, Image.Resampling.BILINEAR
-            )
+            np.asarray(color.convert("F").transform(size, Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR))
             for color in image.split()
         ]
         return np.stack(colors, axis=-1).round().astype(np.uint8)

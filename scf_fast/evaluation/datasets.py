@@ -1,4 +1,4 @@
-"""What an evaluation runs on, opened and checked before the first image is embedded."""
+"""Data sets of the evaluation: pairs, templates and subjects, opened and checked before the first image is embedded."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 from scf_fast.arguments import find_images
 from scf_fast.errors import InputError
 from scf_fast.evaluation.alignment import AlignedFaces
-from scf_fast.evaluation.protocols import read_severity
+from scf_fast.evaluation.quality import read_severity
 from scf_fast.pipelines.evaluation_sets.template_protocol import (
     Gallery,
     TemplateProtocol,
@@ -33,7 +33,7 @@ class PairSet:
     drawn: str = ""  # how the pairs were drawn, where no file names them
 
     def as_list(self) -> str:
-        """The pairs as read_pair_list reads them, with absolute paths."""
+        """Returns the pairs as text that read_pair_list reads, with absolute paths."""
         path = [os.path.abspath(self.source.name(i)) for i in range(len(self.source))]
         return "".join(f"{path[2 * k]}\t{path[2 * k + 1]}\t{int(same)}\n" for k, same in enumerate(self.same))
 
@@ -57,17 +57,18 @@ class Subjects(NamedTuple):
 
 
 def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> dict[str, PairSet]:
-    """Verification sets by name: `.bin` files, text files of pairs, folders of `.bin` files (or that hold such a
-    folder, `verification`), and folders with one folder of images for each identity, of which pairs are drawn.
+    """Opens verification sets; returns them by name.
 
-    Known severities are in a CSV beside a `.bin`, under its name (columns image and severity).
+    A path is a ``.bin`` file, a text file of pairs, a folder of ``.bin`` files (or one that holds such a folder,
+    ``verification``), or a folder with one folder of images for each identity, from which pairs are drawn. Known
+    severities are in a CSV beside a ``.bin``, under its name (columns image and severity).
 
     Args:
-        num_pairs, seed: of pairs that are drawn, see scf_fast.pipelines.evaluation_sets.verification_set.draw_pairs.
+        num_pairs, seed: for pairs that are drawn, see scf_fast.pipelines.evaluation_sets.verification_set.draw_pairs.
     Raises:
-        ValueError: nothing is there, a file is malformed or measures nothing, or two sets have one name.
+        InputError: nothing is there, a file is malformed or measures nothing, or two sets have the same name.
     """
-    sets = {}
+    sets: dict[str, PairSet] = {}
     for path in paths:
         found = sorted([*path.glob("*.bin"), *(path / "verification").glob("*.bin")]) if path.is_dir() else [path]
         for pairs in map(_open_pair_set, found) if found else [_draw_pair_set(path, num_pairs, seed)]:
@@ -79,24 +80,23 @@ def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> d
     return sets
 
 
-def _draw_pair_set(path, num_pairs, seed):
+def _draw_pair_set(path: Path, num_pairs: int, seed: int) -> PairSet:
     if not any(child.is_dir() for child in path.iterdir()):
         raise InputError(
             f"{path} must hold verification sets (*.bin or verification/*.bin) or one folder of images for each "
-            "identity; "
-            "give the folder or the file that has them"
+            "identity; give the folder or the file that has them"
         )
     source, names = open_subjects(path)
     labeled = ImageFiles(list(map(source.name, range(len(source)))), np.unique(names, return_inverse=True)[1])
     try:
         pairs = draw_pairs(labeled, num_pairs, seed=seed)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from error
     images = ImageFiles([pairs.source.name(i) for i in range(len(pairs.source))])
     return PairSet(path.resolve().name, images, pairs.same, None, f"{num_pairs} pairs of {path} drawn with seed {seed}")
 
 
-def _open_pair_set(path):
+def _open_pair_set(path: Path) -> PairSet:
     source, same = read_verification_set(path) if path.suffix == ".bin" else read_pair_list(path)
     check_pairs(path, same)
     severity = path.with_suffix(".csv")
@@ -109,19 +109,20 @@ def _open_pair_set(path):
 
 
 def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
-    """Pairs named in a text file, one a line: `path path label`, label 1 for one person and 0 for two, between them
-    blanks, or tabs where paths hold blanks; relative paths start from the file's folder. Consecutive tenths of the
-    lines are the folds.
+    """Reads pairs from a text file with lines ``path path label``, label 1 for one person and 0 for two.
+
+    Blanks separate the columns, or tabs where paths hold blanks; relative paths start from the file's folder.
+    Consecutive tenths of the lines are the folds.
 
     Returns:
         Images, 2k and 2k + 1 of line k, and (P,) bool.
     Raises:
-        ValueError: the file cannot be read or is empty, a line is malformed, or an image is not there.
+        InputError: the file cannot be read, a line is malformed, or an image is not there.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise InputError(f"cannot read the pairs {path}: {os.strerror(error.errno)}; check the path") from error
+        raise InputError(f"cannot read the pairs {path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} must be a .bin or a text file with lines `path path label`: {error}") from error
     images, same = [], []
@@ -145,31 +146,33 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
     return ImageFiles(images), np.array(same, dtype=bool)
 
 
-def check_pairs(what: Path, same: np.ndarray) -> None:
-    """Raises:
-    ValueError: too few pairs to measure anything, or only one kind of them.
+def check_pairs(path: Path, same: np.ndarray) -> None:
+    """Checks that the pairs read from a path can measure something.
+
+    Raises:
+        InputError: there are too few pairs, or only genuine or only impostor ones.
     """
     genuine = np.count_nonzero(same)
     if len(same) < 10 or genuine in (0, len(same)):
         raise InputError(
-            f"{what} must have at least 10 pairs, genuine and impostor ones among them, got {len(same)} with "
-            f"{genuine} genuine; "
-            "leave it out"
+            f"{path} must have at least 10 pairs, genuine and impostor ones among them, got {len(same)} with "
+            f"{genuine} genuine; leave it out"
         )
 
 
 def is_template_set(path: Path) -> bool:
+    """Returns True for a folder in IJB's layout."""
     return (path / "meta").is_dir()
 
 
 def open_template_set(path: Path, align: bool = True) -> TemplateSet:
-    """A protocol folder (meta, loose_crop), with its 1:N files and severity.csv (columns name and severity) where there
-    are such.
+    """Opens a protocol folder (meta, loose_crop), with its 1:N files and severity.csv (columns name and severity) if
+    it has them.
 
     Args:
-        align: False takes the crops for aligned faces and their landmarks for those of other pictures.
+        align: False says that the crops are aligned faces already, and leaves the landmarks unused.
     Raises:
-        ValueError: as in read_template_protocol, read_galleries and AlignedFaces, or the pairs measure nothing.
+        InputError: as in read_template_protocol, read_galleries and AlignedFaces, or the pairs measure nothing.
     """
     protocol = read_template_protocol(path)
     check_pairs(path, protocol.pair_labels)
@@ -183,18 +186,18 @@ def open_template_set(path: Path, align: bool = True) -> TemplateSet:
     )
 
 
-def _protocol_name(path):
-    """What the meta files are called, in the spelling of the two that everybody knows."""
+def _protocol_name(path: Path) -> str:
+    """Returns the prefix of the meta files; for IJB's own two protocols in its usual spelling."""
     prefix = next((path / "meta").glob("*_face_tid_mid.txt")).name.removesuffix("_face_tid_mid.txt")
     return {"ijbb": "IJB-B", "ijbc": "IJB-C"}.get(prefix.lower(), prefix)
 
 
 def open_subjects(path: Path) -> Subjects:
-    """Faces by subject: a folder with one folder a subject; or any other data set of
-    scf_fast.pipelines.index.open_source, such as a list of lines `path label`, whose subjects are its labels.
+    """Opens faces by subject: a folder with one folder for each subject, or any other data set of
+    scf_fast.pipelines.index.open_source, such as a list of lines ``path label``, whose subjects are its labels.
 
     Raises:
-        ValueError: nothing is there, it is damaged, or it holds no image.
+        InputError: nothing is there, it is damaged, or it holds no image.
     """
     if not path.is_dir():
         source = open_source(path)
@@ -203,6 +206,7 @@ def open_subjects(path: Path) -> Subjects:
     loose = next((image for image in images if image.parent == path), None)
     if loose is not None:
         raise InputError(
-            f"{path} must hold one folder a subject, and holds the image {loose.name}; put it in its subject's folder"
+            f"{path} must hold one folder for each subject, and holds the image {loose.name}; put it in its subject's "
+            "folder"
         )
     return Subjects(ImageFiles(images), np.array([image.relative_to(path).parts[0] for image in images]))

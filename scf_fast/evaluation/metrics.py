@@ -1,7 +1,7 @@
-"""Verification, identification and error-versus-reject metrics, in NumPy, each exact over the scores it is given.
+"""Verification, identification and error-versus-reject metrics in NumPy, each exact over the scores it is given.
 
-A pair is accepted where score > threshold. `scores` (P,) float, larger is more alike; `same` (P,) bool, True for
-genuine pairs.
+A pair is accepted where score > threshold. Throughout, ``scores`` is (P,) float, larger for more similar faces, and
+``same`` is (P,) bool, True for genuine pairs.
 """
 
 import math
@@ -14,8 +14,8 @@ from scf_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Roc:
-    """Operating points from the threshold that accepts nothing to the one that accepts everything, one per distinct
-    score.
+    """Operating points, one per distinct score, from the threshold that accepts nothing to the one that accepts
+    everything.
     """
 
     false_accept_rate: np.ndarray  # (K,) fraction of impostor pairs accepted, rising from 0 to 1
@@ -25,6 +25,8 @@ class Roc:
 
 @dataclass(frozen=True)
 class KFoldAccuracy:
+    """Verification accuracy with the threshold chosen on the other folds."""
+
     mean: float  # over the folds
     std: float  # over the folds
     threshold: np.ndarray  # (folds,) chosen on the other folds
@@ -32,43 +34,46 @@ class KFoldAccuracy:
 
 @dataclass(frozen=True)
 class RejectCurve:
+    """Error rate as pairs are rejected one by one."""
+
     rejected: np.ndarray  # (P,) fraction of pairs rejected, from 0 to 1 - 1/P
     error: np.ndarray  # (P,) error rate of the pairs kept
     area: float  # mean of error over the rejected fractions
 
     def error_at(self, rejected: float) -> float:
-        """Error rate at the first point that rejects at least this fraction, in [0, 1)."""
-        return float(self.error[min(np.searchsorted(self.rejected, rejected), len(self.error) - 1)])
+        """Returns the error rate at the first point that rejects at least this fraction, in [0, 1)."""
+        return float(self.error[min(int(np.searchsorted(self.rejected, rejected)), len(self.error) - 1)])
 
 
 def roc(scores: np.ndarray, same: np.ndarray) -> Roc:
-    """Every operating point that the scores can tell apart.
+    """Computes every operating point that the scores can tell apart.
 
     Raises:
-        ValueError: the shapes differ, a score is not finite, or genuine or impostor pairs are missing.
+        InputError: a score is not finite, or genuine or impostor pairs are missing.
+        ValueError: the shapes differ.
     """
     genuine, impostor = _split(scores, same)
     threshold = np.concatenate([np.unique(scores)[::-1], [-np.inf]])
-    rates = [
+    false_accepts, true_accepts = (
         (len(part) - np.searchsorted(np.sort(part), threshold, side="right")) / len(part)
         for part in (impostor, genuine)
-    ]
-    return Roc(*rates, threshold)
+    )
+    return Roc(false_accepts, true_accepts, threshold)
 
 
 def measurable_fars(fars: tuple[float, ...], num_impostors: int, least_accepts: int = 10) -> list[float]:
-    """Those false accept rates at which at least `least_accepts` impostor pairs are accepted: below it the estimate is
-    mostly noise.
+    """Returns the false accept rates at which at least ``least_accepts`` impostor pairs are accepted; with fewer the
+    estimate is mostly noise.
     """
     return [far for far in fars if far * num_impostors >= least_accepts * (1 - 1e-9)]  # 1e-3 * 10,000 must count as 10
 
 
 def tar_at_far(scores: np.ndarray, same: np.ndarray, fars: list[float]) -> dict[float, float]:
-    """True accept rate at the lowest threshold whose false accept rate does not pass `far`, for each of `fars` in [0,
-    1].
+    """Computes the true accept rate for each of ``fars`` in [0, 1], at the lowest threshold whose false accept rate
+    does not exceed it.
 
     Raises:
-        ValueError: as in roc.
+        InputError, ValueError: as in roc.
     """
     genuine, impostor = (np.sort(part)[::-1] for part in _split(scores, same))
     # searchsorted wants rising scores: accepted are those above the threshold.
@@ -76,32 +81,32 @@ def tar_at_far(scores: np.ndarray, same: np.ndarray, fars: list[float]) -> dict[
 
 
 def threshold_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
-    """The lowest threshold whose false accept rate does not pass `far`, in [0, 1).
+    """Returns the lowest threshold whose false accept rate does not exceed ``far``, in [0, 1).
 
     Raises:
-        ValueError: as in roc.
+        InputError, ValueError: as in roc.
     """
     return _threshold(np.sort(_split(scores, same)[1])[::-1], far)
 
 
 def _threshold(falling: np.ndarray, rate: float) -> float:
-    """The highest of the falling scores that must be refused, whatever ties it has, for a share of at most `rate` to
-    pass.
+    """Returns the highest of the falling scores that must be refused, with all its ties, so that a share of at most
+    ``rate`` passes.
     """
     allowed = math.floor(rate * len(falling) + 1e-9)  # 1e-9: a product such as 0.29 * 100 rounds to 28.999...
     return float(falling[allowed]) if allowed < len(falling) else -math.inf
 
 
 def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
-    """The threshold of highest accuracy, searched over every cut between distinct scores: the middle of the best gap.
+    """Returns the threshold of highest accuracy among every cut between distinct scores: the middle of the best gap.
 
-    Of several best cuts the strictest wins, as in insightface's search. Accepting nothing or everything are cuts too.
+    Of several best cuts the strictest wins, as in insightface's search. Accepting nothing and accepting everything are
+    cuts too.
     """
     order = np.argsort(-scores, kind="stable")
     scores, same = scores[order], same[order]
-    correct = np.concatenate(
-        [[0], np.cumsum(np.where(same, 1, -1))]
-    )  # plus a constant: right answers when the first n are accepted
+    # Right answers when the first n are accepted, up to a constant.
+    correct = np.concatenate([[0], np.cumsum(np.where(same, 1, -1))])
     is_cut = np.concatenate([[True], scores[1:] < scores[:-1], [True]])
     cut = int(np.argmax(np.where(is_cut, correct, np.iinfo(correct.dtype).min)))
     if cut in (0, len(scores)):
@@ -112,12 +117,13 @@ def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
 
 
 def k_fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: int = 10) -> KFoldAccuracy:
-    """Verification accuracy of the LFW protocol as insightface runs it: contiguous folds of pairs in file order, the
-    threshold chosen on the others and tested on each. The threshold search is exact where insightface's steps over a
-    grid of 0.01 in squared distance.
+    """Computes the accuracy of the LFW protocol as insightface runs it.
+
+    Folds are contiguous in file order; the threshold is chosen on the others and tested on each. The search for it is
+    exact, where insightface's steps over a grid of 0.01 in squared distance.
 
     Raises:
-        ValueError: as in roc, or there are fewer pairs than folds.
+        InputError, ValueError: as in roc, or there are fewer pairs than folds.
     """
     _split(scores, same)
     if len(scores) < folds:
@@ -132,18 +138,18 @@ def k_fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: int = 10) -> KF
 
 
 def equal_error_threshold(scores: np.ndarray, same: np.ndarray) -> float:
-    """The operating threshold where false accept and false reject rates are closest; of equals the strictest.
+    """Returns the threshold at which false accept and false reject rates are closest; the strictest of several.
 
     Raises:
-        ValueError: as in roc.
+        InputError, ValueError: as in roc.
     """
     curve = roc(scores, same)
     return float(curve.threshold[np.argmin(np.abs(curve.false_accept_rate - (1 - curve.true_accept_rate)))])
 
 
 def error_versus_reject(wrong: np.ndarray, quality: np.ndarray) -> RejectCurve:
-    """Error rate of the pairs kept when those of lowest quality are rejected first, the decisions having been made once
-    on all pairs.
+    """Computes the error rate of the pairs kept when those of lowest quality are rejected first; the decisions were
+    made once, on all pairs.
 
     Pairs of equal quality are rejected in random order: the curve is the expectation over that order.
 
@@ -151,10 +157,11 @@ def error_versus_reject(wrong: np.ndarray, quality: np.ndarray) -> RejectCurve:
         wrong: (P,) bool, the decision on the pair is an error.
         quality: (P,) float.
     Raises:
-        ValueError: the shapes differ, there are no pairs, or a quality is not finite.
+        InputError: a quality is not finite.
+        ValueError: the shapes differ, or there are no pairs.
     """
     if wrong.shape != quality.shape or wrong.ndim != 1 or len(wrong) == 0:
-        raise InputError(f"wrong and quality must be (P,) with P >= 1, got {wrong.shape} and {quality.shape}")
+        raise ValueError(f"wrong and quality must be (P,) with P >= 1, got {wrong.shape} and {quality.shape}")
     if not np.isfinite(quality).all():
         raise InputError(f"quality must be finite, got {np.count_nonzero(~np.isfinite(quality))} values that are not")
     _, group, size = np.unique(quality, return_inverse=True, return_counts=True)
@@ -166,10 +173,10 @@ def error_versus_reject(wrong: np.ndarray, quality: np.ndarray) -> RejectCurve:
 
 
 def area_under_roc(scores: np.ndarray, same: np.ndarray) -> float:
-    """The probability that a genuine pair scores above an impostor pair; a tie counts half.
+    """Returns the probability that a genuine pair scores above an impostor pair; a tie counts half.
 
     Raises:
-        ValueError: as in roc.
+        InputError, ValueError: as in roc.
     """
     genuine, impostor = _split(scores, same)
     impostor = np.sort(impostor)
@@ -178,10 +185,10 @@ def area_under_roc(scores: np.ndarray, same: np.ndarray) -> float:
 
 
 def equal_error_rate(scores: np.ndarray, same: np.ndarray) -> float:
-    """Mean of the false accept and the false reject rate at the operating point where they are closest.
+    """Returns the mean of the false accept and the false reject rate at the operating point where they are closest.
 
     Raises:
-        ValueError: as in roc.
+        InputError, ValueError: as in roc.
     """
     curve = roc(scores, same)
     false_reject_rate = 1 - curve.true_accept_rate
@@ -194,22 +201,22 @@ class Searches:
     """Q searches of a gallery that holds one entry a subject."""
 
     mate_score: np.ndarray  # (Q,) float, with the entry of the probe's subject; NaN where the gallery has none
-    # (Q,) int64, place of the mate among the best entries, from 1; one more than is told apart where it is beyond; 0:
-    # no mate
+    # (Q,) int64, place of the mate among the best entries, from 1; one more than the search's depth where it lies
+    # deeper; 0: no mate
     mate_rank: np.ndarray
     best_other: np.ndarray  # (Q,) float, the highest score with another subject's entry; -inf where there is no other
 
     @property
     def mated(self) -> np.ndarray:
-        """(Q,) bool."""
+        """(Q,) bool, True where the probe's subject is in the gallery."""
         return self.mate_rank > 0
 
 
 def rank_rates(searches: Searches, ranks: tuple[int, ...]) -> dict[int, float]:
-    """Closed set: share of mated searches that have the mate among the best `rank`, for each of `ranks`.
+    """Computes the closed-set rates: for each of ``ranks`` the share of mated searches with the mate among the best.
 
     Raises:
-        ValueError: no search is mated.
+        InputError: no search is mated.
     """
     if not searches.mated.any():
         raise InputError("closed-set identification needs probes whose subject is in the gallery, got none")
@@ -218,11 +225,13 @@ def rank_rates(searches: Searches, ranks: tuple[int, ...]) -> dict[int, float]:
 
 
 def tpir_at_fpir(searches: Searches, fpirs: list[float]) -> dict[float, float]:
-    """Open set: share of mated searches that return the mate first and above the threshold, at the lowest threshold at
-    which at most a share `fpir` of the searches without mate returns anything.
+    """Computes the open-set rates: the share of mated searches that return the mate first and above the threshold.
+
+    The threshold is, for each of ``fpirs``, the lowest at which at most that share of the searches without mate
+    returns anything.
 
     Raises:
-        ValueError: all searches are mated, or none.
+        InputError: all searches are mated, or none.
     """
     mated = searches.mated
     if mated.all() or not mated.any():
@@ -236,9 +245,9 @@ def tpir_at_fpir(searches: Searches, fpirs: list[float]) -> dict[float, float]:
 
 
 def _split(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Genuine and impostor scores, after checking them."""
+    """Returns genuine and impostor scores, after checking them."""
     if scores.shape != same.shape or scores.ndim != 1 or same.dtype != bool:
-        raise InputError(f"scores (P,) and same (P,) bool must agree, got {scores.shape} and {same.shape} {same.dtype}")
+        raise ValueError(f"scores (P,) and same (P,) bool must agree, got {scores.shape} and {same.shape} {same.dtype}")
     if not np.isfinite(scores).all():
         raise InputError(
             f"scores must be finite, got {np.count_nonzero(~np.isfinite(scores))} of {len(scores)} that are not"

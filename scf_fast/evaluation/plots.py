@@ -2,28 +2,32 @@
 
 import io
 import itertools
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from scf_fast.evaluation.metrics import tar_at_far
-from scf_fast.evaluation.protocols import Rejection, ScoreHistogram
+from scf_fast.evaluation.quality import Rejection
+from scf_fast.evaluation.results import Quality, ScoreHistogram
 from scf_fast.pipelines.loading.decode import load_face
 from scf_fast.pipelines.sources.base import ImageSource
 
 _BLUE, _ORANGE, _GREY, _GREEN, _PURPLE, _RED = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63", "#7c5cbf", "#c23b4e"
-_REJECTION_STYLES = {  # by rejection order: label and line
-    "kappa": ("κ", {"color": _ORANGE, "lw": 2.2}),
-    "feature_norm": ("feature norm", {"color": _BLUE, "lw": 1.6}),
-    "detector": ("detector score", {"color": _PURPLE, "lw": 1.6}),
-    "random": ("random", {"color": _GREY, "lw": 1.6}),
-    "oracle": ("oracle", {"color": _GREEN, "lw": 1.2, "ls": ":"}),
+Style = dict[str, Any]  # keyword arguments of Axes.plot
+_REJECTION_STYLES: dict[Quality, Style] = {
+    Quality.KAPPA: {"color": _ORANGE, "lw": 2.2},
+    Quality.FEATURE_NORM: {"color": _BLUE, "lw": 1.6},
+    Quality.DETECTOR: {"color": _PURPLE, "lw": 1.6},
+    Quality.RANDOM: {"color": _GREY, "lw": 1.6},
+    Quality.ORACLE: {"color": _GREEN, "lw": 1.2, "ls": ":"},
 }
 Curves = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]  # by (what is compared, by which score): FAR, TAR
 
 
-def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: float = 4.4):
+def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: float = 4.4) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=12, fontweight="bold", loc="left")
@@ -35,21 +39,22 @@ def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: fl
 
 
 def _png(figure: Figure) -> bytes:
+    """Renders a figure: nearly all of the time that plotting takes."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
 
 
 def roc_points(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """400 points (FAR, TAR), evenly spaced on a logarithmic axis from where ten impostor pairs pass: all that a curve
-    shows.
+    """Returns 400 points (FAR, TAR), as many as a curve can show, evenly spaced on a logarithmic axis from where ten
+    impostor pairs pass.
     """
     fars = np.geomspace(min(1, 10 / np.count_nonzero(~same)), 1, 400)
     return fars, np.array(list(tar_at_far(scores, same, fars.tolist()).values()))
 
 
-def _styles(curves: Curves):
-    """A color for what is compared, a line style for the score."""
+def _styles(curves: Curves) -> dict[tuple[str, str], Style]:
+    """Chooses a color for what is compared and a line style for the score."""
     colors = dict(
         zip(dict.fromkeys(what for what, _ in curves), itertools.cycle((_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY, _RED)))
     )
@@ -61,7 +66,7 @@ def _styles(curves: Curves):
 
 
 def plot_roc(title: str, curves: Curves) -> bytes:
-    """TAR over FAR."""
+    """Plots TAR over FAR."""
     figure, axes = _figure(title, "false accept rate", "true accept rate")
     for key, style in _styles(curves).items():
         axes.plot(*curves[key], **style)
@@ -71,12 +76,12 @@ def plot_roc(title: str, curves: Curves) -> bytes:
 
 
 def plot_det(title: str, curves: Curves) -> bytes:
-    """False reject rate over false accept rate, both logarithmic: the detection error trade-off."""
+    """Plots the detection error trade-off: false reject rate over false accept rate, both logarithmic."""
     figure, axes = _figure(title, "false accept rate", "false reject rate")
     for key, style in _styles(curves).items():
         fars, tars = curves[key]
-        some = tars < 1  # a logarithmic axis has no place for 0
-        axes.plot(fars[some], 1 - tars[some], **style)
+        shown = tars < 1  # a logarithmic axis has no place for 0
+        axes.plot(fars[shown], 1 - tars[shown], **style)
     lowest = min((1 - tars[tars < 1]).min(initial=0.1) for _, tars in curves.values())
     axes.set(xscale="log", yscale="log", ylim=(lowest / 1.5, 1))
     axes.legend(loc="upper right", frameon=False)
@@ -84,17 +89,15 @@ def plot_det(title: str, curves: Curves) -> bytes:
 
 
 def plot_rejection(rejection: Rejection, score: str) -> bytes:
-    """Error rate of the pairs kept over the fraction rejected, for every order, down to fifty pairs; the areas are of
-    whole curves.
+    """Plots the error rate of the pairs kept over the fraction rejected, for every order, down to fifty pairs; the
+    areas are those of whole curves.
     """
     figure, axes = _figure("Error versus reject", "pairs rejected [%]", "error rate of the pairs kept [%]")
     for order, curve in rejection.curves.items():
-        label, style = _REJECTION_STYLES[order]
+        label = f"{order.label} (area {curve.area:.4f})"
         shown = np.unique(np.linspace(0, max(0, len(curve.error) - 50), 2000).astype(int))
-        axes.plot(
-            100 * curve.rejected[shown], 100 * curve.error[shown], label=f"{label} (area {curve.area:.4f})", **style
-        )
-    axes.set(xlim=(0, 100), ylim=(0, 100 * 1.3 * rejection.curves["oracle"].error_at(0) + 0.1))
+        axes.plot(100 * curve.rejected[shown], 100 * curve.error[shown], label=label, **_REJECTION_STYLES[order])
+    axes.set(xlim=(0, 100), ylim=(0, 100 * 1.3 * rejection.curves[Quality.ORACLE].error_at(0) + 0.1))
     axes.legend(
         frameon=False, title=f"accepted above {score} {rejection.threshold:.3f}", title_fontsize=9, alignment="left"
     )
@@ -102,8 +105,8 @@ def plot_rejection(rejection: Rejection, score: str) -> bytes:
 
 
 def plot_severity(kappa: np.ndarray, severity: np.ndarray, correlation: float | None) -> bytes:
-    """Kappa of each image over its known degradation severity, with the median and the middle 80 % of twenty equal
-    groups.
+    """Plots kappa of each image over its known degradation severity, with the median and the middle 80 % of twenty
+    equal groups.
     """
     figure, axes = _figure(
         "κ against degradation" if correlation is None else f"κ against degradation (Spearman {correlation:.3f})",
@@ -122,27 +125,27 @@ def plot_severity(kappa: np.ndarray, severity: np.ndarray, correlation: float | 
 
 
 def plot_kappa_histogram(kappa: np.ndarray, same: np.ndarray) -> bytes:
-    """Distribution of each pair's lower kappa, (P,), among genuine and impostor pairs: the share of either kind in each
+    """Plots the distribution of each pair's lower kappa, (P,): the share of genuine and of impostor pairs in each
     bin.
     """
     figure, axes = _figure("Lower κ of a pair", "κ", "share of pairs")
     positive = kappa[kappa > 0]  # a logarithmic axis has no place for 0
-    bins = np.geomspace(positive.min(), positive.max() * (1 + 1e-9), 41) if len(positive) else 1
+    edges = np.geomspace(positive.min(), positive.max() * (1 + 1e-9), 41).tolist() if len(positive) else 1
     for label, part, color in ("genuine", same, _BLUE), ("impostor", ~same, _ORANGE):
         weights = np.full(np.count_nonzero(part), 1 / np.count_nonzero(part))
-        axes.hist(kappa[part], bins=bins, weights=weights, histtype="stepfilled", alpha=0.35, color=color, label=label)
-        axes.hist(kappa[part], bins=bins, weights=weights, histtype="step", color=color, lw=1.4)
+        axes.hist(kappa[part], bins=edges, weights=weights, histtype="stepfilled", alpha=0.35, color=color, label=label)
+        axes.hist(kappa[part], bins=edges, weights=weights, histtype="step", color=color, lw=1.4)
     axes.set_xscale("log")
     axes.legend(frameon=False)
     return _png(figure)
 
 
 def plot_scores(title: str, histogram: ScoreHistogram) -> bytes:
-    """Distribution of Eqn (13) among genuine and impostor comparisons: the share of either kind in each bin, on a
+    """Plots the distribution of Eqn (13): the share of genuine and of impostor comparisons in each bin, on a
     logarithmic axis.
     """
     figure, axes = _figure(title, "Eqn (13) against chance [nats]", "share of comparisons")
-    edges = histogram.edges[::4]  # few genuine comparisons look like a comb otherwise
+    edges = histogram.edges[::4]  # wider bins, or few genuine comparisons look like a comb
     for label, counts, color in ("genuine", histogram.genuine, _BLUE), ("impostor", histogram.impostor, _ORANGE):
         total = counts.sum()
         share = counts.reshape(-1, 4).sum(axis=1) / max(total, 1)
@@ -154,12 +157,13 @@ def plot_scores(title: str, histogram: ScoreHistogram) -> bytes:
     return _png(figure)
 
 
-def _show(axes, source: ImageSource, i: int, caption: str) -> None:
+def _show(axes: Axes, source: ImageSource, i: int, caption: str) -> None:
     axes.imshow(Image.fromarray(load_face(source, int(i))))
     axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", fontsize=8)
 
 
-def _empty_grid(title: str, rows: int, columns: int, row_height: float):
+def _empty_grid(title: str, rows: int, columns: int, row_height: float) -> tuple[Figure, np.ndarray]:
+    """Returns a figure and its (rows, columns) axes without frames."""
     figure = Figure(figsize=(1.15 * columns, row_height * rows + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -171,8 +175,8 @@ def _empty_grid(title: str, rows: int, columns: int, row_height: float):
 def plot_faces(
     source: ImageSource, kappa: np.ndarray, severity: np.ndarray | None, columns: int = 10, rows: int = 2
 ) -> bytes:
-    """Faces at evenly spaced ranks of kappa, from the lowest to the highest, with kappa (and the known severity) under
-    each.
+    """Shows faces at evenly spaced ranks of kappa, from the lowest to the highest, with kappa (and the known severity)
+    under each.
     """
     order = np.argsort(kappa, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, columns * rows).round().astype(int))]
@@ -186,7 +190,7 @@ def plot_faces(
 def plot_pairs(
     source: ImageSource, scores: np.ndarray, same: np.ndarray, kappa: np.ndarray | None, score: str, columns: int = 5
 ) -> bytes:
-    """The best and worst pairs of either kind: a pair is two faces side by side, kappa under each (None: nothing) and
+    """Shows the best and worst pairs of either kind: two faces side by side, kappa under each (if it is not None) and
     the score above both.
     """
     order = np.argsort(scores, kind="stable")

@@ -1,13 +1,19 @@
-"""A pass over a data set that computes features and trains nothing: what the programs beside training share."""
+"""A pass over a data set that computes features and trains nothing: what the commands beside training share."""
 
-from pathlib import Path
+import dataclasses
+
+from tqdm import tqdm
 
 from scf_fast import distributed
-from scf_fast.command_line import parse
+from scf_fast.config import FeatureConfig
 from scf_fast.data import open_data
-from scf_fast.features.open import pixel_convention
-from scf_fast.model import noted_facts
-from scf_fast.weights import reading
+from scf_fast.distributed import Runtime
+from scf_fast.errors import InputError
+from scf_fast.features.open import open_stream, pixel_convention
+from scf_fast.features.stream import FeatureStream
+from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
+from scf_fast.weights.contents import Facts
+from scf_fast.weights.reading import read_noted_facts, read_weights
 
 
 class FeaturePass:
@@ -15,30 +21,59 @@ class FeaturePass:
     ranks.
 
     Args:
-        flags: of train.py, ``--data`` and ``--saved_bkb`` among them.
-        folder: ``--output_dir``, where they do not give another.
+        config: of a pass over ``data`` with the backbone in ``saved_bkb``.
     Attributes:
-        config, source: as a training run of stage 2 has them; the pixel convention is settled.
-        backbone: Weights of ``--saved_bkb``.
+        config: the same, with the pixel convention settled.
+        source: the images.
+        backbone: Weights of ``saved_bkb``.
+        network: name and embedding width of the backbone.
     Raises:
-        ValueError: bad flags, data or weights.
+        InputError: data or weights that cannot be used.
     """
 
-    def __init__(self, flags: list[str], folder: Path):
-        config = self.config = parse(
-            ["--stage", "confidence", "--output_dir", str(folder), "--saved_fc", "none", "--batch_size", "256", *flags]
-        )
-        self.source, self.backbone = open_data(config), reading.read(config.saved_bkb, "--saved_bkb")
-        facts = {}
-        if config.saved_fc != "none":
-            facts = reading.read(config.saved_fc, "--saved_fc").facts
+    def __init__(self, config: FeatureConfig):
+        self.source, self.backbone = open_data(config), read_weights(config.saved_bkb, "--saved_bkb")
+        self.network = self.backbone.network()
+        facts = Facts()
+        if config.saved_fc:
+            facts = read_weights(config.saved_fc, "--saved_fc").facts
         elif config.normalization is None:
-            facts = noted_facts(self.backbone, config.saved_bkb)
-        config.normalization, self._origin = pixel_convention(config, self.backbone.network()[0], facts)
+            facts = read_noted_facts(self.backbone, config.saved_bkb)
+        normalization, self._origin = pixel_convention(config, self.network[0], facts)
+        self.config = dataclasses.replace(config, normalization=normalization)
 
-    def start(self) -> tuple[distributed.Runtime, int]:
-        """Join the group; (runtime, images of a global batch, of which each rank has as many)."""
+    def start(self) -> tuple[Runtime, int]:
+        """Joins the group; returns the runtime and the images of a global batch, of which each rank has as many."""
         runtime = distributed.start()
         if runtime.is_main:
             print(f"pixels: {self.config.normalization}, {self._origin}", flush=True)
         return runtime, max(min(self.config.batch_size, len(self.source)) // runtime.world_size, 1) * runtime.world_size
+
+    def open_stream(self, sampler: Sampler, runtime: Runtime) -> FeatureStream:
+        """Opens the features of the sampler's images, with the cache of the configuration; collective."""
+        return open_stream(self.config, self.backbone.require_backbone(), self.source, sampler, runtime)
+
+
+def fill_cache(inputs: FeaturePass) -> None:
+    """Computes the features of all images into the feature cache of the configuration; collective, and joins the group.
+
+    Raises:
+        InputError: the cache belongs to something else, or cannot be written.
+    """
+    source = inputs.source
+    runtime, size = inputs.start()
+    sampler = EpochSampler(
+        len(source), size, rank=runtime.rank, world_size=runtime.world_size, shuffle=False, last_batch="partial"
+    )
+    with (
+        inputs.open_stream(sampler, runtime) as stream,
+        tqdm(total=len(source), unit="img", unit_scale=True, desc="features", disable=not runtime.is_main) as bar,
+    ):
+        for batch, _ in enumerate(stream.batches(0)):
+            bar.update(min(size, len(source) - batch * size))
+    problem = None if stream.cache is None else stream.cache.problem
+    if problem is not None:
+        raise InputError(
+            f"--feature_cache {inputs.config.feature_cache}: cannot be written ({problem.strerror}); what is there is "
+            "good, the same command goes on"
+        )

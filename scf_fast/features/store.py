@@ -1,231 +1,183 @@
+"""The feature cache: the frozen backbone's features of each image, on disk, for later epochs and later runs.
+
+    folder/meta.json         layout of the rows; digests of the backbone and the data, pixel convention and arithmetic
+                             that they were computed with; what their dtype loses
+    folder/rows-NNNNN.bin    fixed-size records, one for each image (:mod:`scf_fast.features.records`)
+    folder/checksums.bin     two uint32 for each image: CRC-32 of each orientation's half of the record, 0 while missing
+    folder/writing-R         exists while rank R has the cache open for writing
+
+A record counts as present only once its checksums are stored, after the record itself, and is compared with them when a
+run first reads it. A run that dies leaves its ``writing`` mark, and the next one to open the cache then checks every
+record.
+"""
+
 import errno
-import hashlib
 import json
 import logging
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-from tqdm import tqdm
-
-log = logging.getLogger(__name__)
 import math
 import os
 import shutil
 import sys
 import zlib
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from scf_fast.errors import InputError
-from scf_fast.pipelines.sources.digest import sampled_digest
+from scf_fast.features.records import CACHE_DTYPES, CacheLayout, encode
+from scf_fast.pipelines.formats.atomic_file import write_json
 
-CACHE_DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-}
-_LARGEST = {"fp8": 448.0, "int8": 127.0}  # the value that the largest magnitude of a record is scaled to
-_SHARD_BYTES = 1 << 34  # Glint360K's 1.8 TB are 110 files, all open at once
-_ALIGN = 64
+log = logging.getLogger(__name__)
+
+_META_FILE = "meta.json"
+_CHECKSUMS_FILE = "checksums.bin"
+_FORMAT = 3
 _WRITE_BEHIND = 2  # batches
 _THREADS = 8  # reads under way at once, so that a disk has a queue
-_FORMAT = 3
+
+View = tuple[torch.Tensor, torch.Tensor]  # features (B, z_dim) and convf (B, C, H, W) of one orientation
 
 
 @dataclass(frozen=True)
-class CacheLayout:
-    """Shapes and types of a cache's records."""
+class CacheKey:
+    """Everything that decides the cached values, besides their layout."""
 
-    num_images: int  # rows of the cache: the first images of the data set, all of them unless a budget cuts it
-    z_dim: int
-    convf_shape: tuple[int, int, int]  # (C, H, W)
-    dtype: str  # a key of CACHE_DTYPES
-
-    @property
-    def convf_bytes(self) -> int:
-        return int(np.prod(self.convf_shape)) * CACHE_DTYPES[self.dtype].itemsize
-
-    @property
-    def view_bytes(self) -> int:
-        """One orientation: scale, features, convf in (H, W, C) order; padded."""
-        return -(-(4 + 4 * self.z_dim + self.convf_bytes) // _ALIGN) * _ALIGN
-
-    @property
-    def record_bytes(self) -> int:
-        return 2 * self.view_bytes
-
-    @property
-    def image_bytes(self) -> int:
-        """A record and its checksums."""
-        return self.record_bytes + 8
-
-    @property
-    def total_bytes(self) -> int:
-        return self.num_images * self.image_bytes
-
-    @property
-    def rows_per_shard(self) -> int:
-        return max(1, _SHARD_BYTES // self.record_bytes)
+    backbone: str  # digest of its weights
+    data: str  # digest of the data set
+    normalization: str  # pixel convention
+    precision: str  # that the features were computed in, a key of PRECISION_DTYPES
 
 
-def cache_key(backbone_state: dict[str, torch.Tensor], source, normalization: str, precision: str) -> dict[str, str]:
-    """What decides the cached values: digests of the backbone's weights and of the data, pixel convention and
-    arithmetic.
-    """
-    weights = hashlib.sha256()
-    for name in sorted(backbone_state):
-        weights.update(name.encode())
-        weights.update(backbone_state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return {
-        "backbone": weights.hexdigest()[:16],
-        "data": sampled_digest(source, images=64)[:16],
-        "normalization": normalization,
-        "precision": precision,
-    }
+@dataclass(frozen=True)
+class CacheMeta:
+    """The contents of a cache's meta.json."""
 
+    key: CacheKey
+    layout: CacheLayout
+    convf_error: float  # relative loss by storing, see encoding_error
 
-def encode(layout: CacheLayout, features: torch.Tensor, convf: torch.Tensor) -> torch.Tensor:
-    """features (B, z_dim), convf (B, C, H, W) -> (B, view_bytes) uint8 on the same device."""
-    rows = features.shape[0]
-    flat = convf.permute(0, 2, 3, 1).reshape(rows, -1).float()
-    scale = torch.ones(rows, 1, device=flat.device)
-    if layout.dtype in _LARGEST:
-        scale = (flat.abs().amax(1, keepdim=True) / _LARGEST[layout.dtype]).clamp_min(torch.finfo(torch.float32).tiny)
-        flat = flat / scale
-        if layout.dtype == "int8":
-            flat = flat.round()
-    parts = [scale, features.float(), flat.to(CACHE_DTYPES[layout.dtype])]
-    packed = torch.cat([part.contiguous().view(torch.uint8).reshape(rows, -1) for part in parts], dim=1)
-    return torch.nn.functional.pad(packed, (0, layout.view_bytes - packed.shape[1]))
-
-
-def decode(layout: CacheLayout, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of :func:`encode`: features (B, z_dim) float32, convf (B, C, H, W) channels_last, float32 for fp8 and
-    int8.
-    """
-    rows, (c, h, w) = packed.shape[0], layout.convf_shape
-    features_end = 4 + 4 * layout.z_dim
-    scale = packed[:, :4].contiguous().view(torch.float32)
-    features = packed[:, 4:features_end].contiguous().view(torch.float32)
-    convf = packed[:, features_end : features_end + layout.convf_bytes].contiguous().view(CACHE_DTYPES[layout.dtype])
-    if layout.dtype in _LARGEST:
-        convf = convf.float() * scale
-    return features, convf.view(rows, h, w, c).permute(0, 3, 1, 2)
-
-
-def encoding_error(layout: CacheLayout, features: torch.Tensor, convf: torch.Tensor) -> float:
-    """What the cache's dtype loses of convf (B, C, H, W), relative, in the Frobenius norm; features lose nothing."""
-    stored, exact = decode(layout, encode(layout, features, convf))[1].double(), convf.double()
-    return ((stored - exact).norm() / exact.norm()).item()
+    def differences(self, key: CacheKey, layout: CacheLayout) -> list[str]:
+        """Returns what differs from these, one phrase each."""
+        held, wanted = {**asdict(self.key), **asdict(self.layout)}, {**asdict(key), **asdict(layout)}
+        return [f"{name}: cached {held[name]}, needed {value}" for name, value in wanted.items() if held[name] != value]
 
 
 class FeatureCache:
     """A cache folder, open for reading and writing by one rank; several ranks may have it open for different images.
 
-    Use :meth:`open`. ``present`` is (num_images,) bool, what was there at the last :meth:`refresh`.
+    Made by :meth:`open`.
+
+    Attributes:
+        present: (num_images,) bool, which images were there at the last :meth:`refresh`.
+        problem: the error that ended writing; None while all is well.
     """
+
+    present: np.ndarray
 
     def __init__(self, folder: Path, layout: CacheLayout, rank: int):
         self.folder, self.layout = folder, layout
         self._mark = folder / f"writing-{rank}"
         self._shards = [
-            os.open(folder / f"rows-{i:05d}.bin", os.O_RDWR)
-            for i in range(-(-layout.num_images // layout.rows_per_shard))
+            os.open(_shard_path(folder, shard), os.O_RDWR)
+            for shard in range(-(-layout.num_images // layout.rows_per_shard))
         ]
         for shard in self._shards:
-            os.posix_fadvise(
-                shard, 0, 0, os.POSIX_FADV_RANDOM
-            )  # or the kernel would read neighbors that nothing has asked for
-        self._checksums = np.memmap(folder / "checksums.bin", dtype=np.uint32, mode="r+").reshape(-1, 2)
+            # Otherwise the kernel would read neighbors that nobody has asked for.
+            os.posix_fadvise(shard, 0, 0, os.POSIX_FADV_RANDOM)
+        self._checksums_file = np.memmap(folder / _CHECKSUMS_FILE, dtype=np.uint32, mode="r+")
+        self._checksums = self._checksums_file.reshape(-1, 2)
         self.problem: OSError | None = None
-        self._sound = np.zeros(self._checksums.shape, dtype=bool)  # compared with its checksum by this process
+        self._verified = np.zeros(self._checksums.shape, dtype=bool)  # compared with the checksum by this process
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="feature-cache")
-        self._writer, self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-cache-writer"), deque()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="feature-cache-writer")
+        self._writing: deque[Future[None]] = deque()
         self.refresh()
 
     @classmethod
-    def create_or_check(cls, folder: Path, key: dict, layout: CacheLayout, convf_error: float = 0.0) -> None:
-        """Make the folder's files, or check that they hold what this run needs; by one rank, before the others
+    def create_or_check(cls, folder: Path, key: CacheKey, layout: CacheLayout, convf_error: float = 0.0) -> None:
+        """Makes the folder's files, or checks that they hold what this run needs; by one rank, before the others
         :meth:`open` it.
 
         Args:
-            convf_error: to be noted in a new cache, see :func:`encoding_error`.
+            convf_error: to be noted in a new cache, see :func:`scf_fast.features.records.encoding_error`.
         Raises:
-            ValueError: the folder belongs to another backbone, preprocessing, data set or layout, the disk is too
+            InputError: the folder belongs to another backbone, preprocessing, data set or layout, the disk is too
                 small, or the dtype's range is.
+            OSError: a file cannot be written.
         """
         if not math.isfinite(convf_error):
             raise InputError(
                 f"--cache_dtype {layout.dtype}: cannot hold the last map of this backbone, whose values are too large "
                 "for it; use bf16"
             )
-        meta_file = folder / "meta.json"
-        if meta_file.exists():
-            meta = read_meta(folder)
-            wanted = {**key, **_plain(layout)}
-            different = [
-                f"{name}: cached {meta['key'].get(name, meta['layout'].get(name))}, needed {value}"
-                for name, value in wanted.items()
-                if {**meta["key"], **meta["layout"]}.get(name) != value
-            ]
+        if (folder / _META_FILE).exists():
+            different = read_meta(folder).differences(key, layout)
             if different:
                 raise InputError(
                     f"--feature_cache {folder}: was made for something else ({'; '.join(different)}); give another "
                     "folder, or delete it"
                 )
-            if list(folder.glob("writing-*")):
-                checked = cls(folder, layout, 0)
-                bad = checked.verify()
-                checked.close()
-                for mark in folder.glob("writing-*"):
-                    mark.unlink()
-                tqdm.write(
-                    f"feature cache: the last run died while writing; checked every record, {bad} were damaged and "
-                    "will be made anew",
-                    file=sys.stderr,
-                )
+            cls._check_after_a_death(folder, layout)
             return
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if layout.total_bytes > free:
             raise InputError(
                 f"--feature_cache {folder}: needs {layout.total_bytes / 1e9:.1f} GB for {layout.num_images} images, "
-                f"but {free / 1e9:.1f} GB are "
-                f"free; use --cache_dtype int8, or --cache_budget {0.9 * free / 1e9:.1f} (GB; the rest is recomputed "
-                "in every epoch)"
+                f"but {free / 1e9:.1f} GB are free; use --cache_dtype int8, or --cache_budget {0.9 * free / 1e9:.1f} "
+                "(GB; the rest is recomputed in every epoch)"
             )
-        for start in range(0, layout.num_images, layout.rows_per_shard):
+        for shard, start in enumerate(range(0, layout.num_images, layout.rows_per_shard)):
             rows = min(layout.rows_per_shard, layout.num_images - start)
-            _allocate(folder / f"rows-{start // layout.rows_per_shard:05d}.bin", rows * layout.record_bytes)
-        _allocate(folder / "checksums.bin", 8 * layout.num_images)
-        part = folder / "meta.json.part"
-        part.write_text(
-            json.dumps({"format": _FORMAT, "key": key, "layout": _plain(layout), "convf_error": convf_error}, indent=2)
-            + "\n"
+            _allocate(_shard_path(folder, shard), rows * layout.record_bytes)
+        _allocate(folder / _CHECKSUMS_FILE, 8 * layout.num_images)
+        meta = {"format": _FORMAT, "key": asdict(key), "layout": asdict(layout), "convf_error": convf_error}
+        write_json(folder / _META_FILE, meta, indent=2, end="\n")
+
+    @classmethod
+    def _check_after_a_death(cls, folder: Path, layout: CacheLayout) -> None:
+        """Checks every record if a run has left its mark, and takes the mark away."""
+        marks = list(folder.glob("writing-*"))
+        if not marks:
+            return
+        checked = cls(folder, layout, 0)
+        bad = checked.verify()
+        checked.close()
+        for mark in marks:
+            mark.unlink(missing_ok=True)
+        tqdm.write(
+            f"feature cache: the last run died while writing; checked every record, {bad} were damaged and will be "
+            "made again",
+            file=sys.stderr,
         )
-        os.replace(part, meta_file)
 
     @classmethod
     def open(cls, folder: Path, layout: CacheLayout, rank: int) -> "FeatureCache":
-        """The cache, marked as being written."""
+        """Opens the cache and marks it as being written."""
         cache = cls(folder, layout, rank)
         cache._mark.touch()
         return cache
 
     def refresh(self) -> None:
-        """Take a new look at what is present, once everything given to :meth:`write` is."""
+        """Updates ``present``, after everything given to :meth:`write` is stored."""
         self.flush()
         self.present = (np.asarray(self._checksums) != 0).all(axis=1)
 
-    def write(self, indices: np.ndarray, views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Store images, in the background: ``views`` holds (features, convf) of the plain and of the mirrored images.
-        Images beyond the rows are left out. Where the disk refuses one, ``problem`` says why and nothing more is
-        stored: what is missing can be computed anew.
+    def write(self, indices: np.ndarray, views: Sequence[View]) -> None:
+        """Stores images, in the background.
+
+        Images beyond the rows are left out. If the disk refuses one, ``problem`` says why and nothing more is stored:
+        what is missing can be computed again.
+
+        Args:
+            views: of the plain and of the mirrored images.
         """
         if self.problem is not None:
             return
@@ -237,26 +189,25 @@ class FeatureCache:
         self._writing.append(self._writer.submit(self._write, indices, packed, copied))
         self.flush(but=_WRITE_BEHIND)
 
-    def _write(self, indices, packed, copied):
+    def _write(self, indices: np.ndarray, packed: torch.Tensor, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
-            with torch.cuda.device(
-                copied.device
-            ):  # a thread starts on GPU 0, where every rank would take some hundred megabytes to wait
+            # A thread starts on GPU 0, where every rank would take some hundred megabytes just to wait.
+            with torch.cuda.device(copied.device):
                 copied.synchronize()
         rows = packed.numpy()
 
-        def store(row):
+        def store(row: int) -> None:
             shard, offset = self._place(indices[row])
             if os.pwrite(shard, rows[row], offset) < len(rows[row]):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._checksums[indices[row]] = self._checksums_of(rows[row])
+            self._checksums[indices[row]] = self._checksums_of(rows[row].data)
 
         try:
             list(self._threads.map(store, np.flatnonzero(indices < self.layout.num_images)))
         except OSError as error:
             if self.problem is None:
                 log.error(
-                    "feature cache: %s cannot be written (%s); what is not in it is computed anew in every epoch",
+                    "feature cache: %s cannot be written (%s); what is not in it is computed again in every epoch",
                     self.folder,
                     error.strerror,
                     extra={"event": "cache_failed"},
@@ -264,56 +215,57 @@ class FeatureCache:
             self.problem = error
 
     def flush(self, but: int = 0) -> None:
-        """Wait for the batches that are being written, except for the newest so many."""
+        """Waits for the batches that are being written, except for the newest ``but``."""
         while len(self._writing) > but:
             self._writing.popleft().result()
 
     def read(self, indices: np.ndarray, flips: np.ndarray, pin_memory: bool = False) -> torch.Tensor:
-        """(B, view_bytes) uint8 on the CPU, for :func:`decode`: present images in the orientation asked for.
+        """Reads present images in the orientation asked for: (B, view_bytes) uint8 on the CPU, for
+        :func:`scf_fast.features.records.decode`.
 
         Raises:
             OSError: a file is shorter than it was.
-            ValueError: a record is not what was written; it is missing from then on, so that the next run makes it
-                anew.
+            InputError: a record is not what was written; it counts as missing from then on, so that the next run makes
+                it again.
         """
         size = self.layout.view_bytes
         packed = torch.empty(len(indices), size, dtype=torch.uint8, pin_memory=pin_memory)
         rows = packed.numpy()
 
-        def fill(part):
+        def fill(part: np.ndarray) -> None:
             for row in part:
                 shard, offset = self._place(indices[row])
                 if os.preadv(shard, [rows[row]], offset + size * int(flips[row])) != size:
                     raise OSError(
                         f"--feature_cache {self.folder}: image {indices[row]} lies beyond the end of its file; delete "
-                        "the folder and build it anew"
+                        "the folder and build it again"
                     )
                 view = (indices[row], int(flips[row]))
-                if not self._sound[view]:
-                    if _checksum(rows[row]) != self._checksums[view]:
+                if not self._verified[view]:
+                    if _checksum(rows[row].data) != self._checksums[view]:
                         self._checksums[indices[row]] = 0
                         raise InputError(
                             f"--feature_cache {self.folder}: the record of image {indices[row]} is damaged; start "
-                            "again with --resume, which "
-                            "makes it anew; python -m scf_fast.feature_cache verify looks for more"
+                            "again with --resume, which makes it again; python -m scf_fast.feature_cache verify looks "
+                            "for more"
                         )
-                    self._sound[view] = True
+                    self._verified[view] = True
 
         list(self._threads.map(fill, np.array_split(np.arange(len(indices)), _THREADS)))
         return packed
 
-    def _checksums_of(self, record) -> list[int]:
+    def _checksums_of(self, record: memoryview | bytes) -> list[int]:
         return [_checksum(record[start : start + self.layout.view_bytes]) for start in (0, self.layout.view_bytes)]
 
-    def _place(self, index) -> tuple[int, int]:
-        """File and offset of an image's record."""
+    def _place(self, index: int | np.integer) -> tuple[int, int]:
+        """Returns file and offset of an image's record."""
         shard, place = divmod(int(index), self.layout.rows_per_shard)
         return self._shards[shard], place * self.layout.record_bytes
 
     def verify(self, progress: bool = True) -> int:
-        """Check every record against its checksum; damaged ones become missing. Returns how many there were."""
+        """Checks every record against its checksums; damaged ones become missing. Returns how many there were."""
 
-        def damaged(index):
+        def damaged(index: int) -> bool:
             shard, offset = self._place(index)
             if self._checksums_of(os.pread(shard, self.layout.record_bytes, offset)) == self._checksums[index].tolist():
                 return False
@@ -335,7 +287,7 @@ class FeatureCache:
         return bad
 
     def close(self) -> None:
-        """Write everything out and take the mark away."""
+        """Writes everything out and takes the mark away."""
         try:
             self.flush()
         finally:
@@ -344,54 +296,68 @@ class FeatureCache:
         for shard in self._shards:
             os.fsync(shard)
             os.close(shard)
-        self._checksums.flush()
+        self._checksums_file.flush()
         self._mark.unlink(missing_ok=True)
 
 
-def _checksum(view) -> int:
-    return zlib.crc32(view) or 1  # 0 means missing
-
-
-def read_meta(folder: Path) -> dict:
-    """meta.json of a cache.
+def read_meta(folder: Path) -> CacheMeta:
+    """Reads meta.json of a cache.
 
     Raises:
-        ValueError: there is none, or it is damaged or of another format.
+        InputError: there is none, or it is damaged or of another format.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        if meta["format"] != _FORMAT:
-            raise InputError(f"format {meta['format']}")
-        layout = layout_of(meta)
-        sizes = (layout.num_images, layout.z_dim, *layout.convf_shape)
-        if (
-            layout.dtype not in CACHE_DTYPES
-            or len(sizes) != 5
-            or not all(isinstance(size, int) and 0 < size < 1 << 40 for size in sizes)
-        ):
-            raise InputError(f"layout {meta['layout']}")
-        if not isinstance(meta["key"], dict) or not isinstance(meta["convf_error"], float):
-            raise TypeError("key and convf_error")
+        return _parse_meta(json.loads((folder / _META_FILE).read_bytes()))
     except OSError as error:
         raise InputError(f"--feature_cache {folder}: holds no feature cache ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"--feature_cache {folder}: meta.json is damaged ({error}); delete the folder and build it anew"
+            f"--feature_cache {folder}: {_META_FILE} is damaged ({error}); delete the folder and build it again"
         ) from None
-    return meta
 
 
-def layout_of(meta: dict) -> CacheLayout:
-    """The layout in a cache's meta.json."""
-    return CacheLayout(**{**meta["layout"], "convf_shape": tuple(meta["layout"]["convf_shape"])})
+def _parse_meta(meta: Any) -> CacheMeta:
+    """Returns the contents of meta.json.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are not what they should be.
+    """
+    if meta["format"] != _FORMAT:
+        raise ValueError(f"format {meta['format']}")
+    layout = CacheLayout(**{**meta["layout"], "convf_shape": tuple(meta["layout"]["convf_shape"])})
+    sizes = (layout.num_images, layout.z_dim, *layout.convf_shape)
+    if (
+        layout.dtype not in CACHE_DTYPES
+        or len(sizes) != 5
+        or not all(isinstance(size, int) and 0 < size < 1 << 40 for size in sizes)
+    ):
+        raise ValueError(f"layout {meta['layout']}")
+    if not isinstance(meta["key"], dict) or not isinstance(meta["convf_error"], float):
+        raise TypeError("key and convf_error")
+    return CacheMeta(CacheKey(**meta["key"]), layout, meta["convf_error"])
 
 
-def _plain(layout: CacheLayout) -> dict:
-    return json.loads(json.dumps(asdict(layout)))
+def count_present(folder: Path) -> int:
+    """Returns how many images a cache holds, in both orientations; nobody has to have it open."""
+    checksums = np.fromfile(folder / _CHECKSUMS_FILE, np.uint32).reshape(-1, 2)
+    return int(np.count_nonzero(checksums.all(axis=1)))
+
+
+def is_marked(folder: Path) -> bool:
+    """Tells whether a run has the cache open for writing, or died while it had."""
+    return any(folder.glob("writing-*"))
+
+
+def _checksum(view: memoryview | bytes) -> int:
+    return zlib.crc32(view) or 1  # 0 means missing
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"rows-{shard:05d}.bin"
 
 
 def _allocate(path: Path, size: int) -> None:
-    """A file of zeros whose blocks are really there: a memory map over a hole would die of a full disk."""
+    """Makes a file of zeros whose blocks exist: a memory map over a hole would die of a full disk."""
     with open(path, "wb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)

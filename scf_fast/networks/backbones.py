@@ -1,30 +1,26 @@
-"""IR-ResNet backbones of the published SCF code, of TFace and of insightface, in one class and under one set of
-parameter names.
+"""IR-ResNet backbones of the published SCF code, TFace and insightface, in one class with one set of parameter names.
 
     images (B, 3, 112, 112) -> features (B, z_dim), convf (B, C, 7, 7)
 
-``features`` is the embedding before normalization (mu = features / |features|), ``convf`` the last feature map that the confidence net
-reads. An IR unit is BN - conv3x3 [- BN] - PReLU - conv3x3(stride) - BN [- SE] beside a shortcut. The names are those of
-the published code; what the other families call the same parameters is a one-to-one map (:func:`family_state`,
-:func:`native_state`).
+``features`` is the embedding before normalization (mu = features / |features|), ``convf`` the last feature map, which
+the confidence net reads. An IR unit is BN - conv3x3 [- BN] - PReLU - conv3x3(stride) - BN [- SE] beside a shortcut. The
+names are those of the published code; :mod:`scf_fast.networks.families` maps those of the other families to them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from scf_fast.errors import InputError
-
-IMAGE_SIZE = 112
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the networks of one code base have in common: where their units differ, and how they are trained."""
+    """The traits that all networks of one code base share: how their units are built and how they are trained."""
 
     inner_batchnorm: bool  # between the two convolutions of a unit
-    strided_projection: bool  # a shortcut with a stride is conv1x1 - BN even where the width stays
+    strided_projection: bool  # a shortcut with a stride is conv1x1 - BN even if the width stays
     affine_features: bool  # the last BatchNorm has a bias, and a weight that stays 1
     dropout: float
     normalization: str  # of the pixels, a name that scf_fast.pipelines.loading.base.Preprocessing knows
@@ -45,9 +41,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What sets one IR-ResNet apart from another: its family, channels of the stem and the four stages, units and
-    stride of each stage.
-    """
+    """An IR-ResNet: its family, channels of the stem and the four stages, units and stride of each stage."""
 
     units: tuple[int, ...]
     family: str = "published"
@@ -63,7 +57,7 @@ class Architecture:
     @property
     def map_size(self) -> int:
         """Side of the last feature map."""
-        size = IMAGE_SIZE
+        size = FACE_SIZE
         for stride in self.strides:
             size = -(-size // stride)
         return size
@@ -82,32 +76,29 @@ _UNITS = {
     152: (3, 8, 36, 3),
     200: (6, 26, 60, 6),
 }
-# A CPU trains these: the stem halves the image, so that nothing runs at 112 x 112, and the last stage stays at 7 x 7.
-_SMALL = {"units": (1, 2, 2, 1), "widths": (16, 16, 32, 64, 128), "strides": (2, 2, 2, 2, 1)}
-_MEDIUM = {**_SMALL, "widths": (32, 32, 64, 128, 256)}
-_TINY = {
-    "units": (1, 1, 1, 1),
-    "widths": (16, 16, 16, 16, 16),
-    "strides": (2, 2, 2, 2, 1),
-}  # and a confidence net of 0.4 M parameters
+# Small enough to be trained on a CPU: the stem halves the image, so that nothing runs at 112 x 112, and the last stage
+# stays at 7 x 7.
+_SMALL = Architecture((1, 2, 2, 1), widths=(16, 16, 32, 64, 128), strides=(2, 2, 2, 2, 1))
+_MEDIUM = replace(_SMALL, widths=(32, 32, 64, 128, 256))
+_TINY = replace(_SMALL, units=(1, 1, 1, 1), widths=(16, 16, 16, 16, 16))  # its MLP confidence net: 0.4 M parameters
 BACKBONES: dict[str, Architecture] = {
     **{f"ir_{depth}": Architecture(_UNITS[depth]) for depth in (50, 100, 152)},
     **{f"ir_se_{depth}": Architecture(_UNITS[depth], squeeze_excitation=True) for depth in (50, 100, 152)},
-    "ir_tiny": Architecture(**_TINY),
-    "ir_small": Architecture(**_SMALL),
-    "ir_se_small": Architecture(**_SMALL, squeeze_excitation=True),
-    "ir_medium": Architecture(**_MEDIUM),
+    "ir_tiny": _TINY,
+    "ir_small": _SMALL,
+    "ir_se_small": replace(_SMALL, squeeze_excitation=True),
+    "ir_medium": _MEDIUM,
     **{f"iresnet{depth}": Architecture(_UNITS[depth], "insightface") for depth in (18, 34, 50, 100, 200)},
-    "iresnet_small": Architecture(**_SMALL, family="insightface"),
+    "iresnet_small": replace(_SMALL, family="insightface"),
     # TFace calls the network of 100 layers IR_101.
     **{f"tface_ir_{depth + (depth == 100)}": Architecture(_UNITS[depth], "tface") for depth in (18, 34, 50, 100)},
     **{
         f"tface_ir_se_{depth + (depth == 100)}": Architecture(_UNITS[depth], "tface", squeeze_excitation=True)
         for depth in (50, 100)
     },
-    "tface_ir_small": Architecture(**_SMALL, family="tface"),
+    "tface_ir_small": replace(_SMALL, family="tface"),
 }
-ALIASES = {f"r{depth}": f"iresnet{depth}" for depth in (18, 34, 50, 100, 200)}  # as insightface's recipes call them
+ALIASES = {f"r{depth}": f"iresnet{depth}" for depth in (18, 34, 50, 100, 200)}  # names in insightface's recipes
 
 
 class SqueezeExcitation(nn.Module):
@@ -121,7 +112,7 @@ class SqueezeExcitation(nn.Module):
         self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
         self.sigmoid = nn.Sigmoid()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
 
 
@@ -130,13 +121,18 @@ class IRUnit(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, family: Family, squeeze_excitation: bool):
         super().__init__()
+        self.stride = stride
+        self.shortcut_layer: nn.Module
         if in_channels != channels or (family.strided_projection and stride != 1):
             self.shortcut_layer = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
         else:
             self.shortcut_layer = nn.MaxPool2d(1, stride)
-        layers = [nn.BatchNorm2d(in_channels), nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)]
+        layers: list[nn.Module] = [
+            nn.BatchNorm2d(in_channels),
+            nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False),
+        ]
         layers += [nn.BatchNorm2d(channels)] if family.inner_batchnorm else []
         layers += [
             nn.PReLU(channels),
@@ -146,7 +142,7 @@ class IRUnit(nn.Module):
         layers += [SqueezeExcitation(channels)] if squeeze_excitation else []
         self.res_layer = nn.Sequential(*layers)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.res_layer(x) + self.shortcut_layer(x)
 
 
@@ -164,7 +160,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str = "ir_100", z_dim: int = 512, dropout: float | None = None):
         super().__init__()
         if name not in BACKBONES:
-            raise InputError(f"network must be one of {', '.join(BACKBONES)}, got {name!r}")
+            raise ValueError(f"network must be one of {', '.join(BACKBONES)}, got {name!r}")
         architecture = BACKBONES[name]
         family = FAMILIES[architecture.family]
         self.name, self.z_dim, self.architecture = name, z_dim, architecture
@@ -172,7 +168,8 @@ class Backbone(nn.Module):
         self.input_layer = nn.Sequential(
             nn.Conv2d(3, stem, 3, architecture.strides[0], 1, bias=False), nn.BatchNorm2d(stem), nn.PReLU(stem)
         )
-        units, in_channels = [], stem
+        units: list[nn.Module] = []
+        in_channels = stem
         for channels, count, stride in zip(widths, architecture.units, architecture.strides[1:]):
             for index in range(count):
                 units.append(
@@ -180,20 +177,21 @@ class Backbone(nn.Module):
                 )
                 in_channels = channels
         self.body = nn.Sequential(*units)
+        last = nn.BatchNorm1d(z_dim, affine=family.affine_features)
+        if family.affine_features:
+            last.weight.requires_grad_(False)
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(in_channels),
             nn.Dropout(family.dropout if dropout is None else dropout),
             nn.Flatten(),
             nn.Linear(architecture.convf_dim, z_dim),
-            nn.BatchNorm1d(z_dim, affine=family.affine_features),
+            last,
         )
-        if family.affine_features:
-            self.output_layer[4].weight.requires_grad_(False)
         self._initialize()
 
-    def _initialize(self):
-        """As each family does: what the learning rate does to a convolution under BatchNorm depends on the size of its
-        weights.
+    def _initialize(self) -> None:
+        """Draws weights as the family does: under BatchNorm their size decides how far a learning rate turns a
+        convolution.
         """
         for module in self.modules():
             if self.architecture.family == "insightface":

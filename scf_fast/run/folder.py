@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, that nobody else is writing to it, and what it is known by."""
+"""The folder of a run: which run it belongs to, and that nobody else is writing to it."""
 
 import contextlib
 import fcntl
@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,58 +18,20 @@ from scf_fast import __version__
 from scf_fast import config as configuration
 from scf_fast.config import Config
 from scf_fast.errors import InputError
-from scf_fast.run import checkpoints
+from scf_fast.run.checkpoints import ResumePoint, newest_intact
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
 _LOCK_SECONDS = 15  # workers of a run that was killed notice within 5
-# A run may be continued with other hardware settings, a longer schedule or another cadence of logs, but these make it
-# another run.
-_IDENTITY = (
-    "stage",
-    "data",
-    "batch_size",
-    "seed",
-    "network",
-    "z_dim",
-    "loss",
-    "margins",
-    "saved_bkb",
-    "saved_fc",
-    "finetune_bkb",
-    "confidence_net",
-    "normalizer",
-    "radius",
-    "label_smoothing",
-    "sample_rate",
-    "scale",
-    "margin_gradient",
-    "dropout",
-    "augmentation",
-    "flip",
-    "shuffle",
-    "data_weights",
-    "images_per_identity",
-    "max_images_per_identity",
-    "normalization",
-)
-_READ = (
-    "data",
-    "dataroot",
-    "saved_bkb",
-    "saved_fc",
-    "feature_cache",
-    "index_dir",
-    "deepspeed_config",
-)  # files that a run needs and does not make
 
 
-def versions() -> dict:
-    """What decides a result besides the configuration."""
-    found = {
+def versions() -> dict[str, str | None]:
+    """Returns what decides a result besides the configuration: versions of the software, and the device."""
+    found: dict[str, str | None] = {
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        # with the CUDA that it is built for, which the metadata of some wheels leaves out
         "torch": str(torch.__version__),
-    }  # with the CUDA that it is built for, which the metadata of some wheels leaves out
+    }
     for package in ("triton", "deepspeed", "nvidia-dali-cuda130", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -86,12 +49,11 @@ def versions() -> dict:
     return found
 
 
-def claim(config: Config) -> tuple[str, dict] | None:
-    """Check the output folder against this run, before anything is written; name and state of the checkpoint to resume
-    from, if any.
+def claim(config: Config) -> ResumePoint | None:
+    """Checks the output folder against this run, before anything is written, and returns where to resume, if anywhere.
 
     Raises:
-        ValueError: the folder holds another run, or this one without --resume.
+        InputError: the folder holds another run, or this one without --resume.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -100,7 +62,7 @@ def claim(config: Config) -> tuple[str, dict] | None:
         _check_nothing_else_is_lost(config)
     old = folder / CONFIG_FILE
     if not old.exists() and config.resume and (folder / CHECKPOINTS).is_dir():
-        return checkpoints.newest_intact(folder / CHECKPOINTS)
+        return newest_intact(folder / CHECKPOINTS)
     if not old.exists():
         if folder.exists() and any(folder.iterdir()) and not config.overwrite:
             raise InputError(
@@ -110,24 +72,48 @@ def claim(config: Config) -> tuple[str, dict] | None:
         return None
     if config.overwrite:
         return None
-    before, now = configuration.load_saved(old), config.as_dict()
-    different = [key for key in _IDENTITY if not _same(key, before.get(key), now[key])]
-    if different:
-        what = ", ".join(f"{key} {before.get(key)!r} -> {now[key]!r}" for key in different)
-        raise InputError(
-            f"--output_dir {folder}: holds a different run ({what}); give another folder, or --overwrite to delete it"
-        )
+    _check_same_run(configuration.load_saved(old), config)
     if not config.resume:
         raise InputError(
             f"--output_dir {folder}: holds this run already; give --resume to continue it, or --overwrite to delete it"
         )
-    return checkpoints.newest_intact(folder / CHECKPOINTS)
+    return newest_intact(folder / CHECKPOINTS)
+
+
+def _check_same_run(before: dict[str, Any], config: Config) -> None:
+    """Checks the options that make it this run: others may change, such as hardware settings, a longer schedule or
+    another cadence of logs.
+
+    Args:
+        before: the options that the folder's run was started with; one that its version did not have yet has the
+            default, which is what that version did.
+    """
+    now, paths = config.identity(), {name for name, _ in config.input_paths()}
+    defaults = config.defaults()
+    different = [
+        f"{name} {old!r} -> {value!r}"
+        for name, value in now.items()
+        if not _is_same(name in paths, old := before.get(name, defaults.get(name)), value)
+        and not (name == "normalization" and value is None)  # stage 2 finds it out later
+    ]
+    if different:
+        raise InputError(
+            f"--output_dir {config.output_dir}: holds a different run ({', '.join(different)}); give another folder, "
+            "or --overwrite to delete it"
+        )
+
+
+def _is_same(is_path: bool, before: Any, now: Any) -> bool:
+    """Returns whether an option has the value that it had, however a path is spelled."""
+    if is_path and before and now:
+        before, now = ([os.path.realpath(path) for path in configuration.split_paths(text)] for text in (before, now))
+    return before == now
 
 
 def _check_nothing_else_is_lost(config: Config) -> None:
-    """What --overwrite deletes must hold neither what this run reads nor the folder that it is started in."""
+    """Checks that --overwrite deletes neither what this run reads nor the folder that it is started in."""
     folder = os.path.realpath(config.output_dir)
-    named = [(f"--{flag}", path) for flag in _READ for path in str(getattr(config, flag) or "").split(",") if path]
+    named = [(f"--{name}", path) for name, path in config.input_paths()]
     for what, path in [("the current folder", "."), *named]:
         if os.path.commonpath([folder, os.path.realpath(path)]) == folder:
             raise InputError(
@@ -136,21 +122,12 @@ def _check_nothing_else_is_lost(config: Config) -> None:
             )
 
 
-def _same(key: str, before, now) -> bool:
-    """Whether an option has the value that it had, however a path is spelled."""
-    if key == "normalization" and now is None:  # stage 2 finds it out later
-        return True
-    if key in _READ and before and now:
-        before, now = ([os.path.realpath(path) for path in value.split(",")] for value in (before, now))
-    return before == now
-
-
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second launch, which would delete what the first is writing.
+    """Holds the folder against a second launch, which would delete what the first is writing.
 
     Raises:
-        ValueError: another process holds it for longer than the workers of a dead run live.
+        InputError: another process holds it for longer than the workers of a dead run live.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -172,8 +149,24 @@ def only_run_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def empty(folder: Path) -> None:
-    """Delete what is in a folder, which stays: it is locked."""
+@contextlib.contextmanager
+def prepare(config: Config, is_locked: bool) -> Iterator[None]:
+    """Empties the run's folder if it is to be overwritten, or makes and locks it, and notes the configuration in it.
+
+    Args:
+        is_locked: whether :func:`only_run_in` holds it already, since it was there before.
+    """
+    folder = Path(config.output_dir)
+    if config.overwrite and is_locked:
+        _empty(folder)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if is_locked else only_run_in(folder):
+        configuration.save(config, folder / CONFIG_FILE, versions())
+        yield
+
+
+def _empty(folder: Path) -> None:
+    """Deletes everything in a folder, which stays: it is locked."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,6 +1,4 @@
-"""What a run tells: log lines, progress bar, metrics, TensorBoard, one JSON line for every event, and where the time
-went.
-"""
+"""Output of a run: log lines, progress bar, metrics, TensorBoard, and one JSON line for every event."""
 
 import contextlib
 import errno
@@ -25,8 +23,8 @@ _EXTRA = ("step", "images", "seconds", "counts", "rates", "signal")
 
 
 class _EventHandler(logging.FileHandler):
-    """Every log record as a JSON object: time (seconds since 1970), level, event, message and what the record has
-    besides.
+    """Writes every log record as a JSON object: time (seconds since 1970), level, event, message, and the fields of
+    ``_EXTRA`` that the record has.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -42,16 +40,14 @@ class _EventHandler(logging.FileHandler):
         return json.dumps(fields)
 
 
-_early = logging.handlers.MemoryHandler(
-    10_000, flushLevel=logging.CRITICAL + 1
-)  # what was said before the run's folder was there
+# Holds what is logged before the run's folder is there.
+_early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
 
 
 def set_up_logging(is_main: bool) -> None:
-    """Log lines to stderr; from the other ranks errors alone, and what they know of broken images."""
-    logging.raiseExceptions = (
-        False  # a disk that is full must not fill the terminal with tracebacks of lines it could not take
-    )
+    """Sends log lines to stderr; from the other ranks errors alone, and what they know of broken images."""
+    # A full disk must not fill the terminal with tracebacks of lines it could not take.
+    logging.raiseExceptions = False
     _early.buffer.clear()
     logging.basicConfig(
         level=logging.INFO if is_main else logging.ERROR,
@@ -64,7 +60,7 @@ def set_up_logging(is_main: bool) -> None:
 
 
 def log_to_files(folder: Path) -> None:
-    """What has been logged and will be, in the run's files too."""
+    """Writes what has been logged, and will be, into the run's files too."""
     root = logging.getLogger()
     for handler in (logging.FileHandler(folder / LOG_FILE), _EventHandler(folder / EVENTS_FILE)):
         handler.setFormatter(root.handlers[0].formatter)
@@ -75,7 +71,7 @@ def log_to_files(folder: Path) -> None:
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps from a file of :class:`StepLines`: a run that died had made them after its last
+    """Drops the lines of later steps from a file of :class:`StepLines`: a run that died had made them after its last
     checkpoint, and makes them again.
     """
     if path.exists():
@@ -90,13 +86,14 @@ def forget_after(path: Path, step: int) -> None:
 
 
 class StepLines:
-    """A file of JSON lines, one a step, that survives a full disk: what could not be written is written with the next
-    line.
+    """A file of JSON lines, one a step, that survives a full disk: lines that could not be written are written with the
+    next one.
     """
 
     def __init__(self, path: Path):
         self._file = open(path, "ab", buffering=0)  # a buffer would try again by itself, and write twice
-        self._pending, self._size, self._warned = [], self._file.tell(), False
+        self._pending: list[bytes] = []
+        self._size, self._warned = self._file.tell(), False
 
     def add(self, record: dict) -> None:
         self._pending.append((json.dumps(record) + "\n").encode())
@@ -125,7 +122,7 @@ class StepLines:
 
 
 class Reporter:
-    """Progress of a run on the main rank; silent on the others."""
+    """Shows and stores the progress of a run on the main rank; silent on the others."""
 
     def __init__(
         self, folder: Path, runtime: Runtime, total_images: int, done_images: int, first_step: int, tensorboard: bool
@@ -160,7 +157,7 @@ class Reporter:
 
     @property
     def images_per_second(self) -> float:
-        """Since the start of this run, checkpoints and all."""
+        """Rate since the start of this run, time for checkpoints included."""
         return (self._done - self._start_images) / max(time.monotonic() - self._started, 1e-9)
 
     def advance(self, images: int) -> None:
@@ -169,7 +166,7 @@ class Reporter:
             self._bar.update(images)
 
     def metrics(self, step: int, values: dict[str, float], rate: float, distribution: torch.Tensor | None) -> None:
-        """One log point: the step's means over ranks, its learning rate and, in stage 2, kappa of this rank's
+        """Reports one log point: the step's means over ranks, its learning rate and, in stage 2, kappa of this rank's
         images.
         """
         if not self.is_main:

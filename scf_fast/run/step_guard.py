@@ -1,6 +1,4 @@
-"""What the ranks must agree on in every step: whether its loss is finite everywhere, whether to stop, whether a
-checkpoint is on all disks.
-"""
+"""Per-step consensus across ranks: finite loss, stop signal, checkpoint written."""
 
 import contextlib
 import json
@@ -11,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from scf_fast.distributed import Runtime
 
@@ -18,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Votes(NamedTuple):
-    """Whether it is so on any rank."""
+    """Outcome of a step's vote: true where it is so on any rank."""
 
     not_finite: bool
     stop: bool
@@ -26,42 +25,46 @@ class Votes(NamedTuple):
 
 
 class StepGuard:
-    """Keeps a step whose loss is not finite, on any rank, from changing anything: weights, optimizer state, BatchNorm
-    statistics.
+    """Finds steps whose loss is not finite on any rank, and undoes what their forward pass has done to BatchNorm.
 
-    The optimizer's ``step`` does nothing in such a step; gradients are dropped by the engine as after any other.
-    :meth:`decide` asks the device for the answer and :meth:`votes` waits for it, so that a GPU computes the backward
-    pass meanwhile.
+    Whoever makes the step leaves the optimizer out then (``Engine.step(skip=True)``). :meth:`start_vote` asks the
+    device for the answer and :meth:`votes` waits for it, so that a GPU computes the backward pass meanwhile.
 
     Args:
-        limit: after so many steps in a row the run is lost.
+        module: its floating-point buffers are the statistics that a forward pass changes.
+        limit: the run is lost after this many such steps in a row.
         report: file that gets a line for each such step with the images of this rank's batch.
     Attributes:
-        skipped: how many steps of this run were.
+        skipped: such steps of this run.
     """
 
-    def __init__(self, engine, runtime: Runtime, limit: int, report: Path):
-        self.engine, self.runtime, self.limit, self.report = engine, runtime, limit, report
+    def __init__(self, module: nn.Module, runtime: Runtime, limit: int, report: Path):
+        self.runtime, self.limit, self.report = runtime, limit, report
         self.skipped = 0
         self._in_a_row = 0
-        self._skip = False
-        self._buffers = [buffer for buffer in engine.module.buffers() if buffer.is_floating_point()]
+        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._losses: list[torch.Tensor] = []
-        step = engine.basic_optimizer.step
-        engine.basic_optimizer.step = lambda *args, **kwargs: None if self._skip else step(*args, **kwargs)
+        self._votes: torch.Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+        self._own = False
 
     def before_step(self) -> None:
-        """Remember the statistics that the forward pass is about to change."""
-        self._skip, self._losses = False, []
+        """Keeps a copy of the statistics that the forward pass is about to change."""
+        self._losses = []
         _copy(self._kept, self._buffers)
 
-    def see(self, loss: torch.Tensor) -> None:
-        """Take note of a micro-batch's loss."""
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Takes note of a micro-batch's loss."""
         self._losses.append(loss.detach())
 
-    def decide(self, stop: bool, writing: bool) -> None:
-        """Start the vote; collective, once a step, after its last forward pass."""
+    def start_vote(self, stop: bool, writing: bool) -> None:
+        """Starts the vote; collective, once a step, after its last forward pass.
+
+        Args:
+            stop: whether a signal has reached this rank.
+            writing: whether this rank still writes a checkpoint.
+        """
         device = self.runtime.device
         losses = torch.stack(self._losses)
         own = (~losses.isfinite()).any().to(torch.int32)
@@ -78,20 +81,17 @@ class StepGuard:
         self._votes = votes
 
     def votes(self) -> Votes:
-        """The outcome. After a loss that is not finite the statistics are as before the step, and the optimizer will
-        not act.
-        """
-        if self.runtime.device.type == "cuda":
+        """Waits for the outcome of the vote. After a loss that is not finite the statistics are as before the step."""
+        assert self._votes is not None, "start_vote comes first"
+        if self._event is not None:
             self._event.synchronize()
-        not_finite, stop, writing, own = map(bool, self._votes.tolist())
-        self._own = own
-        self._skip = not_finite
+        not_finite, stop, writing, self._own = map(bool, self._votes.tolist())
         if not_finite:
             _copy(self._buffers, self._kept)
         return Votes(not_finite, stop, writing)
 
     def count(self, votes: Votes, step: int, images: Callable[[], list[str]]) -> None:
-        """Count, report and, after too many in a row, end the run.
+        """Counts and reports a skipped step and, after too many in a row, ends the run.
 
         Args:
             images: gives the names of this rank's images of the step.
@@ -105,21 +105,14 @@ class StepGuard:
         self._in_a_row += 1
         if self._own:
             names = images()
-            with (
-                contextlib.suppress(OSError),
-                open(self.report, "a") as file,
-            ):  # on a disk that is full the log line has to do
-                file.write(
-                    json.dumps(
-                        {
-                            "step": step,
-                            "rank": self.runtime.rank,
-                            "losses": [str(loss.item()) for loss in self._losses],
-                            "images": names,
-                        }
-                    )
-                    + "\n"
-                )
+            record = {
+                "step": step,
+                "rank": self.runtime.rank,
+                "losses": [str(loss.item()) for loss in self._losses],
+                "images": names,
+            }
+            with contextlib.suppress(OSError), open(self.report, "a") as file:  # on a full disk the log line has to do
+                file.write(json.dumps(record) + "\n")
             log.error(
                 "step %d skipped: the loss is not finite on rank %d; its %d images are in %s: %s%s",
                 step,
@@ -132,9 +125,8 @@ class StepGuard:
             )
         if self._in_a_row >= self.limit:
             raise FloatingPointError(
-                f"the loss had no finite value in any of the steps {step - self.limit + 1} to {step}; their images "
-                "are in "
-                f"{self.report.parent}/not_finite_rank*.jsonl; look at these, lower --lr, or --resume from the last "
+                f"the loss had no finite value in any of the steps {step - self.limit + 1} to {step}; their images are "
+                f"in {self.report.parent}/not_finite_rank*.jsonl; look at these, lower --lr, or --resume from the last "
                 "checkpoint"
             )
 

@@ -1,6 +1,4 @@
-"""A look into a few steps of a run: how much of them is communication, and on request a trace for chrome://tracing or
-perfetto.
-"""
+"""Time of a run: its parts, and a profile of a few steps with their share of communication."""
 
 import logging
 import time
@@ -29,7 +27,8 @@ class StepProfile:
         steps = _TRACED_STEPS if trace else int(runtime.world_size > 1)
         begin = first_step + _WARM_UP_STEPS
         self._steps = range(begin + 1, min(begin + steps, last_step) + 1)
-        self._runtime, self._trace, self._profiler = runtime, trace, None
+        self._runtime, self._trace = runtime, trace
+        self._profiler: torch.profiler.profile | None = None
         self.communication: float | None = None
 
     def before(self, step: int) -> None:
@@ -68,14 +67,14 @@ class StepProfile:
                 log.error("%s could not be written: %s", path, error)
 
     def close(self) -> None:
-        """End the profiling, if it is going on."""
+        """Ends the profiling, if it is going on."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
+    """Returns the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -84,7 +83,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 class Breakdown:
-    """Where the time of a run goes: each :meth:`mark` gives the time since the last one to a part.
+    """Time of a run by its parts: each :meth:`mark` gives the time since the last one to a part.
 
     On CUDA the time is the stream's, taken by events that are read when :meth:`collect` is called, after a
     synchronization that is due anyway.
@@ -112,7 +111,7 @@ class Breakdown:
             self._last = now
 
     def collect(self) -> None:
-        """Read the events that have passed."""
+        """Reads the events that have passed."""
         for part, event in self._events:
             event.synchronize()
             self.seconds[part] = self.seconds.get(part, 0.0) + self._last.elapsed_time(event) / 1000
@@ -120,7 +119,7 @@ class Breakdown:
         self._events = []
 
     def split(self, part: str, pieces: dict[str, float]) -> None:
-        """Put what a part consists of in its place, in proportion."""
+        """Replaces a part by the pieces it consists of, in proportion."""
         total = sum(pieces.values())
         if total > 0:
             whole = self.seconds.pop(part, 0.0)

@@ -5,9 +5,12 @@ from torch import nn
 
 from scf_fast.data import image_loader
 from scf_fast.distributed import Runtime
-from scf_fast.engine.engine import full_state_dict
+from scf_fast.engine.engine import Engine
 from scf_fast.networks.backbones import Backbone
 from scf_fast.pipelines.loading.base import Batch, Loader
+from scf_fast.pipelines.sampling.sampler import Sampler
+from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.stages.base import StepResult
 from scf_fast.stages.confidence import ConfidenceStage
 
 
@@ -25,29 +28,29 @@ class JointModel(nn.Module):
 
 
 class FinetuneStage(ConfidenceStage):
-    """The loss reaches the backbone through ``mu`` and through ``convf``.
+    """Trains the backbone too: the loss reaches it through ``mu`` and through ``convf``.
 
     As in the published code the backbone is in train mode: BatchNorm takes the batch's statistics and goes on averaging
     them, and dropout is on. The class centers stay fixed.
     """
 
     def build(self, runtime: Runtime, precision: str) -> nn.Module:
-        """The module for the engine: backbone and confidence net."""
+        """Returns backbone and confidence net in one module."""
         net = super().build(runtime, precision)
         backbone = Backbone(self.name, self.z_dim)
         backbone.load_state_dict(self.backbone_state)
         return JointModel(backbone, net).to(runtime.device)
 
-    def make_loader(self, source, sampler, runtime: Runtime) -> Loader:
-        """Batches of images."""
+    def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> Loader:
+        """Returns the loader of images."""
         return image_loader(self.config, source, sampler, runtime, self.config.flip)
 
-    def loss(self, engine, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of one micro-batch and what to log of it, all on the device."""
-        return self._scf_loss(*engine(batch.images), batch.labels)
+    def loss(self, engine: Engine, batch: Batch) -> StepResult:  # type: ignore[override]  # of images, not of features
+        features, log_kappa = engine(batch.images)
+        return self._scf_loss(features, log_kappa, batch.labels)
 
-    def _trained_states(self, engine) -> tuple[dict, dict | None]:
-        state = full_state_dict(engine, engine.module)
+    def _trained_states(self, engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        state = engine.full_state_dict()
         net, backbone = (
             {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
             for part in ("confidence_net.", "backbone.")

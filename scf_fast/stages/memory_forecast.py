@@ -1,4 +1,4 @@
-"""What stage 1 will take in memory, per rank, before it takes it."""
+"""Forecast of the memory that stage 1 takes on a rank, before it is taken."""
 
 import os
 import re
@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch._subclasses import FakeTensorMode
 
-from scf_fast.config import Config
+from scf_fast.config import BackboneConfig
 from scf_fast.engine.class_centers import fuses, rows_of
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 _FLOAT = 4  # bytes of a float32, which parameters, states and gradients are
 _GB = 1e9
@@ -19,7 +20,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes of one rank, the one with most class centers, and of those it has."""
+    """Bytes that one rank needs, the one with most class centers, and those that it has."""
 
     backbone: int  # weights, gradients and optimizer states under the ZeRO stage
     class_centers: int
@@ -36,16 +37,15 @@ class MemoryForecast:
         gradient = f", their gradient {self.center_gradient / _GB:.2f}" if self.center_gradient else ""
         return (
             f"memory a rank, in GB: backbone {self.backbone / _GB:.2f}, class centers {self.class_centers / _GB:.2f}, "
-            "their momentum "
-            f"{self.center_momentum / _GB:.2f}{gradient}, activations about {self.activations / _GB:.2f}; "
-            f"{self.total / _GB:.2f} of "
-            f"{self.available / _GB:.2f}"
+            f"their momentum {self.center_momentum / _GB:.2f}{gradient}, activations about "
+            f"{self.activations / _GB:.2f}; {self.total / _GB:.2f} of {self.available / _GB:.2f}"
         )
 
     def check(self) -> None:
-        """
+        """Checks that it fits.
+
         Raises:
-            ValueError: it cannot fit; the message says what would make it smaller.
+            InputError: it cannot; the message says what would make it smaller.
         """
         if self.total <= self.available:
             return
@@ -61,8 +61,8 @@ class MemoryForecast:
         raise InputError(f"this run does not fit into memory ({self}); what helps: {', '.join(ways)}")
 
 
-def forecast(config: Config, num_classes: int, world_size: int, precision: str) -> MemoryForecast:
-    """The forecast for stage 1 on this machine."""
+def forecast(config: BackboneConfig, num_classes: int, world_size: int, precision: str) -> MemoryForecast:
+    """Returns the forecast for stage 1 on this machine."""
     start, stop = rows_of(0, world_size, num_classes)
     centers = (stop - start) * config.z_dim * _FLOAT
     with FakeTensorMode():
@@ -80,7 +80,9 @@ def forecast(config: Config, num_classes: int, world_size: int, precision: str) 
     if torch.cuda.is_available():
         available = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
     else:
-        kilobytes = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+        found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+        assert found is not None, "Linux since 3.14 has it"
+        kilobytes = int(found[1])
         available = kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     micro_batch = config.batch_size // (world_size * config.gradient_accumulation_steps)
     momentum = centers // 2 if config.centers_state == "bf16" else centers
@@ -95,7 +97,7 @@ def forecast(config: Config, num_classes: int, world_size: int, precision: str) 
 
 
 def _kept_for_backward(backbone: Backbone, batch: int, precision: str) -> int:
-    """Bytes that autograd keeps of a forward pass, weights excepted; on tensors without memory."""
+    """Returns the bytes that autograd keeps of a forward pass, weights excepted; on tensors without memory."""
     kept = {}
 
     def note(tensor):
@@ -105,7 +107,7 @@ def _kept_for_backward(backbone: Backbone, batch: int, precision: str) -> int:
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
     with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        features, _ = backbone(torch.empty(batch, 3, 112, 112))
+        features, _ = backbone(torch.empty(batch, 3, FACE_SIZE, FACE_SIZE))
     weights = {parameter.untyped_storage()._cdata for parameter in backbone.parameters()}
     del features
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)

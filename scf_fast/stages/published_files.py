@@ -1,15 +1,17 @@
-"""What users of the published SCF code know by name: its loss class, ``hparams.json``, ``ckpts/ckpt_eN.pt``, and what
-its flags do here.
+"""Files that users of the published SCF code know by name (``hparams.json``, ``ckpts/ckpt_eN.pt``), and what its flags
+do here.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from scf_fast.config import Config
-from scf_fast.engine.engine import full_optimizer_state
-from scf_fast.weights.files import save_file
+from scf_fast.config import ConfidenceConfig, Config
+from scf_fast.engine.engine import Engine
+from scf_fast.stages.base import Progress
+from scf_fast.weights.files import save_torch_file
 
 _HPARAMS = (
     "dataset",
@@ -39,7 +41,7 @@ _HPARAMS = (
 
 
 def flag_notes(config: Config, launched: bool) -> list[str]:
-    """What a user of the published command line should know about this run, one line each.
+    """Returns what a user of the published command line should know about this run, one line each.
 
     Args:
         launched: whether a launcher started this process, so that it has chosen the GPU.
@@ -57,29 +59,27 @@ def flag_notes(config: Config, launched: bool) -> list[str]:
         )
     if config.eval_batch_size is not None:
         notes.append("--eval_batch_size has no effect; evaluate with python -m scf_fast.evaluation")
-    if config.stage == "confidence":
+    if isinstance(config, ConfidenceConfig):
         notes.append(
             {
                 "exact": "normalizer: exact, the paper's objective. The published code's float32 formula holds d log "
-                "I/d kappa at 1 up to kappa = 3000 "
-                "(d = 512), so that its kappa tends to (d/2 - 1)/(1 - cos), never under 255; --normalizer published "
-                "reproduces it",
+                "I/d kappa at 1 up to kappa = 3000 (d = 512), so that its kappa tends to (d/2 - 1)/(1 - cos), never "
+                "under 255; --normalizer published reproduces it",
                 "published": "normalizer: published. This float32 formula holds d log I/d kappa at 1 up to kappa = "
-                "3000 (d = 512), so that kappa tends to "
-                "(d/2 - 1)/(1 - cos), never under 255; --normalizer exact is the paper's objective",
+                "3000 (d = 512), so that kappa tends to (d/2 - 1)/(1 - cos), never under 255; --normalizer exact is "
+                "the paper's objective",
             }[config.normalizer]
         )
-    if config.finetune_bkb:
-        notes.append(
-            "--finetune_bkb: the whole backbone trains, in train mode, with the confidence net's learning rate; the "
-            "published code lists its "
-            "output layer alone, under names that its backbone does not have"
-        )
+        if config.finetune_bkb:
+            notes.append(
+                "--finetune_bkb: the whole backbone trains, in train mode, with the confidence net's learning rate; "
+                "the published code lists its output layer alone, under names that its backbone does not have"
+            )
     return notes
 
 
-def write_hparams(config: Config, z_dim: int, convf_dim: int) -> None:
-    """``hparams.json`` of the published code: its command line's values, sorted."""
+def write_hparams(config: ConfidenceConfig, z_dim: int, convf_dim: int) -> None:
+    """Writes ``hparams.json`` of the published code: its command line's values, sorted."""
     values = {
         **{key: getattr(config, key) for key in _HPARAMS},
         "z_dim": z_dim,
@@ -89,31 +89,35 @@ def write_hparams(config: Config, z_dim: int, convf_dim: int) -> None:
     Path(config.output_dir, "hparams.json").write_text(json.dumps(values, sort_keys=True, indent=4))
 
 
-def adam_state_dict(engine) -> dict:
-    """The state_dict that ``torch.optim.Adam`` over the engine's trained parameters would have, under any ZeRO stage;
-    collective.
+def adam_state_dict(engine: Engine) -> dict[str, Any]:
+    """Returns the state_dict that ``torch.optim.Adam`` over the engine's trained parameters would have, under any ZeRO
+    stage; collective.
 
     On the main rank; the others get one without the moments.
     """
-    step = torch.tensor(float(engine.global_steps - engine.skipped_steps))
-    state = {index: {"step": step, **moments} for index, moments in enumerate(full_optimizer_state(engine))}
-    settings = {key: engine.basic_optimizer.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")}
+    step = torch.tensor(float(engine.applied_steps))
+    state = {index: {"step": step, **moments} for index, moments in enumerate(engine.full_optimizer_state())}
+    settings = {key: engine.optimizer.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")}
     like = torch.optim.Adam([torch.empty(0) for _ in state], **settings)
     return {"state": state, "param_groups": like.state_dict()["param_groups"]}
 
 
 def write_checkpoint(
-    folder: Path, progress: dict, net_state: dict, optimizer_state: dict, backbone_state: dict | None
+    folder: Path,
+    progress: Progress,
+    net_state: dict[str, torch.Tensor],
+    optimizer_state: dict[str, Any],
+    backbone_state: dict[str, torch.Tensor] | None,
 ) -> Path:
-    """``ckpts/ckpt_eN.pt`` as the published code writes it after epoch N, counted from 1.
+    """Writes ``ckpts/ckpt_eN.pt`` as the published code does after epoch N, counted from 1, and returns its path.
 
     Args:
-        progress: epoch and global_step, counted from 0.
         optimizer_state: of :func:`adam_state_dict`.
         backbone_state: where the backbone was trained too.
     """
-    path = folder / "ckpts" / f"ckpt_e{progress['epoch'] + 1}.pt"
+    path = folder / "ckpts" / f"ckpt_e{progress.epoch + 1}.pt"
     path.parent.mkdir(exist_ok=True)
     backbone = {} if backbone_state is None else {"backbone_state_dict": backbone_state}
-    save_file({**progress, "uncer_net_state_dict": net_state, "opt_state": optimizer_state, **backbone}, path)
+    state = {**progress.as_dict(), "uncer_net_state_dict": net_state, "opt_state": optimizer_state, **backbone}
+    save_torch_file(state, path)
     return path

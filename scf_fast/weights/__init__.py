@@ -1,1 +1,1 @@
-
+"""Weight files of every family: read, recognized, converted and written."""

@@ -1,91 +1,92 @@
+"""Files of tensors, in the formats of PyTorch and safetensors. Code in a file is never run.
+
+A file is recognized by its first bytes, whatever it is called. What its tensors mean is the business of
+:mod:`scf_fast.weights.reading` and :mod:`scf_fast.weights.writing`.
+"""
+
 import json
 import os
 import re
 import struct
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import safe_open
 
 from scf_fast.errors import InputError
+from scf_fast.pipelines.formats.atomic_file import atomic_output, atomic_path
+
+# What the two stages call their files.
+BACKBONE_FILE = "backbone.pth"
+CENTERS_FILE = "fc.pth"
+CONFIDENCE_FILE = "confidence.pth"
+MODEL_FILE = "scf_model.pt"
+
+_METADATA_KEY = "scf_fast"  # of the entry in a safetensors header that holds our facts, as JSON
 
 
-def save_file(value, path: Path) -> None:
-    """``torch.save``, complete or not at all."""
-    write_whole(path, lambda file: torch.save(value, file))
-
-
-def write_whole(path: Path, write: Callable) -> None:
-    """Let ``write(file)`` fill a file that takes its name when its bytes are on the disk; on an exception nothing is
-    left of it.
+def save_torch_file(value: Any, path: str | Path) -> None:
+    """Writes a file with ``torch.save``, complete or not at all.
 
     Raises:
-        OSError: it could not be written, for want of room for instance; names the file.
+        OSError: it could not be written, for instance because the disk is full; names the file.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        cause = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch.save ends its archive even then, and fails of that
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # else the name may be lost with the power, and an older file come back
-    finally:
-        os.close(folder)
+    with atomic_output(path) as file:
+        torch.save(value, file)
 
 
-def load_file(path: str | Path, flag: str):
-    """Tensors and plain containers from a checkpoint of PyTorch or safetensors, whatever its name; code in it is
-    refused.
+def save_safetensors_file(
+    tensors: dict[str, torch.Tensor], path: str | Path, facts: dict[str, int | float | str]
+) -> None:
+    """Writes a safetensors file, complete or not at all, with ``facts`` as JSON in its header.
+
+    Raises:
+        OSError: it could not be written; names the file.
+    """
+    with atomic_path(path) as aside:
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        safetensors.torch.save_file(contiguous, aside, {"format": "pt", _METADATA_KEY: json.dumps(facts)})
+
+
+def load_tensor_file(path: str | Path, flag: str) -> Any:
+    """Returns the tensors and plain containers in a file of PyTorch or safetensors, on the CPU.
 
     Args:
         flag: what the user named the file with, for the message.
     Raises:
-        ValueError: missing, unreadable, no checkpoint, or holding more than tensors.
+        InputError: the file is missing, unreadable or damaged, or it holds more than tensors and plain values.
     """
     try:
         if _is_safetensors(path):
-            with safe_open(path, framework="pt") as file:
-                return {
-                    **json.loads((file.metadata() or {}).get("scf_fast", "{}")),
-                    **{key: file.get_tensor(key) for key in file.keys()},
-                }
+            with safetensors.safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+                return {**facts, **{key: file.get_tensor(key) for key in file.keys()}}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle's protocol, beside the error that says it all
+            warnings.simplefilter("ignore")  # it would warn of pickle's protocol just before the error that says it all
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(
             f"{flag} {path}: cannot be read ({error.strerror or error}); give the path of a checkpoint file"
         ) from None
-    except Exception as error:  # on bytes that are no checkpoint the unpickler fails in any way there is
-        foreign = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        if foreign:
-            reason = (
-                f"loading it would run {foreign[1]}, and code from a checkpoint is never run; save the state_dict alone"
-            )
-        else:
-            reason = (
-                str(error).splitlines()[0] if str(error) and not isinstance(error, KeyError) else type(error).__name__
-            )
-        raise InputError(f"{flag} {path}: is no checkpoint of tensors ({reason})") from None
+    except Exception as error:  # given bytes that are no checkpoint, the unpickler can raise anything
+        raise InputError(f"{flag} {path}: is no checkpoint of tensors ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """Returns why a file could not be loaded, in one line."""
+    code = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+    if code:
+        return f"loading it would run {code[1]}, and code from a checkpoint is never run; save the state_dict alone"
+    if str(error) and not isinstance(error, KeyError):
+        return str(error).splitlines()[0]
+    return type(error).__name__
 
 
 def _is_safetensors(path: str | Path) -> bool:
-    """Whether the file starts as that format does: the length of a JSON header, which fits in the file, then the
-    header.
+    """Tells whether a file starts like that format: with the length of a JSON header that fits into the file, then
+    the header.
     """
     with open(path, "rb") as file:
         start = file.read(9)

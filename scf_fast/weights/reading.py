@@ -1,150 +1,30 @@
+"""Reads weight files of every family: the published SCF code, TFace, insightface and this project.
+
+Parts are recognized by the names and shapes of their tensors, wherever in the file they are nested.
+"""
+
 import glob
 import os
 import re
-from dataclasses import dataclass, field
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scf_fast.errors import InputError
-from scf_fast.networks.backbones import BACKBONES, Architecture
-from scf_fast.networks.confidence import identify_confidence_net
-from scf_fast.networks.families import identify_backbone, native_state
-from scf_fast.weights.files import load_file
+from scf_fast.networks.families import StateDict, native_state
+from scf_fast.weights.contents import STATISTICS, Facts, Part, Weights
+from scf_fast.weights.files import BACKBONE_FILE, CENTERS_FILE, MODEL_FILE, load_tensor_file
 
-BACKBONE_FILE, CENTERS_FILE, CONFIDENCE_FILE, MODEL_FILE = (
-    "backbone.pth",
-    "fc.pth",
-    "confidence.pth",
-    "scf_model.pt",
-)  # what the stages write
 # What a folder may stand for: insightface's shards of all ranks, the model of stage 2, the two files of stage 1. In its
 # releases until 2022 insightface put a rank's class centers into a file of their own, beside the backbone.
 _FOLDERS = (("checkpoint_gpu_*.pt",), (MODEL_FILE,), (BACKBONE_FILE, CENTERS_FILE, "rank[:_]*_softmax_weight.pt"))
-_PROGRESS = ("epoch", "global_step")  # as every family counts them: from 0 in the published code and here
-_FACTS = (*_PROGRESS, "radius", "normalization", "normalizer")
 _OPTIMIZER = {"state", "param_groups"}  # keys of an optimizer's state_dict, whose moments have the shapes of weights
-_DEFAULT_RADIUS = 64.0  # of the published command line and of TFace: their files do not say
 
 
-@dataclass
-class Weights:
-    """What one weight file holds, or several that belong together; a part that is not there is None.
-
-    Attributes:
-        source: what the user named it with, for messages.
-        backbone: state_dict under the names of :class:`scf_fast.networks.backbones.Backbone`.
-        class_centers: (C, z_dim), unnormalized, in the dtype of the file.
-        confidence_net: state_dict of one of :data:`scf_fast.networks.confidence.CONFIDENCE_NETS`.
-        facts: what else the file says: epoch, global_step, radius, normalization, normalizer.
-        other: state_dicts that are none of these.
-    """
-
-    source: str = ""
-    backbone: dict[str, torch.Tensor] | None = None
-    class_centers: torch.Tensor | None = None
-    confidence_net: dict[str, torch.Tensor] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    other: list[dict[str, torch.Tensor]] = field(default_factory=list)
-
-    PARTS = ("backbone", "class_centers", "confidence_net")
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the parts that are there."""
-        return tuple(part for part in self.PARTS if getattr(self, part) is not None)
-
-    def only(self, part: str) -> "Weights":
-        """One part alone, with the facts.
-
-        Raises:
-            ValueError: it is not there; the message says what is there instead.
-        """
-        if part in self.parts:
-            return Weights(self.source, facts=self.facts, **{part: getattr(self, part)})
-        wanted = {
-            "backbone": "a backbone's state_dict of tensors",
-            "class_centers": "class centers, one (classes, width) tensor",
-            "confidence_net": "a confidence net's state_dict of tensors",
-        }[part]
-        if self.parts:
-            raise InputError(f"{self.source}: must hold {wanted}, but holds {' and '.join(self.describe())}")
-        if part == "backbone" and self.other:
-            self._identify(max(self.other, key=len))
-        found = f"keys like {list(self.other[0])[:3]}" if self.other else "none"
-        raise InputError(f"{self.source}: must hold {wanted}, got {found}")
-
-    def _identify(self, state: dict[str, torch.Tensor]) -> tuple[str, int]:
-        try:
-            return identify_backbone(state)
-        except ValueError as error:
-            raise InputError(f"{self.source}: {error}") from None
-
-    def network(self) -> tuple[str, int]:
-        """Name and embedding width of the backbone.
-
-        Raises:
-            ValueError: there is none, or its architecture is unknown.
-        """
-        return self._identify(self.only("backbone").backbone)
-
-    @property
-    def architecture(self) -> Architecture:
-        return BACKBONES[self.network()[0]]
-
-    def usable_class_centers(self) -> torch.Tensor:
-        """(C, z_dim) float32 class centers, unnormalized.
-
-        Raises:
-            ValueError: there are none, or values that are not finite or rows that are zero.
-        """
-        value = self.only("class_centers").class_centers.float()
-        if not torch.isfinite(value).all() or not value.any(dim=1).all():
-            raise InputError(
-                f"{self.source}: class centers must be finite and no row zero; the file is damaged or its training "
-                "diverged"
-            )
-        return value
-
-    def describe(self) -> list[str]:
-        """One phrase a part, for people."""
-        lines = []
-        if self.backbone is not None:
-            name, z_dim = self.network()
-            a = self.architecture
-            size = sum(
-                value.numel()
-                for key, value in self.backbone.items()
-                if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
-            )
-            lines.append(
-                f"backbone {name} ({a.family}), embedding {z_dim}, last map {a.widths[-1]} x {a.map_size} x "
-                f"{a.map_size}, "
-                f"{size / 1e6:.1f} M parameters, {_dtype(self.backbone.values())}"
-            )
-        if self.class_centers is not None:
-            lines.append(
-                f"class centers of {len(self.class_centers)} identities, width {self.class_centers.shape[1]}, "
-                f"{_dtype([self.class_centers])}"
-            )
-        if self.confidence_net is not None:
-            net = self.confidence_net
-            lines.append(
-                f"confidence net {identify_confidence_net(net)} on {net['_log_kappa.0.weight'].shape[1]} values, "
-                f"{sum(value.numel() for value in net.values()) / 1e6:.1f} M values, {_dtype(net.values())}"
-            )
-        return lines
-
-
-def _dtype(tensors) -> str:
-    return "/".join(
-        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.is_floating_point()})
-    )
-
-
-def read(spec: str | Path, flag: str = "file") -> Weights:
-    """Everything known in a weight file.
+def read_weights(spec: str | Path, flag: str = "file") -> Weights:
+    """Returns all weights of a known kind in a file.
 
     A state_dict may be bare or nested, with the ``module.`` prefix of DataParallel or not. Class centers are the
     published ``['arc_face_state_dict']['weight']``, insightface's ``['state_dict_softmax_fc']['weight']``, TFace's
@@ -156,77 +36,125 @@ def read(spec: str | Path, flag: str = "file") -> Weights:
             ``HEAD_Epoch_E_Split_R_checkpoint.pth``, in the order of the ranks.
         flag: what the user named it with, for messages.
     Raises:
-        ValueError: a file is missing or no checkpoint, or files do not belong together.
+        InputError: a file is missing or no checkpoint, or files do not belong together.
     """
-    weights = Weights(f"{flag} {spec}")
+    source = f"{flag} {spec}"
+    weights = Weights(source)
     shards: list[torch.Tensor] = []
     for path in _expand(spec, flag):
-        found = Weights(f"{flag} {path}")
-        value = load_file(path, flag)
-        _collect(value, found)
-        if not found.parts and not found.other:
-            raise InputError(
-                f"{flag} {path}: must hold a state_dict of tensors or class centers, got {type(value).__name__} "
-                "without tensors"
-            )
-        shards += [] if found.class_centers is None else [found.class_centers]
-        for part in ("backbone", "confidence_net"):
-            old, new = getattr(weights, part), getattr(found, part)
-            if old is not None and new is not None and not _same_parameters(old, new):
-                raise InputError(
-                    f"{flag} {spec}: must hold one {part.replace('_', ' ')}, but {path} has another than the files "
-                    "before it"
-                )
-            setattr(weights, part, old if old is not None else new)
-        weights.facts = {**found.facts, **weights.facts}
+        found = _read_file(path, flag)
+        if found.class_centers is not None:
+            shards.append(found.class_centers)
+        weights.backbone = _the_same(weights.backbone, found.backbone, f"{source}: must hold one backbone", path)
+        weights.confidence_net = _the_same(
+            weights.confidence_net, found.confidence_net, f"{source}: must hold one confidence net", path
+        )
+        weights.facts = weights.facts.completed_by(found.facts)
         weights.other += found.other
     if shards:
-        rows = [len(shard) for shard in shards]
-        if rows != sorted(rows, reverse=True) or rows[0] - rows[-1] > 1:
-            raise InputError(
-                f"{flag} {spec}: the ranks' class centers must be in the order of the ranks, each as many rows as the "
-                "next or one more, got "
-                f"{', '.join(map(str, rows))}; a file is missing or out of order"
-            )
-        widths = {shard.shape[1] for shard in shards}
-        if len(widths) > 1:
-            raise InputError(
-                f"{flag} {spec}: the ranks' class centers must have one width, got "
-                f"{', '.join(map(str, sorted(widths)))}; "
-                "give the files of one run"
-            )
-        weights.class_centers = torch.cat(shards) if len(shards) > 1 else shards[0]
+        weights.class_centers = _join_shards(shards, source)
     return weights
 
 
+def read_noted_facts(weights: Weights, spec: str | Path) -> Facts:
+    """Returns the facts of the weights in ``spec``. Where these do not tell the pixel convention, the class centers do
+    that stage 1 writes beside its backbone.
+
+    Raises:
+        InputError: there is a file of that name, and it cannot be read.
+    """
+    first = Path(str(spec).split(",")[0])
+    beside = first.with_name(CENTERS_FILE)
+    if weights.facts.normalization is not None or not first.is_file() or not beside.is_file():
+        return weights.facts
+    noted = read_weights(beside, "class centers").facts
+    return weights.facts.completed_by(Facts(normalization=noted.normalization))
+
+
+def _read_file(path: str, flag: str) -> Weights:
+    found = Weights(f"{flag} {path}")
+    value = load_tensor_file(path, flag)
+    _collect(value, found)
+    if not found.parts and not found.other:
+        raise InputError(
+            f"{flag} {path}: must hold a state_dict of tensors or class centers, got {type(value).__name__} "
+            "without tensors"
+        )
+    return found
+
+
+def _the_same(old: StateDict | None, new: StateDict | None, must: str, path: str) -> StateDict | None:
+    """Returns the network that files before ``path`` hold, else the one that it holds.
+
+    Raises:
+        InputError: both do, and they differ; the message starts with ``must``.
+    """
+    if old is None or new is None:
+        return new if old is None else old
+    if not _same_parameters(old, new):
+        raise InputError(f"{must}, but {path} has another than the files before it")
+    return old
+
+
+def _same_parameters(a: StateDict, b: StateDict) -> bool:
+    """Compares all but BatchNorm's statistics, which differ between the ranks of one insightface run; rank 0's are the
+    ones it evaluates with.
+    """
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a if not key.endswith(STATISTICS))
+
+
+def _join_shards(shards: list[torch.Tensor], source: str) -> torch.Tensor:
+    """Returns the class centers of all ranks in one tensor.
+
+    Raises:
+        InputError: their shapes are not those of one run's ranks, in order.
+    """
+    rows = [len(shard) for shard in shards]
+    if rows != sorted(rows, reverse=True) or rows[0] - rows[-1] > 1:
+        raise InputError(
+            f"{source}: the ranks' class centers must be in the order of the ranks, each as many rows as the "
+            f"next or one more, got {', '.join(map(str, rows))}; a file is missing or out of order"
+        )
+    widths = {shard.shape[1] for shard in shards}
+    if len(widths) > 1:
+        raise InputError(
+            f"{source}: the ranks' class centers must have one width, got {', '.join(map(str, sorted(widths)))}; "
+            "give the files of one run"
+        )
+    return torch.cat(shards) if len(shards) > 1 else shards[0]
+
+
 def _expand(spec: str | Path, flag: str) -> list[str]:
-    """The files that ``spec`` names, shards in the order of their ranks."""
+    """Returns the files that ``spec`` names, shards in the order of their ranks."""
     text = str(spec)
     if os.path.isdir(text):
-        for patterns in _FOLDERS:
-            found = [(glob.glob(os.path.join(glob.escape(text), pattern)), "*" in pattern) for pattern in patterns]
-            paths = [
-                path for some, are_shards in found for path in (_by_rank(some, text, flag) if are_shards else some)
-            ]
-            if paths:
-                return paths
-        raise InputError(
-            f"{flag} {text}: is a folder without {', '.join(name for names in _FOLDERS for name in names)}; give a "
-            "checkpoint file"
-        )
+        return _files_of_folder(text, flag)
     if not os.path.exists(text) and re.search(r"[*?\[]", text):
         paths = glob.glob(text)
         if not paths:
             raise InputError(f"{flag} {text}: no file has a name like that; check the pattern")
         return _by_rank(paths, text, flag)
-    return (
-        [text]
-        if os.path.exists(text) or "," not in text
-        else [part.strip() for part in text.split(",") if part.strip()]
+    if os.path.exists(text) or "," not in text:
+        return [text]
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _files_of_folder(folder: str, flag: str) -> list[str]:
+    for patterns in _FOLDERS:
+        paths: list[str] = []
+        for pattern in patterns:
+            found = glob.glob(os.path.join(glob.escape(folder), pattern))
+            paths += _by_rank(found, folder, flag) if "*" in pattern else found
+        if paths:
+            return paths
+    raise InputError(
+        f"{flag} {folder}: is a folder without {', '.join(name for names in _FOLDERS for name in names)}; give a "
+        "checkpoint file"
     )
 
 
 def _by_rank(paths: list[str], spec: str, flag: str) -> list[str]:
+    """Returns the files of several ranks in their order, by the last number in the name of each."""
     numbered = sorted((int((re.findall(r"\d+", os.path.basename(path)) or [-1])[-1]), path) for path in paths)
     ranks = [rank for rank, _ in numbered]
     if len(paths) > 1 and ranks != list(range(len(paths))):
@@ -237,45 +165,59 @@ def _by_rank(paths: list[str], spec: str, flag: str) -> list[str]:
     return [path for _, path in numbered]
 
 
-def _collect(value, weights: Weights) -> None:
-    """Put what a checkpoint holds, however nested, into ``weights``."""
+def _collect(value: Any, weights: Weights) -> None:
+    """Puts what a checkpoint holds, however nested, into ``weights``."""
     if isinstance(value, torch.Tensor):
         value = {"weight": value}
     if not isinstance(value, dict):
         return
-    weights.facts.update({key: value[key] for key in _FACTS if isinstance(value.get(key), int | float | str)})
-    groups: dict[str, dict[str, torch.Tensor]] = {}
+    weights.facts = Facts.found_in(value).completed_by(weights.facts)
+    groups: defaultdict[str, StateDict] = defaultdict(dict)
     for key, entry in value.items():
         if isinstance(entry, torch.Tensor) and isinstance(key, str):
             key = key.removeprefix("module.")
-            holder = next(
-                (name for name in ("backbone", "confidence_net") if key.startswith(f"{name}.")),
-                "class_centers" if key == "class_centers" else "",
-            )
-            groups.setdefault(holder, {})[key.removeprefix(f"{holder}.")] = entry
+            groups[_owner(key)][key.removeprefix(f"{_owner(key)}.")] = entry
         elif isinstance(entry, dict) and not entry.keys() >= _OPTIMIZER:
             _collect(entry, weights)
     for state in groups.values():
-        centers = _class_centers_in(state)
-        if "_log_kappa.0.weight" in state:
-            part, value = "confidence_net", state
-        elif "output_layer.3.weight" in state or {"fc.weight", "layer1.0.conv1.weight"} <= state.keys():
-            part, value = "backbone", native_state(state)
-        elif centers is not None:
-            part, value = "class_centers", centers
-        else:
-            weights.other.append(state)
-            continue
-        if getattr(weights, part) is not None:
-            raise InputError(
-                f"{weights.source}: must hold {part.replace('_', ' ')} once, got several; save what is meant in a "
-                "file of its own"
-            )
-        setattr(weights, part, value)
+        _add(state, weights)
 
 
-def _class_centers_in(state: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """(C, z_dim) class centers where a state_dict is one matrix of them, else None.
+def _owner(key: str) -> str:
+    """Returns which part of a model saved as a whole a key belongs to; empty where it does not say."""
+    if key == Part.CLASS_CENTERS.value:
+        return key
+    networks = (Part.BACKBONE.value, Part.CONFIDENCE_NET.value)
+    return next((name for name in networks if key.startswith(f"{name}.")), "")
+
+
+def _add(state: StateDict, weights: Weights) -> None:
+    """Puts a state_dict where it belongs in ``weights``.
+
+    Raises:
+        InputError: that place is taken.
+    """
+    value: StateDict | torch.Tensor
+    centers = _class_centers_in(state)
+    if "_log_kappa.0.weight" in state:
+        part, value = Part.CONFIDENCE_NET, state
+    elif "output_layer.3.weight" in state or {"fc.weight", "layer1.0.conv1.weight"} <= state.keys():
+        part, value = Part.BACKBONE, native_state(state)
+    elif centers is not None:
+        part, value = Part.CLASS_CENTERS, centers
+    else:
+        weights.other.append(state)
+        return
+    if part in weights.parts:
+        raise InputError(
+            f"{weights.source}: must hold {part.value.replace('_', ' ')} once, got several; save the one that is meant "
+            "in a file of its own"
+        )
+    setattr(weights, part.value, value)
+
+
+def _class_centers_in(state: StateDict) -> torch.Tensor | None:
+    """Returns (C, z_dim) class centers if a state_dict is one matrix of them, else None.
 
     TFace's heads have a column for each class, and CurricularFace a running mean ``t`` beside it. Its PartialFC saves
     the matrix under the name of the data set, as others do theirs under names of their own: then the longer side is
@@ -291,21 +233,3 @@ def _class_centers_in(state: dict[str, torch.Tensor]) -> torch.Tensor | None:
     if name != "kernel" and rows == columns:
         return None
     return matrix.T.contiguous() if name == "kernel" or rows < columns else matrix
-
-
-def _same_parameters(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Equal but for BatchNorm's statistics, which differ between the ranks of one insightface run; rank 0's are the
-    ones it evaluates with.
-    """
-    return a.keys() == b.keys() and all(
-        torch.equal(a[key], b[key])
-        for key in a
-        if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
-    )
-
-
-def model_facts(weights: Weights) -> dict:
-    """The facts of a whole model: where the file is silent, the radius is 64 and the pixels are what the backbone's
-    family takes.
-    """
-    return {"radius": _DEFAULT_RADIUS, "normalization": weights.architecture.normalization, **weights.facts}

@@ -26,7 +26,7 @@ _FLAGS = {
 
 @pytest.fixture(scope="session")
 def flags():
-    """What the launches of both stages have in common."""
+    """Flags of the launches of both stages."""
     return _FLAGS
 
 

@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from scf_fast import centers_from_data, checkpoints
-from scf_fast.centers_from_data import BothOrientations, mean_directions, sum_directions
+from scf_fast import centers_from_data
 from scf_fast.distributed import free_port
-from scf_fast.features.store import CacheLayout, FeatureCache
+from scf_fast.features.mean_directions import (
+    BothOrientations,
+    batches_with_positions,
+    normalize_sums,
+    sum_directions,
+)
+from scf_fast.features.records import CacheLayout
+from scf_fast.features.store import CacheKey, FeatureCache
 from scf_fast.features.stream import FeatureStream
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.frozen import FrozenBackbone
@@ -21,10 +27,11 @@ from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.loading.decode import decode_face
 from scf_fast.pipelines.sources.base import EncodedImages
-from scf_fast.weights import reading
+from scf_fast.weights.contents import Facts
+from scf_fast.weights.reading import read_weights
 
 CPU = torch.device("cpu")
-KEY = {"backbone": "b", "data": "d", "normalization": "insightface", "precision": "fp32"}
+KEY = CacheKey("b", "d", "insightface", "fp32")
 
 
 def plain_centers(backbone, source, normalization, orientations=2, left_out=()):
@@ -77,12 +84,12 @@ def test_equal_to_a_plain_loop_without_what_is_broken(cached, orientations, back
     with FeatureStream(
         images, sampler, few.labels, FrozenBackbone(backbone, "cpu", ("fp32",)), flip=True, device=CPU, cache=cache
     ) as stream:
-        batches = centers_from_data.batches_with_positions(stream, sampler, orientations, shown.append)
+        batches = batches_with_positions(stream, sampler, orientations, shown.append)
         sums, counts = sum_directions(batches, 3, 16, CPU)
     assert sums.dtype == torch.float64 and counts.tolist() == [6 * orientations, 6 * orientations, 5 * orientations]
     assert sum(shown) == orientations * len(few)
     expected = plain_centers(backbone, few, "insightface", orientations, left_out=[4])
-    np.testing.assert_allclose(mean_directions(sums, counts), expected, atol=2e-6)
+    np.testing.assert_allclose(normalize_sums(sums, counts), expected, atol=2e-6)
     other = plain_centers(backbone, few, "insightface", 3 - orientations, left_out=[4])
     assert np.abs(other - expected).max() > 1e-4  # so the mirror images were told apart
 
@@ -125,12 +132,12 @@ def test_two_ranks_equal_a_plain_loop_and_stage_2_trains_on_it(faces, stage1, tm
     assert (
         status == 0 and output.count("class centers of 8 identities; mean cosine of an image with its center 0.") == 1
     ), output
-    found = reading.read(out)
-    assert found.facts == {"normalization": "published"}
-    network = Backbone(*reading.read(weights).network())
-    network.load_state_dict(checkpoints.backbone_state(weights))
+    found = read_weights(out)
+    assert found.facts == Facts(normalization="published")
+    network = Backbone(*read_weights(weights).network())
+    network.load_state_dict(read_weights(weights).require_backbone())
     expected = plain_centers(network, open_source(faces / "train"), "published")
-    np.testing.assert_allclose(found.usable_class_centers(), expected, atol=1e-5)
+    np.testing.assert_allclose(found.require_class_centers(), expected, atol=1e-5)
     status, output = run_command(
         [
             sys.executable,
@@ -158,10 +165,10 @@ def test_two_ranks_equal_a_plain_loop_and_stage_2_trains_on_it(faces, stage1, tm
 def test_identities_without_images_and_useless_features_are_named():
     sums = torch.ones(9, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"7 of 9 \(0, 1, 2, 3, 4, \.\.\.\) have none"):
-        mean_directions(sums, torch.tensor([0] * 7 + [1, 2]))
+        normalize_sums(sums, torch.tensor([0] * 7 + [1, 2]))
     sums[2], sums[5, 1] = 0, torch.nan
     with pytest.raises(ValueError, match=r"those of 2 of 9 \(2, 5\) are not so"):
-        mean_directions(sums, torch.ones(9, dtype=torch.int64))
+        normalize_sums(sums, torch.ones(9, dtype=torch.int64))
 
 
 def test_command_refuses_in_one_line(backbone, few, tmp_path, capsys):

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from scf_fast.config import Config
+from scf_fast.config import BackboneConfig
 from scf_fast.data import epoch_sampler, open_data
 
 
 def config(data, **changes):
-    return Config(stage="backbone", data=str(data), output_dir="o", batch_size=16, **changes)
+    return BackboneConfig(data=str(data), output_dir="o", batch_size=16, **changes)
 
 
 def epoch(source, c):
@@ -38,4 +38,4 @@ def test_images_per_identity_and_block_shuffle(faces):
 
 def test_a_dataset_that_is_not_there_says_what_to_give(tmp_path):
     with pytest.raises(ValueError, match=r"give --dataroot, the folder that holds list/ms1m_list\.txt"):
-        open_data(Config(stage="backbone", dataset="ms1m", dataroot=str(tmp_path), output_dir="o"))
+        open_data(BackboneConfig(dataset="ms1m", dataroot=str(tmp_path), output_dir="o"))

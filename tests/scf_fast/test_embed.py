@@ -9,11 +9,13 @@ from PIL import Image
 
 from scf_fast import embed
 from scf_fast.inference import Embedder
-from scf_fast.model import SCF, load_model, save_model
+from scf_fast.model import SCF, save_model
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
 from scf_fast.pipelines.loading.base import Preprocessing
-from scf_fast.weights import reading, writing
+from scf_fast.weights.contents import Part
+from scf_fast.weights.reading import read_weights
+from scf_fast.weights.writing import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_command_writes_what_the_model_says(model_file, faces, tmp_path, capsys)
         )
         == 0
     )
-    model = load_model(model_file)
+    model = SCF.from_checkpoint(model_file)
     mu, kappa = model(Preprocessing("published").normalize(torch.from_numpy(pixels)))
     with np.load(tmp_path / "out.npz") as found:
         assert [path.rpartition("/")[2] for path in found["path"]] == [f"{i}.png" for i in range(6)] + ["single.png"]
@@ -70,8 +72,8 @@ def test_command_writes_what_the_model_says(model_file, faces, tmp_path, capsys)
 
 def test_command_on_a_backbone_alone_writes_directions_and_says_so(model_file, faces, tmp_path, capsys):
     """Of any family; the pixels are those of its family, of the fc.pth beside it, or as told."""
-    model, images = load_model(model_file), torch.from_numpy(faces[1][:6])
-    writing.write(reading.read(model_file).only("backbone"), tmp_path / "backbone.pth")
+    model, images = SCF.from_checkpoint(model_file), torch.from_numpy(faces[1][:6])
+    write_weights(read_weights(model_file).only(Part.BACKBONE), tmp_path / "backbone.pth")
     seen = {}
     for case, words in (
         ("family", []),
@@ -120,19 +122,21 @@ def test_command_on_a_backbone_alone_writes_directions_and_says_so(model_file, f
 
 
 def test_a_backbone_alone_is_refused_unless_asked_for(model_file, tmp_path):
-    writing.write(reading.read(model_file).only("backbone"), tmp_path / "b.pth")
+    write_weights(read_weights(model_file).only(Part.BACKBONE), tmp_path / "b.pth")
     with pytest.raises(
         ValueError, match="must hold a confidence net's state_dict of tensors, but holds backbone ir_tiny"
     ):
         SCF.from_checkpoint(tmp_path / "b.pth")
     model = SCF.from_checkpoint(tmp_path / "b.pth", backbone_alone=True)
     mu, kappa = model(torch.zeros(2, 3, 112, 112))
-    assert mu.shape == (2, 24) and kappa is None and Embedder(model).key != Embedder(load_model(model_file)).key
+    assert (
+        mu.shape == (2, 24) and kappa is None and Embedder(model).key != Embedder(SCF.from_checkpoint(model_file)).key
+    )
     assert SCF.from_checkpoint(model_file, backbone_alone=True).confidence_net is not None
 
 
 def test_flip_adds_the_mirror_image(model_file, faces):
-    model, images = load_model(model_file), Preprocessing("published").normalize(torch.from_numpy(faces[1]))
+    model, images = SCF.from_checkpoint(model_file), Preprocessing("published").normalize(torch.from_numpy(faces[1]))
     features, log_kappa = Embedder(model, flip=True)(images)
     with torch.no_grad():
         (f, k), (g, m) = model.embed(images), model.embed(images.flip(3))
@@ -142,16 +146,16 @@ def test_flip_adds_the_mirror_image(model_file, faces):
 
 
 def test_key_tells_models_and_settings_apart(model_file):
-    model = load_model(model_file)
+    model = SCF.from_checkpoint(model_file)
     keys = [Embedder(model).key, Embedder(model, flip=True).key, Embedder(model, precision="bf16").key]
     with torch.no_grad():
         model.confidence_net._log_kappa[-1].bias += 1
     keys.append(Embedder(model).key)
-    assert len(set(keys)) == 4 and Embedder(load_model(model_file)).key == keys[0]
+    assert len(set(keys)) == 4 and Embedder(SCF.from_checkpoint(model_file)).key == keys[0]
 
 
 def test_weights_that_are_not_finite_are_refused(model_file):
-    model = load_model(model_file)
+    model = SCF.from_checkpoint(model_file)
     with torch.no_grad():
         model.backbone.input_layer[0].weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"those of backbone\.input_layer\.0\.weight are not"):
@@ -159,7 +163,7 @@ def test_weights_that_are_not_finite_are_refused(model_file):
 
 
 def test_a_model_is_left_as_it_is(model_file, faces):
-    model = load_model(model_file)
+    model = SCF.from_checkpoint(model_file)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     Embedder(model)(Preprocessing("published").normalize(torch.from_numpy(faces[1])))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and isinstance(model, SCF)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scf_fast import export
-from scf_fast.model import SCF, load_model, save_model
+from scf_fast.model import SCF, save_model
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
 from scf_fast.pipelines.loading.base import Preprocessing
@@ -148,7 +148,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(model, pixels, tmp_path, m
 
 def test_weights(model, tmp_path):
     export.export(model, tmp_path / "model.safetensors")
-    again = load_model(tmp_path / "model.safetensors")
+    again = SCF.from_checkpoint(tmp_path / "model.safetensors")
     assert again.radius == 32.0 and again.normalization == "published"
     for (name, value), (other, found) in zip(
         sorted(model.state_dict().items()), sorted(again.state_dict().items()), strict=True

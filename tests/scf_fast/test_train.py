@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from scf_fast import distributed
-from scf_fast.checkpoints import backbone_state, class_centers
 from scf_fast.distributed import launcher
-from scf_fast.model import load_model
+from scf_fast.model import SCF
 from scf_fast.networks.families import identify_backbone
 from scf_fast.run import folder as run_folder
+from scf_fast.weights.reading import read_weights
 
 STEPS = 8 * 16 // 32 * 2
 
@@ -32,10 +32,10 @@ def test_stage_1_on_two_ranks(stage1):
     folder, output = stage1
     assert losses(folder, "step") == list(range(1, STEPS + 1))
     assert all(0 < m["loss"] < 100 and 0 <= m["accuracy"] <= 1 and m["images_per_second"] > 0 for m in metrics(folder))
-    state = backbone_state(folder / "backbone.pth")
+    state = read_weights(folder / "backbone.pth").require_backbone()
     assert identify_backbone(state) == ("ir_small", 32)
     assert all(v.dtype == torch.float32 for k, v in state.items() if "num_batches" not in k)
-    assert class_centers(folder / "fc.pth").shape == (8, 32)
+    assert read_weights(folder / "fc.pth").require_class_centers().shape == (8, 32)
     assert sorted(p.name for p in (folder / "checkpoints").glob("step*")) == ["step00000004", "step00000008"]
     assert (folder / "checkpoints" / "latest").read_text() == "step00000008"
     assert list((folder / "runs").glob("events.*"))
@@ -73,8 +73,8 @@ def test_stage_2_on_two_ranks(stage1, stage2):
         assert record["total_loss"] == pytest.approx(total + constant, rel=1e-4)
         assert 0 < record["kappa_p05"] <= record["kappa_p50"] <= record["kappa_p95"]
     assert losses(folder, "total_loss")[-1] < losses(folder, "total_loss")[0]
-    model = load_model(folder)
-    frozen = backbone_state(stage1[0] / "backbone.pth")
+    model = SCF.from_checkpoint(folder)
+    frozen = read_weights(stage1[0] / "backbone.pth").require_backbone()
     assert all(torch.equal(v, frozen[k]) for k, v in model.backbone.state_dict().items())
     assert set(torch.load(folder / "confidence.pth")) == {"uncer_net_state_dict", "epoch", "global_step"}
     assert "optimizer: fused Adam" in output
@@ -154,7 +154,8 @@ def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, 
     assert set(os.listdir("/dev/shm")) <= before
     ours, theirs = losses(tmp_path / "run", "loss"), losses(stage1[0], "loss")
     assert ours == pytest.approx(theirs, rel=1e-3 if how != "python" else 0.2)
-    assert backbone_state(tmp_path / "run" / "backbone.pth").keys() == backbone_state(stage1[0] / "backbone.pth").keys()
+    ours, theirs = (read_weights(out / "backbone.pth").require_backbone() for out in (tmp_path / "run", stage1[0]))
+    assert ours.keys() == theirs.keys()
 
 
 def test_stage_1_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, run_command):
@@ -248,7 +249,7 @@ BAD = {
 
 
 def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkeypatch, capsys):
-    import train
+    from scf_fast import train
 
     monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 1)
     monkeypatch.setattr(
@@ -264,7 +265,7 @@ def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkey
 
 
 def test_a_damaged_cache_is_one_line(faces, stage1, flags, tmp_path, monkeypatch, capsys):
-    import train
+    from scf_fast import train
 
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "meta.json").write_text("{")
@@ -297,7 +298,7 @@ def test_a_damaged_cache_is_one_line(faces, stage1, flags, tmp_path, monkeypatch
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_line(faces, flags, monkeypatch, capsys):
-    import train
+    from scf_fast import train
 
     monkeypatch.setattr(
         sys,
@@ -319,7 +320,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(faces, flags, monkeypa
 
 def test_overwrite_deletes_nothing_while_the_input_is_bad(faces, stage1, flags, monkeypatch, capsys):
     """An optimizer that is not installed shows late, when the module is there."""
-    import train
+    from scf_fast import train
 
     before = snapshot(stage1[0])
     monkeypatch.setattr(
@@ -357,7 +358,7 @@ def snapshot(folder):
 @pytest.mark.parametrize("case", list(BAD))
 def test_bad_input_is_one_line_and_status_2(case, faces, stage1, flags, tmp_path, monkeypatch, capsys):
     """In this process, so that ten starts of the interpreter are saved; the launched form is tested below."""
-    import train
+    from scf_fast import train
 
     (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
     make, expected = BAD[case]
@@ -378,7 +379,7 @@ def test_bad_input_is_one_line_and_status_2(case, faces, stage1, flags, tmp_path
     [("both", "no backbone"), ("width", "from the same stage-1 run"), ("classes", "only 3 class centers")],
 )
 def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, flags, tmp_path, monkeypatch, capsys):
-    import train
+    from scf_fast import train
 
     backbone, centers = stage1[0] / "backbone.pth", stage1[0] / "fc.pth"
     if swap == "both":

@@ -15,7 +15,9 @@ from scf_fast.pipelines.synthetic.degradations import (
     draw_amounts,
     strength,
 )
-from scf_fast.pipelines.synthetic.faces import Face, Identity, Variation, render_face
+from scf_fast.pipelines.synthetic.faces import Face
+from scf_fast.pipelines.synthetic.rendering import render_face
+from scf_fast.pipelines.synthetic.traits import Identity, Variation
 
 
 def _rng(*seed):

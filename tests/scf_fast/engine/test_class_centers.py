@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scf_fast.checkpoints import class_centers
-from scf_fast.config import Config
+from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine import class_centers as class_centers_module
 from scf_fast.engine.class_centers import ClassCenters, rows_of, sampled_classes
 from scf_fast.stages.backbone import BackboneStage
+from scf_fast.weights.reading import read_weights
 
 ONE_RANK = Runtime(0, 1, torch.device("cpu"))
 STEPS, BATCH, CLASSES, WIDTH, CLIP = 20, 12, 11, 5, 0.5
@@ -33,9 +33,8 @@ SCENARIOS = {
 
 
 def make_config(**options):
-    return Config(
+    return BackboneConfig(
         **{
-            "stage": "backbone",
             "data": "-",
             "output_dir": "-",
             "z_dim": WIDTH,
@@ -100,7 +99,7 @@ def with_prelu():
 
 
 def train_without_deepspeed():
-    """What `train_under_deepspeed` must come to: one rank, PyTorch's own clipping of the backbone's gradient."""
+    """Returns what `train_under_deepspeed` must give: one rank, PyTorch's own clipping of the backbone's gradient."""
     config, module, losses = make_config(), with_prelu(), []
     centers = ClassCenters(CLASSES, WIDTH, config, ONE_RANK)
     optimizer = torch.optim.SGD(
@@ -121,48 +120,48 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
     """Losses of steps first to last - 1, from the checkpoint in ``folder`` on where there is one, and a checkpoint at
     the end.
     """
-    from scf_fast.engine.engine import initialize_engine, take_step
-    from scf_fast.run import checkpoints as run_state
+    from scf_fast.engine.engine import Engine
+    from scf_fast.run import checkpoints as run_checkpoints
 
     config = make_config(zero_stage=zero_stage, max_grad_norm=CLIP)
     runtime = Runtime(rank, world_size, torch.device("cpu"))
     module = with_prelu()
     folder.mkdir(exist_ok=True)
     torch.distributed.barrier()
-    newest = run_state.newest_intact(folder)
+    newest = run_checkpoints.newest_intact(folder)
     if newest:
-        tag, state = newest
-        run_state.load_weights(module, folder / tag, state)
+        run_checkpoints.load_weights(module, newest)
     optimizer = torch.optim.SGD(
         module.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    engine = initialize_engine(module, optimizer, config, runtime, "fp32")
+    engine = Engine(module, optimizer, config, runtime, "fp32")
     centers = ClassCenters(CLASSES, WIDTH, config, runtime)
     if newest:
-        assert state["step"] == first
-        run_state.load(engine, folder / tag, state, centers)
-    checkpoints = run_state.Checkpoints(folder, runtime, 2, False, False)
-    checkpoints.resume_from(newest and tag)
+        assert newest.state.step == first
+        run_checkpoints.load(engine, newest, centers)
+    checkpoints = run_checkpoints.Checkpoints(folder, runtime, 2, False, False)
+    checkpoints.resume_from(newest and newest.tag)
     losses = []
     for step in range(first, last):
         x, labels = images(step, CLASSES, rank, world_size)
         loss, _ = centers.loss(engine(x), labels)
         engine.backward(loss)
-        centers.step(take_step(engine))
+        centers.step(engine.step())
         losses.append(loss.item())
-    checkpoints.save(engine, {"step": last, "metric": None}, centers)
+    state = run_checkpoints.RunState(last, {}, CLASSES, 0, None, [0.0, 0.0], world_size, engine.zero_stage)
+    checkpoints.save(engine, state, centers)
     checkpoints.close()
-    engine.destroy()
+    engine.close()
     return losses
 
 
 def skipped_steps(runtime):
     """[backbone changed, class centers changed] in steps under fp16 whose loss scale is too large at first."""
-    from scf_fast.engine.engine import initialize_engine, take_step
+    from scf_fast.engine.engine import Engine
 
     config = make_config(zero_stage=0, precision="fp16", max_grad_norm=1.0)
     module = backbone()
-    engine = initialize_engine(module, torch.optim.SGD(module.parameters(), lr=config.lr), config, runtime, "fp16")
+    engine = Engine(module, torch.optim.SGD(module.parameters(), lr=config.lr), config, runtime, "fp16")
     engine.loss_scaler.load_state_dict({"scale": 2.0**18, "good_steps": 0})
     centers, changes = ClassCenters(CLASSES, WIDTH, config, runtime, "fp16"), []
     for step in range(4):
@@ -170,14 +169,14 @@ def skipped_steps(runtime):
         x, labels = images(step, CLASSES, runtime.rank, runtime.world_size)
         loss, _ = centers.loss(engine(x).float(), labels)
         engine.backward(loss)
-        centers.step(take_step(engine))
+        centers.step(engine.step())
         changes.append([not torch.equal(*pair) for pair in zip(before, (module.weight, centers.weight))])
-    engine.destroy()
+    engine.close()
     return changes
 
 
 def work(folder):
-    """What each rank of a launch does; rank 0 writes down what came of it."""
+    """Runs on each rank of a launch; rank 0 writes down the results."""
     from scf_fast import distributed
 
     runtime = distributed.start()
@@ -232,7 +231,9 @@ def test_any_number_of_ranks_trains_the_same(name, world_size, ranks):
         assert results(ranks, world_size)[name] == pytest.approx(losses, rel=2e-3)
         return
     assert results(ranks, world_size)[name] == pytest.approx(losses, rel=1e-5)
-    torch.testing.assert_close(class_centers(ranks / f"{name} {world_size}.pth"), weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        read_weights(ranks / f"{name} {world_size}.pth").require_class_centers(), weight, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
@@ -448,7 +449,7 @@ def test_checkpoint_and_export_hold_every_row(tmp_path):
         ClassCenters(12, WIDTH, make_config(), ONE_RANK).load(tmp_path, written_by=1)
     centers.export(tmp_path / "fc.pth", {"epoch": 3})
     assert (
-        torch.equal(class_centers(tmp_path / "fc.pth"), centers.weight)
+        torch.equal(read_weights(tmp_path / "fc.pth").require_class_centers(), centers.weight)
         and torch.load(tmp_path / "fc.pth")["epoch"] == 3
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["class_centers_rank0.pt", "fc.pth"]

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from scf_fast.config import Config
+from scf_fast.config import ConfidenceConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import deepspeed_config, load_deepspeed_config, resolve_precision
-from scf_fast.engine.engine import take_step
 from scf_fast.engine.loss_scale import LossScaler
-from scf_fast.engine.optimizers import build_optimizer
+from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 from scf_fast.kernels import scf_loss
 from scf_fast.networks.confidence import MLPConfidence
 
@@ -43,9 +42,8 @@ TOO_LARGE = 2.0**18  # a loss scale whose gradients no float16 holds
 
 
 def make_config(**options):
-    return Config(
+    return ConfidenceConfig(
         **{
-            "stage": "confidence",
             "data": "-",
             "output_dir": "-",
             "saved_bkb": "-",
@@ -76,11 +74,15 @@ def make_batch(step):
 def train(options, runtime):
     """Losses of a run, averaged over ranks, and the loss scales if there are any."""
     from scf_fast.distributed import average_over_ranks
-    from scf_fast.engine.engine import initialize_engine
+    from scf_fast.engine.engine import Engine
 
     config, net = make_config(**options), make_net()
-    engine = initialize_engine(
-        net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, config.precision
+    engine = Engine(
+        net,
+        build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device),
+        config,
+        runtime,
+        config.precision,
     )
     if engine.loss_scaler:
         engine.loss_scaler.load_state_dict({"scale": TOO_LARGE, "good_steps": 1999})
@@ -94,12 +96,12 @@ def train(options, runtime):
             rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
             loss = scf_loss(features[rows], engine(convf[rows]), centers, labels[rows], radius=1.0)
             engine.backward(loss)
-            take_step(engine)
+            engine.step()
             total += loss.detach() / config.gradient_accumulation_steps
         losses.append(average_over_ranks(total).item())
         if engine.loss_scaler:
             scales.append(engine.loss_scaler.scale)
-    engine.destroy()
+    engine.close()
     return losses, scales
 
 
@@ -118,26 +120,30 @@ class Steep(torch.autograd.Function):
 
 def train_on_gradients(rule, options, runtime):
     """The weight after steps on GRADIENTS, and which of them were applied; the losses are finite."""
-    from scf_fast.engine.engine import full_state_dict, initialize_engine
+    from scf_fast.engine.engine import Engine
 
     config, net = make_config(**options), torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(net.weight)
-    engine = initialize_engine(
-        net, build_optimizer(rule, net.parameters(), config, runtime.device), config, runtime, config.precision
+    engine = Engine(
+        net,
+        build_optimizer(OptimizerRule(rule), net.parameters(), config, runtime.device),
+        config,
+        runtime,
+        config.precision,
     )
     if engine.loss_scaler:
         engine.loss_scaler.load_state_dict({"scale": 2.0**10, "good_steps": 0})  # under which 3 is no overflow
     applied = []
     for gradient in GRADIENTS:
         engine.backward(Steep.apply(engine(torch.ones(1, 1)).float(), gradient).sum())
-        applied.append(take_step(engine))
-    weight = full_state_dict(engine, net)["weight"].item()
-    engine.destroy()
+        applied.append(engine.step())
+    weight = engine.full_state_dict()["weight"].item()
+    engine.close()
     return weight, applied
 
 
 def work(folder):
-    """What each rank of a launch does; rank 0 writes down what came of it."""
+    """Runs on each rank of a launch; rank 0 writes down the results."""
     from scf_fast import distributed
 
     runtime = distributed.start()
@@ -155,7 +161,7 @@ def work(folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, run_ranks):
-    """Of one rank and of two: what came of each case."""
+    """Results of each case, on one rank and on two."""
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in (1, 2):
         run_ranks(world_size, __file__, folder)
@@ -207,7 +213,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(case, world_size, results
     assert applied == [False, True, False, True]
     plain, config = torch.nn.Parameter(torch.ones(1, 1)), make_config(**options)
     optimizer = (
-        torch.optim.SGD([plain], config.lr, config.momentum) if rule == "sgd" else torch.optim.Adam([plain], config.lr)
+        torch.optim.SGD([plain], config.lr, momentum=0.9) if rule == "sgd" else torch.optim.Adam([plain], config.lr)
     )
     for gradient in (0.25, 0.125):
         plain.grad = torch.full_like(plain, gradient)
@@ -218,7 +224,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(case, world_size, results
 def test_loss_scale_follows_torchs_own_rule():
     """On the same history of overflows as a torch.amp.GradScaler."""
     told, ours, theirs = [], LossScaler(), torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    ours.tell(told.append)
+    ours.on_change(told.append)
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     for step in range(4100):
@@ -260,11 +266,11 @@ def test_freed_memory_is_not_mapped_in_again():
 
 
 def test_deepspeed_that_takes_steps_that_are_not_finite_is_refused(monkeypatch):
-    from scf_fast.engine.engine import initialize_engine
+    from scf_fast.engine.engine import Engine
 
     monkeypatch.setattr("deepspeed.__version__", "0.19.7")
     with pytest.raises(ValueError, match=r"0\.19\.8 or newer is needed, this is 0\.19\.7"):
-        initialize_engine(make_net(), None, make_config(), Runtime(0, 1, torch.device("cpu")), "fp32")
+        Engine(make_net(), None, make_config(), Runtime(0, 1, torch.device("cpu")), "fp32")
 
 
 @pytest.mark.parametrize(

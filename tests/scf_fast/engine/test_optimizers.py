@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import subprocess
@@ -7,14 +8,14 @@ import textwrap
 import pytest
 import torch
 
-from scf_fast.config import Config
-from scf_fast.engine.optimizers import LearningRate, build_optimizer
+from scf_fast.config import BackboneConfig
+from scf_fast.engine.optimizers import LearningRate, OptimizerRule, StepGate, build_optimizer
 
 CPU = torch.device("cpu")
 
 
 def stage1(**changes):
-    return Config(stage="backbone", data="d", output_dir="o", **changes)
+    return BackboneConfig(data="d", output_dir="o", **changes)
 
 
 def steps(optimizer, parameter, gradients):
@@ -38,26 +39,54 @@ def test_update_rule_against_its_formula(rule):
         else:
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
             w = w - 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-    got = steps(build_optimizer(rule, [p], stage1(lr=0.1), CPU), p, gradients)
+    got = steps(build_optimizer(OptimizerRule(rule), [p], stage1(lr=0.1), CPU), p, gradients)
     torch.testing.assert_close(got.double(), w, rtol=1e-5, atol=1e-6)
 
 
 def test_values_are_clipped_at_the_step():
     p = torch.nn.Parameter(torch.zeros(3))
     got = steps(
-        build_optimizer("sgd", [p], stage1(lr=1.0, weight_decay=0.0, max_grad_clip=0.5), CPU),
+        build_optimizer(OptimizerRule.SGD, [p], stage1(lr=1.0, weight_decay=0.0, max_grad_clip=0.5), CPU),
         p,
         [torch.tensor([2.0, -2.0, 0.1])],
     )
     torch.testing.assert_close(got, torch.tensor([-0.5, 0.5, -0.1]))
 
 
+class CountsInTheGroup(torch.optim.SGD):
+    """Counts its steps where fused Adam of Apex and of DeepSpeed does."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, CountsInTheGroup])
+def test_a_closed_gate_leaves_weights_moments_and_counters_alone(make):
+    """Against an optimizer that was never asked for the steps behind the gate."""
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    gated, plain = (make([p], lr=0.1) for p in parameters)
+    gate = StepGate(gated)
+    for step, closed in enumerate([True, False, True, False]):
+        gradient = torch.full((3,), float("nan") if closed else 1.0 + step)
+        parameters[0].grad = gradient
+        with gate.closed() if closed else contextlib.nullcontext():
+            gated.step()
+        assert parameters[0].grad is gradient  # offloading writes into its memory
+        if not closed:
+            parameters[1].grad = gradient.clone()
+            plain.step()
+    assert torch.equal(*parameters)
+    assert str(gated.state_dict()) == str(plain.state_dict())
+
+
 def test_named_implementation_that_is_absent_is_an_error_and_auto_says_what_it_took(caplog):
     p = [torch.nn.Parameter(torch.zeros(3))]
     with pytest.raises(ValueError, match="--optimizer apex cannot be used here"):
-        build_optimizer("sgd", p, stage1(optimizer="apex"), CPU)
+        build_optimizer(OptimizerRule.SGD, p, stage1(optimizer="apex"), CPU)
     with caplog.at_level(logging.INFO):
-        build_optimizer("sgd", p, stage1(), CPU)
+        build_optimizer(OptimizerRule.SGD, p, stage1(), CPU)
     assert "optimizer: fused SGD of torch" in caplog.text
 
 
@@ -77,7 +106,7 @@ def test_the_unrelated_apex_is_not_mistaken_for_nvidias(tmp_path, files, expecte
         (tmp_path / name).write_text(text)
     code = textwrap.dedent("""
         import sys; sys.path.insert(0, sys.argv[1])
-        from scf_fast.engine.optimizers import nvidia_apex_problem
+        from scf_fast.engine.optimizers import OptimizerRule, nvidia_apex_problem
         print(nvidia_apex_problem())""")
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert expected in out.stdout

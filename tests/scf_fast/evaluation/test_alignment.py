@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scf_fast.evaluation.alignment import TEMPLATE, AlignedFaces, similarity_transform
+from scf_fast.evaluation.alignment import AlignedFaces, similarity_transform
+from scf_fast.pipelines.face_template import TEMPLATE
 from scf_fast.pipelines.loading.decode import decode_face, load_face
 from scf_fast.pipelines.sources.base import EncodedImages
 
@@ -86,7 +87,7 @@ def test_a_larger_picture_with_landmarks_in_place_is_cut():
 
 @pytest.mark.parametrize("landmarks", [np.full((5, 2), 7.0), np.full((5, 2), np.nan)])
 def test_landmarks_that_are_refused(landmarks):
-    with pytest.raises(ValueError, match=r"not all in one point; those of 1 of 2 images are not so, the first image 1"):
+    with pytest.raises(ValueError, match=r"not all in one point; those of 1 of 2 images are not, the first image 1"):
         AlignedFaces(EncodedImages([b"", b""]), np.stack([TEMPLATE, landmarks]))
 
 

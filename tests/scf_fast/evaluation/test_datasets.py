@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scf_fast.evaluation.alignment import TEMPLATE, AlignedFaces
+from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.datasets import open_pair_sets, open_subjects, open_template_set, read_pair_list
 from scf_fast.pipelines.evaluation_sets.template_protocol import write_template_protocol
 from scf_fast.pipelines.evaluation_sets.verification_set import write_verification_set
+from scf_fast.pipelines.face_template import TEMPLATE
 
 
 def draw(path):

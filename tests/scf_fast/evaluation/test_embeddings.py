@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from scf_fast.evaluation import embeddings as module
-from scf_fast.evaluation.alignment import TEMPLATE, AlignedFaces
+from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.embeddings import EmbeddingStore
+from scf_fast.inference import Decoding, Embeddings
+from scf_fast.pipelines.face_template import TEMPLATE
 from scf_fast.pipelines.sources.base import EncodedImages, ImageFiles
 
 
@@ -19,7 +21,7 @@ class Counting:
 
     radius, embedding_dim, normalization, device, key = 64.0, 3, "insightface", torch.device("cpu"), "counting"
 
-    settled = gives_kappa = True
+    is_settled = gives_kappa = True
 
     def __init__(self):
         self.seen = 0
@@ -27,7 +29,7 @@ class Counting:
     def __call__(self, images):
         self.seen += len(images)
         features = images.mean(dim=(2, 3)) + 2
-        return features, features.sum(dim=1)
+        return Embeddings(features, features.sum(dim=1))
 
 
 @pytest.fixture
@@ -44,7 +46,9 @@ def small_parts(monkeypatch):
 
 
 def store(tmp_path, embedder, **share):
-    return EmbeddingStore(embedder, tmp_path / "store", batch_size=3, loader="torch", num_workers=0, **share)
+    return EmbeddingStore(
+        embedder, tmp_path / "store", batch_size=3, decoding=Decoding("torch", num_workers=0), **share
+    )
 
 
 def expected_features():
@@ -57,7 +61,7 @@ def test_a_backbone_alone_has_features_and_no_kappa(tmp_path, files):
         gives_kappa = False
 
         def __call__(self, images):
-            return super().__call__(images)[0], None
+            return Embeddings(super().__call__(images).features, None)
 
     for embedder in Alone(), Alone():
         embeddings = store(tmp_path, embedder).load(ImageFiles(files), "images")
@@ -95,18 +99,21 @@ RANKS = """
 import sys
 from pathlib import Path
 import torch
+from scf_fast.pipelines.face_template import TEMPLATE
 from scf_fast.pipelines.sources.base import ImageFiles
-from scf_fast import frozen, launch
+from scf_fast import distributed
+from scf_fast.networks import frozen
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
-from scf_fast.embed import Embedder
+from scf_fast.inference import Decoding, Embedder
 from scf_fast.evaluation import embeddings
 from scf_fast.model import SCF
 
 torch.manual_seed(0)
 backbone = Backbone("ir_tiny", 24)
-model = SCF(backbone, build_confidence_net("conv", 16, 7, initial_kappa=300.0), radius=64.0, normalization="insightface").eval()
-rank = launch.start().rank
+net = build_confidence_net("conv", 16, 7, initial_kappa=300.0)
+model = SCF(backbone, net, radius=64.0, normalization="insightface").eval()
+rank = distributed.start().rank
 source = ImageFiles(sorted(Path(sys.argv[1]).glob("*.png")))
 embeddings._PART, seen = 3, []
 
@@ -127,8 +134,8 @@ never = (0.0, {"bf16": 0.0, "fp32": 0.0})
 # One line a rank and question, so that the output can be told apart however the ranks interleave.
 answers = [settled(lenient), settled(strict if rank else lenient), settled(never if rank else lenient)[:42]]
 
-shared = embedder(lenient)
-store = embeddings.EmbeddingStore(shared, Path(sys.argv[2]), batch_size=2, loader="torch", num_workers=0, rank=rank, world_size=2)
+shared, decoding = embedder(lenient), Decoding("torch", num_workers=0)
+store = embeddings.EmbeddingStore(shared, Path(sys.argv[2]), batch_size=2, decoding=decoding, rank=rank, world_size=2)
 embed = shared._embed
 shared._embed = lambda images: (seen.append(len(images)), embed(images))[1]
 for _ in range(2):
@@ -137,12 +144,12 @@ torch.distributed.barrier()
 loaded = store.load(source, "images")
 with torch.no_grad():
     alone = embedder(lenient)
-    (_, images), = embeddings.load_batches(alone, source, [torch.arange(11).numpy()], loader="torch", num_workers=0)
-    at_once = alone(images)[0]
+    (_, images), = embeddings.load_batches(alone, source, [torch.arange(11).numpy()], decoding)
+    at_once = alone(images).features
 cosine = torch.nn.functional.cosine_similarity(loaded.features, at_once).min().item()
 print(f"\\nrank {rank}: {answers} embedded {sum(seen)} cosine {cosine > 0.999}", flush=True)
-launch.finish()
-launch.leave(0)
+distributed.finish()
+distributed.leave(0)
 """
 
 
@@ -207,12 +214,14 @@ def test_unusable_output_names_the_image_and_is_not_kept(tmp_path, files, damage
     class Broken(Counting):
         def __call__(self, images):
             first = self.seen
-            features, log_kappa = super().__call__(images)
+            found = super().__call__(images)
             bad = torch.arange(first, self.seen) >= 6
-            damaged = damage(features, log_kappa)
-            return torch.where(bad[:, None], damaged[0], features), torch.where(bad, damaged[1], log_kappa)
+            features, log_kappa = damage(found.features, found.log_kappa)
+            return Embeddings(
+                torch.where(bad[:, None], features, found.features), torch.where(bad, log_kappa, found.log_kappa)
+            )
 
-    with pytest.raises(ValueError, match=r"2 of 4 images are not so, the first .*6\.png"):
+    with pytest.raises(ValueError, match=r"those of 2 of 4 images are not, the first .*6\.png"):
         store(tmp_path, Broken()).load(ImageFiles(files), "images")
     again = Counting()
     store(tmp_path, again).load(ImageFiles(files), "images")

@@ -3,9 +3,10 @@ import pytest
 import torch
 from scipy.stats import vonmises_fisher
 
-from scf_fast.evaluation import embeddings as embeddings_module
-from scf_fast.evaluation import metrics, protocols
-from scf_fast.evaluation.embeddings import Embeddings, score_pairs
+from scf_fast.evaluation import metrics, pair_scores, protocols
+from scf_fast.evaluation.pair_scores import PairScores, score_pairs
+from scf_fast.evaluation.results import Quality, Score, SearchResult, Weighting
+from scf_fast.inference import Embeddings
 from scf_fast.kernels import neutral_radius, pool_templates, vmf_similarity
 from scf_fast.pipelines.evaluation_sets.template_protocol import TemplateProtocol
 from scf_fast.pipelines.sources.base import EncodedImages
@@ -20,9 +21,9 @@ def random_embeddings(count, dim=8, seed=0):
 def test_pairs_are_scored_alike_in_pieces(monkeypatch, cells):
     e = random_embeddings(10)
     first, second = torch.tensor([0, 3, 3, 9, 2, 5, 7]), torch.tensor([1, 4, 3, 0, 8, 6, 7])
-    monkeypatch.setitem(embeddings_module._PAIRS_AT_ONCE, "cpu", 3)
-    monkeypatch.setattr(embeddings_module, "_SCORES_AT_ONCE", 14)  # two rows of seven columns; then two pairs
-    monkeypatch.setattr(embeddings_module, "_CELLS_PER_PAIR", cells)
+    monkeypatch.setitem(pair_scores._PAIRS_AT_ONCE, "cpu", 3)
+    monkeypatch.setattr(pair_scores, "_SCORES_AT_ONCE", 14)  # two rows of seven columns; then two pairs
+    monkeypatch.setattr(pair_scores, "_CELLS_PER_PAIR", cells)
     kappas = torch.from_numpy(e.kappa)
     cosines, vmfs = score_pairs(e.mu, kappas, first, second, radius=32.0)
     assert score_pairs(e.mu, None, first, second, radius=32.0).vmf is None
@@ -83,22 +84,23 @@ def loop_over_templates(e, protocol, weights, by_media=True):
 def test_templates_against_a_loop():
     protocol, e = random_protocol(), random_embeddings(40)
     expected_weights = {
-        "average": np.ones(40),
-        "norm": e.feature_norm,
-        "detector": protocol.detector_score,
-        "norm_detector": e.feature_norm * protocol.detector_score,
-        "kappa_images": e.kappa,
-        "kappa": e.kappa,
+        Weighting.AVERAGE: np.ones(40),
+        Weighting.NORM: e.feature_norm,
+        Weighting.DETECTOR: protocol.detector_score,
+        Weighting.NORM_DETECTOR: e.feature_norm * protocol.detector_score,
+        Weighting.KAPPA_IMAGES: e.kappa,
+        Weighting.KAPPA: e.kappa,
     }
     pooled = dict(protocols.pool_every_way(e, protocol))
     assert pooled.keys() == expected_weights.keys()
-    for name, weights in expected_weights.items():
-        pooling, expected = pooled[name], loop_over_templates(e, protocol, weights, name != "kappa_images")
+    for weighting, weights in expected_weights.items():
+        by_media = weighting is not Weighting.KAPPA_IMAGES
+        pooling, expected = pooled[weighting], loop_over_templates(e, protocol, weights, by_media)
         scores = protocols.score_templates(pooling, protocol, radius=64.0)
         np.testing.assert_allclose(
             scores.cosine, [expected[a][0] @ expected[b][0] for a, b in protocol.pair_template_ids], atol=1e-6
         )
-        assert (scores.vmf is None) == (not name.startswith("kappa"))
+        assert (scores.vmf is None) == (weighting not in (Weighting.KAPPA, Weighting.KAPPA_IMAGES))
     for (a, b), score in zip(protocol.pair_template_ids.tolist(), scores.vmf):
         (mu1, kappa1), (mu2, kappa2) = (
             (torch.tensor(mu)[None], torch.tensor([kappa])) for mu, kappa in (expected[a], expected[b])
@@ -107,9 +109,9 @@ def test_templates_against_a_loop():
     quality = protocols.template_quality(e, protocol)
     for row, template in enumerate(protocols.template_ids(protocol).tolist()):
         members = protocol.template_ids == template
-        assert quality["kappa"][row] == pytest.approx(expected[template][1], rel=1e-6)
-        assert quality["feature_norm"][row] == pytest.approx(e.feature_norm[members].mean())
-        assert quality["detector"][row] == pytest.approx(protocol.detector_score[members].mean())
+        assert quality[Quality.KAPPA][row] == pytest.approx(expected[template][1], rel=1e-6)
+        assert quality[Quality.FEATURE_NORM][row] == pytest.approx(e.feature_norm[members].mean())
+        assert quality[Quality.DETECTOR][row] == pytest.approx(protocol.detector_score[members].mean())
 
 
 def test_eqn_13_is_best_at_the_concentration_that_made_the_images():
@@ -141,8 +143,8 @@ def test_eqn_13_is_best_at_the_concentration_that_made_the_images():
 
 def test_equal_detector_scores_are_left_out():
     protocol, e = random_protocol()._replace(detector_score=np.ones(40)), random_embeddings(40)
-    assert protocols.pooling_weights(e, protocol).keys() == {"average", "norm", "kappa"}
-    assert protocols.template_quality(e, protocol).keys() == {"kappa", "feature_norm"}
+    assert protocols.pooling_weights(e, protocol).keys() == {Weighting.AVERAGE, Weighting.NORM, Weighting.KAPPA}
+    assert protocols.template_quality(e, protocol).keys() == {Quality.KAPPA, Quality.FEATURE_NORM}
 
 
 def test_a_confident_frame_outweighs_blurred_ones():
@@ -159,26 +161,26 @@ def test_a_confident_frame_outweighs_blurred_ones():
         None,
     )
     scores = {
-        name: protocols.score_templates(pooling, protocol, radius=64.0).cosine
-        for name, pooling in protocols.pool_every_way(e, protocol)
+        weighting: protocols.score_templates(pooling, protocol, radius=64.0).cosine
+        for weighting, pooling in protocols.pool_every_way(e, protocol)
     }
-    assert scores["average"] == pytest.approx(1 / np.sqrt(5)) and scores["kappa"] > 0.9999
+    assert scores[Weighting.AVERAGE] == pytest.approx(1 / np.sqrt(5)) and scores[Weighting.KAPPA] > 0.9999
 
 
-@pytest.mark.parametrize("score", ["cosine", "vmf"])
+@pytest.mark.parametrize("score", list(Score))
 def test_search_against_brute_force(monkeypatch, score):
     monkeypatch.setattr(protocols, "_SCORES_AT_ONCE", 45)  # three probes at a time
     rng = np.random.default_rng(0)
     gallery_subjects, probe_subjects = rng.permutation(100)[:15], rng.integers(0, 100, 40)
     gallery, probes = random_embeddings(15, seed=1), random_embeddings(40, seed=2)
-    kappas = [torch.from_numpy(e.kappa) if score == "vmf" else None for e in (gallery, probes)]
+    kappas = [torch.from_numpy(e.kappa) if score is Score.VMF else None for e in (gallery, probes)]
     faces = gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects
     searches, shallow = protocols.search(*faces, radius=64.0, depth=15), protocols.search(*faces, radius=64.0, depth=3)
     assert 0 < searches.mated.sum() < 40
     for q in range(40):
         values = []
         for g in range(15):
-            if score == "cosine":
+            if score is Score.COSINE:
                 values.append((probes.mu[q].double() @ gallery.mu[g].double()).item())
             else:
                 pair = (
@@ -243,21 +245,16 @@ def test_score_histogram_counts_every_comparison():
 
 
 def test_searches_without_unmated_ones_have_no_open_set():
-    searches = protocols.metrics.Searches(np.full(20, 0.5), np.ones(20, np.int64), np.zeros(20))
-    assert protocols.summarize_searches(searches) == {
-        "searches": 20,
-        "mated": 20,
-        "rank": {"1": 1.0, "5": 1.0, "10": 1.0},
-        "tpir_at_fpir": {},
-    }
+    searches = metrics.Searches(np.full(20, 0.5), np.ones(20, np.int64), np.zeros(20))
+    assert protocols.summarize_searches(searches) == SearchResult(20, 20, {"1": 1.0, "5": 1.0, "10": 1.0}, {})
 
 
 def test_summary_of_a_verification_set():
     same = np.arange(40) % 2 == 0
     cosine = np.where(same, 0.8, 0.1)
     cosine[[1, 2]] = 0.9, 0.05  # one impostor above every genuine pair, one genuine pair below every impostor
-    scores = protocols.PairScores(cosine, np.where(same, -1000.0, -1200.0))
-    summary = protocols.summarize_verification(scores, same)
+    scores = PairScores(cosine, np.where(same, -1000.0, -1200.0))
+    summary = protocols.summarize_verification(scores, same).as_json()
     assert summary["pairs"] == 40
     assert (
         summary["accuracy"] == pytest.approx(38 / 40)
@@ -268,76 +265,3 @@ def test_summary_of_a_verification_set():
     assert summary["eer"] == pytest.approx(1 / 20) and summary["eer_vmf"] == 0
     assert summary["auc"] == pytest.approx(1 - (20 + 20 - 1) / 400) and summary["auc_vmf"] == 1
     assert protocols.tar_table(np.tile(cosine, 5), np.tile(same, 5)) == {"1e-01": 0.95}
-
-
-def test_rejection_against_brute_force():
-    e = random_embeddings(120, seed=3)
-    rng = np.random.default_rng(0)
-    same = np.arange(60) % 2 == 0
-    cosine = rng.normal(loc=0.8 * same)
-    rejection = protocols.reject_by_quality(
-        cosine, same, {name: protocols.lower_of_pair(values) for name, values in protocols.image_quality(e).items()}
-    )
-    wrong = (cosine > rejection.threshold) != same
-    false_accepts, false_rejects = wrong[~same].sum(), wrong[same].sum()
-    assert abs(false_accepts - false_rejects) <= 1 and wrong.any()
-    for order, quality in ("kappa", e.kappa), ("feature_norm", e.feature_norm):
-        curve = rejection.curves[order]
-        lower = [min(quality[2 * k], quality[2 * k + 1]) for k in range(60)]
-        for rejected in range(60):
-            kept = sorted(range(60), key=lower.__getitem__)[rejected:]
-            assert curve.error[rejected] == pytest.approx(wrong[kept].mean()) and curve.rejected[
-                rejected
-            ] == pytest.approx(rejected / 60)
-    assert rejection.curves["oracle"].error[wrong.sum()] == 0
-    assert rejection.curves["oracle"].area < min(
-        curve.area for order, curve in rejection.curves.items() if order != "oracle"
-    )
-
-
-def test_rejection_at_a_given_far():
-    rng = np.random.default_rng(0)
-    same = np.arange(400) % 2 == 0
-    scores = rng.normal(loc=2 * same)
-    rejection = protocols.reject_by_quality(scores, same, {"kappa": rng.random(400)}, far=0.05)
-    assert np.mean(scores[~same] > rejection.threshold) == 0.05 and rejection.far == 0.05
-    assert rejection.curves.keys() == {"kappa", "random", "oracle"}
-    assert rejection.curves["random"].area == pytest.approx(np.mean((scores > rejection.threshold) != same))
-
-
-def test_quality_falls_with_severity():
-    e = Embeddings(torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 0.0]]), torch.tensor([5.0, 4.0, 1.0]))
-    summary = protocols.summarize_quality(e, np.array([0.1, 0.5, 0.9]))
-    assert summary["kappa"]["severity_spearman"] == pytest.approx(-1) and summary["feature_norm"][
-        "severity_spearman"
-    ] == pytest.approx(-0.5)
-    assert summary["kappa"]["median"] == pytest.approx(np.exp(4)) and summary["feature_norm"]["median"] == 2
-    for severity in (None, np.zeros(3)):
-        assert protocols.summarize_quality(e, severity)["kappa"]["severity_spearman"] is None
-
-
-def test_severity_by_name(tmp_path):
-    path = tmp_path / "severity.csv"
-    path.write_text("name,identity,severity\nb.jpg,1,0.75\na.jpg,0,0.25\nc.jpg,2,1\n")
-    assert protocols.read_severity(path, "name", ["a.jpg", "b.jpg"]).tolist() == [0.25, 0.75]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("image,identity\n", "columns name and severity"),
-        ("", "columns name and severity"),
-        ("name,severity\na,low\n", "line 2: severity must be a number"),
-        ("name,severity\na\n", "line 2: severity must be a number"),
-        ("name,severity\na," + "9" * 200_000, "severity must be a number"),  # more than the CSV reader takes
-        ("name,severity\n\xff,0.5\n", "lacks 1 of 1 images, the first a"),
-        ("name,severity\na,nan\n", "must lie in .* got nan for a"),
-        ("name,severity\na,1.5\n", "must lie in .* got 1.5 for a"),
-        ("name,severity\nb,0.5\n", "lacks 1 of 1 images, the first a"),
-    ],
-)
-def test_severity_files_that_are_refused(tmp_path, text, message):
-    path = tmp_path / "severity.csv"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=message):
-        protocols.read_severity(path, "name", ["a"])

@@ -2,6 +2,7 @@ import json
 import os
 import sys
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,18 +12,11 @@ from hypothesis import strategies as st
 
 from scf_fast.distributed import free_port
 from scf_fast.feature_cache import main
-from scf_fast.features.store import (
-    CacheLayout,
-    FeatureCache,
-    cache_key,
-    decode,
-    encode,
-    encoding_error,
-    layout_of,
-    read_meta,
-)
+from scf_fast.features.open import cache_key
+from scf_fast.features.records import CacheLayout, decode, encode, encoding_error
+from scf_fast.features.store import CacheKey, FeatureCache, read_meta
 
-KEY = {"backbone": "b", "data": "d", "normalization": "insightface", "precision": "fp32"}
+KEY = CacheKey("b", "d", "insightface", "fp32")
 BOUND = {
     "fp32": 0.0,
     "fp16": 2.0**-11,
@@ -73,7 +67,7 @@ def test_zero_map_survives_quantization():
 
 
 def test_write_then_read_both_orientations_in_any_order(small, monkeypatch):
-    monkeypatch.setattr("scf_fast.features.store._SHARD_BYTES", 2000)  # several shards
+    monkeypatch.setattr("scf_fast.features.records._SHARD_BYTES", 2000)  # several shards
     folder, _ = small
     layout = CacheLayout(50, 8, (4, 3, 3), "fp32")
     folder = folder.with_name("sharded")
@@ -169,9 +163,11 @@ def test_a_cache_left_open_is_checked_before_it_is_used(small):
 @pytest.mark.parametrize("change", ["backbone", "data", "normalization", "precision", "dtype", "num_images"])
 def test_a_cache_of_something_else_is_refused(small, change):
     folder, layout = small
-    key = {**KEY, **({change: "other"} if change in KEY else {})}
-    if change not in KEY:
-        layout = CacheLayout(**{**layout.__dict__, change: "bf16" if change == "dtype" else 49})
+    key = KEY
+    if hasattr(KEY, change):
+        key = replace(KEY, **{change: "other"})
+    else:
+        layout = replace(layout, **{change: "bf16" if change == "dtype" else 49})
     with pytest.raises(ValueError, match=f"was made for something else \\({change}: cached .*, needed"):
         FeatureCache.create_or_check(folder, key, layout)
 
@@ -205,7 +201,7 @@ def test_any_meta_is_read_or_refused(small, content, changes):
         for text in (content, json.dumps(changed).encode()):
             (folder / "meta.json").write_bytes(text)
             try:
-                layout = layout_of(read_meta(folder))
+                layout = read_meta(folder).layout
             except ValueError as error:
                 assert "meta.json is damaged" in str(error)
             else:
@@ -226,7 +222,7 @@ def test_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch
 
 def test_meta_reads_back_and_damage_is_named(small):
     folder, layout = small
-    assert layout_of(read_meta(folder)) == layout
+    assert read_meta(folder).layout == layout
     (folder / "meta.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match=r"meta\.json is damaged"):
         read_meta(folder)
@@ -249,14 +245,14 @@ def test_key_follows_weights_and_data():
     state = {"w": torch.ones(3)}
     key = cache_key(state, Source(), "published", "bf16")
     assert cache_key({"w": torch.ones(3)}, Source(), "published", "bf16") == key
-    assert cache_key({"w": torch.tensor([1.0, 1.0, 2.0])}, Source(), "published", "bf16")["backbone"] != key["backbone"]
+    assert cache_key({"w": torch.tensor([1.0, 1.0, 2.0])}, Source(), "published", "bf16").backbone != key.backbone
     changed = Source()
     changed.shift = 1
-    assert cache_key(state, changed, "published", "bf16")["data"] != key["data"]
+    assert cache_key(state, changed, "published", "bf16").data != key.data
 
 
 def test_built_in_advance_by_two_ranks_and_used_by_another_head_rate_radius_and_normalizer(
-    faces, stage1, tmp_path, flags, run_command, monkeypatch, capsys
+    faces, stage1, tmp_path, flags, run_command, capsys
 ):
     """The pixels are normalized as stage 1 notes beside the backbone, so that training finds its own cache, and
     computes nothing.
@@ -327,9 +323,8 @@ def test_built_in_advance_by_two_ranks_and_used_by_another_head_rate_radius_and_
     )
     assert status == 0 and "computed in fp32" in output and "frozen backbone" not in output, output
 
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["feature_cache", *map(str, words)])
-        main()
+    def command(*words, status=0):
+        assert main(list(map(str, words))) == status
         return capsys.readouterr().out
 
     said = command("info", folder)
@@ -340,9 +335,7 @@ def test_built_in_advance_by_two_ranks_and_used_by_another_head_rate_radius_and_
     assert command("verify", folder).startswith("128 intact records, 0 damaged")
     with open(folder / "rows-00000.bin", "r+b") as file:
         file.write(b"\0\0\0\0")
-    with pytest.raises(SystemExit):
-        command("verify", folder)
-    assert capsys.readouterr().out.startswith("127 intact records, 1 damaged")
+    assert command("verify", folder, status=1).startswith("127 intact records, 1 damaged")
 
 
 def test_a_file_cut_short_is_said(small):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from scf_fast.config import Config
+from scf_fast.config import ConfidenceConfig
 from scf_fast.distributed import Runtime
 from scf_fast.features.open import open_stream
-from scf_fast.features.store import CacheLayout, FeatureCache
+from scf_fast.features.records import CacheLayout
+from scf_fast.features.store import CacheKey, FeatureCache
 from scf_fast.features.stream import FeatureStream, one_ahead
 from scf_fast.networks import frozen
 from scf_fast.networks.backbones import Backbone
@@ -25,7 +26,7 @@ from scf_fast.pipelines.sources.base import EncodedImages
 from scf_fast.stages.confidence import ConfidenceStage
 
 CPU = torch.device("cpu")
-KEY = {"backbone": "b", "data": "d", "normalization": "insightface", "precision": "fp32"}
+KEY = CacheKey("b", "d", "insightface", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_a_broken_image_is_replaced_label_and_all_and_never_cached(faces, backbo
     with over(None) as plain, over(FeatureCache.open(tmp_path / "c", layout, 0)) as cached:
         for epoch in range(2):
             assert_same(list(cached.batches(epoch)), list(plain.batches(epoch)))
-            assert len(plain.broken) == len(cached.broken) == 1
+            assert plain.count_broken() == cached.count_broken() == 1
     assert np.flatnonzero(np.fromfile(tmp_path / "c" / "checksums.bin", np.uint32) == 0).tolist() == [14, 15]
 
 
@@ -307,8 +308,8 @@ def test_a_step_never_waits_for_the_device(rows, faces, backbone, tmp_path):
         cache = FeatureCache.open(tmp_path / "c", layout, 0)
     backbone(torch.zeros(2, 3, 112, 112))  # the choice of the precision waits, once
     stage = object.__new__(ConfidenceStage)
-    stage.config = Config(stage="confidence", data="-", output_dir="-", saved_bkb="-", saved_fc="-")
-    stage.net_dtype, stage.class_centers, net = torch.float32, torch.randn(8, 16), ConvConfidence(128, 7)
+    stage.config = ConfidenceConfig(data="-", output_dir="-", saved_bkb="-", saved_fc="-")
+    stage._net_dtype, stage.class_centers, net = torch.float32, torch.randn(8, 16), ConvConfidence(128, 7)
     made, _ = stream(faces, backbone, cache)
     made._make_images = decoded_outside(made._make_images)
     with made:
@@ -316,20 +317,19 @@ def test_a_step_never_waits_for_the_device(rows, faces, backbone, tmp_path):
             batches = made.batches(epoch)
             with NoHostSync():
                 for batch in batches:
-                    loss, metrics = stage.loss(net, batch)
-                    loss.backward()
-        assert loss.isfinite() and metrics["kappa"] > 0
+                    result = stage.loss(net, batch)
+                    result.loss.backward()
+        assert result.loss.isfinite() and result.metrics["kappa"] > 0
         assert made.seconds["data"] > 0 and made.seconds["backbone"] > 0
 
 
 def test_a_cache_goes_on_in_its_own_precision_unless_another_was_asked_for(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr("scf_fast.features.stream.dist.barrier", lambda: None)
+    monkeypatch.setattr("scf_fast.features.open.dist.barrier", lambda: None)
     source = open_source(faces / "train")
     state = Backbone("ir_tiny", 16).state_dict()
 
     def opened(precision):
-        config = Config(
-            stage="confidence",
+        config = ConfidenceConfig(
             data="-",
             output_dir="-",
             saved_bkb="-",

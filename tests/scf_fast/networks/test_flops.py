@@ -2,20 +2,21 @@
 
 import pytest
 
-from scf_fast.config import Config
+from scf_fast.config import BackboneConfig, ConfidenceConfig
 from scf_fast.networks.flops import network_counts, peak_flops
-from scf_fast.stages.base import flop_per_image
+from scf_fast.stages.base import NetworkShape, flop_per_image
 
-STAGE2 = {"stage": "confidence", "data": "d", "output_dir": "o", "saved_bkb": "b", "saved_fc": "f"}
+STAGE2 = {"data": "d", "output_dir": "o", "saved_bkb": "b", "saved_fc": "f"}
 
 
 def test_a_step_counts_what_it_cannot_do_without():
     backbone, _, head, _ = network_counts("ir_50", "mlp")
-    assert flop_per_image(Config(**STAGE2), "ir_50", 512, 10) == backbone + 3 * head
-    assert flop_per_image(Config(**STAGE2, feature_cache="c"), "ir_50", 512, 10) == 3 * head
-    assert flop_per_image(Config(**STAGE2, finetune_bkb=True), "ir_50", 512, 10) == 3 * backbone + 3 * head
-    stage1 = Config(stage="backbone", data="d", output_dir="o", network="ir_50", sample_rate=0.5)
-    assert flop_per_image(stage1, "ir_50", 512, 1000) == 3 * backbone + 4 * 512 * 1000
+    network = NetworkShape("ir_50", 512)
+    assert flop_per_image(ConfidenceConfig(**STAGE2), network, 10) == backbone + 3 * head
+    assert flop_per_image(ConfidenceConfig(**STAGE2, feature_cache="c"), network, 10) == 3 * head
+    assert flop_per_image(ConfidenceConfig(**STAGE2, finetune_bkb=True), network, 10) == 3 * backbone + 3 * head
+    stage1 = BackboneConfig(data="d", output_dir="o", network="ir_50", sample_rate=0.5)
+    assert flop_per_image(stage1, network, 1000) == 3 * backbone + 4 * 512 * 1000
 
 
 @pytest.mark.parametrize(

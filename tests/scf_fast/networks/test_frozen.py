@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scf_fast.networks import frozen
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.frozen import FoldedBackbone, FoldedConv, FrozenBackbone, frozen_precisions
 
@@ -67,22 +68,20 @@ def test_full_size_architecture_folds():
 
 
 def test_first_batch_decides_the_precision_and_the_log_says_so(backbone, caplog, monkeypatch):
-    monkeypatch.setitem(__import__("scf_fast.networks.frozen").frozen.MAX_CONVF_ERROR, "bf16", 1e-6)
-    frozen = FrozenBackbone(backbone, "cpu", ("bf16", "fp32"))
+    monkeypatch.setitem(frozen.MAX_CONVF_ERROR, "bf16", 1e-6)
+    network = FrozenBackbone(backbone, "cpu", ("bf16", "fp32"))
     with caplog.at_level(logging.INFO):
-        _, convf = frozen(torch.randn(2, 3, 112, 112))
-    assert frozen.dtype == convf.dtype == torch.float32
+        _, convf = network(torch.randn(2, 3, 112, 112))
+    assert network.dtype == convf.dtype == torch.float32
     assert "bf16 refused, not accurate enough" in caplog.text and "fp32 taken" in caplog.text
 
 
 def test_bf16_stays_close(backbone, monkeypatch):
-    monkeypatch.setitem(
-        __import__("scf_fast.networks.frozen").frozen.MAX_CONVF_ERROR, "bf16", 3e-2
-    )  # random weights lose more than trained ones
-    monkeypatch.setattr("scf_fast.networks.frozen.MIN_COSINE", 0.999)
-    frozen = FrozenBackbone(backbone, "cpu", ("bf16",))
+    monkeypatch.setitem(frozen.MAX_CONVF_ERROR, "bf16", 3e-2)  # random weights lose more than trained ones
+    monkeypatch.setattr(frozen, "MIN_COSINE", 0.999)
+    network = FrozenBackbone(backbone, "cpu", ("bf16",))
     images = torch.randn(4, 3, 112, 112)
-    features, convf = frozen(images)
+    features, convf = network(images)
     assert features.dtype == torch.float32 and convf.dtype == torch.bfloat16
     with torch.no_grad():
         expected, _ = backbone(images)

@@ -15,7 +15,7 @@ from scf_fast.distributed import Runtime, launcher
 from scf_fast.engine.partitions import shared_state
 from scf_fast.run.checkpoints import Checkpoints, newest_intact
 from scf_fast.run.reporting import StepLines, forget_after
-from scf_fast.weights.files import save_file
+from scf_fast.weights.files import save_torch_file
 
 
 @pytest.fixture
@@ -44,28 +44,28 @@ DAMAGE = {
 
 @pytest.mark.parametrize("what", list(DAMAGE))
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(what, folder):
-    tag, state = newest_intact(folder)
-    assert tag == "step00000008" and state["step"] == 8 and state["world_size"] == 2
-    DAMAGE[what](folder / tag)
-    tag, state = newest_intact(folder)
-    assert tag == "step00000004" and state["step"] == 4
+    point = newest_intact(folder)
+    assert point.tag == "step00000008" and point.state.step == 8 and point.state.world_size == 2
+    DAMAGE[what](point.folder)
+    point = newest_intact(folder)
+    assert point.tag == "step00000004" and point.state.step == 4
 
 
 def test_latest_chooses_where_it_names_one(folder):
     (folder / "latest").write_text("step00000004\n")
-    assert newest_intact(folder)[0] == "step00000004"
+    assert newest_intact(folder).tag == "step00000004"
     for text in ("", "step00000099"):
         (folder / "latest").write_text(text)
-        assert newest_intact(folder)[0] == "step00000008"
+        assert newest_intact(folder).tag == "step00000008"
     (folder / "latest").unlink()
-    assert newest_intact(folder)[0] == "step00000008"
+    assert newest_intact(folder).tag == "step00000008"
 
 
 def test_steps_are_read_where_deepspeeds_fused_adam_counts_them():
-    """Of the states of a group's parameters it counts on in the last one alone."""
+    """Fused Adam counts on in the last parameter's state of a group alone."""
     states = {name: {"step": step, "exp_avg": torch.zeros(3)} for name, step in (("first", 0), ("last", 7))}
     optimizer = SimpleNamespace(state=states, param_groups=[{"step": 0}])
-    engine = SimpleNamespace(basic_optimizer=optimizer, loss_scaler=None, skipped_steps=0)
+    engine = SimpleNamespace(optimizer=optimizer, loss_scaler=None, internals=SimpleNamespace(skipped_steps=0))
     assert shared_state(engine)["counters"] == {"step": 7}
     optimizer.state = {}
     assert shared_state(engine)["counters"] == {}
@@ -84,12 +84,12 @@ def test_none_and_none_that_is_intact(folder, tmp_path):
 
 def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path):
     """The limit on a file's size stands for it: writing fails in the middle, as there."""
-    save_file({"x": torch.zeros(3)}, tmp_path / "f.pt")
+    save_torch_file({"x": torch.zeros(3)}, tmp_path / "f.pt")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(OSError, match=r"f\.pt"):
-            save_file({"x": torch.randn(100_000)}, tmp_path / "f.pt")
+            save_torch_file({"x": torch.randn(100_000)}, tmp_path / "f.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["f.pt"]

@@ -3,15 +3,15 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from scf_fast import config as configuration
-from scf_fast.config import Config
+from scf_fast.config import ConfidenceConfig
 from scf_fast.run import folder as run_folder
 
 
 def stage2(folder, **changes):
-    return Config(
-        stage="confidence",
+    return ConfidenceConfig(
         **{
             "data": "data",
             "saved_bkb": "b.pth",
@@ -69,3 +69,14 @@ def test_other_pixels_are_another_run(folder):
     )  # stage 2 finds it out
     with pytest.raises(ValueError, match="normalization 'published' -> 'insightface'"):
         run_folder.claim(stage2(folder, resume=True, normalization="insightface"))
+
+
+def test_an_option_that_the_run_did_not_know_yet_had_its_default(folder):
+    """As in a folder of an earlier version."""
+    path = folder / run_folder.CONFIG_FILE
+    saved = yaml.safe_load(path.read_text())
+    del saved["config"]["confidence_net"]
+    path.write_text(yaml.safe_dump(saved))
+    assert run_folder.claim(stage2(folder, resume=True)) is None
+    with pytest.raises(ValueError, match="confidence_net 'mlp' -> 'conv'"):
+        run_folder.claim(stage2(folder, resume=True, confidence_net="conv"))

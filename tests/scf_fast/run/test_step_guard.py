@@ -17,13 +17,14 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from scf_fast import launch, partitions
-from scf_fast.config import Config
-from scf_fast.engine.engine import initialize_engine, take_step
+from scf_fast import distributed
+from scf_fast.engine import partitions
+from scf_fast.config import ConfidenceConfig
+from scf_fast.engine.engine import Engine
 from scf_fast.run.step_guard import StepGuard
-from scf_fast.engine.optimizers import build_optimizer
+from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 
-runtime = launch.start()
+runtime = distributed.start()
 x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
 
 def loss(net, step, bad):
@@ -31,21 +32,23 @@ def loss(net, step, bad):
     return value * float("nan") if bad and runtime.rank == 1 else value
 
 def run(zero_stage, bad_steps):
-    config = Config(stage="confidence", data="d", output_dir="o", saved_bkb="b", saved_fc="f", batch_size=16, lr=1e-2, zero_stage=zero_stage)
+    options = {"data": "d", "output_dir": "o", "saved_bkb": "b", "saved_fc": "f", "batch_size": 16}
+    config = ConfidenceConfig(**options, lr=1e-2, zero_stage=zero_stage)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.PReLU(), nn.Linear(3, 1))
-    engine = initialize_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp32")
-    guard = StepGuard(engine, runtime, 3, Path(sys.argv[1]) / f"not_finite_rank{runtime.rank}.jsonl")
+    optimizer = build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device)
+    engine = Engine(net, optimizer, config, runtime, "fp32")
+    guard = StepGuard(engine.module, runtime, 3, Path(sys.argv[1]) / f"not_finite_rank{runtime.rank}.jsonl")
     applied, early = 0, None
     for step in range(len(bad_steps)):
         guard.before_step()
         value = loss(engine, 0 if bad_steps[step] else applied, bad_steps[step])
-        guard.see(value)
-        guard.decide(False, False)
+        guard.add_loss(value)
+        guard.start_vote(False, False)
         engine.backward(value)
         votes = guard.votes()
         assert votes.not_finite == bad_steps[step], (step, votes)
-        take_step(engine)
+        engine.step(skip=votes.not_finite)
         guard.count(votes, step, lambda: ["first.jpg", "second.jpg"])
         applied += not bad_steps[step]
         early = early or partitions.shared_state(engine)  # as a checkpoint that is written while the steps go on
@@ -75,15 +78,17 @@ except FloatingPointError as error:
         print("ended:", error, flush=True)
 
 def fp16(zero_stage):
-    config = Config(stage="confidence", data="d", output_dir="o", saved_bkb="b", saved_fc="f", batch_size=16, zero_stage=zero_stage, precision="fp16")
+    options = {"data": "d", "output_dir": "o", "saved_bkb": "b", "saved_fc": "f", "batch_size": 16}
+    config = ConfidenceConfig(**options, zero_stage=zero_stage, precision="fp16")
     net = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 1))
-    return initialize_engine(net, build_optimizer("adam", net.parameters(), config, runtime.device), config, runtime, "fp16")
+    optimizer = build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device)
+    return Engine(net, optimizer, config, runtime, "fp16")
 
 for stage in (0, 2):
     before, after = fp16(stage), fp16(stage)
     before.loss_scaler.load_state_dict({"scale": 2.0**10, "good_steps": 7})
     before.backward(loss(before, 0, False))
-    take_step(before)
+    before.step()
     parts = [None, None]
     torch.distributed.all_gather_object(parts, [tuple(piece) for piece in partitions.owned_pieces(before)])
     saved = [partitions.Piece(*piece) for part in parts for piece in part]
@@ -91,8 +96,8 @@ for stage in (0, 2):
     assert after.loss_scaler.state_dict() == before.loss_scaler.state_dict() == {"scale": 2.0**10, "good_steps": 8}
     if runtime.is_main:
         print("loss scale resumed", flush=True)
-launch.finish()
-launch.leave(0)
+distributed.finish()
+distributed.leave(0)
 """
 
 
@@ -132,9 +137,9 @@ def test_stage_1_skips_and_goes_on(faces, flags, tmp_path, run_command):
     (tmp_path / "script.py").write_text(
         textwrap.dedent("""
         import sys
-        from scf_fast import launch
+        from scf_fast import distributed
         from scf_fast.stages.backbone import BackboneStage
-        import train
+        from scf_fast.train import main
 
         loss, calls = BackboneStage.loss, []
         def broken(self, engine, batch):
@@ -143,7 +148,7 @@ def test_stage_1_skips_and_goes_on(faces, flags, tmp_path, run_command):
                 batch.images[:] = float("inf")
             return loss(self, engine, batch)
         BackboneStage.loss = broken
-        launch.leave(train.main())
+        distributed.leave(main())
         """)
     )
     start = [

@@ -19,7 +19,7 @@ def test_a_collapse_is_said_once(kappas, said, caplog):
     watch = KappaWatch(512)
     with caplog.at_level(logging.WARNING):
         for step, kappa in enumerate(kappas, 1):
-            watch.look(step, kappa, cos_theta=0.55)
+            watch.check(step, kappa, cos_theta=0.55)
     assert [record.event for record in caplog.records] == ["kappa_collapsed"] * said
     assert all(
         "step 3: kappa has collapsed to 5.0e-01" in message and "0.55 asks for 403" in message
@@ -30,5 +30,5 @@ def test_a_collapse_is_said_once(kappas, said, caplog):
 def test_faces_that_have_nothing_to_do_with_their_centers_may_have_no_kappa(caplog):
     watch = KappaWatch(512)
     for kappa in (100.0, 1.0, 1e-3):
-        watch.look(1, kappa, cos_theta=-0.01)
+        watch.check(1, kappa, cos_theta=-0.01)
     assert not caplog.records

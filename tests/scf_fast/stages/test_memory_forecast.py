@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from scf_fast.config import Config
+from scf_fast.config import BackboneConfig
 from scf_fast.networks.backbones import Backbone
 from scf_fast.stages.memory_forecast import MemoryForecast, forecast
 
@@ -11,9 +11,8 @@ CLASSES, RANKS = 1003, 2
 
 
 def make_config(**options):
-    return Config(
+    return BackboneConfig(
         **{
-            "stage": "backbone",
             "data": "-",
             "output_dir": "-",
             "network": "ir_small",

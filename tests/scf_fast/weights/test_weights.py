@@ -6,15 +6,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from scf_fast import SCF, checkpoints
+from scf_fast import SCF
 from scf_fast.checkpoints import main
-from scf_fast.model import load_model, save_model
+from scf_fast.model import save_model
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
 from scf_fast.networks.families import family_state
-from scf_fast.weights import files
-from scf_fast.weights.reading import Weights, read
-from scf_fast.weights.writing import write
+from scf_fast.weights.contents import Facts, Part, Weights
+from scf_fast.weights.files import save_torch_file
+from scf_fast.weights.reading import read_weights
+from scf_fast.weights.writing import write_weights
 
 SMALL = {"published": "ir_small", "tface": "tface_ir_small", "insightface": "iresnet_small"}
 
@@ -27,6 +28,14 @@ def backbone(family, z_dim=32):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
     return net
+
+
+def backbone_in(spec):
+    return read_weights(spec, "--saved_bkb").require_backbone()
+
+
+def class_centers_in(spec):
+    return read_weights(spec, "--saved_fc").require_class_centers()
 
 
 def same(a, b):
@@ -78,9 +87,9 @@ FILES = {"published": published_files, "tface": tface_files, "insightface": insi
 @pytest.mark.parametrize("family", list(FILES))
 def test_backbone_and_class_centers_of_every_family(family, tmp_path):
     saved_bkb, saved_fc, net, centers = FILES[family](tmp_path)
-    assert same(checkpoints.backbone_state(saved_bkb), net.state_dict())
-    assert torch.equal(checkpoints.class_centers(saved_fc), centers)
-    assert read(saved_bkb).network() == (SMALL[family], 32)
+    assert same(backbone_in(saved_bkb), net.state_dict())
+    assert torch.equal(class_centers_in(saved_fc), centers)
+    assert read_weights(saved_bkb).network() == (SMALL[family], 32)
 
 
 def test_prefixes_nesting_and_safetensors(tmp_path):
@@ -92,13 +101,11 @@ def test_prefixes_nesting_and_safetensors(tmp_path):
         "deep": {"model": {"backbone": {f"module.{key}": value for key, value in state.items()}}},
     }.items():
         torch.save(value, tmp_path / name)
-        assert same(checkpoints.backbone_state(tmp_path / name), net.state_dict())
+        assert same(backbone_in(tmp_path / name), net.state_dict())
     safetensors.torch.save_file(state, tmp_path / "no.suffix")
-    assert same(
-        dict(sorted(checkpoints.backbone_state(tmp_path / "no.suffix").items())), dict(sorted(net.state_dict().items()))
-    )
+    assert same(dict(sorted(backbone_in(tmp_path / "no.suffix").items())), dict(sorted(net.state_dict().items())))
     torch.save(SCF(net, build_confidence_net("conv", 128, 7)).state_dict(), tmp_path / "whole")
-    assert read(tmp_path / "whole").parts == ("backbone", "confidence_net")
+    assert read_weights(tmp_path / "whole").parts == ("backbone", "confidence_net")
 
 
 @pytest.mark.parametrize(
@@ -119,10 +126,10 @@ def test_class_centers_in_shards(kept, named, expected, tmp_path):
         if int(path.stem[-1]) not in kept:
             path.unlink()
     if expected is None:
-        assert torch.equal(checkpoints.class_centers(named.format(tmp_path)), centers)
+        assert torch.equal(class_centers_in(named.format(tmp_path)), centers)
     else:
         with pytest.raises(ValueError, match=expected):
-            checkpoints.class_centers(named.format(tmp_path))
+            class_centers_in(named.format(tmp_path))
 
 
 def tface_head(kind, columns):
@@ -145,7 +152,7 @@ def test_heads_of_tface(kind, ranks, tmp_path):
             {"TFR-faces": tface_head(kind, shard.T.contiguous())},
             tmp_path / f"HEAD_Epoch_20_Split_{rank}_checkpoint.pth",
         )
-    read_back = checkpoints.class_centers(tmp_path / "HEAD_Epoch_20_Split_*_checkpoint.pth")
+    read_back = class_centers_in(tmp_path / "HEAD_Epoch_20_Split_*_checkpoint.pth")
     assert torch.equal(read_back, centers) and read_back.is_contiguous()
 
 
@@ -159,11 +166,11 @@ def test_the_moments_of_an_optimizer_are_no_weights(tmp_path):
     torch.save(
         {"model": family_state(net.state_dict(), net.architecture), "optim": optimizer.state_dict()}, tmp_path / "both"
     )
-    weights = read(tmp_path / "both")
+    weights = read_weights(tmp_path / "both")
     assert weights.parts == ("backbone",) and not weights.other and same(weights.backbone, net.state_dict())
     torch.save({"EPOCH": 20, "BACKBONE_OPT": optimizer.state_dict()}, tmp_path / "META_Epoch_20_checkpoint.pth")
     assert "must hold a state_dict of tensors or class centers, got dict without tensors" in refused(
-        read, tmp_path / "META_Epoch_20_checkpoint.pth"
+        read_weights, tmp_path / "META_Epoch_20_checkpoint.pth"
     )
 
 
@@ -171,14 +178,14 @@ def test_heads_that_cannot_be_told_are_refused(tmp_path):
     torch.save(
         {"a": tface_head("arcface", torch.randn(4, 9)), "b": tface_head("arcface", torch.randn(4, 7))}, tmp_path / "two"
     )
-    assert "must hold class centers once, got several" in refused(checkpoints.class_centers, tmp_path / "two")
+    assert "must hold class centers once, got several" in refused(class_centers_in, tmp_path / "two")
     torch.save({"TFR-faces": torch.randn(8, 8)}, tmp_path / "square")
     assert "must hold class centers, one (classes, width) tensor, got keys like ['TFR-faces']" in refused(
-        checkpoints.class_centers, tmp_path / "square"
+        class_centers_in, tmp_path / "square"
     )
     for rank, width in enumerate((8, 4)):
         torch.save(torch.randn(9, width), tmp_path / f"wc_{rank}")
-    assert "must have one width, got 4, 8" in refused(checkpoints.class_centers, tmp_path / "wc_*")
+    assert "must have one width, got 4, 8" in refused(class_centers_in, tmp_path / "wc_*")
 
 
 @pytest.mark.parametrize("colon", [":", "_"])
@@ -190,7 +197,7 @@ def test_a_folder_of_an_old_insightface_release(colon, tmp_path):
     for rank, shard in enumerate(centers.tensor_split(3)):
         torch.save(shard.clone(), tmp_path / f"rank{colon}{rank}_softmax_weight.pt")
         torch.save(torch.zeros_like(shard), tmp_path / f"rank{colon}{rank}_softmax_weight_mom.pt")
-    weights = read(tmp_path)
+    weights = read_weights(tmp_path)
     assert same(weights.backbone, net.state_dict()) and torch.equal(weights.class_centers, centers)
 
 
@@ -199,21 +206,21 @@ def test_two_backbones_are_refused(tmp_path):
     torch.save(net.state_dict(), tmp_path / "a.pt")
     torch.save({key: value + 1 for key, value in net.state_dict().items()}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"must hold one backbone, but .*b.pt has another"):
-        read(f"{tmp_path}/a.pt,{tmp_path}/b.pt")
+        read_weights(f"{tmp_path}/a.pt,{tmp_path}/b.pt")
     torch.save({"state_dict": net.state_dict(), "averaged": net.state_dict()}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"c.pt: must hold backbone once, got several"):
-        read(tmp_path / "c.pt")
+        read_weights(tmp_path / "c.pt")
 
 
 def test_the_folder_of_a_run_stands_for_its_files(tmp_path):
     net, centers = backbone("published"), torch.randn(5, 32)
     torch.save(net.state_dict(), tmp_path / "backbone.pth")
     torch.save({"arc_face_state_dict": {"weight": centers}, "normalization": "published"}, tmp_path / "fc.pth")
-    weights = read(tmp_path)
+    weights = read_weights(tmp_path)
     assert (
         same(weights.backbone, net.state_dict())
         and torch.equal(weights.class_centers, centers)
-        and weights.facts == {"normalization": "published"}
+        and weights.facts == Facts(normalization="published")
     )
 
 
@@ -242,57 +249,57 @@ def test_bad_files_are_one_clear_line(tmp_path, capsys, recwarn):
     for name, (content, expected) in cases.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        assert f"--saved_bkb {tmp_path}/{name}: {expected}" in refused(checkpoints.backbone_state, tmp_path / name)
+        assert f"--saved_bkb {tmp_path}/{name}: {expected}" in refused(backbone_in, tmp_path / name)
     torch.save({"x": Evil()}, tmp_path / "code.pt")
-    assert "loading it would run print" in refused(checkpoints.class_centers, tmp_path / "code.pt")
+    assert "loading it would run print" in refused(class_centers_in, tmp_path / "code.pt")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     assert "would run torch.nn.modules.linear.Linear, and code from a checkpoint is never run" in refused(
-        read, tmp_path / "module.pt"
+        read_weights, tmp_path / "module.pt"
     )
     assert "must not run" not in capsys.readouterr().out and not recwarn.list
     torch.save([1, 2], tmp_path / "list")
-    assert "must hold a state_dict of tensors or class centers, got list" in refused(
-        checkpoints.backbone_state, tmp_path / "list"
-    )
+    assert "must hold a state_dict of tensors or class centers, got list" in refused(backbone_in, tmp_path / "list")
 
 
 def test_files_of_another_kind_are_named_for_what_they_are(tmp_path):
     saved_bkb, saved_fc, net, _ = published_files(tmp_path)
     assert "must hold class centers, one (classes, width) tensor, but holds backbone ir_small (published)" in refused(
-        checkpoints.class_centers, saved_bkb
+        class_centers_in, saved_bkb
     )
     assert "must hold a backbone's state_dict of tensors, but holds class centers of 5 identities" in refused(
-        checkpoints.backbone_state, saved_fc
+        backbone_in, saved_fc
     )
     state = net.state_dict()
     del state["body.1.res_layer.0.weight"]
     torch.save(state, tmp_path / "damaged")
-    assert "nearest is ir_small: 1 missing (body.1.res_layer.0.weight)" in refused(read(tmp_path / "damaged").network)
+    assert "nearest is ir_small: 1 missing (body.1.res_layer.0.weight)" in refused(
+        read_weights(tmp_path / "damaged").network
+    )
     torch.save({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "other")
     assert "must hold class centers, one (classes, width) tensor, got keys like ['a', 'b']" in refused(
-        checkpoints.class_centers, tmp_path / "other"
+        class_centers_in, tmp_path / "other"
     )
-    assert "no backbone: must have 'output_layer.3.weight'" in refused(checkpoints.backbone_state, tmp_path / "other")
+    assert "no backbone: must have 'output_layer.3.weight'" in refused(backbone_in, tmp_path / "other")
     torch.save(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), tmp_path / "zero")
-    assert "no row zero" in refused(checkpoints.class_centers, tmp_path / "zero")
+    assert "no row zero" in refused(class_centers_in, tmp_path / "zero")
     torch.save(torch.tensor([[1.0, float("nan")]]), tmp_path / "nan")
-    assert "must be finite" in refused(checkpoints.class_centers, tmp_path / "nan")
+    assert "must be finite" in refused(class_centers_in, tmp_path / "nan")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "f.pt"
-    files.save_file({"a": torch.ones(1)}, path)
+    save_torch_file({"a": torch.ones(1)}, path)
     with pytest.raises(Exception, match=r"pickle|local object"):
-        files.save_file({"a": lambda: 0}, path)
+        save_torch_file({"a": lambda: 0}, path)
     assert torch.load(path)["a"].item() == 1
 
 
-PARTS = {"backbone", "class_centers", "confidence_net"}
 ROUND_TRIPS = [
     (family, layout, part)
     for family, net in (("published", "mlp"), ("tface", "conv"), ("insightface", None))
     for layout in (family, "scf_fast", "safetensors")
-    for part in sorted(PARTS - ({"confidence_net"} if net is None else set()))
+    for part in Part
+    if net is not None or part is not Part.CONFIDENCE_NET
 ]
 
 
@@ -307,15 +314,15 @@ def test_conversions_keep_every_bit(family, layout, part, tmp_path):
         },
         class_centers=torch.randn(7, 32).bfloat16(),
         confidence_net=net.state_dict(),
-        facts={"epoch": 4},
+        facts=Facts(epoch=4),
     )
-    write(whole.only(part), tmp_path / "first", family)
+    write_weights(whole.only(part), tmp_path / "first", family)
     assert main(["convert", str(tmp_path / "first"), str(tmp_path / "there"), "--to", layout]) == 0
     assert main(["convert", str(tmp_path / "there"), str(tmp_path / "back"), "--to", family]) == 0
     for path in ("first", "there", "back"):
-        found = getattr(read(tmp_path / path), part)
-        expected = getattr(whole, part)
-        if part == "class_centers":
+        found = getattr(read_weights(tmp_path / path), part.value)
+        expected = getattr(whole, part.value)
+        if part is Part.CLASS_CENTERS:
             assert torch.equal(found, expected) and found.dtype == expected.dtype
         else:
             assert same(dict(sorted(found.items())), dict(sorted(expected.items())))
@@ -324,26 +331,28 @@ def test_conversions_keep_every_bit(family, layout, part, tmp_path):
 def test_layouts_are_those_of_the_other_code(tmp_path):
     mlp, centers = build_confidence_net("mlp", 128, 7).state_dict(), torch.randn(3, 32)
     ours = {family: backbone(family).state_dict() for family in SMALL}
-    write(
-        Weights(confidence_net=mlp, backbone=ours["published"], facts={"epoch": 1, "global_step": 9, "radius": 64.0}),
+    write_weights(
+        Weights(confidence_net=mlp, backbone=ours["published"], facts=Facts(epoch=1, global_step=9, radius=64.0)),
         tmp_path / "p",
         "published",
     )
     assert set(torch.load(tmp_path / "p")) == {"uncer_net_state_dict", "backbone_state_dict", "epoch", "global_step"}
-    write(Weights(class_centers=centers), tmp_path / "f", "published")
+    write_weights(Weights(class_centers=centers), tmp_path / "f", "published")
     assert torch.equal(torch.load(tmp_path / "f")["arc_face_state_dict"]["weight"], centers)
-    write(Weights(class_centers=centers), tmp_path / "t", "tface")
+    write_weights(Weights(class_centers=centers), tmp_path / "t", "tface")
     assert torch.equal(torch.load(tmp_path / "t"), centers)
-    write(Weights(class_centers=centers, backbone=ours["insightface"]), tmp_path / "i", "insightface")
+    write_weights(Weights(class_centers=centers, backbone=ours["insightface"]), tmp_path / "i", "insightface")
     found = torch.load(tmp_path / "i")
     assert (
         torch.equal(found["state_dict_softmax_fc"]["weight"], centers)
         and "layer4.0.downsample.1.running_var" in found["state_dict_backbone"]
     )
-    write(Weights(backbone=ours["tface"]), tmp_path / "b", "tface")
+    write_weights(Weights(backbone=ours["tface"]), tmp_path / "b", "tface")
     assert same(torch.load(tmp_path / "b"), ours["tface"])
-    write(
-        Weights(confidence_net=mlp, backbone=ours["insightface"], facts={"radius": 32.0}), tmp_path / "s", "safetensors"
+    write_weights(
+        Weights(confidence_net=mlp, backbone=ours["insightface"], facts=Facts(radius=32.0)),
+        tmp_path / "s",
+        "safetensors",
     )
     with safetensors.safe_open(tmp_path / "s", "pt") as file:
         assert {key.split(".")[0] for key in file.keys()} == {"backbone", "confidence_net"} and json.loads(
@@ -367,13 +376,13 @@ def test_layouts_are_those_of_the_other_code(tmp_path):
 def test_what_cannot_be_converted_is_one_clear_line(family, parts, layout, expected, tmp_path, capsys):
     net = build_confidence_net("conv" if family == "tface" else "mlp", 16, 7).state_dict()
     whole = {"backbone": backbone(family).state_dict(), "class_centers": torch.randn(3, 32), "confidence_net": net}
-    write(Weights(**{part: whole[part] for part in parts}), tmp_path / "in", "safetensors")
+    write_weights(Weights(**{part: whole[part] for part in parts}), tmp_path / "in", "safetensors")
     assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", layout]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and expected in error and not (tmp_path / "out").exists()
     if "--part" in expected:
         assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", layout, "--part", "backbone"]) == 0
-        assert read(tmp_path / "out").parts == ("backbone",)
+        assert read_weights(tmp_path / "out").parts == ("backbone",)
 
 
 def test_convert_overwrites_when_told_to(tmp_path, capsys):
@@ -416,7 +425,7 @@ def test_model_file_round_trip(tmp_path):
     )
     images = torch.randn(2, 3, 112, 112)
     for path in (tmp_path, tmp_path / "scf_model.pt"):
-        model = load_model(path)
+        model = SCF.from_checkpoint(path)
         features, log_kappa = model.embed(images)
         with torch.no_grad():
             expected, convf = net(images)
@@ -426,11 +435,11 @@ def test_model_file_round_trip(tmp_path):
         torch.testing.assert_close(mu.norm(dim=1), torch.ones(2))
         torch.testing.assert_close(kappa, log_kappa.exp())
         assert (model.radius, model.normalization, model.embedding_dim) == (32.0, "published", 32)
-    files.save_file(net.state_dict(), tmp_path / "backbone.pth")
+    save_torch_file(net.state_dict(), tmp_path / "backbone.pth")
     with pytest.raises(
         ValueError, match="must hold a confidence net's state_dict of tensors, but holds backbone ir_small"
     ):
-        load_model(tmp_path / "backbone.pth")
+        SCF.from_checkpoint(tmp_path / "backbone.pth")
 
 
 @pytest.mark.parametrize(
@@ -458,9 +467,11 @@ def test_a_model_from_the_files_of_other_code(family, net, normalization, tmp_pa
     assert SCF.from_checkpoint(both, radius=16.0, normalization="published").radius == 16.0
     source = both if family != "insightface" else str(tmp_path / "whole")
     if family == "insightface":
-        write(Weights(backbone=trunk.state_dict(), confidence_net=confidence.state_dict()), source, "safetensors")
+        write_weights(
+            Weights(backbone=trunk.state_dict(), confidence_net=confidence.state_dict()), source, "safetensors"
+        )
     assert main(["convert", source, str(tmp_path / "model.pt"), "--to", "scf_fast", "--radius", "32"]) == 0
-    assert torch.equal(load_model(tmp_path / "model.pt")(images)[0], mu)
+    assert torch.equal(SCF.from_checkpoint(tmp_path / "model.pt")(images)[0], mu)
     with pytest.raises(ValueError, match=r"was trained with radius 32.0, got 64.0"):
         SCF.from_checkpoint(tmp_path / "model.pt", radius=64.0)
     torch.save(build_confidence_net("mlp", 8, 7).state_dict(), tmp_path / "small")

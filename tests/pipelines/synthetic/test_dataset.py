@@ -1,9 +1,12 @@
 import collections
+import concurrent.futures
 import csv
 import io
 import itertools
 import json
+import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,18 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scf_fast.pipelines.synthetic import __main__ as synthetic
-from scf_fast.pipelines.synthetic.__main__ import (
-    Parameters,
-    evaluation_pictures,
-    main,
-    train_pictures,
-    write_synthetic_set,
-)
+from scf_fast.pipelines.synthetic import dataset, parts
+from scf_fast.pipelines.synthetic.__main__ import main
+from scf_fast.pipelines.synthetic.dataset import write_synthetic_set
+from scf_fast.pipelines.synthetic.pictures import Parameters, evaluation_pictures, train_pictures
 
 ROOT = Path(__file__).parents[3]
 SMALL = Parameters(identities=12, images_per_identity=3, eval_identities=20, seed=3)
-TINY = Parameters(identities=25, images_per_identity=1, eval_identities=0, seed=9)  # three parts
+TINY = Parameters(identities=11, images_per_identity=1, eval_identities=0, seed=9)  # two parts
 
 
 def _files(folder):
@@ -55,8 +54,21 @@ def small(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny") / "set"
+    write_synthetic_set(out, TINY, workers=1)
+    return out
+
+
+@pytest.fixture
+def short_sheet(monkeypatch):
+    """A contact sheet of one row, where it does not matter."""
+    monkeypatch.setattr(dataset, "_SHEET_ROWS", 1)
+
+
 def _records(rec):
-    """(offset, flag, labels, id, image bytes) of every record, straight from the format's description."""
+    """Yields (offset, flag, labels, id, image bytes) of every record, read as the format's description has it."""
     offset = 0
     while offset < len(rec):
         magic, length = struct.unpack_from("<II", rec, offset)
@@ -198,20 +210,17 @@ def test_a_picture_depends_on_seed_identity_and_index_alone(small):
     assert len({*base, *encoded(SMALL, 8), *encoded(Parameters(12, 3, 20, seed=4), 7)}) == 9
 
 
-def test_two_processes_from_the_command_line_write_the_same_files(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    write_synthetic_set(one, TINY, workers=1)
-    command = [sys.executable, "-m", "scf_fast.pipelines.synthetic", str(two), *_arguments(TINY), "--workers", "2"]
+def test_two_processes_from_the_command_line_write_the_same_files(tiny, tmp_path):
+    command = [sys.executable, "-m", "scf_fast.pipelines.synthetic", str(tmp_path), *_arguments(TINY), "--workers", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "images/s" in done.stderr and json.loads(done.stdout.split(": ", 1)[1])["train"]["images"] == 25
-    assert _files(two) == _files(one)
+    assert "images/s" in done.stderr and json.loads(done.stdout.split(": ", 1)[1])["train"]["images"] == 11
+    assert _files(tmp_path) == _files(tiny)
 
 
-def test_an_interrupted_set_is_completed(tmp_path, monkeypatch, capsys):
-    reference, out = tmp_path / "reference", tmp_path / "interrupted"
-    write_synthetic_set(reference, TINY, workers=1)
-    render, calls = synthetic._Part.render, []
+def test_an_interrupted_set_is_completed(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parts, "_IDENTITIES_PER_PART", 4)  # three parts; the files do not show it
+    render, calls = parts.Part.render, []
 
     def render_until_interrupted(part, *arguments):
         calls.append(part)
@@ -219,31 +228,42 @@ def test_an_interrupted_set_is_completed(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return render(part, *arguments)
 
-    monkeypatch.setattr(synthetic._Part, "render", render_until_interrupted)
-    command = [str(out), *_arguments(TINY), "--workers", "1"]
+    monkeypatch.setattr(parts.Part, "render", render_until_interrupted)
+    command = [str(tmp_path), *_arguments(TINY), "--workers", "1"]
     assert main(command) == 130
-    assert not (out / "manifest.json").exists() and not (out / "train").exists()
+    assert f"the same command goes on with what lies in {tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "manifest.json").exists() and not (tmp_path / "train").exists()
     assert main(command) == 0
     assert len(calls) == 2 + 2  # three parts: the first was kept
-    assert _files(out) == _files(reference)
-    capsys.readouterr()
+    assert _files(tmp_path) == _files(tiny)
 
-    before = {name: (out / name).stat().st_mtime_ns for name in _files(out)}
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in _files(tmp_path)}
     assert main(command) == 0 and len(calls) == 4  # complete: nothing to do
-    assert {name: (out / name).stat().st_mtime_ns for name in _files(out)} == before
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in _files(tmp_path)} == before
+
+
+def test_a_process_that_dies_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
+    class Pool(concurrent.futures.ProcessPoolExecutor):
+        def submit(self, *arguments):
+            return super().submit(os._exit, 9)
+
+    monkeypatch.setattr(parts, "ProcessPoolExecutor", Pool)
+    message = _refusal(capsys, [str(tmp_path), *_arguments(TINY), "--workers", "2"])
+    assert "a process that renders has died" in message and "--workers" in message
 
 
 def _refusal(capsys, arguments):
     capsys.readouterr()
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
-    return captured.err
+    (message,) = (line for line in captured.err.splitlines() if line and "rendering:" not in line)  # without the bar
+    assert captured.out == "" and message.startswith("python -m scf_fast.pipelines.synthetic: error: ")
+    return message
 
 
-def test_another_set_is_refused_unless_told_otherwise(tmp_path, capsys):
+def test_another_set_is_refused_unless_told_otherwise(tiny, tmp_path, capsys, short_sheet):
     out = tmp_path / "set"
-    assert main([str(out), *_arguments(TINY), "--workers", "1"]) == 0
+    shutil.copytree(tiny, out)
     before = _files(out)
     other = [*_arguments(TINY)[:-1], "10"]
     message = _refusal(capsys, [str(out), *other])
@@ -252,14 +272,16 @@ def test_another_set_is_refused_unless_told_otherwise(tmp_path, capsys):
     assert main([str(out), *other, "--workers", "1", "--overwrite"]) == 0
     assert _files(out)["train/train.rec"] != before["train/train.rec"]
 
-    (out / "manifest.json").write_text("{")
-    assert "damaged" in _refusal(capsys, [str(out), *other])
+    for damaged in (b"{", b"[]", b"{}", b'{"parameters": 1}', b"\xff"):
+        (out / "manifest.json").write_bytes(damaged)
+        assert "damaged" in _refusal(capsys, [str(out), *other])
 
 
-def test_a_folder_of_other_files_is_refused(tmp_path, capsys):
+def test_a_folder_of_other_files_is_refused(tmp_path, capsys, short_sheet):
+    one = _arguments(Parameters(identities=1, images_per_identity=1, eval_identities=0))
     (tmp_path / "photo.txt").write_text("mine")
-    assert "holds other files" in _refusal(capsys, [str(tmp_path), *_arguments(TINY)])
-    assert main([str(tmp_path), *_arguments(TINY), "--workers", "1", "--overwrite"]) == 0
+    assert "holds other files" in _refusal(capsys, [str(tmp_path), *one])
+    assert main([str(tmp_path), *one, "--workers", "1", "--overwrite"]) == 0
     assert (tmp_path / "photo.txt").read_text() == "mine"
 
 

@@ -1,0 +1,114 @@
+"""The private parts of DeepSpeed that the engine relies on."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from scf_fast.engine.loss_scale import LossScaler, StepWithoutZero
+
+
+class Place(NamedTuple):
+    """Where the elements of a piece of a parameter lie.
+
+    Attributes:
+        name: of the parameter.
+        start: first element of the flattened parameter.
+        weight: 1-D float32 view of the weights.
+        flat: the tensor that the optimizer knows, ``optimizer.state[flat]``.
+        slice: the elements' place in ``flat``, flattened.
+    """
+
+    name: str
+    start: int
+    weight: torch.Tensor
+    flat: torch.Tensor
+    slice: slice
+
+
+class DeepSpeedInternals:
+    """Everything that is read or set in a DeepSpeed engine beside its documented interface, as found in 0.19.8.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returns.
+    """
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    @staticmethod
+    def leave_out_shared_memory_op() -> None:
+        """Keeps DeepSpeed from building ``deepspeed_shm_comm``, which only inference uses: it takes 30 s to compile and
+        leaves 66 MiB a rank in shared memory after the process has ended.
+        """
+        import deepspeed
+
+        # Set, not asked for: that would try every op's compiler.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+    def take_over_loss_scale(self, scaler: LossScaler | None) -> None:
+        """Makes ``scaler`` (None: no scaling) the only one, with or without ZeRO.
+
+        With ZeRO, DeepSpeed's own never hears of an overflow, since ZeRO skips the step before it asks; the scale set
+        here is honored in the backward pass, in clipping and in the update.
+        """
+        if not self._engine.zero_optimization():
+            self._engine.torch_autocast_z0_gradscaler = StepWithoutZero(scaler)
+        elif scaler is not None:
+            self._engine.optimizer.torch_autocast_gradscaler = None
+            scaler.on_change(self._engine.optimizer.override_loss_scale)
+
+    def skip_gradient_sum(self) -> None:
+        """Leaves out the sum over ranks of a single rank without ZeRO: it would copy all gradients into one buffer and
+        back.
+        """
+        if not self._engine.zero_optimization():
+            self._engine.enable_backward_allreduce = False
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that changed nothing."""
+        return self._engine.skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self._engine.skipped_steps = count
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps, the skipped ones included."""
+        return self._engine.global_steps
+
+    @global_steps.setter
+    def global_steps(self, count: int) -> None:
+        self._engine.global_steps = count
+
+    def places(self, share: int, shares: int) -> Iterator[Place]:
+        """Yields the pieces of all trained parameters that this rank holds.
+
+        Args:
+            share, shares: without ZeRO every rank holds everything: of that, share number ``share`` of ``shares`` equal
+                ones. With ZeRO the shares are the ranks' own.
+        """
+        stage, rank, zero = self._engine.zero_optimization_stage(), dist.get_rank(), self._engine.optimizer
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if stage == 0:
+                place = slice(parameter.numel() * share // shares, parameter.numel() * (share + 1) // shares)
+                if place.start < place.stop:
+                    yield Place(name, place.start, parameter.detach().reshape(-1)[place], parameter, place)
+            elif stage < 3:
+                mapping = parameter._hp_mapping
+                if mapping is not None:  # None: this rank has no part of the parameter
+                    inside, within = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                    place = slice(inside.start, inside.start + inside.numel)
+                    yield Place(name, within.start, flat.detach()[place], flat, place)
+            else:
+                group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                size = min(size, parameter.ds_numel - rank * size)  # the last ranks' parts may be padding
+                if size > 0:
+                    flat, place = zero.fp32_partitioned_groups_flat[group], slice(offset, offset + size)
+                    yield Place(name, rank * parameter.ds_tensor.numel(), flat.detach()[place], flat, place)

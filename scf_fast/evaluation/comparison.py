@@ -1,0 +1,94 @@
+"""Several models on the same evaluations: all ranks embed, rank 0 measures."""
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+
+from scf_fast import distributed
+from scf_fast.errors import InputError
+from scf_fast.evaluation.embeddings import EmbeddingStore
+from scf_fast.evaluation.evaluate import Evaluation, measure_all
+from scf_fast.evaluation.report import ModelReport
+from scf_fast.inference import InferenceOptions, open_embedder
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models and what is measured of them."""
+
+    evaluations: list[Evaluation]
+    models: dict[str, str]  # weight files by the name of the model
+    inference: InferenceOptions = field(default_factory=InferenceOptions)
+    cache: Path | None = None  # folder of the embeddings; None: evaluation_features beside each model
+
+    def measure(self) -> dict[str, ModelReport]:
+        """Measures every model; returns the reports by name on rank 0, and nothing on other ranks.
+
+        Under a launcher it joins the process group, and leaves it at the end.
+
+        Raises:
+            InputError: a model cannot be read or used, or an image cannot be decoded.
+        """
+        rank, world_size = distributed.environment()
+        if world_size == 1:
+            return {name: self._measure_model(name, path, 0, 1) for name, path in self.models.items()}
+        distributed.start()
+        try:
+            reports = {name: self._measure_model(name, path, rank, world_size) for name, path in self.models.items()}
+        finally:
+            distributed.finish()
+        return reports if rank == 0 else {}
+
+    def _measure_model(self, name: str, path: str, rank: int, world_size: int) -> ModelReport:
+        """Fills the model's store on all ranks, and measures it on rank 0."""
+        started = time.perf_counter()
+        embedder = open_embedder(path, self.inference)
+        if not embedder.gives_kappa and any(evaluation.needs_kappa for evaluation in self.evaluations):
+            raise InputError(f"--score vmf needs kappa, and --model {path} is a backbone alone; take --score cosine")
+        store = EmbeddingStore(
+            embedder,
+            _beside(path) / "evaluation_features" if self.cache is None else self.cache,
+            batch_size=self.inference.batch_size,
+            decoding=self.inference.decoding,
+            rank=rank,
+            world_size=world_size,
+        )
+        for evaluation in self.evaluations:
+            for source in evaluation.sources:
+                store.fill(source.images, source.name if len(self.models) == 1 else f"{name}: {source.name}")
+        if world_size > 1:
+            dist.barrier()
+        measured = measure_all(self.evaluations if rank == 0 else [], store)
+        if not embedder.gives_kappa:
+            note = f"{name} is a backbone alone ({embedder.normalization} pixels), so what needs κ is left out."
+            measured.notes.insert(0, note)
+        return ModelReport(path, measured, time.perf_counter() - started)
+
+
+def name_models(specs: list[str]) -> dict[str, str]:
+    """Returns weight files by the name of the model.
+
+    Args:
+        specs: ``PATH`` or ``NAME=PATH``; without a name the path's last folder or file is the name. A path is what
+            :meth:`scf_fast.model.SCF.from_checkpoint` takes.
+    Raises:
+        InputError: two models have the same name.
+    """
+    models: dict[str, str] = {}
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        if not equals or os.path.exists(spec):
+            name, path = Path(spec.split(",")[0]).resolve().name, spec
+        if name in models:
+            raise InputError(f"two models are named {name}; give them names, as in --model first=PATH second=PATH")
+        models[name] = path
+    return models
+
+
+def _beside(path: str) -> Path:
+    """Returns the folder of a model's first file."""
+    first = Path(path.split(",")[0])
+    return first if first.is_dir() else first.parent

@@ -1,0 +1,106 @@
+"""Quality of images, pairs and templates: its distribution, its relation to known degradation, and recognition that may
+decline a pair.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr  # type: ignore[import-untyped]  # SciPy ships no types
+
+from scf_fast.errors import InputError
+from scf_fast.evaluation import metrics
+from scf_fast.evaluation.results import Quality, QualityQuantiles, QualityResult
+from scf_fast.inference import Embeddings
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Error-versus-reject curves of one set of pairs, the decision being score > threshold whatever is rejected."""
+
+    threshold: float
+    far: float | None  # where the threshold was put on all pairs; None: at equal error rates
+    curves: dict[Quality, metrics.RejectCurve]  # by rejection order; the oracle rejects the wrong decisions first
+
+
+def reject_by_quality(
+    scores: np.ndarray, same: np.ndarray, quality: dict[Quality, np.ndarray], far: float | None = None
+) -> Rejection:
+    """Rejects pairs by each measure of quality, at random (the expectation over orders), and by an oracle.
+
+    Args:
+        scores: (P,), same: (P,) bool.
+        quality: (P,) each, of the lesser of the two images or templates.
+        far: false accept rate that fixes the threshold on all pairs; None takes the equal error rate.
+    """
+    threshold = (
+        metrics.equal_error_threshold(scores, same) if far is None else metrics.threshold_at_far(scores, same, far)
+    )
+    wrong = (scores > threshold) != same
+    orders = quality | {Quality.RANDOM: np.zeros(len(wrong)), Quality.ORACLE: 1.0 - wrong}
+    return Rejection(
+        threshold, far, {order: metrics.error_versus_reject(wrong, values) for order, values in orders.items()}
+    )
+
+
+def image_quality(embeddings: Embeddings) -> dict[Quality, np.ndarray]:
+    """Returns (N,) of each measure that there is: kappa, where the model gives it, and the feature norm."""
+    kappa = {} if embeddings.kappa is None else {Quality.KAPPA: embeddings.kappa}
+    return kappa | {Quality.FEATURE_NORM: embeddings.feature_norm}
+
+
+def lower_of_pair(quality: np.ndarray) -> np.ndarray:
+    """Converts (2P,) by image to (P,), the lower value of images 2k and 2k + 1."""
+    return quality.reshape(-1, 2).min(axis=1)
+
+
+def summarize_quality(embeddings: Embeddings, severity: np.ndarray | None) -> QualityResult:
+    """Computes quantiles of kappa and of the feature norm, and their rank correlation with known severity.
+
+    Args:
+        severity: (N,) known degradation of the images, or None.
+    """
+    measures = {}
+    for measure, values in image_quality(embeddings).items():
+        p05, median, p95 = np.quantile(values, (0.05, 0.5, 0.95)).tolist()
+        correlation = None
+        if severity is not None and np.ptp(values) > 0 and np.ptp(severity) > 0:
+            correlation = float(spearmanr(values, severity).statistic)
+        measures[measure] = QualityQuantiles(p05, median, p95, correlation)
+    return QualityResult(measures)
+
+
+def read_severity(path: Path, column: str, names: list[str]) -> np.ndarray:
+    """Reads (N,) float64 degradation severities in [0, 1] by name, from a CSV with its rows in any order.
+
+    Args:
+        column: of the names; the severities are in the column 'severity'.
+        names: whose severities are wanted, in this order.
+    Raises:
+        InputError: a column or a name is missing, or a severity is not a number in [0, 1].
+    """
+    with open(path, newline="", errors="replace") as file:
+        reader = csv.DictReader(file)
+        if not {column, "severity"} <= set(reader.fieldnames or ()):
+            raise InputError(
+                f"{path} must have the columns {column} and severity, got {reader.fieldnames}; write it again with the "
+                "data set"
+            )
+        try:
+            severity = {row[column]: float(row["severity"]) for row in reader}
+        except (TypeError, ValueError, csv.Error):
+            raise InputError(f"{path} line {reader.line_num}: severity must be a number; repair the row") from None
+    missing = [name for name in names if name not in severity]
+    if missing:
+        raise InputError(
+            f"{path} lacks {len(missing)} of {len(names)} images, the first {missing[0]}; write it again with the data "
+            "set"
+        )
+    values = np.array([severity[name] for name in names])
+    outside = np.flatnonzero(~((values >= 0) & (values <= 1)))
+    if len(outside):
+        raise InputError(
+            f"{path}: severity must lie in [0, 1], got {values[outside[0]]} for {names[outside[0]]}; repair the row"
+        )
+    return values

@@ -1,0 +1,369 @@
+"""Results of an evaluation: typed, with the form that results.json keeps them in.
+
+The keys of results.json are an interface: earlier reports and their readers depend on them.
+"""
+
+import enum
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+REJECTED_FRACTIONS = (0.0, 0.1, 0.2, 0.5)  # of the pairs, at which results.json and the table give the error
+Rates = dict[str, float]  # by a rate written as '1e-03', or by a rank
+
+
+class Score(enum.Enum):
+    """A similarity of two faces; the value is what ``--score`` calls it."""
+
+    COSINE = "cosine"
+    VMF = "vmf"
+
+    @property
+    def label(self) -> str:
+        """Name in tables and figures."""
+        return "cosine" if self is Score.COSINE else "Eqn (13)"
+
+    @property
+    def suffix(self) -> str:
+        """End of this score's keys in results.json."""
+        return "" if self is Score.COSINE else "_vmf"
+
+
+class Weighting(enum.Enum):
+    """How the images of a template are weighted; the value is the key in results.json."""
+
+    AVERAGE = "average"
+    NORM = "norm"
+    DETECTOR = "detector"
+    NORM_DETECTOR = "norm_detector"
+    KAPPA = "kappa"
+    KAPPA_IMAGES = "kappa_images"
+
+    @property
+    def label(self) -> str:
+        """Name in tables and figures."""
+        return _WEIGHTING_LABELS[self]
+
+
+_WEIGHTING_LABELS = {
+    Weighting.AVERAGE: "average",
+    Weighting.NORM: "norm-weighted",
+    Weighting.DETECTOR: "detector-weighted",
+    Weighting.NORM_DETECTOR: "norm × detector",
+    Weighting.KAPPA: "κ, Eqn (14)",
+    Weighting.KAPPA_IMAGES: "κ, Eqn (14), every image",
+}
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """A way to compare templates: how they are pooled, and by which score."""
+
+    weighting: Weighting
+    score: Score
+
+    @property
+    def key(self) -> str:
+        """Key in results.json."""
+        return self.weighting.value + self.score.suffix
+
+
+MATCHERS = tuple(Matcher(weighting, score) for weighting in Weighting for score in Score)
+
+
+class Quality(enum.Enum):
+    """What images or pairs are ranked by; the value is the key in results.json."""
+
+    KAPPA = "kappa"
+    FEATURE_NORM = "feature_norm"
+    DETECTOR = "detector"
+    RANDOM = "random"
+    ORACLE = "oracle"
+
+    @property
+    def label(self) -> str:
+        """Name in tables and figures."""
+        return _QUALITY_LABELS[self]
+
+
+_QUALITY_LABELS = {
+    Quality.KAPPA: "κ",
+    Quality.FEATURE_NORM: "feature norm",
+    Quality.DETECTOR: "detector score",
+    Quality.RANDOM: "random",
+    Quality.ORACLE: "oracle",
+}
+
+
+class Section(Protocol):
+    """Anything that has a form in results.json."""
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+@dataclass(frozen=True)
+class BySet(Generic[SectionT]):
+    """Results of several data sets, one of which gives the numbers at the top of the section."""
+
+    first: str
+    sets: dict[str, SectionT]  # by the name of the data set
+
+    def as_json(self, name_key: str) -> dict[str, Any]:
+        """Returns the first set's results with its name under `name_key`, and the "others" by name."""
+        others = {name: section.as_json() for name, section in self.sets.items() if name != self.first}
+        return {name_key: self.first} | self.sets[self.first].as_json() | {"others": others}
+
+    def in_order(self) -> dict[str, SectionT]:
+        """Returns all sets by name, the first one first."""
+        return {self.first: self.sets[self.first]} | self.sets
+
+
+@dataclass(frozen=True)
+class PairMeasures:
+    """Verification by one score."""
+
+    accuracy: float  # mean over ten folds
+    accuracy_std: float  # over ten folds
+    equal_error_rate: float
+    area_under_roc: float
+    tar_at_far: Rates
+
+
+@dataclass(frozen=True)
+class VerificationResult:
+    """Verification of P pairs of images; without kappa by cosine alone."""
+
+    pairs: int
+    by_score: dict[Score, PairMeasures]
+
+    def as_json(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"pairs": self.pairs}
+        for score, measures in self.by_score.items():
+            suffix = score.suffix
+            result |= {
+                f"accuracy{suffix}": measures.accuracy,
+                f"accuracy{suffix}_std": measures.accuracy_std,
+                f"eer{suffix}": measures.equal_error_rate,
+                f"auc{suffix}": measures.area_under_roc,
+                f"tar_at_far{suffix}": measures.tar_at_far,
+            }
+        return result
+
+
+@dataclass(frozen=True)
+class TemplateResult:
+    """1:1 verification of templates."""
+
+    images: int
+    templates: int
+    genuine_pairs: int
+    impostor_pairs: int
+    tar_at_far: dict[Matcher, Rates]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "templates": self.templates,
+            "genuine_pairs": self.genuine_pairs,
+            "impostor_pairs": self.impostor_pairs,
+        } | {matcher.key: rates for matcher, rates in self.tar_at_far.items()}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Searches of a gallery by one matcher."""
+
+    searches: int
+    mated: int  # searches whose subject is enrolled
+    rank: Rates  # share of the mated searches with the mate among the best `rank`
+    tpir_at_fpir: Rates
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ScoreHistogram:
+    """Eqn (13) of every probe with every gallery entry, as log likelihood ratio against chance (nats)."""
+
+    edges: np.ndarray  # (B + 1,) float64
+    impostor: np.ndarray  # (B,) int64 comparisons of two subjects
+    genuine: np.ndarray  # (B,) int64 comparisons of one
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "low": float(self.edges[0]),
+            "high": float(self.edges[-1]),
+            "genuine": self.genuine.tolist(),
+            "impostor": self.impostor.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class IdentificationResult:
+    """1:N search."""
+
+    galleries: list[str]
+    enrolled: int  # subjects
+    searches: int
+    by_matcher: dict[Matcher, SearchResult]
+    comparisons: ScoreHistogram | None  # None without kappa
+
+    def as_json(self) -> dict[str, Any]:
+        return (
+            {"galleries": self.galleries, "enrolled": self.enrolled, "searches": self.searches}
+            | {matcher.key: result.as_json() for matcher, result in self.by_matcher.items()}
+            | ({} if self.comparisons is None else {"comparisons": self.comparisons.as_json()})
+        )
+
+
+@dataclass(frozen=True)
+class QualityQuantiles:
+    """Distribution of one measure of quality over the images of a set."""
+
+    p05: float
+    median: float
+    p95: float
+    severity_spearman: float | None  # rank correlation with the known severity; None: not known, or constant
+
+
+@dataclass(frozen=True)
+class QualityResult:
+    """Distribution of the measures of quality over the images of a set."""
+
+    measures: dict[Quality, QualityQuantiles]
+
+    def as_json(self) -> dict[str, Any]:
+        return {quality.value: asdict(quantiles) for quality, quantiles in self.measures.items()}
+
+
+@dataclass(frozen=True)
+class RejectionResult:
+    """Error versus reject on one set, and the quality of its images."""
+
+    name: str  # of the set
+    score: Score
+    threshold: float
+    far: float | None  # where the threshold was put on all pairs; None: at equal error rates
+    areas: dict[Quality, float]  # under the curves, by rejection order
+    errors: dict[Quality, list[float]]  # at REJECTED_FRACTIONS
+    images: QualityResult
+
+    def as_json(self) -> dict[str, Any]:
+        return self.images.as_json() | {
+            "reject_area": {order.value: area for order, area in self.areas.items()},
+            "reject": {
+                "set": self.name,
+                "score": self.score.label,
+                "threshold": self.threshold,
+                "far": self.far,
+                "rejected": REJECTED_FRACTIONS,
+                "error": {order.value: errors for order, errors in self.errors.items()},
+            },
+        }
+
+
+@dataclass
+class Results:
+    """Everything measured of one model; a section that was not measured is None."""
+
+    verification: BySet[VerificationResult] | None = None
+    templates: BySet[TemplateResult] | None = None
+    template_quality: BySet[QualityResult] | None = None
+    identification: BySet[IdentificationResult] | None = None
+    rejection: RejectionResult | None = None
+
+    def add(self, other: "Results") -> None:
+        """Takes over the sections that the other has."""
+        for section in fields(self):
+            if getattr(other, section.name) is not None:
+                setattr(self, section.name, getattr(other, section.name))
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the model's entry in results.json."""
+        result: dict[str, Any] = {}
+        if self.verification is not None:
+            result["verification"] = self.verification.as_json("set")
+        if self.templates is not None:
+            result["templates"] = self.templates.as_json("protocol")
+        if self.template_quality is not None:
+            result["template_quality"] = self.template_quality.as_json("protocol")
+        if self.identification is not None:
+            result["identification"] = self.identification.as_json("protocol")
+        if self.rejection is not None:
+            result |= self.rejection.as_json()
+        return result
+
+
+class FigureKind(enum.Enum):
+    """A kind of figure, in the order of the report; the value is the stem of its file name."""
+
+    ROC = "roc"
+    DET = "det"
+    TEMPLATES = "templates"
+    SCORES = "scores"
+    REJECT = "reject"
+    SEVERITY = "severity"
+    HISTOGRAM = "kappa_histogram"
+    FACES = "faces"
+    PAIRS = "pairs"
+
+    @property
+    def title(self) -> str:
+        """What the report calls it."""
+        return _FIGURE_TITLES[self]
+
+    @property
+    def is_wide(self) -> bool:
+        """True for a figure that takes a row of the page for itself."""
+        return self in (FigureKind.FACES, FigureKind.PAIRS)
+
+
+_FIGURE_TITLES = {
+    FigureKind.ROC: "Verification ROC",
+    FigureKind.DET: "Detection error trade-off",
+    FigureKind.TEMPLATES: "Template verification ROC",
+    FigureKind.SCORES: "Scores of all comparisons",
+    FigureKind.REJECT: "Error versus reject",
+    FigureKind.SEVERITY: "κ against known severity",
+    FigureKind.HISTOGRAM: "κ of genuine and impostor pairs",
+    FigureKind.FACES: "Faces by κ",
+    FigureKind.PAIRS: "Best and worst pairs",
+}
+FIGURE_FILE = re.compile(rf"(model\d+-)?({'|'.join(kind.value for kind in FigureKind)})(-\d+)?\.png")
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure of the report."""
+
+    kind: FigureKind
+    png: bytes
+    number: int = 0  # of the data set, where there may be several figures of a kind
+
+    @property
+    def file_name(self) -> str:
+        """File name in the report of a single model."""
+        return f"{self.kind.value}.png" if self.number == 0 else f"{self.kind.value}-{self.number + 1}.png"
+
+
+@dataclass
+class Measured:
+    """What the evaluations give for one model."""
+
+    results: Results = field(default_factory=Results)
+    figures: list[ReportFigure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out and why
+    files: dict[str, str] = field(default_factory=dict)  # further files of the report folder: text by file name
+
+    def add(self, other: "Measured") -> None:
+        """Takes over what another evaluation has measured."""
+        self.results.add(other.results)
+        self.figures += other.figures
+        self.notes += other.notes
+        self.files |= other.files

@@ -1,0 +1,281 @@
+"""Tables of the results of one or several models, side by side."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from scf_fast.evaluation.results import (
+    MATCHERS,
+    REJECTED_FRACTIONS,
+    BySet,
+    IdentificationResult,
+    Matcher,
+    Quality,
+    QualityResult,
+    Rates,
+    RejectionResult,
+    Results,
+    Score,
+    SectionT,
+    TemplateResult,
+    Weighting,
+)
+
+_PUBLISHED_FARS = ("1e-05", "1e-04")  # of the table in the paper's repository
+Models = dict[str, Results]  # by the name of the model
+Rows = list[list[str]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A section of the report."""
+
+    title: str
+    header: list[str]
+    rows: Rows
+    about: str = ""  # a sentence under the table
+
+    def word_columns(self) -> list[bool]:
+        """Tells columns of words, which are aligned left, from columns of numbers, which are aligned right."""
+        return [not all(cell[0] in "–-0123456789" for cell in column) for column in zip(*self.rows)]
+
+    def markdown(self) -> str:
+        """Returns the table as Markdown, its columns padded so that it also reads well as plain text."""
+        words, widths = self.word_columns(), [max(map(len, column)) for column in zip(self.header, *self.rows)]
+        lines = [
+            [cell.ljust(width) if word else cell.rjust(width) for cell, width, word in zip(row, widths, words)]
+            for row in (self.header, *self.rows)
+        ]
+        lines.insert(1, ["-" * width if word else "-" * (width - 1) + ":" for width, word in zip(widths, words)])
+        text = f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{text}\n\n{self.about}" if self.about else text
+
+
+def make_tables(models: Models) -> list[Table]:
+    """Returns a table for every section that some model's results have."""
+    several = list(models.values())
+    tables: list[Table] = []
+    if any(results.verification for results in several):
+        tables.append(_verification_table(models))
+    if any(results.templates for results in several):
+        tables += _template_tables(models)
+    if any(results.identification for results in several):
+        tables += _identification_tables(models)
+    if any(results.rejection or results.template_quality for results in several):
+        tables.append(_quality_table(models))
+    if any(results.rejection for results in several):
+        tables.append(_rejection_table(models))
+    return tables
+
+
+def tables_as_text(models: Models, notes: list[str]) -> str:
+    """Returns all tables and notes as Markdown that is fit for a terminal."""
+    parts = [table.markdown() for table in make_tables(models)]
+    if notes:
+        parts.append("\n".join(f"* {note}" for note in notes))
+    return "\n\n".join(parts)
+
+
+def _with_model_column(models: Models, header: list[str], rows: dict[str, Rows]) -> tuple[list[str], Rows]:
+    """Returns header and rows, with the model's name in front where there are several models.
+
+    Args:
+        rows: by the name of the model; some models may have none.
+    """
+    if len(models) == 1:
+        return header, next(iter(rows.values()))
+    return ["model", *header], [[name, *row] for name in models for row in rows.get(name, [])]
+
+
+def _sets_of(models: Models, section: Callable[[Results], BySet[SectionT] | None]) -> dict[str, dict[str, SectionT]]:
+    """Returns a section's results by model and data set, for the models that have it."""
+    found = {name: section(results) for name, results in models.items()}
+    return {name: by_set.in_order() for name, by_set in found.items() if by_set is not None}
+
+
+def _by_set(sections: dict[str, dict[str, T]]) -> dict[str, dict[str, T]]:
+    """Regroups results by model and data set to results by data set and model."""
+    names = dict.fromkeys(name for sets in sections.values() for name in sets)
+    return {name: {model: sets[name] for model, sets in sections.items() if name in sets} for name in names}
+
+
+def _occurring_rates(tables: list[Rates]) -> list[str]:
+    """Returns all rates that occur, falling."""
+    return sorted({rate for table in tables for rate in table}, key=float, reverse=True)
+
+
+def _fraction(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _matcher_cells(matcher: Matcher) -> list[str]:
+    return [matcher.weighting.label, matcher.score.label]
+
+
+def _verification_table(models: Models) -> Table:
+    sections = _sets_of(models, lambda results: results.verification)
+    # Every score has the same rates: they depend on the number of impostor pairs.
+    cosines = [result.by_score[Score.COSINE] for sets in sections.values() for result in sets.values()]
+    fars = _occurring_rates([measures.tar_at_far for measures in cosines])
+    rows: dict[str, Rows] = {
+        name: [
+            [
+                set_name,
+                score.label,
+                str(result.pairs),
+                f"{measures.accuracy:.4f} ± {measures.accuracy_std:.4f}",
+                f"{measures.equal_error_rate:.4f}",
+                f"{measures.area_under_roc:.4f}",
+                *(_fraction(measures.tar_at_far.get(far)) for far in fars),
+            ]
+            for set_name, result in sets.items()
+            for score, measures in result.by_score.items()
+        ]
+        for name, sets in sections.items()
+    }
+    header = ["set", "score", "pairs", "10-fold accuracy", "EER", "AUC", *(f"TAR @ FAR {far}" for far in fars)]
+    return Table("Verification", *_with_model_column(models, header, rows))
+
+
+def _template_tables(models: Models) -> list[Table]:
+    sections = _sets_of(models, lambda results: results.templates)
+    by_protocol = _by_set(sections)
+    tables = [_template_table(models, protocol, found) for protocol, found in by_protocol.items()]
+    return tables + _published_tables(sections, list(by_protocol))
+
+
+def _template_table(models: Models, protocol: str, found: dict[str, TemplateResult]) -> Table:
+    fars = _occurring_rates([rates for result in found.values() for rates in result.tar_at_far.values()])
+    rows: dict[str, Rows] = {
+        name: [
+            [*_matcher_cells(matcher), *(_fraction(result.tar_at_far[matcher].get(far)) for far in fars)]
+            for matcher in MATCHERS
+            if matcher in result.tar_at_far
+        ]
+        for name, result in found.items()
+    }
+    counts = next(iter(found.values()))
+    return Table(
+        f"Templates: {protocol}, 1:1",
+        *_with_model_column(models, ["pooling", "score", *(f"TAR @ FAR {far}" for far in fars)], rows),
+        f"{counts.images} images in {counts.templates} templates; {counts.genuine_pairs} genuine and "
+        f"{counts.impostor_pairs} impostor comparisons. The images of one medium are averaged first, with the same "
+        "weights, except in the rows that say every image.",
+    )
+
+
+def _published_tables(sections: dict[str, dict[str, TemplateResult]], protocols: list[str]) -> list[Table]:
+    """Compares average pooling with SCF's in the layout of the paper's repository: one column for each protocol and
+    false accept rate, in percent; no table where none of its rates was measured.
+    """
+    average = Matcher(Weighting.AVERAGE, Score.COSINE)
+    columns = [
+        (protocol, far)
+        for protocol in protocols
+        for far in _PUBLISHED_FARS
+        if any(far in sets[protocol].tar_at_far[average] for sets in sections.values() if protocol in sets)
+    ]
+    if not columns:
+        return []
+    methods = (
+        ("", average),
+        ("+ SCF", Matcher(Weighting.KAPPA, Score.COSINE)),
+        ("+ SCF, Eqn (13)", Matcher(Weighting.KAPPA_IMAGES, Score.VMF)),
+    )
+    rows = []
+    for name, sets in sections.items():
+        for label, matcher in methods:
+            if any(matcher in result.tar_at_far for result in sets.values()):
+                rates = {protocol: result.tar_at_far.get(matcher, {}) for protocol, result in sets.items()}
+                cells = [_percent(rates.get(protocol, {}).get(far)) for protocol, far in columns]
+                rows.append([label or name, *cells])
+    return [
+        Table(
+            "Templates as in the published table",
+            ["TAR [%]", *(f"{protocol} {float(far):.0e}" for protocol, far in columns)],
+            rows,
+            "The cosine of averaged media; + SCF: of media averaged with κ as weight, Eqn (14); Eqn (13) takes κ "
+            "summed over every image.",
+        )
+    ]
+
+
+def _identification_tables(models: Models) -> list[Table]:
+    by_protocol = _by_set(_sets_of(models, lambda results: results.identification))
+    return [_identification_table(models, protocol, found) for protocol, found in by_protocol.items()]
+
+
+def _identification_table(models: Models, protocol: str, found: dict[str, IdentificationResult]) -> Table:
+    searches = [result for identification in found.values() for result in identification.by_matcher.values()]
+    ranks, fpirs = list(searches[0].rank), _occurring_rates([result.tpir_at_fpir for result in searches])
+    rows: dict[str, Rows] = {
+        name: [
+            [
+                *_matcher_cells(matcher),
+                *(_fraction(identification.by_matcher[matcher].rank[rank]) for rank in ranks),
+                *(_fraction(identification.by_matcher[matcher].tpir_at_fpir.get(fpir)) for fpir in fpirs),
+            ]
+            for matcher in MATCHERS
+            if matcher in identification.by_matcher
+        ]
+        for name, identification in found.items()
+    }
+    counts = next(iter(found.values()))
+    about = f"{counts.searches} searches of {counts.enrolled} subjects."
+    if len(counts.galleries) > 1:
+        about += (
+            f" Ranks in the galleries {', '.join(counts.galleries)} together; TPIR as the mean over them one by one."
+        )
+    rates = [*(f"rank {rank}" for rank in ranks), *(f"TPIR @ FPIR {fpir}" for fpir in fpirs)]
+    return Table(
+        f"Identification: {protocol}, 1:N", *_with_model_column(models, ["pooling", "score", *rates], rows), about
+    )
+
+
+def _quality_table(models: Models) -> Table:
+    rows: dict[str, Rows] = {}
+    for name, results in models.items():
+        images: dict[str, QualityResult] = {}
+        if results.rejection is not None:
+            images[results.rejection.name] = results.rejection.images
+        if results.template_quality is not None:
+            images |= results.template_quality.in_order()
+        rows[name] = [
+            [
+                measure.label,
+                set_name,
+                *(f"{value:.4g}" for value in (quantiles.p05, quantiles.median, quantiles.p95)),
+                _fraction(quantiles.severity_spearman),
+            ]
+            for set_name, result in images.items()
+            for measure, quantiles in result.measures.items()
+        ]
+    header = ["quality", "images of", "5 %", "median", "95 %", "Spearman with severity"]
+    return Table("Quality", *_with_model_column(models, header, rows))
+
+
+def _rejection_table(models: Models) -> Table:
+    found: dict[str, RejectionResult] = {
+        name: results.rejection for name, results in models.items() if results.rejection is not None
+    }
+
+    def row(result: RejectionResult, order: Quality) -> list[str]:
+        return [order.label, f"{result.areas[order]:.5f}", *map(_fraction, result.errors[order])]
+
+    rows = {name: [row(result, order) for order in result.errors] for name, result in found.items()}
+    one = next(iter(found.values()))
+    operating_point = "the equal error rate" if one.far is None else f"FAR {one.far:g}"
+    thresholds = ", ".join(f"{result.threshold:.4f}" for result in found.values())
+    return Table(
+        "Error versus reject",
+        *_with_model_column(
+            models, ["rejected by", "area", *(f"error at {fraction:.0%}" for fraction in REJECTED_FRACTIONS)], rows
+        ),
+        f"Pairs of {one.name}, those whose lower quality is least rejected first; accepted above {one.score.label} "
+        f"{thresholds}, {operating_point} on all of them, throughout.",
+    )
