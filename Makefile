@@ -1,4 +1,5 @@
-# Two commands set everything up: `make demo` runs the main job, `make test` the tests. `make clean` forgets what the demo made.
+# Each target sets up what it needs in .venv: `make demo` runs the main job, `make test` the tests, `make lint` the checks of
+# form, types and imports. `make clean` deletes what the demo made.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,6 +14,10 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # The report is written even where a section failed.
 bench: $(VENV)/.installed-test

@@ -1,4 +1,4 @@
-"""Train a Sphere Confidence Face model: ``deepspeed train.py --stage backbone|confidence ...``; ``--help`` lists the options."""
+"""Trains a Sphere Confidence Face model: ``deepspeed train.py --stage backbone|confidence ...``; see ``--help``."""
 
 from scf_fast.distributed import leave
 from scf_fast.train import main

@@ -1,5 +1,5 @@
-"""Fused Triton kernels, each with a PyTorch twin: CUDA tensors run Triton, all others PyTorch, and `backend` insists on
-either.
+"""Fused Triton kernels, each with a PyTorch twin. CUDA tensors run Triton, all others PyTorch; the argument ``backend``
+forces one of them.
 """
 
 from scf_fast.kernels.log_bessel import (
@@ -21,10 +21,8 @@ from scf_fast.kernels.margin_softmax import (
 )
 from scf_fast.kernels.scf_loss import SCFTerms, scf_loss
 from scf_fast.kernels.template_pooling import pool_templates
-from scf_fast.kernels.vmf_similarity import (
-    neutral_radius,
-    vmf_similarity,
-    vmf_similarity_from_cosine,
+from scf_fast.kernels.vmf_similarity import neutral_radius, vmf_similarity, vmf_similarity_from_cosine
+from scf_fast.kernels.vmf_similarity_tiles import (
     vmf_similarity_histogram,
     vmf_similarity_matrix,
     vmf_similarity_top_k,

@@ -1,6 +1,9 @@
-"""What every kernel file needs: which implementation runs, and the checks that read no values."""
+"""Shared by all kernel files: the choice of implementation, argument checks that do not depend on the operator, and
+helpers for rows.
+"""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -8,23 +11,24 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_DIM = 8192  # widest row: a program holds one, or a row and its class center, in registers
 
 
 @triton.jit
 def as_compute(x, FP64: tl.constexpr):
-    """x in the arithmetic of the kernel: float64 when asked, float32 otherwise."""
+    """Converts x to the arithmetic of the kernel: float64 if asked, float32 otherwise."""
     if FP64:
         return x.to(tl.float64)
     else:
         return x.to(tl.float32)
 
 
-# triton.jit decides by TRITON_INTERPRET when a kernel is defined; reading the variable later could say something else.
+# triton.jit reads TRITON_INTERPRET when a kernel is defined; reading the variable later could give another answer.
 INTERPRETED = isinstance(as_compute, InterpretedFunction)
 
 
 def use_triton(backend: str, tensor: torch.Tensor) -> bool:
-    """Whether the Triton kernel runs: `auto` takes it for CUDA tensors, and plain PyTorch for all others."""
+    """Returns whether the Triton kernel runs: ``auto`` takes it for CUDA tensors, and plain PyTorch for all others."""
     if backend == "auto":
         return tensor.is_cuda
     if backend not in ("triton", "torch"):
@@ -37,22 +41,24 @@ def use_triton(backend: str, tensor: torch.Tensor) -> bool:
     return backend == "triton"
 
 
+def promoted_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """Returns float64 if any argument is float64, else float32: half precision is promoted."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+# ---- argument checks: none reads a value of a CUDA tensor unless asked to, which would wait for the device
+
+
 def check_floating(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError unless the tensor has one of ``FLOAT_DTYPES``."""
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}: convert it with .float()"
         )
 
 
-def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 if any argument is, else float32: half precision is promoted."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def check_range(name: str, tensor: torch.Tensor, debug: bool, at_most: float = math.inf) -> None:
-    """Raises for values outside [0, at_most]. On CUDA that would wait for the device, so only `debug` does it there.
-    NaN goes through.
-    """
+    """Raises ValueError for values outside [0, at_most]; on CUDA only under ``debug``. NaN passes."""
     if tensor.is_cuda and not debug:
         return
     outside = tensor < 0
@@ -61,5 +67,27 @@ def check_range(name: str, tensor: torch.Tensor, debug: bool, at_most: float = m
     if outside.any():
         bound = ">= 0" if at_most == math.inf else f"in [0, {at_most:g}]"
         raise ValueError(
-            f"{name} must be {bound}, got {tensor[outside][0].item():g}: clamp it, or find where it comes from"
+            f"{name} must be {bound}, got {tensor[outside][0].item():g}: clamp it, or check the code that computed it"
         )
+
+
+def check_radius(radius: float) -> None:
+    """Raises ValueError unless the radius of the sphere is a positive number."""
+    if not 0 < radius < math.inf:
+        raise ValueError(f"radius must be a positive number, got {radius!r}")
+
+
+# ---- rows
+
+
+def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the matrix with adjacent elements in each row, copied only if they are not; rows may be any stride apart.
+
+    Kernels read ``row * stride + column``.
+    """
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def slices(length: int, size: int) -> Iterator[slice]:
+    """Cuts ``range(length)`` into slices of ``size``, the last one shorter."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))

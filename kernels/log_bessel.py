@@ -1,53 +1,74 @@
-"""log I_v and what follows from it: the von Mises-Fisher normalizer, its mean resultant length and the inverse of that.
+"""Log of the modified Bessel function I_v and its relatives: the von Mises-Fisher normalizer, its mean resultant length
+and the inverse of the latter.
 
     log C_d(kappa) = -psi_v(kappa) - (d/2) log(2 pi),  v = d/2 - 1          A_d(kappa) = I_(v+1) / I_v = psi_v'
 
-psi and its derivatives are those of `scf_fast.kernels.debye`, which also says how accurate they are. A function and its
+psi and its derivatives are those of ``scf_fast.kernels.debye``, which also states their accuracy. A function and its
 derivative come from one evaluation: the operator returns the pair (f^(n), f^(n+1)), so the backward pass of the first
 is a product, and differentiating once more raises n by one.
 """
 
+import enum
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
-from scf_fast.kernels._common import as_compute, check_floating, check_range, compute_dtype, use_triton
-from scf_fast.kernels.debye import debye, debye_plan, debye_reference
+from scf_fast.kernels._common import (
+    as_compute,
+    check_floating,
+    check_range,
+    promoted_dtype,
+    slices,
+    use_triton,
+)
+from scf_fast.kernels._debye_series import debye_plan
+from scf_fast.kernels.debye import debye_kernel, debye_torch
 
-_BLOCK = {
-    torch.float32: 512,
-    torch.float64: 128,
-}  # elements a program: in float32 one 16-byte load a thread; neither spills registers
+# Elements per program: in float32 one 16-byte load per thread; neither spills registers.
+_BLOCK = {torch.float32: 512, torch.float64: 128}
 _NUM_WARPS = 4
-_REFERENCE_BLOCK = 1 << 14  # elements at a time in plain PyTorch: the float64 temporaries stay in cache
+_TORCH_BLOCK = 1 << 14  # elements at a time in plain PyTorch: the float64 temporaries stay in cache
 # Halley's method from within 7 % (d = 2, the worst) leaves 3e-5 after one step and rounding after two, for every d in 2
 # .. 8192.
 _HALLEY_STEPS = 2
 
-# The functions of one operator, as (sign, with_power): sign * (psi + constant [+ v log kappa]).
-_PSI, _LOG_BESSEL, _LOG_NORMALIZER = "psi", "log_bessel_i", "log_vmf_normalizer"
+
+class Function(enum.IntEnum):
+    """The functions of the operator ``scf::log_bessel``."""
+
+    PSI = 0  # psi_v
+    LOG_BESSEL_I = 1  # psi_v + v log kappa
+    LOG_VMF_NORMALIZER = 2  # -(psi_v + (v + 1) log(2 pi))
 
 
-def _constant(function: str, order: float) -> float:
-    return (order + 1) * math.log(2 * math.pi) if function == _LOG_NORMALIZER else 0.0
+def _constant_within(function: Function, order: float) -> float:
+    """Returns the constant that is added to psi before the sign."""
+    return (order + 1) * math.log(2 * math.pi) if function == Function.LOG_VMF_NORMALIZER else 0.0
 
 
-def _plain_blocks(function, argument: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> None:
-    """outputs = function(argument in float64), a cache-sized block at a time."""
-    flat = [t.view(-1) for t in (argument.contiguous(), *outputs)]
-    for start in range(0, argument.numel(), _REFERENCE_BLOCK):
-        source, *targets = (t[start : start + _REFERENCE_BLOCK] for t in flat)
-        for target, value in zip(targets, function(source.double())):
-            target.copy_(value)
+# ---- log I_v and log C_d
 
 
-def log_bessel_reference(kappa: torch.Tensor, order: float, function: str, derivative: int, dtype: torch.dtype):
-    """(f^(n), f^(n+1)) of float64 kappa to the accuracy of `dtype`, in plain PyTorch."""
-    with_power = function == _LOG_BESSEL
-    plan = debye_plan(order, dtype, _constant(function, order), compensated=dtype == torch.float64)
-    terms = debye_reference(kappa, plan, derivative, derivative + 1, with_power)
+def _apply_in_blocks(
+    function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], argument: torch.Tensor, *outputs: torch.Tensor
+) -> None:
+    """Writes ``function(argument in float64)`` to the outputs, a cache-sized block at a time."""
+    source, *targets = (t.view(-1) for t in (argument.contiguous(), *outputs))
+    for block in slices(len(source), _TORCH_BLOCK):
+        for target, value in zip(targets, function(source[block].double())):
+            target[block].copy_(value)
+
+
+def _log_bessel_torch(
+    kappa: torch.Tensor, order: float, function: Function, derivative: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Returns (f^(n), f^(n+1)) of float64 kappa to the accuracy of ``dtype``; the CPU path."""
+    with_power = function == Function.LOG_BESSEL_I
+    plan = debye_plan(order, dtype, _constant_within(function, order), compensated=dtype == torch.float64)
+    terms = debye_torch(kappa, plan, derivative, derivative + 1, with_power)
     results = [terms.ratio, terms.second, terms.third][max(derivative - 1, 0) : derivative + 1]
     if with_power and order > 0:  # v log kappa: v / kappa, -v / kappa^2, 2 v / kappa^3
         slopes = order / kappa, -order / kappa / kappa, 2 * order / kappa / kappa / kappa
@@ -57,14 +78,14 @@ def log_bessel_reference(kappa: torch.Tensor, order: float, function: str, deriv
         if with_power and order > 0:
             value = value.masked_fill(kappa == 0, -math.inf)
         results = [value, *results]
-    return tuple(-f for f in results) if function == _LOG_NORMALIZER else tuple(results)
+    return tuple(-f for f in results) if function == Function.LOG_VMF_NORMALIZER else tuple(results)
 
 
 @triton.jit
 def _log_bessel_kernel(
-    kappa_ptr,
-    value_ptr,
-    slope_ptr,
+    kappa_ptr,  # (count,)
+    value_ptr,  # (count,) out: f^(n)
+    slope_ptr,  # (count,) out: f^(n+1)
     count,
     PLAN: tl.constexpr,
     NEGATE: tl.constexpr,
@@ -73,11 +94,11 @@ def _log_bessel_kernel(
     FP64: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """f^(n) and f^(n+1), n = DERIVATIVE, one block of elements a program."""
+    """One program per block of elements; n = DERIVATIVE."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     kappa = as_compute(tl.load(kappa_ptr + at, mask=mask, other=1.0), FP64)
-    psi, psi_tail, first, _, second, third = debye(kappa, PLAN, DERIVATIVE, DERIVATIVE + 1, WITH_POWER)
+    psi, psi_tail, first, _, second, third = debye_kernel(kappa, PLAN, DERIVATIVE, DERIVATIVE + 1, WITH_POWER)
     if WITH_POWER and PLAN.order[0] > 0:
         power = PLAN.order[0] / kappa
         first += power
@@ -103,16 +124,16 @@ def _log_bessel_kernel(
 
 @torch.library.custom_op("scf::log_bessel", mutates_args=())
 def _log_bessel(
-    kappa: torch.Tensor, order: float, function: str, derivative: int, triton_kernel: bool, debug: bool
+    kappa: torch.Tensor, order: float, function: int, derivative: int, triton_kernel: bool, debug: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (f^(n), f^(n+1)) of a ``Function``, n = derivative."""
+    kind = Function(function)
     check_range("kappa", kappa, debug)
-    dtype = compute_dtype(kappa)
+    dtype = promoted_dtype(kappa)
     value = torch.empty(kappa.shape, dtype=dtype, device=kappa.device)
     slope = torch.empty_like(value)
     if not triton_kernel:
-        _plain_blocks(
-            lambda block: log_bessel_reference(block, order, function, derivative, dtype), kappa, (value, slope)
-        )
+        _apply_in_blocks(lambda block: _log_bessel_torch(block, order, kind, derivative, dtype), kappa, value, slope)
     elif kappa.numel():
         with torch.cuda.device_of(kappa):
             _log_bessel_kernel[(triton.cdiv(kappa.numel(), _BLOCK[dtype]),)](
@@ -120,9 +141,9 @@ def _log_bessel(
                 value,
                 slope,
                 kappa.numel(),
-                PLAN=debye_plan(order, dtype, _constant(function, order)),
-                NEGATE=function == _LOG_NORMALIZER,
-                WITH_POWER=function == _LOG_BESSEL,
+                PLAN=debye_plan(order, dtype, _constant_within(kind, order)),
+                NEGATE=kind == Function.LOG_VMF_NORMALIZER,
+                WITH_POWER=kind == Function.LOG_BESSEL_I,
                 DERIVATIVE=derivative,
                 FP64=dtype == torch.float64,
                 BLOCK=_BLOCK[dtype],
@@ -134,7 +155,7 @@ def _log_bessel(
 
 @_log_bessel.register_fake
 def _(kappa, order, function, derivative, triton_kernel, debug):
-    value = torch.empty(kappa.shape, dtype=compute_dtype(kappa), device=kappa.device)
+    value = torch.empty(kappa.shape, dtype=promoted_dtype(kappa), device=kappa.device)
     return value, torch.empty_like(value)
 
 
@@ -152,8 +173,9 @@ def _log_bessel_backward(ctx, grad_value, grad_slope):
         terms.append(grad_value * slope)
     if grad_slope is not None:
         if derivative == 2:  # the recurrences of the kernels end here; a Hessian of the loss needs no more
+            name = Function(function).name.lower()
             raise NotImplementedError(
-                f"{function} has derivatives up to the third, all that its kernels evaluate; differentiate less often"
+                f"{name} has derivatives up to the third, all that its kernels evaluate; differentiate less often"
             )
         terms.append(grad_slope * _log_bessel(kappa, order, function, derivative + 1, triton_kernel, debug)[1])
     return sum(terms).to(kappa.dtype) if terms else None, None, None, None, None, None
@@ -162,13 +184,16 @@ def _log_bessel_backward(ctx, grad_value, grad_slope):
 _log_bessel.register_autograd(_log_bessel_backward, setup_context=_log_bessel_setup)
 
 
-def inverse_mean_resultant_length_reference(rho: torch.Tensor, order: float, dtype: torch.dtype) -> torch.Tensor:
-    """A^(-1) of float64 rho to the accuracy of `dtype`, in plain PyTorch."""
+# ---- the inverse of A_d
+
+
+def _inverse_torch(rho: torch.Tensor, order: float, dtype: torch.dtype) -> torch.Tensor:
+    """Returns A^(-1) of float64 rho to the accuracy of ``dtype``; the CPU path."""
     plan = debye_plan(order, dtype, compensated=dtype == torch.float64)
     one_minus_rho = 1 - rho
     kappa = rho * (2 * order + 2 - rho * rho) / (one_minus_rho * (1 + rho))
     for _ in range(_HALLEY_STEPS):
-        terms = debye_reference(kappa, plan, lowest=1, highest=3)
+        terms = debye_torch(kappa, plan, lowest=1, highest=3)
         step = torch.where(rho < 0.5, terms.ratio - rho, one_minus_rho - terms.complement) / terms.second
         kappa = kappa - step / (1 - 0.5 * step * terms.third / terms.second)
     return kappa.masked_fill(rho == 1, math.inf)
@@ -176,9 +201,15 @@ def inverse_mean_resultant_length_reference(rho: torch.Tensor, order: float, dty
 
 @triton.jit
 def _inverse_kernel(
-    rho_ptr, kappa_ptr, count, PLAN: tl.constexpr, STEPS: tl.constexpr, FP64: tl.constexpr, BLOCK: tl.constexpr
+    rho_ptr,  # (count,)
+    kappa_ptr,  # (count,) out
+    count,
+    PLAN: tl.constexpr,
+    STEPS: tl.constexpr,
+    FP64: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A^(-1) by Halley's method, one block of elements a program; A near 1 is compared by its complement, which has the
+    """One program per block of elements, by Halley's method; A near 1 is compared by its complement, which holds the
     digits.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -187,7 +218,7 @@ def _inverse_kernel(
     one_minus_rho = 1.0 - rho
     kappa = rho * (2.0 * PLAN.order[0] + 2.0 - rho * rho) / (one_minus_rho * (1.0 + rho))
     for _iteration in range(STEPS):  # not `_`, whose type Triton 3.4 keeps through the loop
-        _, _, ratio, complement, second, third = debye(kappa, PLAN, 1, 3)
+        _, _, ratio, complement, second, third = debye_kernel(kappa, PLAN, 1, 3)
         step = tl.where(rho < 0.5, ratio - rho, one_minus_rho - complement) / second
         kappa = kappa - step / (1.0 - 0.5 * step * third / second)
     tl.store(kappa_ptr + at, tl.where(rho == 1.0, float("inf"), kappa), mask=mask)
@@ -195,11 +226,12 @@ def _inverse_kernel(
 
 @torch.library.custom_op("scf::inverse_mean_resultant_length", mutates_args=())
 def _inverse(rho: torch.Tensor, order: float, triton_kernel: bool, debug: bool) -> torch.Tensor:
+    """Returns kappa with A(kappa) = rho."""
     check_range("rho", rho, debug, at_most=1.0)
-    dtype = compute_dtype(rho)
+    dtype = promoted_dtype(rho)
     kappa = torch.empty(rho.shape, dtype=dtype, device=rho.device)
     if not triton_kernel:
-        _plain_blocks(lambda block: (inverse_mean_resultant_length_reference(block, order, dtype),), rho, (kappa,))
+        _apply_in_blocks(lambda block: (_inverse_torch(block, order, dtype),), rho, kappa)
     elif rho.numel():
         with torch.cuda.device_of(rho):
             _inverse_kernel[(triton.cdiv(rho.numel(), _BLOCK[dtype]),)](
@@ -218,7 +250,7 @@ def _inverse(rho: torch.Tensor, order: float, triton_kernel: bool, debug: bool) 
 
 @_inverse.register_fake
 def _(rho, order, triton_kernel, debug):
-    return torch.empty(rho.shape, dtype=compute_dtype(rho), device=rho.device)
+    return torch.empty(rho.shape, dtype=promoted_dtype(rho), device=rho.device)
 
 
 def _inverse_setup(ctx, inputs, output):
@@ -230,16 +262,21 @@ def _inverse_setup(ctx, inputs, output):
 def _inverse_backward(ctx, grad):
     (kappa,) = ctx.saved_tensors
     order, triton_kernel, debug = ctx.settings
-    slope = _log_bessel(kappa, order, _PSI, 1, triton_kernel, debug)[1]
+    slope = _log_bessel(kappa, order, Function.PSI.value, 1, triton_kernel, debug)[1]
     return (grad / slope).to(ctx.rho_dtype), None, None, None
 
 
 _inverse.register_autograd(_inverse_backward, setup_context=_inverse_setup)
 
 
-def _evaluate(kappa, order, function, derivative, backend, debug):
+# ---- public functions
+
+
+def _evaluate(
+    kappa: torch.Tensor, order: float, function: Function, derivative: int, backend: str, debug: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     check_floating("kappa", kappa)
-    return _log_bessel(kappa, order, function, derivative, use_triton(backend, kappa), debug)
+    return _log_bessel(kappa, order, function.value, derivative, use_triton(backend, kappa), debug)
 
 
 def _check_order(order: float) -> float:
@@ -248,15 +285,15 @@ def _check_order(order: float) -> float:
     return float(order)
 
 
-def _order_of(dim: int) -> float:
+def _order_in(dim: int) -> float:
+    """Returns the order d/2 - 1 that belongs to a dimension."""
     if not isinstance(dim, int) or dim < 2:
         raise ValueError(f"dim must be an integer >= 2, the dimension of the space around the sphere, got {dim!r}")
     return dim / 2 - 1
 
 
 def log_bessel_i(order: float, kappa: torch.Tensor, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
-    """log I_v(kappa), the logarithm of the modified Bessel function of the first kind. Source: DLMF 10.41.3 and
-    10.29.1.
+    """Logarithm of the modified Bessel function of the first kind, log I_v(kappa). Source: DLMF 10.41.3 and 10.29.1.
 
     Args:
         order: v, any real number >= 0.
@@ -265,12 +302,12 @@ def log_bessel_i(order: float, kappa: torch.Tensor, *, backend: str = "auto", de
         backend: "auto" runs Triton for CUDA tensors and PyTorch for others; "triton" or "torch" insists.
         debug: check kappa on CUDA too, which waits for the device. Without it, a negative kappa gives NaN there.
     Returns:
-        float32 (float64 for float64 kappa) of the same shape, within 1e-6 (1e-13) of max(1, |log I|) for v <= 4095, kappa <= 1e7.
-        Differentiable three times.
+        float32 (float64 for float64 kappa) of the same shape, within 1e-6 (1e-13) of max(1, |log I|) for v <= 4095 and
+        kappa <= 1e7. Differentiable three times.
     Raises:
         ValueError: order < 0, kappa negative or not floating point, or a backend that cannot run.
     """
-    return _evaluate(kappa, _check_order(order), _LOG_BESSEL, 0, backend, debug)[0]
+    return _evaluate(kappa, _check_order(order), Function.LOG_BESSEL_I, 0, backend, debug)[0]
 
 
 def psi_and_ratio(
@@ -278,10 +315,10 @@ def psi_and_ratio(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """psi_v(kappa) = log I_v(kappa) - v log kappa and its derivative A = I_(v+1) / I_v, from one evaluation.
 
-    Arguments and errors are those of `log_bessel_i`. Both are finite and smooth at kappa = 0, and differentiable: psi
-    three times, A twice.
+    Arguments and errors are those of ``log_bessel_i``. Both results are finite and smooth at kappa = 0, and
+    differentiable: psi three times, A twice.
     """
-    return _evaluate(kappa, _check_order(order), _PSI, 0, backend, debug)
+    return _evaluate(kappa, _check_order(order), Function.PSI, 0, backend, debug)
 
 
 def log_vmf_normalizer(kappa: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
@@ -293,24 +330,25 @@ def log_vmf_normalizer(kappa: torch.Tensor, dim: int, *, backend: str = "auto", 
     Args:
         kappa: concentration, float tensor of any shape and stride, >= 0; half precision is promoted to float32.
         dim: d >= 2.
-        backend, debug: as in `log_bessel_i`.
+        backend, debug: as in ``log_bessel_i``.
     Returns:
-        float32 (float64 for float64 kappa) of kappa's shape, within 1e-6 (1e-13) of max(1, |psi|). Differentiable three times.
+        float32 (float64 for float64 kappa) of kappa's shape, within 1e-6 (1e-13) of max(1, |psi|). Differentiable
+        three times.
     Raises:
         ValueError: dim < 2, kappa negative or not floating point, or a backend that cannot run.
     """
-    return _evaluate(kappa, _order_of(dim), _LOG_NORMALIZER, 0, backend, debug)[0]
+    return _evaluate(kappa, _order_in(dim), Function.LOG_VMF_NORMALIZER, 0, backend, debug)[0]
 
 
 def mean_resultant_length(kappa: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
     """A_d(kappa) = I_(d/2) / I_(d/2-1), the length of the mean of a von Mises-Fisher distribution. Source: Mardia and
     Jupp, Eq. (9.3.7).
 
-    Arguments and errors are those of `log_vmf_normalizer`. In [0, 1], within 5e-7 (float64: 1e-13) relative for d in 2
-    .. 8192 and kappa in 1e-6 .. 1e7; 0 and 1 at kappa = 0 and +inf. Differentiable twice, by forms of A' and A'' that
+    Arguments and errors are those of ``log_vmf_normalizer``. In [0, 1], within 5e-7 (float64: 1e-13) relative for d in
+    2 .. 8192 and kappa in 1e-6 .. 1e7; 0 and 1 at kappa = 0 and +inf. Differentiable twice, by forms of A' and A'' that
     do not cancel.
     """
-    return _evaluate(kappa, _order_of(dim), _PSI, 1, backend, debug)[0]
+    return _evaluate(kappa, _order_in(dim), Function.PSI, 1, backend, debug)[0]
 
 
 def inverse_mean_resultant_length(
@@ -323,11 +361,11 @@ def inverse_mean_resultant_length(
         rho: mean resultant length, float tensor of any shape and stride, in [0, 1]; half precision is promoted to
             float32.
         dim: d >= 2.
-        backend, debug: as in `log_bessel_i`; outside [0, 1] gives NaN on CUDA without debug.
+        backend, debug: as in ``log_bessel_i``; a value outside [0, 1] gives NaN on CUDA without ``debug``.
     Returns:
         float32 (float64 for float64 rho) of rho's shape; 0 and +inf for 0 and 1. Differentiable twice.
     Raises:
         ValueError: dim < 2, rho outside [0, 1] or not floating point, or a backend that cannot run.
     """
     check_floating("rho", rho)
-    return _inverse(rho, _order_of(dim), use_triton(backend, rho), debug)
+    return _inverse(rho, _order_in(dim), use_triton(backend, rho), debug)

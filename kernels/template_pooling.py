@@ -2,10 +2,12 @@
 
     s_t = sum over images m of template t of kappa_m mu_m,    direction_t = s_t / |s_t|,    kappa_t = |s_t|
 
-    d loss / d s_t     = (g - (g . direction_t) direction_t) / kappa_t + h direction_t,     g, h: gradients of direction_t and kappa_t
+With g and h the gradients of direction_t and kappa_t,
+
+    d loss / d s_t     = (g - (g . direction_t) direction_t) / kappa_t + h direction_t
     d loss / d mu_m    = kappa_m d loss / d s_t        d loss / d kappa_m = mu_m . d loss / d s_t
 
-Images are sorted by template (stably) and summed one after another, which unlike atomic additions gives the same bits
+Images are sorted by template (stably) and summed one after another, which, unlike atomic additions, gives the same bits
 on every run.
 """
 
@@ -13,15 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-from scf_fast.kernels._common import as_compute, check_floating, compute_dtype, use_triton
+from scf_fast.kernels._common import MAX_DIM, as_compute, check_floating, dense_rows, promoted_dtype, use_triton
 
-_MAX_DIM = 8192  # a program holds the sum of a template in registers
 _TILE = 4096  # elements of the images that a program reads at a time: enough loads in flight to hide their latency
 
 
-def pool_templates_reference(mu, kappa, template_ids, num_templates):
-    """In plain PyTorch, in mu's dtype (at least float32): one segmented sum of the sorted rows."""
-    dtype = _dtype(mu, kappa)
+def _pool_templates_torch(
+    mu: torch.Tensor, kappa: torch.Tensor | None, template_ids: torch.Tensor, num_templates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pools by one segmented sum of the sorted rows; the CPU path."""
+    dtype = promoted_dtype(mu, kappa)
     weighted = mu.to(dtype) if kappa is None else mu.to(dtype) * kappa.to(dtype)[:, None]
     order, offsets = _segments(template_ids, num_templates)
     sums = torch.segment_reduce(weighted[order], "sum", lengths=offsets.diff(), axis=0, initial=0.0)
@@ -30,19 +33,19 @@ def pool_templates_reference(mu, kappa, template_ids, num_templates):
 
 
 def _segments(template_ids: torch.Tensor, num_templates: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) rows in the order of their templates, and (T + 1,) where each template starts in that."""
+    """Returns (N,) rows in the order of their templates, and (T + 1,) positions in it at which the templates start."""
     counts = torch.bincount(template_ids, minlength=num_templates)
     return torch.argsort(template_ids, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 @triton.jit
 def _pool_kernel(
-    mu_ptr,
-    kappa_ptr,
-    order_ptr,
-    offsets_ptr,
-    directions_ptr,
-    kappas_ptr,
+    mu_ptr,  # (N, D), rows of mu_stride
+    kappa_ptr,  # (N,)
+    order_ptr,  # (N,) int64
+    offsets_ptr,  # (T + 1,) int64
+    directions_ptr,  # (T, D) out
+    kappas_ptr,  # (T,) out
     mu_stride,
     WEIGHTED: tl.constexpr,
     TINY: tl.constexpr,
@@ -51,7 +54,7 @@ def _pool_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One template a program, ROWS images at a time."""
+    """One program per template, ROWS images at a time."""
     template = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(offsets_ptr + template), tl.load(offsets_ptr + template + 1)
     cols = tl.arange(0, BLOCK_D)
@@ -61,14 +64,8 @@ def _pool_kernel(
         positions = at + tl.arange(0, ROWS)
         inside = positions < stop
         images = tl.load(order_ptr + positions, mask=inside, other=0)
-        values = as_compute(
-            tl.load(
-                mu_ptr + images[:, None] * mu_stride + cols[None, :],
-                mask=inside[:, None] & inside_d[None, :],
-                other=0.0,
-            ),
-            FP64,
-        )
+        mask = inside[:, None] & inside_d[None, :]
+        values = as_compute(tl.load(mu_ptr + images[:, None] * mu_stride + cols[None, :], mask=mask, other=0.0), FP64)
         if WEIGHTED:
             values *= as_compute(tl.load(kappa_ptr + images, mask=inside, other=0.0), FP64)[:, None]
         total += tl.sum(values, axis=0)
@@ -76,10 +73,6 @@ def _pool_kernel(
     scale = 1.0 / tl.where(length < TINY, TINY, length)
     tl.store(directions_ptr + template * D + cols, total * scale, mask=inside_d)
     tl.store(kappas_ptr + template, length)
-
-
-def _dtype(mu: torch.Tensor, kappa: torch.Tensor | None) -> torch.dtype:
-    return compute_dtype(mu) if kappa is None else compute_dtype(mu, kappa)
 
 
 @torch.library.custom_op("scf::pool_templates", mutates_args=())
@@ -93,11 +86,11 @@ def _pool_templates(
             "number them with torch.unique(return_inverse=True)"
         )
     if not triton_kernel:
-        return pool_templates_reference(mu, kappa, template_ids, num_templates)
-    dim, dtype = mu.shape[1], _dtype(mu, kappa)
+        return _pool_templates_torch(mu, kappa, template_ids, num_templates)
+    dim, dtype = mu.shape[1], promoted_dtype(mu, kappa)
     directions = torch.empty(num_templates, dim, dtype=dtype, device=mu.device)
     kappas = torch.empty(num_templates, dtype=dtype, device=mu.device)
-    mu = mu if mu.stride(1) == 1 else mu.contiguous()
+    mu = dense_rows(mu)
     order, offsets = _segments(template_ids, num_templates)
     block_d = triton.next_power_of_2(dim)
     with torch.cuda.device_of(mu):
@@ -122,10 +115,9 @@ def _pool_templates(
 
 @_pool_templates.register_fake
 def _(mu, kappa, template_ids, num_templates, triton_kernel):
-    dtype = _dtype(mu, kappa)
-    return torch.empty(num_templates, mu.shape[1], dtype=dtype, device=mu.device), torch.empty(
-        num_templates, dtype=dtype, device=mu.device
-    )
+    dtype = promoted_dtype(mu, kappa)
+    directions = torch.empty(num_templates, mu.shape[1], dtype=dtype, device=mu.device)
+    return directions, torch.empty(num_templates, dtype=dtype, device=mu.device)
 
 
 def _setup(ctx, inputs, output):
@@ -160,9 +152,9 @@ def pool_templates(
 
     Args:
         mu: (N, D) floating point, unit rows, D <= 8192.
-        kappa: (N,) floating point weights >= 0; None weighs every image alike (average pooling).
+        kappa: (N,) floating point weights >= 0; None gives every image the same weight (average pooling).
         template_ids: (N,) int64 in [0, T), in any order. Their range is checked, which waits for the device.
-        num_templates: T >= 1; by default the largest id plus one. torch.compile wants it given.
+        num_templates: T >= 1; by default the largest id plus one. torch.compile needs it given.
         backend: "auto" runs Triton for CUDA tensors and PyTorch for others; "triton" or "torch" insists.
     Returns:
         directions (T, D) and kappas (T,), summed in float32, or in float64 if an argument is. A template without
@@ -172,8 +164,8 @@ def pool_templates(
         ValueError: shapes or dtypes are not as above, an id lies outside [0, T), T is 0, or the backend cannot run.
     """
     check_floating("mu", mu)
-    if mu.ndim != 2 or not 1 <= mu.shape[1] <= _MAX_DIM:
-        raise ValueError(f"mu must be (N, D) with D in 1 .. {_MAX_DIM}, got {tuple(mu.shape)}")
+    if mu.ndim != 2 or not 1 <= mu.shape[1] <= MAX_DIM:
+        raise ValueError(f"mu must be (N, D) with D in 1 .. {MAX_DIM}, got {tuple(mu.shape)}")
     if kappa is not None:
         check_floating("kappa", kappa)
         if kappa.shape != mu.shape[:1]:

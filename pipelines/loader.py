@@ -1,7 +1,7 @@
 """Batches of normalized faces from a source and a sampler, by NVIDIA DALI or by PyTorch workers.
 
 Both backends turn the sampler's requests (indices, flips) into uint8 faces and share everything else, so they give the
-same batches: same images, same flips, same augmentation, same arithmetic, the same replacements of broken images.
+same batches: same images, same flips, same augmentation, same arithmetic, same replacements of broken images.
 """
 
 import functools
@@ -10,42 +10,43 @@ import logging
 import torch
 
 from scf_fast.pipelines.errors import InputError
-from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.pipelines.loading.base import Loader, Preprocessing
 from scf_fast.pipelines.loading.broken import BrokenImages
+from scf_fast.pipelines.sampling.sampler import Sampler
+from scf_fast.pipelines.sources.base import ImageSource
 
 _LOG = logging.getLogger(__name__)
 
 
 def make_loader(
-    source,
-    sampler,
-    preprocessing=None,
+    source: ImageSource,
+    sampler: Sampler,
+    preprocessing: Preprocessing | None = None,
     *,
-    device="cpu",
-    dtype=torch.float32,
-    backend="auto",
-    num_workers=2,
-    prefetch=2,
-    on_broken="raise",
-):
-    """A loader for a source.
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    num_workers: int = 2,
+    prefetch: int = 2,
+    on_broken: str = "raise",
+) -> Loader:
+    """Returns a loader of the sampler's batches of a source.
 
     Args:
-        source: ImageSource.
-        sampler: EpochSampler over len(source) images.
-        preprocessing: Preprocessing, or None for its defaults.
+        source: the images.
+        sampler: chooses among ``len(source)`` images.
+        preprocessing: None for its defaults.
         device: where batches go; on a CUDA device DALI decodes there.
-        dtype: floating-point torch.dtype of the images.
+        dtype: floating-point type of the images.
         backend: 'dali', 'torch', or 'auto': DALI where it can be imported.
         num_workers: decoding threads (DALI, at least one) or processes (PyTorch; 0 decodes in the calling process).
         prefetch: batches decoded ahead; the PyTorch backend keeps at least one for each process.
-        on_broken: what becomes of an image that cannot be read or decoded. 'raise' ends the iteration, with its name:
-            right where every image counts, as in evaluation. 'replace' puts the next good image of the source in its
-            place, label and all, and names the broken one in the log: right for training. See BrokenImages.
-    Returns:
-        Loader.
+        on_broken: what happens at an image that cannot be read or decoded. 'raise' ends the iteration with an error
+            that names it: right where every image counts, as in evaluation. 'replace' puts the next good image of the
+            source in its place, label and all, and names the broken one in the log: right for training. See
+            :class:`scf_fast.pipelines.loading.broken.BrokenImages`.
     Raises:
-        ValueError: an argument does not fit, or backend='dali' and DALI cannot be imported.
+        InputError: an argument does not fit, or backend='dali' and DALI cannot be imported.
     """
     device = torch.device(device)
     if sampler.num_samples != len(source):
@@ -64,7 +65,7 @@ def make_loader(
     )
 
 
-def _loader_class(backend):
+def _loader_class(backend: str) -> type[Loader]:
     if backend != "torch":
         try:
             from scf_fast.pipelines.loading.dali import DaliLoader
@@ -82,5 +83,5 @@ def _loader_class(backend):
 
 
 @functools.cache
-def _warn_once(message):
+def _warn_once(message: str) -> None:
     _LOG.warning(message)

@@ -244,7 +244,7 @@ def parse_values(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def parse_feature_pass(arguments: list[str], output_dir: Path, **fixed: Any) -> FeatureConfig:
-    """Returns the configuration of a pass that computes features and trains nothing, from flags of the training command.
+    """Returns the configuration of a pass that computes features and trains nothing, from flags of train.py.
 
     Options of stage 2 that only training heeds are accepted and have no effect, so that its recipes can be given.
 

@@ -38,7 +38,7 @@ class PerStage:
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line and the run folder need to know about an option, besides its type and default.
+    """Description of an option for the command line and the run folder, besides its type and default.
 
     Attributes:
         identity: whether another value makes it another run, which --resume refuses.
@@ -323,6 +323,10 @@ class Config:
             "0 or more",
         )
         self._require_each(("lr", "gamma", "power"), lambda value: value > 0, "positive")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        require = self._require
         require(abs(self.seed) < 1 << 63, "seed", "between -2^63 and 2^63")
         require(
             self.lr_scheduler != "MultiStep" or self.milestones,
@@ -362,7 +366,7 @@ class Config:
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether the backbone is trained, so that its BatchNorm sees the batches."""
+        """True where the backbone is trained, so that its BatchNorm sees the batches."""
         return self.stage == "backbone"
 
     @property
@@ -618,7 +622,7 @@ class ConfidenceConfig(FeatureConfig):
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether the backbone is trained with the confidence net."""
+        """True where the backbone is trained with the confidence net."""
         return self.finetune_bkb
 
     def _resolve(self) -> None:

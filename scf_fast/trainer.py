@@ -13,18 +13,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from scf_fast import config as configuration
 from scf_fast import distributed
-from scf_fast.config import BackboneConfig, ConfidenceConfig, Config
-from scf_fast.data import epoch_sampler, open_data
+from scf_fast.config import Config
+from scf_fast.data import epoch_sampler
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_precision
 from scf_fast.engine.engine import Engine
 from scf_fast.engine.optimizers import LearningRate
-from scf_fast.errors import Incomplete, InputError
+from scf_fast.errors import Incomplete
 from scf_fast.networks.flops import peak_flops
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.run import checkpoints
 from scf_fast.run import folder as run_folder
 from scf_fast.run.checkpoints import Checkpoints, ResumePoint, RunState
@@ -32,72 +30,14 @@ from scf_fast.run.reporting import Reporter, StepLines, forget_after, log_to_fil
 from scf_fast.run.step_guard import StepGuard, Votes
 from scf_fast.run.stop_signal import StopSignal
 from scf_fast.run.timing import Breakdown, StepProfile
-from scf_fast.stages.backbone import BackboneStage
-from scf_fast.stages.base import Progress, Stage, flop_per_image
-from scf_fast.stages.confidence import ConfidenceStage
-from scf_fast.stages.finetune import FinetuneStage
+from scf_fast.stages.base import Progress, flop_per_image
+from scf_fast.stages.inputs import Inputs, check_world, open_inputs
 from scf_fast.stages.published_files import flag_notes
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """The images to train on, and the stage that will."""
-
-    source: ImageSource
-    stage: Stage
-
-
-def _open_inputs(config: Config) -> _Inputs:
-    """
-    Raises:
-        InputError: data or weights cannot be used, or would not fit into memory.
-    """
-    source = open_data(config)
-    stage: Stage
-    if isinstance(config, BackboneConfig):
-        stage = BackboneStage(config, source)
-    else:
-        assert isinstance(config, ConfidenceConfig), "the command line makes no other"
-        stage = FinetuneStage(config, source) if config.finetune_bkb else ConfidenceStage(config, source)
-    _, world_size = distributed.environment()
-    precision = resolve_precision(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    memory = stage.forecast(world_size, precision)
-    if memory is not None:
-        memory.check()
-        log.info("%s", memory)
-    return _Inputs(source, stage)
-
-
-def _check_world(config: Config, world_size: int) -> None:
-    parts = world_size * config.gradient_accumulation_steps
-    if config.batch_size % parts:
-        raise InputError(
-            f"--batch_size {config.batch_size} must be divisible by ranks x --gradient_accumulation_steps = "
-            f"{world_size} x {config.gradient_accumulation_steps}; nearest: "
-            f"{max(1, round(config.batch_size / parts)) * parts}"
-        )
-    if config.batch_size == parts and config.trains_backbone:
-        raise InputError(
-            f"--batch_size must be at least {2 * parts}, two images a rank and micro-batch, got {parts}: the "
-            "backbone's BatchNorm needs two"
-        )
-
-
-def _check_data(config: Config, source: ImageSource, point: ResumePoint) -> None:
-    for what, before, now in (
-        ("identities", point.state.num_classes, source.num_classes),
-        ("images", point.state.num_images, len(source)),
-    ):
-        if before != now:
-            raise InputError(
-                f"--resume: the checkpoint was trained on {before} {what}, but --data {config.data} now has {now}; "
-                "give the data set of that run"
-            )
-
-
-def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None, _Inputs]:
+def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None, Inputs]:
     """Checks everything before the group of ranks forms, on one rank: the others must not see files that this one has
     just written.
 
@@ -107,10 +47,10 @@ def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None,
     if config.deepspeed_config:
         load_deepspeed_config(config.deepspeed_config)
     point = run_folder.claim(config)
-    _check_world(config, world_size)
-    inputs = _open_inputs(config)
+    check_world(config, world_size)
+    inputs = open_inputs(config)
     if point is not None:
-        _check_data(config, inputs.source, point)
+        point.check_data(config.data, inputs.source.num_classes, len(inputs.source))
     epoch_sampler(config, inputs.source, 0, world_size)
     return point, inputs
 
@@ -131,7 +71,7 @@ def train(config: Config) -> str | None:
     folder = Path(config.output_dir)
     set_up_logging(rank == 0)
     point: ResumePoint | None = None
-    inputs: _Inputs | None = None
+    inputs: Inputs | None = None
     with contextlib.ExitStack() as held:
         locked = rank == 0 and folder.is_dir()
         if locked:
@@ -146,7 +86,7 @@ def train(config: Config) -> str | None:
         precision = resolve_precision(config, runtime.device)
         log.info("precision: %s (%s)", precision, "auto" if config.precision == "auto" else "as given")
         with distributed.shared_input_errors(runtime):
-            inputs = inputs or _open_inputs(config)
+            inputs = inputs or open_inputs(config)
             module = inputs.stage.build(runtime, precision)
             if point:
                 checkpoints.load_weights(module, point)
@@ -155,7 +95,7 @@ def train(config: Config) -> str | None:
         config = inputs.stage.config  # the inputs have settled the rest of it
         with distributed.shared_input_errors(runtime):  # from here on the folder changes
             if runtime.is_main:
-                _set_up_folder(config, folder, held, locked)
+                held.enter_context(run_folder.prepare(config, locked))
         if runtime.is_main:
             log_to_files(folder)
         engine = Engine(module, optimizer, config, runtime, precision)
@@ -166,19 +106,9 @@ def train(config: Config) -> str | None:
         return stopped_by
 
 
-def _set_up_folder(config: Config, folder: Path, held: contextlib.ExitStack, locked: bool) -> None:
-    """Empties, makes and locks the run's folder and notes the configuration in it; on the main rank."""
-    if config.overwrite and locked:
-        run_folder.empty(folder)
-    (folder / run_folder.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    if not locked:
-        held.enter_context(run_folder.only_run_in(folder))
-    configuration.save(config, folder / run_folder.CONFIG_FILE, run_folder.versions())
-
-
 @dataclass(frozen=True)
 class _StepOutcome:
-    """What to log of one optimizer step, still on the device.
+    """Values to log of one optimizer step, still on the device.
 
     Attributes:
         loss_name: name of the first of ``values``.
@@ -207,7 +137,7 @@ class _Run:
         self,
         runtime: Runtime,
         engine: Engine,
-        inputs: _Inputs,
+        inputs: Inputs,
         folder: Path,
         precision: str,
         point: ResumePoint | None,

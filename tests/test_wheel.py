@@ -58,12 +58,13 @@ def run(*command, cwd):
     return result.stdout
 
 
-def build_wheel(source, folder):
-    """Builds the wheel of a source folder or sdist, with the setuptools that is installed here, and returns its path."""
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-index", "--no-deps", "--no-build-isolation",
-        "--disable-pip-version-check", "-w", folder, source, cwd=folder.parent)  # fmt: skip
-    (wheel,) = folder.glob("scf_fast-*.whl")
-    return wheel
+def build(source, folder, *kinds):
+    """Builds ``"wheel"`` or ``"sdist"`` of a source folder as pip does, with the setuptools that is installed here."""
+    program = "from setuptools import build_meta\n"
+    program += "\n".join(f"build_meta.build_{kind}({str(folder)!r})" for kind in kinds)
+    # -I leaves the checkout out of sys.path: setuptools calls a plugin of Hugging Face's kernels, by that name.
+    run(sys.executable, "-I", "-c", program, cwd=source)
+    return folder
 
 
 def files_in(wheel):
@@ -87,8 +88,14 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout, tmp_path_factory):
-    return build_wheel(checkout, tmp_path_factory.mktemp("work") / "wheel")
+def built(checkout, tmp_path_factory):
+    """The folder of the wheel and the sdist."""
+    return build(checkout, tmp_path_factory.mktemp("built"), "wheel", "sdist")
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return next(built.glob("scf_fast-*.whl"))
 
 
 def test_the_wheel_holds_scf_fast_and_nothing_beside_it(wheel, checkout):
@@ -102,12 +109,12 @@ def test_the_wheel_holds_scf_fast_and_nothing_beside_it(wheel, checkout):
     assert {path.name for path in checkout.iterdir()} <= {*SOURCES, *BUILT_IN_PLACE}
 
 
-def test_the_source_distribution_builds_the_same_wheel(wheel, checkout, tmp_path):
-    program = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    # -I leaves the checkout out of sys.path: setuptools calls a plugin of Hugging Face's kernels, by that name.
-    run(sys.executable, "-I", "-c", program, tmp_path, cwd=checkout)
-    (archive,) = tmp_path.glob("scf_fast-*.tar.gz")
-    assert files_in(build_wheel(archive, tmp_path / "wheel")) == files_in(wheel)
+def test_the_source_distribution_builds_the_same_wheel(built, wheel, tmp_path):
+    shutil.unpack_archive(next(built.glob("scf_fast-*.tar.gz")), tmp_path)
+    (source,) = tmp_path.iterdir()
+    assert not {"tests", "bench", "kernels", "pipelines"} & {path.name for path in source.iterdir()}
+    build(source, tmp_path, "wheel")
+    assert files_in(next(tmp_path.glob("scf_fast-*.whl"))) == files_in(wheel)
 
 
 class Environment:
@@ -128,8 +135,7 @@ class Environment:
         (own / "shared.pth").write_text(f"{shared}\n")
 
     def pip(self, *arguments):
-        run(sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python, *arguments,
-            cwd=self.folder)  # fmt: skip
+        self.run("-m", "pip", "--disable-pip-version-check", *arguments)
 
     def install(self, wheel):
         self.pip("install", "-q", "--no-index", "--no-deps", "--no-compile", wheel)

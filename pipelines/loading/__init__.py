@@ -1,1 +1,1 @@
-
+"""Decoding, augmentation and loaders: from encoded images to normalized batches."""

@@ -1,6 +1,9 @@
+"""The loader of both backends: preprocessing, batches, and what they share of an iteration."""
+
 import abc
 import contextlib
 from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,13 +12,15 @@ import numpy as np
 import torch
 
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.augmentation import PRESETS, Augmentation
-from scf_fast.pipelines.loading.decode import FACE_SIZE
+from scf_fast.pipelines.loading.broken import BrokenImages
 from scf_fast.pipelines.loading.protocol import BatchLoader
+from scf_fast.pipelines.sampling.sampler import Sampler
+from scf_fast.pipelines.sources.base import ImageSource
 
-_READ_AHEAD = (
-    1 << 14
-)  # images of a rank that the disk is asked for together, 160 MB: 64 blocks of 256, what a block shuffle mixes
+# Images of a rank that the disk is asked for together, 160 MB: 64 blocks of 256, which a block shuffle mixes.
+_READ_AHEAD = 1 << 14
 _CENTER = 127.5
 _SCALE = {
     "insightface": 127.5,  # arcface_torch: mean 0.5, std 0.5 of values in [0, 1]
@@ -25,32 +30,27 @@ _SCALE = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From decoded pixels in 0..255 to network input."""
+    """The way from decoded pixels in 0..255 to the input of a network."""
 
     normalization: str = "insightface"  # (x - 127.5) / 127.5, or "published": (x - 127.5) / 128
     horizontal_flip: bool = True  # mirror each image with probability 1/2
-    augmentation: Augmentation = PRESETS["none"]  # changes nothing unless told to
+    augmentation: Augmentation = PRESETS["none"]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.normalization not in _SCALE:
             raise InputError(f"normalization must be one of {', '.join(_SCALE)}, got {self.normalization!r}")
 
-    def normalize(self, faces, dtype=torch.float32):
-        """Scale pixels; each result is the exact quotient rounded once to dtype, as x - 127.5 is exact in bf16 and
-        wider.
+    def normalize(self, faces: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Scales pixels. Each result is the exact quotient rounded once to dtype: x - 127.5 is exact in bf16 and wider.
 
         Args:
             faces: (B, H, W, 3) uint8.
-            dtype: floating-point torch.dtype.
+            dtype: a floating-point type.
         Returns:
-            (B, 3, H, W) dtype in channels_last memory format; new memory.
+            (B, 3, H, W) in channels_last memory format; new memory.
         """
-        return (
-            faces.permute(0, 3, 1, 2)
-            .to(dtype, memory_format=torch.channels_last)
-            .sub_(_CENTER)
-            .div_(_SCALE[self.normalization])
-        )
+        images = faces.permute(0, 3, 1, 2).to(dtype, memory_format=torch.channels_last)
+        return images.sub_(_CENTER).div_(_SCALE[self.normalization])
 
 
 class Batch(NamedTuple):
@@ -58,132 +58,138 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # (B, 3, 112, 112) in the loader's dtype, channels_last, on its device
     labels: torch.Tensor  # (B,) int64 on the loader's device
-    indices: (
-        torch.Tensor
-    )  # (B,) int64 on the CPU, positions in the source: of the image that is shown, also where it replaces a broken one
+    # (B,) int64 on the CPU, positions in the source of the images shown, so of the replacement of a broken image.
+    indices: torch.Tensor
 
 
 class Request(NamedTuple):
-    """What a backend is asked for."""
+    """The images of one batch, as a backend is asked for them."""
 
     indices: np.ndarray  # (B,) int64, B > 0
     flips: np.ndarray  # (B,) bool
 
 
+class Decoded(NamedTuple):
+    """A backend's answer to a request."""
+
+    # (B, 112, 112, 3): uint8, valid until the next one is asked for; or normalized, in the loader's dtype, and valid
+    # for as long as it is kept.
+    faces: torch.Tensor
+    shown: np.ndarray  # (B,) int64, positions of the images in the source
+
+
 class Loader(BatchLoader[Batch]):
-    """Runs through epochs; made by make_loader. Close it, or use it as a context manager: it holds threads or
-    processes.
+    """Iterates over epochs; made by ``make_loader``.
+
+    Close it, or use it as a context manager: it holds threads or processes.
 
     Attributes:
         backend: 'dali' or 'torch'.
-        batches_per_epoch: int, the same on every rank.
-        broken: BrokenImages, what could not be read or decoded so far; `len(loader.broken)`, `loader.broken.found`.
+        batches_per_epoch: the same on every rank.
+        broken: the images that could not be read or decoded so far: ``len(loader.broken)``, ``loader.broken.found``.
     """
 
     backend: str
 
-    def __init__(self, source, sampler, preprocessing, device, dtype, broken):
+    def __init__(
+        self,
+        source: ImageSource,
+        sampler: Sampler,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        dtype: torch.dtype,
+        broken: BrokenImages,
+        num_workers: int,
+        prefetch: int,
+    ):
         self._source, self._sampler, self._preprocessing = source, sampler, preprocessing
         self._device, self._dtype = device, dtype
+        self._num_workers, self._prefetch = num_workers, prefetch
         self.batches_per_epoch = sampler.batches_per_epoch
         self.broken = broken
-        self._running = None
+        self._running: Generator[Batch, None, None] | None = None
         self._read_ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
-    def batches(self, epoch, start_batch=0, *, start_sample=0):
-        """The batches of one epoch. Asking again ends an iteration left half way; a batch stays valid for as long as it
-        is kept.
+    def batches(self, epoch: int, start_batch: int = 0) -> Generator[Batch, None, None]:
+        """Iterates over the batches of one epoch.
+
+        Another call ends an iteration left half way. A batch stays valid for as long as it is kept.
 
         Args:
-            epoch: int >= 0.
-            start_batch: int in [0, number of batches], the first batch wanted: resume there.
-            start_sample: int, the position in the epoch's order that batch 0 starts at: what was seen of the epoch by a
-                run with another batch size.
-        Returns:
-            Iterator over Batch.
+            epoch: >= 0.
+            start_batch: in [0, batches_per_epoch], the first batch wanted: resume there.
         Raises:
-            ValueError: a start is out of range; or, while iterating, an image is broken and not to be replaced (the
-                message names it).
+            InputError: start_batch is out of range; or, while iterating, an image is broken and not to be replaced
+                (the message names it).
         """
-        batches = self._sampler.batches_from(start_sample) if start_sample else self.batches_per_epoch
-        if not 0 <= start_batch <= batches:
-            raise InputError(f"start_batch must lie in 0..{batches}, got {start_batch}")
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise InputError(f"start_batch must lie in 0..{self.batches_per_epoch}, got {start_batch}")
         self._stop()
-        position = (
-            (start_sample,) if start_sample else ()
-        )  # so that a sampler without positions will do where none is asked for
-        self._running = self._run(epoch, range(start_batch, batches), position)
+        self._running = self._run(epoch, range(start_batch, self.batches_per_epoch))
         return self._running
 
-    def close(self):
-        """End the iteration and give threads, processes and memory back."""
+    def close(self) -> None:
+        """Ends the iteration and gives threads, processes and memory back."""
         self._stop()
         self._read_ahead.shutdown(cancel_futures=True)
 
-    def count_broken(self):
-        """Returns how many images are known to be broken."""
+    def count_broken(self) -> int:
         return len(self.broken)
 
-    def _stop(self):
+    def _stop(self) -> None:
         if self._running is not None:
             self._running.close()
 
-    def _run(self, epoch, batches, position):
-        requested = deque()
+    def _run(self, epoch: int, batches: range) -> Generator[Batch, None, None]:
+        requested: deque[np.ndarray] = deque()  # indices of the batches that are under way, empty ones too
 
-        def indices_of(batch):
-            return self._sampler.indices(epoch, batch, *position)
-
-        def requests():
-            group = max(1, _READ_AHEAD * self._sampler.world_size // self._sampler.global_batch_size)
-            for number, batch in enumerate(batches):
-                if number % group == 0:
-                    ahead = range(batch if number == 0 else batch + group, min(batch + 2 * group, batches.stop))
-                    self._read_ahead.submit(self._will_need, [indices_of(later) for later in ahead], group)
-                indices = indices_of(batch)
-                requested.append(indices)
-                if len(indices):
-                    flips = self._sampler.flips(epoch, indices)
-                    yield Request(indices, flips & self._preprocessing.horizontal_flip)
-
-        def empty():  # a rank's share of a partial last batch, or what a sampler leaves out
+        def empty() -> Iterator[Batch]:  # a rank's share of a partial last batch, or what a sampler leaves out
             while requested and not len(requested[0]):
-                yield self._batch(
-                    epoch, requested[0], requested.popleft(), torch.empty(0, FACE_SIZE, FACE_SIZE, 3, dtype=torch.uint8)
-                )
+                faces = torch.empty(0, FACE_SIZE, FACE_SIZE, 3, dtype=torch.uint8)
+                yield self._batch(epoch, requested[0], Decoded(faces, requested.popleft()))
 
-        with contextlib.closing(self._faces(requests())) as decoded:
-            for faces, shown in decoded:
+        with contextlib.closing(self._decode(self._requests(epoch, batches, requested))) as answers:
+            for decoded in answers:
                 yield from empty()
-                yield self._batch(epoch, requested.popleft(), shown, faces)
+                yield self._batch(epoch, requested.popleft(), decoded)
         yield from empty()
 
-    def _will_need(self, batches, group):
+    def _requests(self, epoch: int, batches: range, requested: deque[np.ndarray]) -> Iterator[Request]:
+        """Yields the requests of an epoch, notes them in ``requested``, and asks the disk for later ones ahead."""
+        group = max(1, _READ_AHEAD * self._sampler.world_size // self._sampler.global_batch_size)
+        for number, batch in enumerate(batches):
+            if number % group == 0:
+                ahead = range(batch if number == 0 else batch + group, min(batch + 2 * group, batches.stop))
+                self._read_ahead.submit(
+                    self._will_need, [self._sampler.indices(epoch, later) for later in ahead], group
+                )
+            indices = self._sampler.indices(epoch, batch)
+            requested.append(indices)
+            if len(indices):
+                yield Request(indices, self._sampler.flips(epoch, indices) & self._preprocessing.horizontal_flip)
+
+    def _will_need(self, batches: list[np.ndarray], group: int) -> None:
         for start in range(0, len(batches), group):
             self._source.will_need(np.sort(np.concatenate(batches[start : start + group])))
 
-    def _batch(self, epoch, requested, shown, faces):
+    def _batch(self, epoch: int, requested: np.ndarray, decoded: Decoded) -> Batch:
+        faces, shown = decoded
         self.broken.replaced += int(np.count_nonzero(shown != requested))
         faces = faces.to(self._device, non_blocking=True)
         augmentation = self._preprocessing.augmentation
         if augmentation.does_something and len(requested):
             faces = augmentation.apply(faces, self._sampler.uniforms(epoch, requested, augmentation.NUM_UNIFORMS))
-        images = (
-            self._preprocessing.normalize(faces, self._dtype)
-            if faces.dtype == torch.uint8
-            else faces.permute(0, 3, 1, 2)
-        )
+        if faces.dtype == torch.uint8:
+            images = self._preprocessing.normalize(faces, self._dtype)
+        else:
+            images = faces.permute(0, 3, 1, 2)
         labels = torch.from_numpy(self._source.labels[shown])
         return Batch(images, labels.to(self._device, non_blocking=True), torch.from_numpy(shown.copy()))
 
     @abc.abstractmethod
-    def _faces(self, requests):
-        """Decode ahead of the consumer; stop cleanly when closed.
+    def _decode(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
+        """Yields the answer to each request, in order; decodes ahead of the consumer and stops cleanly when closed.
 
         Args:
-            requests: iterator over Request; read ahead, in this thread.
-        Yields:
-            For each request, in order, a (B, 112, 112, 3) tensor and the (B,) int64 positions of the images that it
-            shows. The tensor is uint8, valid until the next one is asked for; or normalized, in the loader's dtype, and
-            valid for as long as it is kept.
+            requests: read ahead, in the calling thread.
         """

@@ -1,66 +1,65 @@
-"""What becomes of images that cannot be read or decoded."""
+"""Replacement of images that cannot be read or decoded."""
 
 import logging
 import threading
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.sources.base import ImageSource
 
 _LOG = logging.getLogger(__name__)
-_LONGEST_RUN = 100  # so many broken images in a row are no accident: the data is gone or of another kind
+_LONGEST_RUN = 100  # a longer run of broken images is no accident: the data is gone or of another kind
+_Image = TypeVar("_Image")
 
 
 class BrokenImages:
     """Replaces images that cannot be read or decoded, or lets their error through.
 
-    The rule: a broken image is replaced, label and all, by the next image of the source that is not broken (after the
-    last comes the first). So the replacement depends neither on the batch nor on the number of ranks, and face data
-    sets being sorted by identity, it mostly shows the same person.
+    A broken image is replaced, label and all, by the next image of the source that is not broken; the first follows the
+    last. So the replacement depends neither on the batch nor on the number of ranks, and since face data sets are
+    sorted by identity, it mostly shows the same person.
 
     Args:
-        source: ImageSource; what its `broken` lists is replaced without a try.
+        source: images that its ``broken`` lists are replaced without a try.
         replace: False raises the error.
         log: whether to name each broken image, once, as a warning.
 
     Attributes:
-        replaces: bool, as given.
-        found: dict of position -> message, the images that turned out to be broken.
-        replaced: int, how many replacements the loader has delivered.
+        replaces: as given.
+        found: position -> message of the images that turned out to be broken.
+        replaced: the number of replacements that the loader has delivered.
     """
 
-    def __init__(self, source, replace, log=True):
+    def __init__(self, source: ImageSource, replace: bool, log: bool = True):
         self._source, self.replaces, self._log = source, replace, log
-        self._known = set(source.broken.tolist()) if replace else set()
+        self._known: set[int] = set(source.broken.tolist()) if replace else set()
         self._lock = threading.Lock()
-        self.found, self.replaced = {}, 0
+        self.found: dict[int, str] = {}
+        self.replaced = 0
 
-    def __len__(self):
-        """How many images are known to be broken."""
+    def __len__(self) -> int:
+        """Returns the number of images known to be broken."""
         return len(self._known)
 
-    def known(self, indices):
-        """Which images are known to be broken.
-
-        Args:
-            indices: (B,) int64.
-        Returns:
-            (B,) bool.
-        """
+    def known(self, indices: np.ndarray) -> np.ndarray:
+        """Tells which of (B,) int64 images are known to be broken: (B,) bool."""
         if not self._known:
             return np.zeros(len(indices), dtype=bool)
         return np.array([i in self._known for i in indices.tolist()], dtype=bool)
 
-    def load(self, i, load):
-        """The image to use for i.
+    def load(self, i: int, load: Callable[[int], _Image]) -> tuple[int, _Image]:
+        """Loads image i or its replacement.
 
         Args:
-            i: int, position in the source.
-            load: load(j) gives image j, or raises ValueError where that is broken.
+            i: position in the source.
+            load: load(j) returns image j, or raises InputError where that is broken.
         Returns:
-            (j, load(j)).
+            The position j of the image to use, and load(j).
         Raises:
-            ValueError: image i is broken and is not to be replaced, or nothing that follows it can be loaded either.
+            InputError: image i is broken and is not to be replaced, or nothing that follows it can be loaded either.
         """
         if not self.replaces:
             return i, load(i)
@@ -69,22 +68,17 @@ class BrokenImages:
             if j not in self._known:
                 try:
                     image = load(j)
-                except ValueError as error:
+                except InputError as error:
                     self.add({j: str(error)})
                     continue
                 return j, image
         raise InputError(
             f"{self._source.name(i)} and the {step} images after it cannot be read or decoded: "
-            f"{self.found.get(j, 'as recorded before')}; "
-            "check that the data is still there"
+            f"{self.found.get(j, 'as recorded before')}; check that the data is still there"
         )
 
-    def add(self, found):
-        """Note broken images.
-
-        Args:
-            found: dict of position -> message.
-        """
+    def add(self, found: Mapping[int, str]) -> None:
+        """Notes broken images, given as position -> message."""
         with self._lock:
             for i, message in found.items():
                 if i not in self.found:

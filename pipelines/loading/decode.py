@@ -1,127 +1,130 @@
-"""Encoded image -> RGB face by Pillow: what the PyTorch loader runs, and the definition that the DALI loader must
-meet.
-"""
+"""Decoding of images to RGB faces by Pillow: the decoder of the PyTorch loader, and the definition of DALI's."""
 
 import io
 import struct
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from scf_fast.pipelines.errors import InputError
-from scf_fast.pipelines.sources.base import LARGE_FILE
+from scf_fast.pipelines.face_template import FACE_SIZE
+from scf_fast.pipelines.sources.base import LARGE_FILE, ImageSource
 
-FACE_SIZE = 112  # pixels, height and width of an aligned face
 MAX_PIXELS = 1 << 24  # a header that announces more is refused before memory is set aside for it: 48 MB an image
-_FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "PPM",
-    "TIFF",
-    "GIF",
-)  # of a stranger's files Pillow may try these readers only: others start programs
-_LARGE_PIXELS = (
-    1 << 20
-)  # a batch could be full of such images: each is made a face as soon as it is read, as those of LARGE_FILE bytes are
+# The only readers that Pillow may try: files are not trusted, and other readers start programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+# A batch could be full of images as large as this or of LARGE_FILE bytes: each is made a face as soon as it is read.
+_LARGE_PIXELS = 1 << 20
 _TAIL = 1 << 10  # bytes at the end of a file in which its end mark is looked for
-# of a progressive JPEG; encoders write some 10, and each scan, of a few bytes, can cost the decoder a pass over all
-# pixels
+# Scans of a progressive JPEG: encoders write some 10, and each, of a few bytes, can cost the decoder a pass over all
+# pixels.
 _MAX_SCANS = 200
 _MAX_SEGMENTS = 16  # of a JPEG before its frame header, for read_headers
 _FRAME, _TABLE = 1, 2
-_MARKERS = np.zeros(
-    256, dtype=np.uint8
-)  # of JPEG: what stands for a sequential, Huffman coded frame, and what may stand before it
+# The kinds of JPEG markers: those of a sequential, Huffman coded frame, and those that may stand before it.
+_MARKERS = np.zeros(256, dtype=np.uint8)
 _MARKERS[[0xC0, 0xC1]] = _FRAME
 _MARKERS[[0xC4, 0xDB, 0xDD, *range(0xE0, 0xFF)]] = _TABLE
 _CHANNELS = np.isin(np.arange(256), (1, 3, 4))  # gray, YCbCr or RGB, CMYK
-_FACE_PPM = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # what pixels of a face become a file with
-_FACE_PPM_BYTES = len(_FACE_PPM) + 3 * FACE_SIZE**2
+_PPM_HEADER = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # of the file that pack_face makes
 _JPEG_END, _PNG_START, _PNG_END = b"\xff\xd9", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_Result = TypeVar("_Result")
 
 
 class Header(NamedTuple):
-    """What the first bytes of an image say, and whether the last ones are there."""
+    """Format and size from the first bytes of an image, and a look at its last ones."""
 
     format: str  # as Pillow names it
     height: int  # pixels
     width: int
-    # complete, of a kind that every decoder reads alike: JPEG, PNG or WebP with 8 bits a channel, or what pack_face
-    # makes
+    # Complete, and of a kind that every decoder reads the same way: JPEG, PNG or WebP with 8 bits a channel.
     is_common: bool
 
 
-def decode_face(encoded):
-    """Decode, turn upright as EXIF says, convert to RGB, and resize whole to FACE_SIZE where the size differs (triangle
-    filter, antialiased).
+def decode_face(encoded: bytes | np.ndarray) -> np.ndarray:
+    """Decodes an image: upright as EXIF says, in RGB, resized whole to FACE_SIZE where the size differs.
+
+    Resizing averages (triangle filter, antialiased).
 
     Args:
-        encoded: bytes-like, a JPEG, PNG, WebP, BMP, PPM/PGM, TIFF or GIF file.
+        encoded: a JPEG, PNG, WebP, BMP, PPM/PGM, TIFF or GIF file; (bytes,) uint8 where it is an array.
     Returns:
         (112, 112, 3) uint8.
     Raises:
-        ValueError: Pillow cannot decode it, or read_header refuses it.
+        InputError: Pillow cannot decode it, or read_header refuses it.
     """
     encoded = np.frombuffer(encoded, dtype=np.uint8)
     try:
-        with open_image(encoded) as image:
-            if "exif" in image.info:
-                image = ImageOps.exif_transpose(image)
-            image = image.convert("RGB")
-            if image.size != (FACE_SIZE, FACE_SIZE):
-                image = image.resize((FACE_SIZE, FACE_SIZE), Image.Resampling.BILINEAR)
-            return np.asarray(image)
-    except UnidentifiedImageError:  # its text is the address of an object
-        raise InputError("unknown format" if len(encoded) else "it has no bytes") from None
-    except (
-        Exception
-    ) as error:  # a damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
-        raise InputError(str(error) or type(error).__name__) from error
+        with open_image(encoded) as opened:
+            upright = ImageOps.exif_transpose(opened) if "exif" in opened.info else opened
+            image = upright.convert("RGB")
+    except Exception as error:
+        raise _undecodable(error, encoded) from error
+    if image.size != (FACE_SIZE, FACE_SIZE):
+        image = image.resize((FACE_SIZE, FACE_SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
-def open_image(encoded):
-    """Pillow's view of an image file of a stranger: what read_header accepts, by a reader that starts no program.
+def _undecodable(error: Exception, encoded: np.ndarray) -> InputError:
+    """Returns the reason why Pillow, or read_header, could not read an image.
+
+    For Pillow any exception is one: a damaged file raises OSError, SyntaxError, struct.error, zlib.error and others.
+    """
+    if isinstance(error, UnidentifiedImageError):  # its text is the address of an object
+        return InputError("unknown format" if len(encoded) else "it has no bytes")
+    return InputError(str(error) or type(error).__name__)
+
+
+def open_image(encoded: np.ndarray) -> Image.Image:
+    """Opens an untrusted image file by Pillow: only what read_header accepts, and by a reader that starts no program.
 
     Args:
-        encoded: (bytes,) uint8 array.
+        encoded: (bytes,) uint8.
     Returns:
-        PIL.Image.Image, not decoded yet; close it.
+        The image, not decoded yet; close it.
     Raises:
-        ValueError: read_header refuses it. Decoding raises nearly anything where a file is damaged.
+        InputError: read_header refuses it. Decoding raises almost any exception where a file is damaged.
     """
     read_header(encoded)
     return _open(encoded)
 
 
-def load_face(source, i):
-    """decode_face of image i of a source.
+def load_face(source: ImageSource, i: int) -> np.ndarray:
+    """Returns face i of a source: the source's own pixels, or the image file decoded by :func:`decode_face`.
 
     Raises:
-        ValueError: it cannot be read or decoded; the message names it.
+        InputError: it cannot be read or decoded; the message names it.
     """
-    return _named(source, i, decode_face, source.encoded(i))
+    pixels = source.pixels(i)
+    return _named(source, i, decode_face, source.encoded(i)) if pixels is None else pixels
 
 
-def load_encoded(source, i, convert=False, encoded=None):
-    """Image i of a source as every decoder reads it: as it is stored where that is JPEG, PNG or WebP, complete and not
-    large, else as a PPM file of what decode_face makes of it.
+def load_encoded(
+    source: ImageSource, i: int, convert: bool = False, encoded: np.ndarray | None = None
+) -> tuple[np.ndarray, bool]:
+    """Loads image i in a form that every decoder reads the same way.
+
+    That is the stored file where it is JPEG, PNG or WebP, complete and not large; else a PPM file of the pixels
+    that :func:`load_face` returns.
 
     Args:
-        source: ImageSource.
-        i: int.
+        source: the images.
+        i: position in the source.
         convert: make it a PPM file in any case.
         encoded: source.encoded(i), where the caller has it already.
     Returns:
         encoded: (bytes,) uint8.
-        is_face_sized: bool, whether it is 112 x 112.
+        is_face_sized: whether it has 112 x 112 pixels.
     Raises:
-        ValueError: it cannot be read or decoded; the message names it. Damage inside a complete file is left to the
+        InputError: it cannot be read or decoded; the message names it. Damage inside a complete file is left to the
             decoder to find.
     """
     if encoded is None:
+        pixels = source.pixels(i)
+        if pixels is not None:
+            return pack_face(pixels), True
         encoded = source.encoded(i)
     if not convert:
         header = _named(source, i, read_header, encoded)
@@ -131,43 +134,32 @@ def load_encoded(source, i, convert=False, encoded=None):
     return pack_face(face), True
 
 
-def pack_face(face):
-    """A face as an image file without loss, a PPM.
-
-    Args:
-        face: (112, 112, 3) uint8.
-    Returns:
-        (bytes,) uint8.
-    """
-    return np.frombuffer(_FACE_PPM + face.tobytes(), dtype=np.uint8)
+def pack_face(face: np.ndarray) -> np.ndarray:
+    """Encodes a face without loss, as a PPM file: (112, 112, 3) uint8 to (bytes,) uint8."""
+    return np.frombuffer(_PPM_HEADER + face.tobytes(), dtype=np.uint8)
 
 
-def _named(source, i, function, encoded):
+def _named(source: ImageSource, i: int, function: Callable[[np.ndarray], _Result], encoded: np.ndarray) -> _Result:
+    """Calls function(encoded); its InputError gets the name of image i."""
     try:
         return function(encoded)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{source.name(i)} cannot be decoded: {error}; replace the image or leave it out") from error
 
 
-def read_header(encoded):
-    """Format and size of an image from its header alone: 2 us for a JPEG or PNG.
+def read_header(encoded: np.ndarray) -> Header:
+    """Reads format and size of an image, (bytes,) uint8, from its header alone: 2 us for a JPEG or PNG.
 
-    Args:
-        encoded: (bytes,) uint8 array.
-    Returns:
-        Header.
     Raises:
-        ValueError: it is no image of a known format, has more than MAX_PIXELS pixels, or would take a decoder minutes.
+        InputError: it is no image of a known format, has more than MAX_PIXELS pixels, or would take a decoder minutes.
     """
-    data, start = memoryview(encoded), encoded[:16].tobytes()
+    data, start = encoded.data, encoded[:16].tobytes()
     try:
         if start[:2] == b"\xff\xd8":
             header = _jpeg_header(data)
         elif start[:8] == _PNG_START:
             width, height, depth = struct.unpack_from(">IIB", data, 16)
             header = Header("PNG", height, width, depth <= 8 and b"IEND" in bytes(data[-_TAIL:]))
-        elif start.startswith(_FACE_PPM):
-            header = Header("PPM", FACE_SIZE, FACE_SIZE, len(data) == _FACE_PPM_BYTES)
         else:
             header = _other_header(encoded, start)
     except (struct.error, IndexError):
@@ -176,30 +168,24 @@ def read_header(encoded):
     return header
 
 
-def read_headers(data, starts, lengths):
-    """Sizes of many images at once: 0.5 us each in batches of 256.
+def read_headers(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Reads the sizes of many images at once: 0.5 us each in batches of 256.
 
     Args:
         data: (bytes,) uint8 array that holds the image files.
         starts, lengths: (B,) int64, file b is data[starts[b]:starts[b] + lengths[b]]; a length of 0 is no file.
     Returns:
-        (B, 2) int64, height and width of the files that are JPEG (sequential), PNG or PPM and of which read_header
-        would say that they are common, and not large; (0, 0) for those that it takes load_encoded to judge.
+        (B, 2) int64, height and width of the files that are JPEG (sequential) or PNG, common in the sense of
+        read_header, and not large; (0, 0) for those that only load_encoded can judge.
     """
     sizes = np.zeros((len(starts), 2), dtype=np.int64)
-    rows = np.flatnonzero(
-        (lengths >= 64) & (lengths <= LARGE_FILE)
-    )  # no image is shorter; what is read below without a look at the end lies within
+    # No image has less than 64 bytes, and what is read below without a look at the end lies within them.
+    rows = np.flatnonzero((lengths >= 64) & (lengths <= LARGE_FILE))
     ends = starts + lengths
     first = _bytes_at(data, starts[rows], 33)
     png = rows[(first[:, :8] == np.frombuffer(_PNG_START, np.uint8)).all(axis=1) & (first[:, 24] <= 8)]
     png = png[(_bytes_at(data, ends[png] - 8, 8) == np.frombuffer(_PNG_END, np.uint8)).all(axis=1)]
     sizes[png] = _big_endian(_bytes_at(data, starts[png] + 16, 8).reshape(-1, 2, 4))[:, ::-1]
-
-    is_face = (lengths[rows] == _FACE_PPM_BYTES) & (
-        first[:, : len(_FACE_PPM)] == np.frombuffer(_FACE_PPM, np.uint8)
-    ).all(axis=1)
-    sizes[rows[is_face]] = FACE_SIZE
 
     jpeg = rows[(first[:, 0] == 0xFF) & (first[:, 1] == 0xD8)]
     jpeg = jpeg[(_bytes_at(data, ends[jpeg] - 2, 2) == np.frombuffer(_JPEG_END, np.uint8)).all(axis=1)]
@@ -220,16 +206,17 @@ def read_headers(data, starts, lengths):
     return sizes
 
 
-def _bytes_at(data, starts, count):
+def _bytes_at(data: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
+    """Returns (B, count) uint8, the bytes from each start on."""
     return data[starts[:, None] + np.arange(count)]
 
 
-def _big_endian(digits):
-    """(..., n) uint8 -> (...) int64."""
+def _big_endian(digits: np.ndarray) -> np.ndarray:
+    """Returns the (...) int64 numbers of (..., n) uint8 digits."""
     return digits.astype(np.int64) @ (1 << 8 * np.arange(digits.shape[-1] - 1, -1, -1))
 
 
-def _jpeg_header(data):
+def _jpeg_header(data: memoryview) -> Header:
     at = 2
     while True:
         if data[at] != 0xFF:
@@ -239,10 +226,9 @@ def _jpeg_header(data):
             precision, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
             if marker not in (0xC0, 0xC1) and bytes(data).count(b"\xff\xda") > _MAX_SCANS:
                 raise InputError(f"it must have at most {_MAX_SCANS} scans")
-            is_common = (
-                marker <= 0xC2 and precision == 8 and _CHANNELS[channels]
-            )  # Huffman coded, sequential or progressive
-            return Header("JPEG", height, width, bool(is_common) and bytes(data[-_TAIL:]).rfind(_JPEG_END) >= 0)
+            is_huffman_coded = marker <= 0xC2  # sequential or progressive
+            is_common = is_huffman_coded and precision == 8 and bool(_CHANNELS[channels])
+            return Header("JPEG", height, width, is_common and bytes(data[-_TAIL:]).rfind(_JPEG_END) >= 0)
         if marker == 0xFF:  # filling
             at += 1
         elif marker in (0xD9, 0xDA):
@@ -251,7 +237,7 @@ def _jpeg_header(data):
             at += 2 + struct.unpack_from(">H", data, at + 2)[0]
 
 
-def _other_header(encoded, start):
+def _other_header(encoded: np.ndarray, start: bytes) -> Header:
     try:
         with _open(encoded) as image:
             is_common = (
@@ -260,16 +246,14 @@ def _other_header(encoded, start):
                 and (len(encoded) >= 8 + struct.unpack_from("<I", start, 4)[0])
             )
             return Header(image.format, image.height, image.width, is_common)
-    except UnidentifiedImageError:
-        raise InputError("unknown format" if len(encoded) else "it has no bytes") from None
-    except Exception as error:  # as in decode_face
-        raise InputError(str(error) or type(error).__name__) from error
+    except Exception as error:
+        raise _undecodable(error, encoded) from error
 
 
-def _open(encoded):
-    return Image.open(io.BytesIO(encoded), formats=_FORMATS)
+def _open(encoded: np.ndarray) -> Image.Image:
+    return Image.open(io.BytesIO(encoded.data), formats=_FORMATS)
 
 
-def _check_size(width, height):
+def _check_size(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise InputError(f"it must have 1 to {MAX_PIXELS} pixels and says {width} x {height}")

@@ -26,7 +26,7 @@ from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery, write_template_protocol
 from scf_fast.pipelines.evaluation_sets.verification_set import write_verification_set
 from scf_fast.pipelines.face_template import FACE_SIZE
-from scf_fast.pipelines.formats.atomic_file import atomic_output
+from scf_fast.pipelines.formats.atomic_file import atomic_output, write_json
 from scf_fast.pipelines.formats.recordio import RecordWriter, write_property
 from scf_fast.pipelines.synthetic import parts
 from scf_fast.pipelines.synthetic.pictures import (
@@ -207,8 +207,7 @@ def _claim(out: Path, parameters: Parameters, overwrite: bool) -> bool:
                 f"{out} must be empty or hold a synthetic set, and holds other files: choose another folder, or pass "
                 "--overwrite"
             )
-        with atomic_output(note) as file:
-            file.write(json.dumps({"parameters": wanted}).encode())
+        write_json(note, {"parameters": wanted})
         return False
     found = _read_parameters(held)
     if found != wanted:
@@ -280,5 +279,4 @@ def _write_files(out: Path, parameters: Parameters) -> None:
         "counts": counts,
         "versions": {"numpy": np.__version__, "pillow": PIL.__version__},
     }
-    with atomic_output(out / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=2).encode())
+    write_json(out / "manifest.json", manifest, indent=2)

@@ -5,7 +5,7 @@ vector of six amounts in [0, 1], drawn with a random direction and a length equa
 
     sqrt(sum_k amounts_k^2) = severity
 
-Each kind's strength at a given amount stands in a table (`_STRENGTHS`), set so that an amount costs a face recognizer
+Each kind's strength at a given amount stands in a table (``_STRENGTHS``), set so that an amount costs a face recognizer
 about the same whatever the kind, and that log(cosine to the clean picture's identity) falls with its square; that is
 why amounts add up as squares. Measured with a small network on identities it was not trained on, over mixtures grouped
 by their strongest kind: mean cosines of 0.79 to 0.85 for severities below 1/3, 0.60 to 0.68 up to 2/3, 0.36 to 0.42
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.face_template import FACE_SIZE
 
 KINDS = ("blur", "down_sampling", "noise", "jpeg", "occlusion", "low_light")
 
@@ -32,24 +33,24 @@ _STRENGTHS = {  # at _AMOUNTS, linear in between
     "low_light": (0.0, 5.5, 8.5, 10.2, 11.7),  # stops below the right exposure
 }
 _PHOTONS = 2000.0  # counted by a pixel at white and right exposure: sets the shot noise that low light brings out
-# of a mixture's length, at most: even the lowest quality leaves a face as recognizable as other kinds do at half
+# Share of JPEG coding in a mixture's length, at most: even the lowest quality leaves a face as recognizable as other
+# kinds do at half of their range.
 _JPEG_SHARE = 0.5
-_READ_NOISE = (
-    0.0008  # standard deviation of what a sensor adds in low light, before its gain; white at right exposure is 1
-)
+# Standard deviation of the noise that a sensor adds in low light, before its gain; white at right exposure is 1.
+_READ_NOISE = 0.0008
 
 
 def draw_amounts(severity: float, rng: np.random.Generator) -> np.ndarray:
-    """Random mixture of the six kinds.
+    """Draws a random mixture of the six kinds.
 
     Args:
-        severity: in [0, 1]; 0 leaves the picture clean, at 1 next to nothing is left of the face.
+        severity: in [0, 1]; 0 leaves the picture clean, 1 leaves next to nothing of the face.
         rng: picks one to three kinds, with JPEG coding as a further one in half of the mixtures, and how they share the
             severity.
     Returns:
-        (6,) float64 in [0, 1], in the order of KINDS, of Euclidean length `severity`.
+        (6,) float64 in [0, 1], in the order of KINDS, of Euclidean length ``severity``.
     Raises:
-        ValueError: severity outside [0, 1].
+        InputError: severity lies outside [0, 1].
     """
     if not 0 <= severity <= 1:
         raise InputError(f"severity must lie in [0, 1], got {severity}")
@@ -66,16 +67,16 @@ def draw_amounts(severity: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def strength(kind: str, amount: float) -> float:
-    """Strength of a kind at an amount in [0, 1], in the unit its table states."""
+    """Returns the strength of a kind at an amount in [0, 1], in the unit that its table states."""
     return float(np.interp(amount, _AMOUNTS, _STRENGTHS[kind]))
 
 
 def degrade(picture: np.ndarray, amounts: np.ndarray, rng: np.random.Generator) -> bytes:
-    """Degrade a picture and code it as JPEG.
+    """Degrades a picture and codes it as JPEG.
 
     Args:
         picture: (H, W, 3) uint8 RGB.
-        amounts: (6,) in the order of KINDS, as `draw_amounts` returns them; all zero codes the picture as it is.
+        amounts: (6,) in the order of KINDS, as :func:`draw_amounts` returns them; all zero codes the picture as it is.
         rng: places the occluder and draws the noise.
     Returns:
         A JPEG file of the same size in pixels.
@@ -86,7 +87,7 @@ def degrade(picture: np.ndarray, amounts: np.ndarray, rng: np.random.Generator) 
     if occlusion > 0:
         picture = _occlude(picture, occlusion, rng)
     image = Image.fromarray(picture)
-    unit = image.width / 112
+    unit = image.width / FACE_SIZE
     if blur > 0:
         image = image.filter(ImageFilter.GaussianBlur(blur * unit))
     if coarseness > 1:
@@ -99,9 +100,10 @@ def degrade(picture: np.ndarray, amounts: np.ndarray, rng: np.random.Generator) 
     return file.getvalue()
 
 
-def _expose(picture, noise, stops, rng):
-    """What a sensor makes of 2^-stops of the light: noise of its own, shot noise, and a gain that makes up for three
-    stops in four.
+def _expose(picture: np.ndarray, noise: float, stops: float, rng: np.random.Generator) -> np.ndarray:
+    """Takes the picture again with 2^-stops of the light.
+
+    The sensor adds noise of its own and shot noise, and a gain that makes up for three stops in four.
     """
     signal = picture * np.float32(1 / 255)
     grain = rng.standard_normal(picture.shape, dtype=np.float32)
@@ -118,8 +120,8 @@ def _expose(picture, noise, stops, rng):
 
 
 @functools.lru_cache(maxsize=4)
-def _occlusion_grid(height, width):
-    """x and y from -1 to 1 as float32, and the flat indices of a quarter of the pixels on the face."""
+def _occlusion_grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns x and y from -1 to 1 as float32, and the flat indices of a quarter of the pixels on the face."""
     y, x = np.meshgrid(
         np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32), indexing="ij"
     )
@@ -128,8 +130,8 @@ def _occlusion_grid(height, width):
     return x, y, np.flatnonzero(face)
 
 
-def _occlude(picture, share, rng):
-    """Cover `share` of the face by an object with a smooth random outline that reaches in from one side."""
+def _occlude(picture: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Covers ``share`` of the face by an object with a smooth random outline that reaches in from one side."""
     height, width = picture.shape[:2]
     x, y, face = _occlusion_grid(height, width)
     angle = rng.uniform(0, 2 * np.pi)

@@ -153,7 +153,7 @@ def _draw_eyes(albedo: np.ndarray, face: Face, variation: Variation, pose: _Pose
     i = face.identity
     reach = np.array([-1.0, 1.0]) * (i.eye_spacing + i.eye_width)
     window = pose.window(reach, [i.eye_height, i.eye_height], 8)
-    layers, u, v = albedo[(slice(None), *window)], u[window], v[window]
+    layers, u, v = albedo[:, window[0], window[1]], u[window], v[window]
     inwards, down = np.abs(u) - i.eye_spacing, v - i.eye_height  # both eyes at once; positive on the outer half
     tilt_sin, tilt_cos = math.sin(i.eye_tilt), math.cos(i.eye_tilt)  # a NumPy scalar would turn the arrays into float64
     x, y = tilt_cos * inwards - tilt_sin * down, tilt_sin * inwards + tilt_cos * down
@@ -199,7 +199,7 @@ def _draw_brows(
     thickness = 0.5 * i.brow_thickness * (1.15 - 0.75 * np.clip(along, 0, 1))
     ends = np.maximum(-along, along - 1) * i.brow_length
     brow = np.maximum(np.abs(v[window] - axis) - thickness, ends)
-    paint(albedo[(slice(None), *window)], i.brow_darkness * clear[window] * cover(0.7 * brow), 0.72 * face.hair)
+    paint(albedo[:, window[0], window[1]], i.brow_darkness * clear[window] * cover(0.7 * brow), 0.72 * face.hair)
 
 
 def _draw_mouth(
@@ -209,7 +209,7 @@ def _draw_mouth(
     half_width, corner_v = face.mouth_corner(variation)
     gap = 6.0 * max(0.0, variation.mouth_opening)
     window = pose.window(np.array([-half_width, half_width]), [i.mouth_height, i.mouth_height + gap], 10)
-    layers = albedo[(slice(None), *window)]
+    layers = albedo[:, window[0], window[1]]
     x, y = u[window] / half_width, v[window]
     arc = np.maximum(1 - x * x, 0)
     root = np.sqrt(arc)

@@ -3,8 +3,8 @@ rows on any one rank.
 
 Every rank holds a contiguous block of rows and its momentum, and computes the loss of the whole batch against its rows:
 
-    embeddings, labels  --all-gather-->  statistics of the own rows  --two all-reduces of (B,)-->  loss  --backward,
-    reduce-scatter-->  features
+    embeddings, labels  --all-gather-->  statistics of the own rows  --two all-reduces of (B,)-->  loss
+    loss  --backward, reduce-scatter-->  gradient of the features
 
 Communication runs beside computation where there is any that does not wait for it: the embeddings are gathered while
 the labels find their rows and the sample is drawn, and the gradient of the features is scattered while the last block
@@ -46,8 +46,8 @@ _EXPORT_BYTES = 64 * 2**20  # of one message to rank 0
 
 
 def rows_of(rank: int, world_size: int, num_classes: int) -> tuple[int, int]:
-    """[start, stop) of a rank's rows: contiguous, lengths differ by one at most, none where there are more ranks than
-    classes.
+    """Returns [start, stop) of a rank's rows: contiguous, of lengths that differ by one at most, empty where there are
+    more ranks than classes.
     """
     size, longer = divmod(num_classes, world_size)
     start = rank * size + min(rank, longer)
@@ -62,8 +62,8 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_classes(start: int, stop: int, rate: float, seed: int, draw: int, device: torch.device) -> torch.Tensor:
-    """(stop - start,) bool: which classes this draw takes, each with probability ``rate``, by a hash of seed, draw and
-    class alone.
+    """Returns (stop - start,) bool, the classes that this draw takes: each with probability ``rate``, by a hash of
+    seed, draw and class alone.
     """
     key = _mix(_mix(torch.tensor(seed & 0x7FFFFFFF)) ^ (draw & 0x7FFFFFFF)).item()
     return _mix(_mix(torch.arange(start, stop, device=device)) ^ key) < int(rate * 2**31)
@@ -117,7 +117,7 @@ class ClassCenters:
             self.weight[low - self.start : high - self.start] = block[low - first : high - first].to(self.weight.device)
 
     def loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean margin-softmax loss over the images of all ranks; collective, and so is its backward pass.
+        """Returns the mean margin-softmax loss over the images of all ranks; collective, and so is its backward pass.
 
         Args:
             features: (B, D) float32 of this rank's images, as many on every rank.
@@ -133,7 +133,7 @@ class ClassCenters:
         return result
 
     def step(self, applied: bool = True) -> None:
-        """End of an optimizer step: update from the gradients since the last one, or drop them where the engine has
+        """Ends an optimizer step: updates from the gradients since the last one, or drops them where the engine has
         skipped its step.
         """
         if self._gradient is None:
@@ -150,7 +150,7 @@ class ClassCenters:
         return iter(self._touched.nonzero().squeeze(1).split(_UPDATE_ROWS))
 
     def _update(self, start: int, active: torch.Tensor | None, gradient: torch.Tensor) -> None:
-        """Update the rows from ``start`` on, or those that ``active`` lists from there on, as many as ``gradient``
+        """Updates the rows from ``start`` on, or those that ``active`` lists from there on, as many as ``gradient``
         has.
         """
         for at in range(0, len(gradient), _UPDATE_ROWS):
@@ -159,8 +159,8 @@ class ClassCenters:
             self._update_rows(rows if active is None else active[rows], piece)
 
     def _update_rows(self, rows: slice | torch.Tensor, gradient: torch.Tensor) -> None:
-        """SGD with momentum and the L2 term in the gradient, as torch.optim.SGD; ``gradient`` is overwritten. Rows not
-        sampled keep their momentum.
+        """Makes a step of SGD with momentum and the L2 term in the gradient, as torch.optim.SGD; overwrites
+        ``gradient``. Rows that were not sampled keep their momentum.
         """
         weight, stored = self.weight[rows], self.momentum[rows]
         momentum = stored.float()
@@ -175,7 +175,7 @@ class ClassCenters:
             self.weight[rows], self.momentum[rows] = weight, stored
 
     def _active(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(rows that take part in this draw or None for all, position of each label among them or -1)."""
+        """Returns (rows that take part in this draw or None for all, position of each label among them or -1)."""
         here = (labels >= self.start) & (labels < self.stop)
         local = torch.where(here, labels - self.start, -1)
         if not self._samples:
@@ -191,20 +191,20 @@ class ClassCenters:
 
     @staticmethod
     def file_name(rank: int) -> str:
-        """Of a rank's rows in a checkpoint's folder."""
+        """Returns the name of the file with a rank's rows in a checkpoint folder."""
         return f"class_centers_rank{rank}.pt"
 
     def state(self) -> dict:
-        """What :meth:`load` reads: this rank's rows and momentum, not copied."""
+        """Returns what :meth:`load` reads: this rank's rows and momentum, not copied."""
         return {"num_classes": self.num_classes, "draw": self._draw, "weight": self.weight, "momentum": self.momentum}
 
     def load(self, folder: Path, written_by: int) -> None:
-        """Read this rank's rows from a checkpoint that ``written_by`` ranks, any number, have written.
+        """Loads this rank's rows from a checkpoint folder that ``written_by`` ranks, any number, have written.
 
         The files are memory-mapped: what other ranks hold is not read.
 
         Raises:
-            ValueError: a rank's file is missing or damaged, or holds other class centers.
+            InputError: a rank's file is missing or damaged, or holds other class centers.
         """
         for rank in range(written_by):
             path = folder / self.file_name(rank)
@@ -213,14 +213,13 @@ class ClassCenters:
             except Exception as error:  # on a damaged file the unpickler fails in any way there is
                 raise InputError(
                     f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); give --resume "
-                    "another "
-                    "checkpoint, or use --overwrite"
+                    "another checkpoint, or use --overwrite"
                 ) from None
             if (shard["num_classes"], shard["weight"].shape[1]) != (self.num_classes, self.width):
                 raise InputError(
                     f"{path}: holds class centers of {shard['num_classes']} identities, width "
-                    f"{shard['weight'].shape[1]}, but this run has "
-                    f"{self.num_classes}, width {self.width}; resume with the data and --z_dim of the checkpoint"
+                    f"{shard['weight'].shape[1]}, but this run has {self.num_classes}, width {self.width}; resume with "
+                    "the data and --z_dim of the checkpoint"
                 )
             first, last = rows_of(rank, written_by, self.num_classes)
             low, high = max(first, self.start), min(last, self.stop)
@@ -232,7 +231,7 @@ class ClassCenters:
             self._draw = shard["draw"]
 
     def export(self, path: Path, facts: dict) -> None:
-        """Write all rows as the published code has them, ``['arc_face_state_dict']['weight']``, beside ``facts``;
+        """Writes all rows as the published code has them, ``['arc_face_state_dict']['weight']``, beside ``facts``;
         collective.
 
         Rank 0 receives them in blocks and holds them in a memory-mapped file, so that they need disk, not memory. If it
@@ -245,9 +244,8 @@ class ClassCenters:
         rows_file = path.with_name(path.name + ".rows")
         if self.runtime.is_main:
             try:
-                with open(
-                    rows_file, "wb"
-                ) as file:  # on a disk that is full the mapping of a sparse file would be a fatal signal, not an error
+                # On a full disk the mapping of a sparse file would be a fatal signal, not an error.
+                with open(rows_file, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, 4 * self.num_classes * self.width)
             except OSError as error:
                 problem = error
@@ -280,7 +278,7 @@ class ClassCenters:
 
 
 def fuses(config: BackboneConfig, precision: str) -> bool:
-    """Whether the update of the class centers happens in the backward pass: by default wherever it can.
+    """Returns whether the class centers are updated in the backward pass: by default wherever they can be.
 
     With accumulation the gradients of several backward passes make one update, and with fp16 the engine says only after
     the backward pass whether its step counts.
@@ -290,7 +288,7 @@ def fuses(config: BackboneConfig, precision: str) -> bool:
 
 
 class _ShardedLoss(torch.autograd.Function):
-    """From this rank's features to the loss over all ranks, and back."""
+    """The loss over all ranks as a function of this rank's features."""
 
     @staticmethod
     def forward(ctx, features, labels, centers):
@@ -369,7 +367,7 @@ class _ShardedLoss(torch.autograd.Function):
 def _combine(
     own: MarginSoftmaxStatistics, count: int, world_size: int
 ) -> tuple[MarginSoftmaxStatistics, int | torch.Tensor]:
-    """Statistics over the classes of all ranks, and how many these are."""
+    """Returns the statistics over the classes of all ranks, and the number of these classes."""
     if world_size == 1:
         return own, count
     highest = torch.stack([own.log_sum_exp, own.nearest_other])
@@ -388,7 +386,7 @@ _scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 
 def _start_gather(local: torch.Tensor, world_size: int) -> Callable[[], torch.Tensor]:
-    """Start to gather; the call waits for the ranks' tensors, one after another along the first dimension."""
+    """Starts to gather; the function returned waits for all ranks' tensors, stacked along the first dimension."""
     if world_size == 1:
         return lambda: local
     local = local.contiguous()
@@ -396,7 +394,7 @@ def _start_gather(local: torch.Tensor, world_size: int) -> Callable[[], torch.Te
 
 
 def _start_reduce_scatter(whole: torch.Tensor, world_size: int) -> Callable[[], torch.Tensor]:
-    """Start to add up over ranks; the call waits for this rank's part of the sum."""
+    """Starts to add up over ranks; the function returned waits for this rank's part of the sum."""
     if world_size == 1:
         return lambda: whole
     return _started(_scatter_sums, whole.new_empty(len(whole) // world_size, *whole.shape[1:]), whole)
@@ -413,8 +411,8 @@ def _started(collective, output: torch.Tensor, source: torch.Tensor) -> Callable
 
 
 def _stochastic_bfloat16(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 rounded to one of its two bfloat16 neighbors, to the nearer with the higher probability: right on
-    average. Overwrites values.
+    """Rounds float32 to one of its two bfloat16 neighbors, to the nearer with the higher probability: right on average.
+    Overwrites ``values``.
 
     Rounding to nearest would hold a momentum still once a step changes it by less than 1/512.
     """

@@ -16,7 +16,7 @@ from scf_fast.features.store import FeatureCache, View
 from scf_fast.networks.frozen import FrozenBackbone
 from scf_fast.pipelines.loading.base import Batch, Loader
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,12 @@ def one_ahead(batches: Iterator[FeatureBatch], making: torch.cuda.Stream) -> Ite
         batch, ready = following
 
 
-class _Missing:
+class _Missing(Sampler):
     """A sampler's requests without the images that are in the cache, and without flips: the stream makes both
     orientations itself.
     """
 
-    def __init__(self, sampler: EpochSampler, present: np.ndarray):
+    def __init__(self, sampler: Sampler, present: np.ndarray):
         self._sampler, self._present = sampler, present
         self.num_samples, self.global_batch_size = sampler.num_samples, sampler.global_batch_size
         self.world_size, self.batches_per_epoch = sampler.world_size, sampler.batches_per_epoch
@@ -73,12 +73,9 @@ class _Missing:
         indices = self._sampler.indices(epoch, batch)
         return indices[~self._present[indices]]
 
-    def flips(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        return np.zeros(len(indices), dtype=bool)
-
 
 class FeatureStream(BatchLoader[FeatureBatch]):
-    """Features of the sampler's images, batch by batch, in the orientation of the sampler's coin.
+    """Features of the sampler's images, batch by batch, in the orientation that the sampler draws.
 
     The batches are the same with and without a cache. With one, an image that is missing is computed in both
     orientations and stored. On CUDA the work on a batch overlaps the training on the one before.
@@ -93,8 +90,8 @@ class FeatureStream(BatchLoader[FeatureBatch]):
 
     def __init__(
         self,
-        make_images: Callable[[EpochSampler | _Missing, bool], Loader],
-        sampler: EpochSampler,
+        make_images: Callable[[Sampler, bool], Loader],
+        sampler: Sampler,
         labels: np.ndarray,
         backbone: FrozenBackbone,
         *,
@@ -163,7 +160,7 @@ class FeatureStream(BatchLoader[FeatureBatch]):
         return features, convf
 
     def _collect(self, wait: bool) -> None:
-        """Adds up the events that have passed, or all of them once they have."""
+        """Adds up the events that have passed; with ``wait``, waits for the others and adds them too."""
         while self._timed and (wait or self._timed[0][1].query()):
             began, ended = self._timed.popleft()
             ended.synchronize()
@@ -198,7 +195,7 @@ class FeatureStream(BatchLoader[FeatureBatch]):
     def _read(
         self, cache: FeatureCache, epoch: int, batch: int, present: np.ndarray
     ) -> tuple[np.ndarray, torch.Tensor | None]:
-        """Returns which images of a batch the cache has, (B,) bool, and their rows; None for no rows of some images."""
+        """Returns which images of a batch the cache has, (B,) bool, and their rows; None if it has none of them."""
         indices = self._sampler.indices(epoch, batch)
         hits = present[indices]
         if len(hits) and not hits.any():  # a rank's share of a last batch can be empty

@@ -84,6 +84,24 @@ class ResumePoint:
         """The folder's name."""
         return self.folder.name
 
+    def check_data(self, data: str, num_classes: int, num_images: int) -> None:
+        """Checks that the data are still those that the checkpoint was trained on.
+
+        Args:
+            data: what the user named them with, for the message.
+        Raises:
+            InputError: they have other identities or images.
+        """
+        for what, before, now in (
+            ("identities", self.state.num_classes, num_classes),
+            ("images", self.state.num_images, num_images),
+        ):
+            if before != now:
+                raise InputError(
+                    f"--resume: the checkpoint was trained on {before} {what}, but --data {data} now has {now}; give "
+                    "the data set of that run"
+                )
+
 
 class Checkpoints:
     """Writes a run's checkpoints; all methods are collective.
@@ -107,12 +125,12 @@ class Checkpoints:
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint waits for :meth:`finish`; equal on all ranks."""
+        """True while a checkpoint waits for :meth:`finish`; equal on all ranks."""
         return self._pending is not None
 
     @property
     def writing(self) -> bool:
-        """Whether this rank's files are not yet on the disk."""
+        """True while this rank's files are not yet on the disk."""
         return self._pending is not None and not self._pending.future.done()
 
     def save(self, engine: Engine, state: RunState, centers: ClassCenters | None = None) -> None:

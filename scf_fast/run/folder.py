@@ -149,7 +149,23 @@ def only_run_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def empty(folder: Path) -> None:
+@contextlib.contextmanager
+def prepare(config: Config, is_locked: bool) -> Iterator[None]:
+    """Empties the run's folder if it is to be overwritten, or makes and locks it, and notes the configuration in it.
+
+    Args:
+        is_locked: whether :func:`only_run_in` holds it already, since it was there before.
+    """
+    folder = Path(config.output_dir)
+    if config.overwrite and is_locked:
+        _empty(folder)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if is_locked else only_run_in(folder):
+        configuration.save(config, folder / CONFIG_FILE, versions())
+        yield
+
+
+def _empty(folder: Path) -> None:
     """Deletes everything in a folder, which stays: it is locked."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():

@@ -1,7 +1,12 @@
-"""Where the Triton kernels run: compiled on a CUDA device, interpreted on the CPU where there is none (see
-tests/conftest.py).
+"""Fixtures for the places where Triton kernels run: compiled on a CUDA device, interpreted on the CPU where there is
+none (see tests/conftest.py), or only compiled, for GPUs that need not be there.
 """
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,7 +26,7 @@ def _available(place: Place) -> Place:
             pytest.skip("the kernels run compiled here, not interpreted")
         from scf_fast.kernels._common import INTERPRETED
 
-        assert INTERPRETED, "kernels was imported before TRITON_INTERPRET=1 was set: set it for the whole run"
+        assert INTERPRETED, "the kernels were imported before TRITON_INTERPRET=1 was set: set it for the whole run"
     return place
 
 
@@ -45,9 +50,7 @@ def place(request):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fills what torch.empty and torch.empty_like return with NaN, so that an element a kernel forgets to write
-    shows.
-    """
+    """Makes torch.empty and torch.empty_like return NaN, so that an element that a kernel forgets to write shows."""
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 
@@ -56,3 +59,48 @@ def poisoned(monkeypatch):
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         monkeypatch.setattr(torch, name, allocate_nan)
+
+
+@pytest.fixture(scope="session")
+def compile_for_gpus():
+    """``compile_for_gpus(family, calls)``: resources of the kernels, as ``compile_for_gpus.py`` finds them per call."""
+    script, root = Path(__file__).with_name("compile_for_gpus.py"), Path(__file__).resolve().parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def compile_family(family, calls):
+        child = subprocess.run(
+            [sys.executable, script, family, json.dumps(calls)],
+            env={**environment, "PYTHONPATH": str(root)},
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
+        assert child.returncode == 0, child.stderr[-4000:]
+        return json.loads(child.stdout.splitlines()[-1])
+
+    return compile_family
+
+
+@pytest.fixture(scope="session")
+def unit_rows():
+    """``unit_rows(count, dim)``: random unit rows, rounded from float64."""
+
+    def draw(count, dim, dtype=torch.float64, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(count, dim, generator=generator, dtype=torch.float64)
+        return torch.nn.functional.normalize(rows, dim=1).to(dtype)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def faces():
+    """``faces(count, dim, device, seed)``: random directions of any length, and kappa from 1e-2 to 1e4."""
+
+    def draw(count, dim, device, seed, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(seed)
+        mu = torch.randn(count, dim, generator=generator) * torch.rand(count, 1, generator=generator).add(0.5)
+        kappa = torch.logspace(-2, 4, count)[torch.randperm(count, generator=generator)]
+        return mu.to(device, dtype), kappa.to(device)
+
+    return draw

@@ -15,8 +15,9 @@ from scf_fast.kernels import (
     mean_resultant_length,
     psi_and_ratio,
 )
-from scf_fast.kernels.debye import debye_plan, debye_reference
-from scf_fast.kernels.log_bessel import _inverse, _log_bessel
+from scf_fast.kernels._debye_series import debye_plan
+from scf_fast.kernels.debye import debye_torch
+from scf_fast.kernels.log_bessel import Function, _inverse, _log_bessel
 
 # NaN and infinity, which tests feed on purpose, make the interpreter's NumPy warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -142,9 +143,7 @@ def test_inverse(dim, dtype, place):
     assert ((exact / rho.double() - 1).abs() <= tolerance).all()
     # Near 1 that says little: there 1 - rho holds the digits, and has to equal 1 - A.
     near = rho > 0.5
-    complement = debye_reference(kappa[near].cpu().double(), debye_plan(dim / 2 - 1, torch.float64)).complement.to(
-        device
-    )
+    complement = debye_torch(kappa[near].cpu().double(), debye_plan(dim / 2 - 1, torch.float64)).complement.to(device)
     tolerance = {torch.float32: 2e-6, torch.float64: 2e-14}[dtype] * (50 if dim < 32 else 1)  # as for A'
     assert ((complement / (1 - rho.double()[near]) - 1).abs() <= tolerance).all()
 
@@ -252,8 +251,8 @@ def test_the_fourth_derivative_is_refused():
 def test_operators(place):
     backend, device = place
     kappa = arguments("kappa", (3, 2), torch.bfloat16 if backend == "torch" else torch.float32, device).requires_grad_()
-    for function, derivative in (("psi", 1), ("log_bessel_i", 0)):
-        torch.library.opcheck(_log_bessel, (kappa, 127.0, function, derivative, backend == "triton", False))
+    for function, derivative in ((Function.PSI, 1), (Function.LOG_BESSEL_I, 0)):
+        torch.library.opcheck(_log_bessel, (kappa, 127.0, function.value, derivative, backend == "triton", False))
     rho = arguments("inverse", (3, 2), torch.float64, device).requires_grad_()
     torch.library.opcheck(_inverse, (rho, 127.0, backend == "triton", False))
 

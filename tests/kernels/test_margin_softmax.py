@@ -1,12 +1,10 @@
-"""Against a dense float64 composition of PyTorch's own functions, the angle by acos."""
-
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
+from scf_fast.kernels import _margin_softmax_torch, _margin_softmax_triton, reference
 from scf_fast.kernels import margin_softmax as module
 from scf_fast.kernels.margin_softmax import (
     MarginSoftmaxStatistics,
@@ -21,22 +19,8 @@ MARGINS = [(1.0, 0.5, 0.0), (1.0, 0.0, 0.4), (1.0, 0.3, 0.2), (1.35, 0.0, 0.0), 
 ARCFACE = (1.0, 0.5, 0.0)
 
 
-def dense_loss(embeddings, class_centers, labels, scale, margins, margin_gradient="exact", label_smoothing=0.0):
-    """(loss, correct) with all logits; labels -1 ignored."""
-    m1, m2, m3 = margins
-    cos = F.normalize(embeddings) @ F.normalize(class_centers).t()
-    column = labels.clamp_min(0)[:, None]
-    own = cos.gather(1, column)
-    theta, turning = torch.acos(own), (math.pi - m2) / m1
-    shifted = torch.where(theta < turning, torch.cos(m1 * theta + m2), own - math.cos(turning) - 1) - m3
-    if margin_gradient == "straight_through":
-        shifted = own + (shifted - own).detach()
-    logits = scale * cos.scatter(1, column, shifted)
-    return F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=label_smoothing), cos.argmax(1) == labels
-
-
 def batch(b, c, d, seed=0, lean=1.0, device="cpu", dtype=torch.float32):
-    """Embeddings that lean to their class center, by ``lean`` standard deviations, some of them without a label."""
+    """Embeddings that lean toward their class center, by ``lean`` standard deviations, some of them without a label."""
     generator = torch.Generator().manual_seed(seed)
     e, w = (torch.randn(n, d, generator=generator, dtype=torch.float64) for n in (b, c))
     labels = torch.randint(c, (b,), generator=generator)
@@ -46,13 +30,13 @@ def batch(b, c, d, seed=0, lean=1.0, device="cpu", dtype=torch.float32):
     return e.to(device, dtype).requires_grad_(), w.to(device, dtype).requires_grad_(), labels.to(device)
 
 
-def assert_matches_dense(inputs, rtol, scale=16.0, margins=ARCFACE, backend="auto", **options):
-    """Value, `correct` and both gradients; errors relative to the largest entry."""
+def assert_matches_reference(inputs, rtol, scale=16.0, margins=ARCFACE, backend="auto", **options):
+    """Value, ``correct`` and both gradients; errors relative to the largest entry."""
     e, w, labels = inputs
     loss, correct = margin_softmax_loss(e, w, labels, scale, margins, **options, backend=backend)
     grads = torch.autograd.grad(loss, (e, w))
     exact = [t.detach().cpu().double().requires_grad_() for t in (e, w)]
-    expected, expected_correct = dense_loss(*exact, labels.cpu(), scale, margins, **options)
+    expected, expected_correct = reference.margin_softmax_loss(*exact, labels.cpu(), scale, margins, **options)
     torch.testing.assert_close(loss.cpu().double(), expected, rtol=rtol, atol=1e-7)
     assert torch.equal(correct.cpu(), expected_correct)
     for ours, theirs in zip(grads, torch.autograd.grad(expected, exact)):
@@ -61,10 +45,10 @@ def assert_matches_dense(inputs, rtol, scale=16.0, margins=ARCFACE, backend="aut
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks, splits and tiles in a problem that the interpreter gets through."""
-    monkeypatch.setattr(module, "_PLAIN_CLASSES", (5, 5))
-    monkeypatch.setattr(module, "_TRITON_CLASSES", (70, 70))
-    monkeypatch.setattr(module, "_PROGRAMS", 4)
+    """Makes several blocks, splits and tiles out of a problem that is small enough for the interpreter."""
+    monkeypatch.setattr(_margin_softmax_torch, "_BLOCK_CLASSES", (5, 5))
+    monkeypatch.setattr(_margin_softmax_triton, "_BLOCK_CLASSES", (70, 70))
+    monkeypatch.setattr(_margin_softmax_triton, "_PROGRAMS", 4)
 
 
 @pytest.mark.parametrize("margin_gradient", ["exact", "straight_through"])
@@ -72,13 +56,13 @@ def small_blocks(monkeypatch):
 def test_float64(margins, margin_gradient, small_blocks):
     for seed, lean in enumerate((-2.0, 0.3, 2.0)):  # beyond theta*, as at the start, and near the own class center
         inputs = batch(7, 11, 19, seed, lean, dtype=torch.float64)
-        assert_matches_dense(inputs, 1e-10, margins=margins, margin_gradient=margin_gradient)
+        assert_matches_reference(inputs, 1e-10, margins=margins, margin_gradient=margin_gradient)
 
 
 @pytest.mark.parametrize("shape", [(66, 150, 37), (1, 1, 8), (5, 2, 70)])
 def test_float32_in_every_implementation(shape, place, small_blocks, poisoned):
     backend, device = place
-    assert_matches_dense(batch(*shape, device=device), 3e-6, scale=32.0, backend=backend, label_smoothing=0.1)
+    assert_matches_reference(batch(*shape, device=device), 3e-6, scale=32.0, backend=backend, label_smoothing=0.1)
 
 
 def test_logits_of_plus_and_minus_64(place, small_blocks):
@@ -229,7 +213,7 @@ def test_half_precision_products_keep_the_scale_of_the_gradient(compute_dtype, r
     loss, _ = margin_softmax_loss(e, w, labels, 16.0, compute_dtype=compute_dtype, backend=backend)
     grads = torch.autograd.grad(loss * 1e-6, (e, w))
     exact = [t.detach().cpu().double().requires_grad_() for t in (e, w)]
-    expected, _ = dense_loss(*exact, labels.cpu(), 16.0, ARCFACE)
+    expected, _ = reference.margin_softmax_loss(*exact, labels.cpu(), 16.0, ARCFACE)
     torch.testing.assert_close(loss.cpu().double(), expected, rtol=rtol, atol=0)
     for ours, theirs in zip(grads, torch.autograd.grad(expected * 1e-6, exact)):
         torch.testing.assert_close(ours.cpu().double(), theirs, rtol=0, atol=rtol * theirs.abs().max().item())
@@ -251,7 +235,7 @@ def test_label_smoothing_needs_the_sum_over_all_classes():
     e, w, labels = batch(6, 9, 12, dtype=torch.float64)
     statistics = MarginSoftmaxStatistics(*margin_softmax_statistics(e, w, labels, 8.0, with_cosine_sum=True))
     rows = margin_softmax_rows(statistics, 9, 8.0, ARCFACE, label_smoothing=0.2)
-    expected = dense_loss(e, w, labels, 8.0, ARCFACE, label_smoothing=0.2)[0]
+    expected = reference.margin_softmax_loss(e, w, labels, 8.0, ARCFACE, label_smoothing=0.2)[0]
     assert rows[labels >= 0].mean().item() == pytest.approx(expected.item(), rel=1e-12)
 
 

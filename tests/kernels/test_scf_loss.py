@@ -6,8 +6,8 @@ import pytest
 import scipy.special
 import torch
 
-from scf_fast.kernels import SCFTerms, log_vmf_normalizer, scf_loss
-from scf_fast.kernels.scf_loss import _scf_loss, _scf_loss_backward
+from scf_fast.kernels import SCFTerms, reference, scf_loss
+from scf_fast.kernels.scf_loss import Option, _scf_loss, _scf_loss_backward
 
 # NaN and infinity, which tests feed on purpose, make the interpreter's NumPy warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -16,8 +16,8 @@ RADIUS = 64.0
 
 
 def inputs(batch, dim, classes=11, *, dtype=torch.float32, device="cpu", spread=1.0, seed=0, log_kappa=(-2.0, 11.0)):
-    """Features around their class center, the closer the smaller `spread`; log kappa over a wide range; centers of any
-    length.
+    """Features around their class center, the closer the smaller ``spread``; log kappa over a wide range; centers of
+    any length.
     """
     generator = torch.Generator().manual_seed(seed + 1000 * batch + dim)
     class_centers = 3 * torch.randn(classes, dim, generator=generator)
@@ -25,14 +25,6 @@ def inputs(batch, dim, classes=11, *, dtype=torch.float32, device="cpu", spread=
     features = class_centers[labels] + spread * torch.randn(batch, dim, generator=generator)
     log_kappas = torch.empty(batch).uniform_(*log_kappa, generator=generator)
     return features.to(device, dtype), log_kappas.to(device, dtype), class_centers.to(device, dtype), labels.to(device)
-
-
-def textbook_loss(features, log_kappa, class_centers, labels, radius=RADIUS):
-    """Eq. (8) as it stands, for float64."""
-    dim = features.shape[1]
-    cos = torch.cosine_similarity(features, class_centers[labels])
-    kappa = log_kappa.exp()
-    return -kappa * cos - log_vmf_normalizer(kappa, dim, backend="torch") + dim * math.log(radius)
 
 
 def value_and_gradients(loss, features, log_kappa, class_centers, labels):
@@ -53,7 +45,7 @@ def test_float32_against_float64(batch, dim, reduction, place, poisoned):
     backend, device = place
     data = inputs(batch, dim, device=device)
     reduce = {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}[reduction]
-    expected = value_and_gradients(lambda *x: reduce(textbook_loss(*x)), *doubled(*data))
+    expected = value_and_gradients(lambda *x: reduce(reference.scf_loss(*x)), *doubled(*data))
     result = value_and_gradients(partial(scf_loss, backend=backend, reduction=reduction), *data)
     torch.testing.assert_close(result[0], expected[0], rtol=1e-6, atol=0)
     for got, exact in zip(result[1:], expected[1:]):
@@ -64,7 +56,7 @@ def test_float32_against_float64(batch, dim, reduction, place, poisoned):
 def test_float64(dim, place):
     backend, device = place
     data = inputs(7, dim, dtype=torch.float64, device=device, log_kappa=(-2.0, 6.0))
-    expected = value_and_gradients(textbook_loss, *doubled(*data))
+    expected = value_and_gradients(reference.scf_loss, *doubled(*data))
     result = value_and_gradients(partial(scf_loss, backend=backend, reduction="none"), *data)
     for got, exact in zip(result, expected):
         torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-12 * exact.abs().max().item())
@@ -286,9 +278,10 @@ def test_differentiating_twice_is_refused():
 def test_operators(place):
     backend, device = place
     features, log_kappa, class_centers, labels = inputs(3, 5, device=device)
-    words = " triton" if backend == "triton" else ""
+    triton_kernel = backend == "triton"
+    options = Option.MEAN | Option.COEFFICIENTS | Option.TERMS | (Option.TRITON if triton_kernel else 0)
     leaves = [t.requires_grad_() for t in (features, log_kappa, class_centers)]
-    torch.library.opcheck(_scf_loss, (*leaves, labels, RADIUS, "mean coefficients terms" + words))
+    torch.library.opcheck(_scf_loss, (*leaves, labels, RADIUS, int(options)))
     frozen = [t.detach() for t in leaves]
     rows = torch.rand(3, device=device)
     torch.library.opcheck(
@@ -301,7 +294,7 @@ def test_operators(place):
             labels,
             True,
             True,
-            bool(words),
+            triton_kernel,
         ),
     )
 

@@ -1,14 +1,8 @@
 import pytest
 import torch
 
+from scf_fast.kernels import reference
 from scf_fast.kernels.template_pooling import _pool_templates, pool_templates
-
-
-def unit_rows(count, dim, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64), dim=1).to(
-        dtype
-    )
 
 
 @pytest.mark.parametrize(
@@ -16,7 +10,7 @@ def unit_rows(count, dim, dtype=torch.float64, seed=0):
 )
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dim", [2, 37])
-def test_equals_a_loop_over_templates(dtype, tolerance, weighted, dim):
+def test_equals_a_loop_over_templates(dtype, tolerance, weighted, dim, unit_rows):
     mu = unit_rows(60, dim, dtype)
     generator = torch.Generator().manual_seed(1)
     ids = torch.cat([torch.arange(5), torch.randint(0, 9, (54,), generator=generator), torch.tensor([11])])
@@ -25,6 +19,7 @@ def test_equals_a_loop_over_templates(dtype, tolerance, weighted, dim):
     assert directions.shape == (12, dim) and kappas.shape == (12,)
     assert directions.dtype == kappas.dtype == torch.promote_types(dtype, torch.float32)
     check_against_loop(directions, kappas, mu, kappa, ids, tolerance)
+    check_against_loop(*reference.pool_templates(mu, kappa, ids, 12), mu, kappa, ids, 1e-14)
 
 
 def check_against_loop(directions, kappas, mu, kappa, ids, tolerance):
@@ -45,7 +40,7 @@ def check_against_loop(directions, kappas, mu, kappa, ids, tolerance):
 @pytest.mark.parametrize(
     ("dtype", "dim", "tolerance"), [(torch.float32, 37, 1e-6), (torch.float64, 2, 1e-14), (torch.float16, 600, 1e-6)]
 )
-def test_triton_equals_a_loop_over_templates(triton_device, poisoned, dtype, dim, tolerance, weighted):
+def test_triton_equals_a_loop_over_templates(triton_device, poisoned, dtype, dim, tolerance, weighted, unit_rows):
     mu = unit_rows(40, dim, dtype)
     ids = torch.tensor([3, 0, 5]).repeat_interleave(torch.tensor([25, 14, 1]))[
         torch.randperm(40, generator=torch.Generator().manual_seed(3))
@@ -62,7 +57,7 @@ def test_triton_equals_a_loop_over_templates(triton_device, poisoned, dtype, dim
     check_against_loop(directions.cpu(), kappas.cpu(), mu, kappa, ids, tolerance)
 
 
-def test_operator():
+def test_operator(unit_rows):
     mu, kappa, ids = (
         unit_rows(5, 6).float().requires_grad_(),
         torch.rand(5).requires_grad_(),
@@ -86,7 +81,7 @@ def test_opposite_images_give_the_uniform_distribution():
     assert not directions.any() and not kappas.any()
 
 
-def test_order_of_templates_does_not_change_a_bit():
+def test_order_of_templates_does_not_change_a_bit(unit_rows):
     mu, kappa = unit_rows(500, 16, torch.float32), torch.rand(500, generator=torch.Generator().manual_seed(2))
     ids = torch.arange(500) % 7
     by_template = torch.argsort(ids, stable=True)
@@ -96,7 +91,7 @@ def test_order_of_templates_does_not_change_a_bit():
         assert torch.equal(first, second)
 
 
-def test_gradients():
+def test_gradients(unit_rows):
     mu, kappa = unit_rows(7, 5).requires_grad_(), torch.rand(7, dtype=torch.float64).add(0.1).requires_grad_()
     ids = torch.tensor([2, 0, 2, 3, 3, 3, 0])
     assert torch.autograd.gradcheck(lambda mu, kappa: pool_templates(mu, kappa, ids), (mu, kappa))

@@ -1,6 +1,4 @@
 import math
-import sys
-from functools import partial
 
 import mpmath
 import numpy as np
@@ -8,32 +6,20 @@ import pytest
 import torch
 from scipy.integrate import dblquad, quad
 
+from scf_fast.kernels import reference
 from scf_fast.kernels.vmf_similarity import (
-    _BAND,
-    _CHUNK,
     _vmf_similarity,
-    _vmf_similarity_histogram,
-    _vmf_similarity_matrix,
-    _vmf_similarity_top_k,
     neutral_radius,
     vmf_similarity,
     vmf_similarity_from_cosine,
-    vmf_similarity_histogram,
-    vmf_similarity_matrix,
-    vmf_similarity_top_k,
 )
+from scf_fast.kernels.vmf_similarity_tiles import vmf_similarity_matrix
 
 KAPPAS = [0.0, 1e-2, 1.0, 37.0, 255.0, 1e3, 1e5]
 
 
-def unit_rows(count, dim, seed=0):
-    return torch.nn.functional.normalize(
-        torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1
-    )
-
-
 def at_angle(angle, dim):
-    """The first axis and a unit row at `angle` radians from it."""
+    """The first axis and a unit row at ``angle`` radians from it."""
     first, second = torch.zeros(1, dim, dtype=torch.float64), torch.zeros(1, dim, dtype=torch.float64)
     first[0, 0], second[0, 0], second[0, 1] = 1, math.cos(angle), math.sin(angle)
     return first, second
@@ -113,6 +99,20 @@ def test_published_dimension_against_mpmath(angle):
     np.testing.assert_allclose(matrix, expected, rtol=1e-13, atol=1e-6 if angle == math.pi else 1e-9)
 
 
+@pytest.mark.parametrize("dim", [2, 37, 512])
+def test_pairs_against_the_reference(dim, faces):
+    (mu1, kappa1), (mu2, kappa2) = (
+        faces(30, dim, "cpu", 1, torch.float64),
+        faces(30, dim, "cpu", 2, torch.float64),
+    )
+    arguments = [tensor.double().requires_grad_() for tensor in (mu1, kappa1, mu2, kappa2)]
+    scores, expected = vmf_similarity(*arguments, 3.0), reference.vmf_similarity(*arguments, 3.0)
+    torch.testing.assert_close(scores, expected, rtol=1e-12, atol=1e-9)
+    gradients = zip(torch.autograd.grad(scores.sum(), arguments), torch.autograd.grad(expected.sum(), arguments))
+    for gradient, exact in gradients:
+        torch.testing.assert_close(gradient, exact, rtol=1e-8, atol=1e-8 * exact.abs().max().item())
+
+
 def test_float32_inputs_keep_float64_scores_apart():
     """A step of 1e-6 in cosine moves the score by about kappa 1e-6 / 2, less than float32 arithmetic on the terms would
     show.
@@ -127,22 +127,7 @@ def test_float32_inputs_keep_float64_scores_apart():
     assert 1e-5 < exact[0] - exact[1] < 1e-3
 
 
-@pytest.mark.parametrize("dim", [2, 37])
-def test_matrix_is_every_pair_whatever_the_band(monkeypatch, dim):
-    mu1, mu2 = unit_rows(7, dim, seed=1), unit_rows(5, dim, seed=2)
-    kappa1, kappa2 = torch.logspace(-2, 5, 7, dtype=torch.float64), torch.logspace(4, -1, 5, dtype=torch.float64)
-    pairs = torch.stack(
-        [vmf_similarity(mu1, kappa1, mu2[j].expand(7, -1), kappa2[j].expand(7)) for j in range(5)], dim=1
-    )
-    whole = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2)
-    torch.testing.assert_close(whole, pairs, rtol=1e-12, atol=1e-9)
-    for scores, at_once in (1, 3), (12, 12):  # one row in two pieces, then two rows and a remainder
-        monkeypatch.setitem(_BAND, "cpu", scores)
-        monkeypatch.setitem(_CHUNK, "cpu", at_once)
-        torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2), whole, rtol=1e-14, atol=1e-11)
-
-
-def test_symmetric_in_the_faces_and_blind_to_the_length_of_mu():
+def test_symmetric_in_the_faces_and_blind_to_the_length_of_mu(unit_rows):
     mu1, mu2 = unit_rows(9, 64, seed=1), unit_rows(9, 64, seed=2)
     kappa1, kappa2 = torch.logspace(0, 3, 9, dtype=torch.float64), torch.full((9,), 200.0, dtype=torch.float64)
     score = vmf_similarity(mu1, kappa1, mu2, kappa2)
@@ -150,7 +135,7 @@ def test_symmetric_in_the_faces_and_blind_to_the_length_of_mu():
     torch.testing.assert_close(vmf_similarity(3 * mu1, kappa1, mu2 / 7, kappa2), score, rtol=1e-13, atol=0)
 
 
-def test_the_uniform_distribution_says_nothing_about_direction():
+def test_the_uniform_distribution_says_nothing_about_direction(unit_rows):
     mu = unit_rows(4, 512)
     scores = vmf_similarity_matrix(
         mu, torch.zeros(4, dtype=torch.float64), mu, torch.full((4,), 500.0, dtype=torch.float64)
@@ -160,78 +145,34 @@ def test_the_uniform_distribution_says_nothing_about_direction():
     torch.testing.assert_close(without, scores[0], rtol=1e-14, atol=0)
 
 
-def test_radius_shifts_every_score_alike():
+def test_radius_shifts_every_score_by_the_same_amount(unit_rows):
     mu, kappa = unit_rows(3, 8), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     shift = vmf_similarity(mu, kappa, mu, kappa, radius=1.0) - vmf_similarity(mu, kappa, mu, kappa, radius=64.0)
     torch.testing.assert_close(shift, torch.full((3,), 8 * math.log(64), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dim", [2, 37])
-def test_from_cosine_is_the_pair(dim):
+def test_from_cosine_is_the_pair(dim, unit_rows):
     mu1, mu2 = unit_rows(30, dim, seed=1), unit_rows(30, dim, seed=2)
     kappa1, kappa2 = torch.logspace(-2, 5, 30, dtype=torch.float64), torch.logspace(4, -1, 30, dtype=torch.float64)
     cos = (mu1 * mu2).sum(dim=1)
     scores = vmf_similarity_from_cosine(cos, kappa1, kappa2, dim, radius=3.0)
     torch.testing.assert_close(scores, vmf_similarity(mu1, kappa1, mu2, kappa2, radius=3.0), rtol=1e-12, atol=1e-9)
     assert torch.equal(cos, (mu1 * mu2).sum(dim=1))  # not written over
-    with pytest.raises(ValueError, match="radius must be > 0"):
+    with pytest.raises(ValueError, match="radius must be a positive number"):
         vmf_similarity_from_cosine(cos, kappa1, kappa2, dim, radius=0.0)
 
 
-def test_float32_arguments_cost_no_more_than_their_rounding():
-    """The matrix of float32 arguments is worked out in float64 and rounded once."""
-    mu1, mu2 = unit_rows(20, 512, seed=1).float(), unit_rows(30, 512, seed=2).float()
-    kappa1, kappa2 = torch.logspace(-2, 4, 20), torch.logspace(4, -2, 30)
-    exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double())
-    torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2), exact.float(), rtol=2e-7, atol=0)
-    assert vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, dtype=torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_neutral_radius_makes_zero_mean_nothing():
+def test_neutral_radius_makes_zero_mean_nothing(unit_rows):
     mu = unit_rows(2, 37)
-    assert vmf_similarity(
-        mu[:1], scalar(0.0), mu[1:], scalar(500.0), radius=neutral_radius(37)
-    ).item() == pytest.approx(0, abs=1e-10)
-    assert vmf_similarity(mu[:1], scalar(500.0), mu[:1], scalar(500.0), radius=neutral_radius(37)).item() > 10
-
-
-def faces(count, dim, device, seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    mu = torch.randn(count, dim, generator=generator) * torch.rand(count, 1, generator=generator).add(0.5)
-    return mu.to(device, dtype), torch.logspace(-2, 4, count)[torch.randperm(count, generator=generator)].to(device)
-
-
-def rounding(kappa1, kappa2, radius, dim):
-    """What float32 arithmetic may do to a score: 3e-7 of the greater kappa, and the rounding of a score of this
-    size.
-    """
-    return 3e-7 * torch.maximum(kappa1.double()[:, None], kappa2.double()) + 1.2e-7 * abs(dim * math.log(radius)) + 1e-5
-
-
-@pytest.mark.parametrize("dim", [2, 37, 512])
-def test_triton_matrix_against_float64(triton_device, poisoned, dim):
-    (mu1, kappa1), (mu2, kappa2) = faces(130, dim, triton_device, 1), faces(3, dim, triton_device, 2)
-    kappa1[0] = 0  # with a zero direction
-    mu1[0] = 0
-    exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double())
-    scores = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, backend="triton")
-    assert ((scores - exact).abs() <= rounding(kappa1, kappa2, 64.0, dim)).all()
-
-
-def test_triton_matrix_of_half_precision(triton_device, poisoned):
-    """float16 directions are multiplied as they are; the score is that of the rounded directions."""
-    (mu1, kappa1), (mu2, kappa2) = (
-        faces(5, 40, triton_device, 1, torch.float16),
-        faces(6, 40, triton_device, 2, torch.float16),
-    )
-    exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), neutral_radius(40))
-    scores = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, neutral_radius(40), backend="triton", dtype=torch.float16)
-    assert scores.dtype == torch.float16
-    assert ((scores - exact).abs() <= rounding(kappa1, kappa2, 1.0, 40) + 1e-3 * exact.abs()).all()
+    radius = neutral_radius(37)
+    with_uniform = vmf_similarity(mu[:1], scalar(0.0), mu[1:], scalar(500.0), radius)
+    assert with_uniform.item() == pytest.approx(0, abs=1e-10)
+    assert vmf_similarity(mu[:1], scalar(500.0), mu[:1], scalar(500.0), radius).item() > 10
 
 
 @pytest.mark.parametrize("dim", [2, 300])
-def test_triton_pairs_against_float64(triton_device, poisoned, dim):
+def test_triton_pairs_against_float64(triton_device, poisoned, dim, faces):
     (mu1, kappa1), (mu2, kappa2) = faces(9, dim, triton_device, 1), faces(9, dim, triton_device, 2)
     mu1[0], kappa1[0] = 0, 0
     mu1[1], kappa1[1] = -2 * mu2[1], kappa2[1]
@@ -256,84 +197,6 @@ def test_nan_stays_where_it_is(triton_device):
         )
 
 
-@pytest.mark.parametrize("distinct", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_histogram_counts_the_matrix(triton_device, distinct, backend, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["scf_fast.kernels.vmf_similarity"], "_MOST_PROGRAMS", 1
-    )  # two layers where there are two blocks of columns
-    mu1, kappa1 = faces(131, 16, triton_device, 1)
-    mu2, kappa2 = (mu1, kappa1) if distinct else faces(40, 16, triton_device, 2)
-    mu1[7] = math.nan
-    ids1, ids2 = (torch.arange(len(mu), device=triton_device) % 5 - 2 for mu in (mu1, mu2))
-    scores = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), 2.0)
-    low, high = scores.nanquantile(
-        torch.tensor([0.2, 0.8], dtype=torch.float64, device=triton_device)
-    ).tolist()  # scores lie beyond both
-    bins = 8
-    counts = vmf_similarity_histogram(
-        mu1, kappa1, ids1, mu2, kappa2, ids2, low, high, bins, 2.0, distinct=distinct, backend=backend
-    )
-    wanted = ~scores.isnan() & (torch.ones_like(scores).triu(1).bool() if distinct else True)
-    genuine = ids1[:, None] == ids2
-    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64, device=triton_device)
-    edges[0], edges[-1] = -math.inf, math.inf
-    # Scores this close to an edge may be counted on either side of it; the bound of what float32 arithmetic does.
-    near = rounding(kappa1, kappa2, 2.0, 16)
-    for row, kind in zip(counts, (wanted & ~genuine, wanted & genuine)):
-        assert row.sum() == kind.sum() > 0
-        for bin, count in enumerate(row.tolist()):
-            certain = kind & (scores >= edges[bin] + near) & (scores < edges[bin + 1] - near)
-            possible = kind & (scores >= edges[bin] - near) & (scores < edges[bin + 1] + near)
-            assert certain.sum() <= count <= possible.sum()
-    assert counts[:, 0].any() and counts[:, -1].any()
-
-
-@pytest.mark.parametrize("dim", [47, 53, 283, 512, 4096])
-def test_matrix_to_1e_11_nats(dim):
-    """The one polynomial that the series is folded into, against the pairs; from dimension 47 on, where the order needs
-    no shift.
-    """
-    mu1, mu2 = unit_rows(40, dim, seed=1), unit_rows(30, dim, seed=2)
-    kappa1, kappa2 = torch.logspace(-2, 4, 40, dtype=torch.float64), torch.logspace(4, -2, 30, dtype=torch.float64)
-    pairs = torch.stack(
-        [vmf_similarity(mu1, kappa1, mu2[j].expand(40, -1), kappa2[j].expand(40), 1.0) for j in range(30)], dim=1
-    )
-    torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, 1.0), pairs, rtol=1e-14, atol=2e-11)
-
-
-@pytest.mark.parametrize(
-    ("n", "m", "dim", "k"), [(1, 1, 2, 1), (70, 150, 37, 11), (9, 300, 16, 16), (3, 40, 16, 20), (130, 65, 16, 3)]
-)
-def test_top_k_is_the_head_of_the_sorted_matrix(place, poisoned, monkeypatch, n, m, dim, k):
-    (mu1, kappa1), (mu2, kappa2) = faces(n, dim, place.device, 1), faces(m, dim, place.device, 2)
-    monkeypatch.setitem(_BAND, "cpu", 3 * m)  # three rows at a time
-    exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), 1.0)
-    scores, indices = vmf_similarity_top_k(mu1, kappa1, mu2, kappa2, k, backend=place.backend)
-    assert scores.dtype == torch.float32 and indices.dtype == torch.int64 and (scores.diff(dim=1) <= 0).all()
-    assert all(len(set(row)) == k for row in indices.tolist())
-    error = rounding(kappa1, kappa2, 1.0, dim).amax(dim=1, keepdim=True)  # scores closer than this may change places
-    found = exact.gather(1, indices)
-    assert ((found - exact.sort(dim=1, descending=True).values[:, :k]).abs() <= 2 * error).all()
-    expected = found - dim * math.log(64.0)
-    assert ((scores - expected).abs() <= error + 2e-7 * expected.abs()).all()
-
-
-def test_top_k_puts_nan_first_and_takes_equal_scores_once(place):
-    mu, kappa = (
-        torch.eye(4, device=place.device)[[0, 1, 1, 1, 2]],
-        torch.tensor([5.0, 5.0, 5.0, 5.0, math.nan], device=place.device),
-    )
-    scores, indices = vmf_similarity_top_k(mu[1:2], kappa[1:2], mu, kappa, 4, backend=place.backend)
-    assert scores[0, 0].isnan() and indices[0, 0] == 4
-    assert sorted(indices[0, 1:].tolist()) == [1, 2, 3] and (scores[0, 1:] == scores[0, 1]).all()
-
-
-def test_top_k_of_nothing():
-    (mu1, kappa1), (mu2, kappa2) = faces(11, 16, "cpu", 1), faces(9, 16, "cpu", 2)
-    assert vmf_similarity_top_k(mu1[:0], kappa1[:0], mu2, kappa2, 4)[1].shape == (0, 4)
-
-
 def test_a_negative_kappa_gives_nan():
     mu, kappa = torch.eye(3), torch.tensor([1.0, -1.0, 2.0])
     expected = torch.tensor([False, True, False])
@@ -341,22 +204,14 @@ def test_a_negative_kappa_gives_nan():
     assert torch.equal(vmf_similarity_from_cosine(torch.zeros(3), kappa, kappa.abs(), 3).isnan(), expected)
 
 
-def test_operators():
+def test_operators(faces):
     (mu1, kappa1), (mu2, kappa2) = faces(4, 6, "cpu", 1), faces(4, 6, "cpu", 2)
     leaves = [tensor.requires_grad_() for tensor in (mu1.clone(), kappa1.clone(), mu2.clone(), kappa2.clone())]
-    ids = torch.arange(4)
     for triton_kernel in (False, True):
         torch.library.opcheck(_vmf_similarity, (*leaves, 64.0, triton_kernel))
-        # Without a gradient there is no graph of it to check.
-        check = partial(
-            torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
-        )
-        check(_vmf_similarity_matrix, (mu1, kappa1, mu2, kappa2, 64.0, torch.float32, triton_kernel))
-        check(_vmf_similarity_top_k, (mu1, kappa1, mu2, kappa2, 2, 64.0, triton_kernel))
-        check(_vmf_similarity_histogram, (mu1, kappa1, ids, mu2, kappa2, ids, -1.0, 1.0, 4, False, 64.0, triton_kernel))
 
 
-def test_gradients():
+def test_gradients(unit_rows):
     mu1, mu2 = unit_rows(3, 6, seed=1).requires_grad_(), unit_rows(3, 6, seed=2).requires_grad_()
     kappa1, kappa2 = (
         torch.tensor(k, dtype=torch.float64, requires_grad=True) for k in ([0.5, 8.0, 30.0], [20.0, 0.1, 6.0])
@@ -365,7 +220,7 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(vmf_similarity, (mu1, kappa1, mu2, kappa2))
 
 
-def test_gradients_at_the_uniform_distribution():
+def test_gradients_at_the_uniform_distribution(unit_rows):
     """kappa = 0 with a zero direction: by autograd through the reference no gradient would be finite there."""
     mu1, mu2 = torch.zeros(1, 6, dtype=torch.float64, requires_grad=True), unit_rows(1, 6).requires_grad_()
     kappa1, kappa2 = scalar(0.0).requires_grad_(), scalar(9.0).requires_grad_()
@@ -376,9 +231,6 @@ def test_gradients_at_the_uniform_distribution():
 
 def test_nothing_to_compare():
     assert vmf_similarity(torch.empty(0, 4), torch.empty(0), torch.empty(0, 4), torch.empty(0)).shape == (0,)
-    mu, kappa = torch.eye(4), torch.ones(4)
-    assert vmf_similarity_matrix(mu, kappa, mu[:0], kappa[:0]).shape == (4, 0)
-    assert vmf_similarity_matrix(mu[:0], kappa[:0], mu, kappa).shape == (0, 4)
 
 
 def test_a_zero_direction_with_a_concentration_gives_nan():
@@ -395,8 +247,8 @@ def test_a_zero_direction_with_a_concentration_gives_nan():
         ({"mu2": torch.ones(3, 4, dtype=torch.int64)}, "mu2 must be float16, bfloat16, float32 or float64"),
         ({"kappa1": torch.ones(2)}, "kappa1 must be"),
         ({"kappa2": torch.ones(3, 1)}, "kappa2 must be"),
-        ({"radius": 0.0}, "radius must be > 0, got 0.0"),
-        ({"radius": math.nan}, "radius must be > 0"),
+        ({"radius": 0.0}, "radius must be a positive number, got 0.0"),
+        ({"radius": math.nan}, "radius must be a positive number"),
     ],
 )
 def test_refuses(function, change, message):
@@ -414,59 +266,3 @@ def test_refuses(function, change, message):
 def test_pairs_need_one_count():
     with pytest.raises(ValueError, match="vmf_similarity_matrix"):
         vmf_similarity(torch.ones(3, 4), torch.ones(3), torch.ones(2, 4), torch.ones(2))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ids1": torch.zeros(2, dtype=torch.int64)}, "ids1 must be"),
-        ({"ids2": torch.zeros(3)}, "ids2 must be"),
-        ({"bins": 12}, "power of two"),
-        ({"bins": 2048}, "power of two"),
-        ({"low": 1.0}, "low < high"),
-        ({"high": math.inf}, "low < high"),
-        (
-            {
-                "mu2": torch.ones(2, 4),
-                "kappa2": torch.ones(2),
-                "ids2": torch.zeros(2, dtype=torch.int64),
-                "distinct": True,
-            },
-            "same rows",
-        ),
-    ],
-)
-def test_histogram_refuses(change, message):
-    ids = torch.zeros(3, dtype=torch.int64)
-    arguments = {
-        "mu1": torch.ones(3, 4),
-        "kappa1": torch.ones(3),
-        "ids1": ids,
-        "mu2": torch.ones(3, 4),
-        "kappa2": torch.ones(3),
-        "ids2": ids,
-        "low": 0.0,
-        "high": 1.0,
-    }
-    with pytest.raises(ValueError, match=message):
-        vmf_similarity_histogram(**arguments | change)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda mu, kappa: vmf_similarity_top_k(mu, kappa, mu, kappa, 4), "k must be in 1 .. 3"),
-        (
-            lambda mu, kappa: vmf_similarity_matrix(mu, kappa, mu, kappa, dtype=torch.int64),
-            "dtype must be floating point",
-        ),
-        (
-            lambda mu, kappa: vmf_similarity_matrix(mu.double(), kappa, mu, kappa, backend="triton"),
-            "in float32, got float64",
-        ),
-        (lambda mu, kappa: vmf_similarity(mu, kappa, mu, kappa, backend="numpy"), "backend must be"),
-    ],
-)
-def test_other_arguments_that_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(torch.ones(3, 4), torch.ones(3))

@@ -49,9 +49,9 @@ def test_margin_presets():
     assert parse([*STAGE1, "--margins", "1,0.1,0.2"]).margins == (1.0, 0.1, 0.2)
 
 
-README = """--dataset ms1m --seed 777 --gpu_ids 0,1 --batch_size 1024 --output_dir OUT --saved_bkb B.pth --saved_fc F.pth --num_workers 8 --epochs 30
-    --lr 3e-5 --lr_scheduler StepLR --step_size 2 --gamma 0.5 --convf_dim 25088 --z_dim 512 --radius 64 --max_grad_clip 0 --max_grad_norm 0
-    --tensorboard""".split()
+README = """--dataset ms1m --seed 777 --gpu_ids 0,1 --batch_size 1024 --output_dir OUT --saved_bkb B.pth
+    --saved_fc F.pth --num_workers 8 --epochs 30 --lr 3e-5 --lr_scheduler StepLR --step_size 2 --gamma 0.5
+    --convf_dim 25088 --z_dim 512 --radius 64 --max_grad_clip 0 --max_grad_norm 0 --tensorboard""".split()
 
 
 def test_the_published_command_word_for_word():

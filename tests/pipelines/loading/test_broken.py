@@ -3,6 +3,7 @@ import logging
 import numpy as np
 import pytest
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.broken import BrokenImages
 from scf_fast.pipelines.sources.base import EncodedImages
 
@@ -16,7 +17,7 @@ def source_of(count, broken=()):
 def loading(bad):
     def load(i):
         if i in bad:
-            raise ValueError(f"image {i} cannot be decoded: it is bad")
+            raise InputError(f"image {i} cannot be decoded: it is bad")
         return f"face {i}"
 
     return load
@@ -57,7 +58,7 @@ def test_data_that_is_gone_ends_the_search(count, tries):
 
     def load(i):
         tried.append(i)
-        raise ValueError("the mount is gone")
+        raise InputError("the mount is gone")
 
     with pytest.raises(
         ValueError,
@@ -73,3 +74,13 @@ def test_what_others_found_counts_once(caplog):
     broken.add({2: "two again"})
     assert len(broken) == 2 and broken.found == {1: "one", 2: "two"} and len(caplog.records) == 2
     assert broken.load(1, loading(())) == (3, "face 3")
+
+
+def test_a_bug_is_not_a_broken_image():
+    def load(i):
+        raise ValueError("operands could not be broadcast together")
+
+    broken = BrokenImages(source_of(3), replace=True)
+    with pytest.raises(ValueError, match="operands could not be broadcast"):
+        broken.load(0, load)
+    assert not broken.found

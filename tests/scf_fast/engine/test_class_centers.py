@@ -99,7 +99,7 @@ def with_prelu():
 
 
 def train_without_deepspeed():
-    """What `train_under_deepspeed` must come to: one rank, PyTorch's own clipping of the backbone's gradient."""
+    """Returns what `train_under_deepspeed` must give: one rank, PyTorch's own clipping of the backbone's gradient."""
     config, module, losses = make_config(), with_prelu(), []
     centers = ClassCenters(CLASSES, WIDTH, config, ONE_RANK)
     optimizer = torch.optim.SGD(
@@ -176,7 +176,7 @@ def skipped_steps(runtime):
 
 
 def work(folder):
-    """What each rank of a launch does; rank 0 writes down what came of it."""
+    """Runs on each rank of a launch; rank 0 writes down the results."""
     from scf_fast import distributed
 
     runtime = distributed.start()

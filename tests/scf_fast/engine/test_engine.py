@@ -143,7 +143,7 @@ def train_on_gradients(rule, options, runtime):
 
 
 def work(folder):
-    """What each rank of a launch does; rank 0 writes down what came of it."""
+    """Runs on each rank of a launch; rank 0 writes down the results."""
     from scf_fast import distributed
 
     runtime = distributed.start()
@@ -161,7 +161,7 @@ def work(folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, run_ranks):
-    """Of one rank and of two: what came of each case."""
+    """Results of each case, on one rank and on two."""
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in (1, 2):
         run_ranks(world_size, __file__, folder)

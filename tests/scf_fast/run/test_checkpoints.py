@@ -62,7 +62,7 @@ def test_latest_chooses_where_it_names_one(folder):
 
 
 def test_steps_are_read_where_deepspeeds_fused_adam_counts_them():
-    """Of the states of a group's parameters it counts on in the last one alone."""
+    """Fused Adam counts on in the last parameter's state of a group alone."""
     states = {name: {"step": step, "exp_avg": torch.zeros(3)} for name, step in (("first", 0), ("last", 7))}
     optimizer = SimpleNamespace(state=states, param_groups=[{"step": 0}])
     engine = SimpleNamespace(optimizer=optimizer, loss_scaler=None, internals=SimpleNamespace(skipped_steps=0))

@@ -25,8 +25,11 @@ SCALARS = {
     "neg_dim_scalar_times_log_kappa",
     "log_iv_kappa",
 }  # of the published TensorBoard files
-HPARAMS = """batch_size convf_dim cuda dataroot dataset epochs eval_batch_size finetune_bkb gamma gpu_ids lr lr_scheduler max_grad_clip max_grad_norm
-    num_workers output_dir radius saved_bkb saved_fc seed step_size tensorboard z_dim""".split()
+HPARAMS = """
+    batch_size convf_dim cuda dataroot dataset epochs eval_batch_size finetune_bkb gamma gpu_ids lr
+    lr_scheduler max_grad_clip max_grad_norm num_workers output_dir radius saved_bkb saved_fc seed step_size
+    tensorboard z_dim
+""".split()
 
 
 class ScaledBessel(torch.autograd.Function):
@@ -168,8 +171,9 @@ def published_run(folder, images=16, identities=4, z_dim=16):
 
 def command(folder, epochs):
     """The published command, word for word after the launcher but for the sizes."""
-    return f"""--dataset ms1m --seed 777 --gpu_ids 0,1 --batch_size 8 --output_dir {folder}/out --saved_bkb {folder}/B.pth --saved_fc {folder}/F.pth
-        --num_workers 1 --epochs {epochs} --lr 3e-5 --lr_scheduler StepLR --step_size 2 --gamma 0.5 --convf_dim 784 --z_dim 16 --radius 64
+    return f"""--dataset ms1m --seed 777 --gpu_ids 0,1 --batch_size 8 --output_dir {folder}/out
+        --saved_bkb {folder}/B.pth --saved_fc {folder}/F.pth --num_workers 1 --epochs {epochs} --lr 3e-5
+        --lr_scheduler StepLR --step_size 2 --gamma 0.5 --convf_dim 784 --z_dim 16 --radius 64
         --max_grad_clip 0 --max_grad_norm 0 --tensorboard --dataroot {folder}""".split()
 
 
@@ -248,16 +252,19 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
         from scf_fast.stages.published_files import adam_state_dict
 
         runtime = distributed.start()
-        convf, target = torch.randn(4, 2, 7, 7, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 2.0, 0.0, -1.0])
+        convf = torch.randn(4, 2, 7, 7, generator=torch.Generator().manual_seed(1))
+        target = torch.tensor([1.0, 2.0, 0.0, -1.0])
         def loss(net):
             return ((net(convf) - target) ** 2).mean()
         for stage in (0, 1, 2, 3):
-            config = ConfidenceConfig(data="d", output_dir="o", saved_bkb="b", saved_fc="f", batch_size=8, lr=1e-2, zero_stage=stage)
+            options = {"data": "d", "output_dir": "o", "saved_bkb": "b", "saved_fc": "f", "batch_size": 8}
+            config = ConfidenceConfig(**options, lr=1e-2, zero_stage=stage)
             torch.manual_seed(0)
             net, plain = build_confidence_net("mlp", 2, 7), build_confidence_net("mlp", 2, 7)
             plain.load_state_dict(net.state_dict())
             reference = torch.optim.Adam(plain.parameters(), lr=1e-2, weight_decay=5e-4)
-            engine = Engine(net, build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device), config, runtime, "fp32")
+            optimizer = build_optimizer(OptimizerRule.ADAM, net.parameters(), config, runtime.device)
+            engine = Engine(net, optimizer, config, runtime, "fp32")
             for _ in range(3):
                 engine.backward(loss(engine))
                 engine.step()
@@ -271,7 +278,9 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
                 for index, state in theirs["state"].items():
                     assert ours["state"][index].keys() == state.keys()
                     for key, value in state.items():
-                        torch.testing.assert_close(ours["state"][index][key], value, rtol=1e-4, atol=1e-7, msg=f"stage {stage} {index} {key}")
+                        torch.testing.assert_close(
+                            ours["state"][index][key], value, rtol=1e-4, atol=1e-7, msg=f"stage {stage} {index} {key}"
+                        )
                 print("stage", stage, "agrees", flush=True)
         engine.close()
         distributed.finish()
