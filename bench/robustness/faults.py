@@ -154,9 +154,8 @@ class Chaos:
         """Kills while a file of a checkpoint is being written; it gets its name only once it is whole."""
         process = job.start()
         started = job.step
-        struck = wait_until(
-            lambda: job.step > started and any((job.out / "checkpoints").glob("step*/*.part")), process, pause=0
-        )
+        wait_until(lambda: job.step > started, process)  # the next condition takes a core while it is waited for
+        struck = wait_until(lambda: any((job.out / "checkpoints").glob("step*/*.part")), process, pause=0)
         kill_all(process)
         return struck
 
@@ -171,7 +170,8 @@ class Chaos:
 
         process = job.start()
         started = job.step
-        struck = wait_until(lambda: job.step > started and half(), process, pause=0)
+        wait_until(lambda: job.step > started, process)
+        struck = wait_until(half, process, pause=0)
         kill_all(process)
         return struck
 
