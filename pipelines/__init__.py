@@ -1,14 +1,15 @@
 """From image files on disk to normalized batches.
 
-recordio, verification_set, template_protocol   the file formats face recognition data is shipped in, read and written
-record_index, tar_shards, tfrecord (crc32c),
-image_list, image_folder                        each kind of data set as a source, by an index kept beside it (indexed)
-sources, index                                  random access to encoded images and their labels; open_source, whatever the format
-convert                                         a data set in another format
-sampler, selection                              which images each rank sees, in which order (hashing: the random numbers)
-images, broken, augmentation                    encoded image -> RGB face; what takes the place of broken ones; random changes
-loader                                          make_loader: source + sampler -> batches, by DALI (dali) or PyTorch (torch_loader)
-faces, degradations, synthetic                  a data set of drawn faces in the same formats
+index              opens any data set by its path, and reports on one
+convert            writes a data set in another format
+loader             make_loader: source + sampler -> batches, by DALI or by PyTorch workers
+command, errors    how commands parse arguments and end; InputError
+formats/           bytes to records and back; how files are written
+sources/           data sets of every format, with random access to images and labels
+sampling/          which images each rank sees, in which order, with which random numbers
+loading/           decoding, augmentation, replacement of broken images, the two loaders
+evaluation_sets/   verification pairs and template protocols
+synthetic/         a data set of drawn faces in the same formats
 """
 
 if __name__ == "pipelines":  # found in a checkout's top folder, by its short name

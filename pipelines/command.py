@@ -5,31 +5,33 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from scf_fast.pipelines.aliases import StrPath
 from scf_fast.pipelines.errors import InputError
 
 INPUT_ERROR = 2  # exit status of a command whose input cannot be used; argparse has the same
-INTERRUPTED = 130  # of one that Ctrl-C has ended: 128 + SIGINT
+INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT
 TRACEBACK_VARIABLE = "SCF_FAST_TRACEBACK"  # set to 1, it shows where an error arose
 _RANK_0_SPEAKS_FIRST = 3.0  # seconds
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` that takes hyphens for underscores in flags and the other way round, and whose errors are
-    one line.
-    """
+    """An ``ArgumentParser`` that takes hyphens for underscores in flags and vice versa; its errors are one line."""
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_known_args(  # type: ignore[override]  # the base is declared as three overloads, one a kind of namespace
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         return super().parse_known_args(self._spelled_as_declared(sys.argv[1:] if args is None else args), namespace)
 
     def _spelled_as_declared(self, arguments: Sequence[str]) -> list[str]:
-        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        known = self._option_string_actions  # private to argparse; there from Python 3.2 to 3.14
+        declared = {flag.replace("_", "-"): flag for flag in known}
         spelled, flags_end = [], False
         for argument in arguments:
             flags_end = flags_end or argument == "--"
             name, equals, value = argument.partition("=")
-            if name.startswith("--") and not flags_end and name not in self._option_string_actions:
+            if name.startswith("--") and not flags_end and name not in known:
                 argument = declared.get(name.replace("_", "-"), name) + equals + value
             spelled.append(argument)
         return spelled
@@ -57,7 +59,18 @@ def run(prog: str, action: Callable[[], int | None]) -> int:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         if int(os.environ.get("RANK", 0)):
-            # As a rule rank 0 has the same error, prints it, and the launcher ends this rank meanwhile.
+            # As a rule rank 0 has the same error and prints it, and the launcher ends this rank in the meantime.
             time.sleep(_RANK_0_SPEAKS_FIRST)
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return INPUT_ERROR
+
+
+def split_commas(text: str) -> list[str]:
+    """Returns the parts of an argument like "a,b", without blanks around them and without empty ones."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def split_paths(text: StrPath) -> list[str]:
+    """Returns the paths in an argument like "a,b"; all of it where that is one path, whose name may hold commas."""
+    text = os.fspath(text)
+    return [text] if os.path.exists(text) else split_commas(text)

@@ -2,8 +2,8 @@
 
 
 class InputError(ValueError):
-    """Something the user of a command can mend: a file, a flag or their combination.
+    """Something that the user of a command can fix: a file, a flag or their combination.
 
-    The message says what must hold, what arrived and what to do. A command prints it as one line; any other ValueError
-    is a bug and keeps its traceback.
+    The message says what must hold, what was found and what to do. A command prints it as one line; any other
+    ValueError is a bug and keeps its traceback.
     """

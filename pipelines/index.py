@@ -1,93 +1,90 @@
-"""Opens any data set by its path, and says what is in one: `python -m scf_fast.pipelines.index DATA [--verify]`."""
+"""Opens any data set by its path, and reports on one: ``python -m scf_fast.pipelines.index DATA [--verify]``."""
 
-import argparse
 import collections
 import logging
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from scf_fast.pipelines.aliases import StrPath
+from scf_fast.pipelines.command import Parser, run
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.decode import load_face, read_header
-from scf_fast.pipelines.sources.base import ConcatenatedSources
+from scf_fast.pipelines.sources.base import ConcatenatedSources, ImageSource, reason_of, spread_evenly
 from scf_fast.pipelines.sources.image_folder import FolderIndex
 from scf_fast.pipelines.sources.image_list import ListIndex
+from scf_fast.pipelines.sources.indexed import IndexedImages
 from scf_fast.pipelines.sources.recordio import RecordIndex
 from scf_fast.pipelines.sources.tar import TarIndex
 from scf_fast.pipelines.sources.tfrecord import TFRecordIndex, TFRecordList, is_tfrecord_list
 
 _SAMPLE = 2000  # images whose headers the report reads where not all are decoded
-_CHUNK = 256  # images a task of --verify
+_CHUNK = 256  # images in a task of --verify
 _SHOWN = 20  # broken images named in the report
-_KINDS = {
-    ".rec": RecordIndex,
-    ".tar": TarIndex,
-    ".tfrecord": TFRecordIndex,
-}  # a folder of several kinds is the first of them
+# A folder that holds several of these kinds is the first of them.
+_KINDS: dict[str, type[IndexedImages]] = {".rec": RecordIndex, ".tar": TarIndex, ".tfrecord": TFRecordIndex}
 
 
-def open_source(path, root=None, cache_dir=None):
-    """The images at `path`, whatever format they are in; the first time they are scanned, and an index is kept.
+def open_source(
+    path: StrPath | Sequence[StrPath], root: StrPath | None = None, cache_dir: StrPath | None = None
+) -> ImageSource:
+    """Opens the images at ``path``, whatever their format; the first time they are scanned, and an index is kept.
 
     Args:
         path: one of
-            a `.rec` file, or a folder with `train.rec`, or with other `.rec` files that are parts of one set
-            (RecordIndex); a `.tar` file, or a folder of them (TarIndex); a `.tfrecord` file, or a folder of them, with
-            labels in the records (TFRecordIndex); a text file with lines `name shard offset label` between tabs
-            (TFRecordList), or with lines `path label` (ListIndex); a folder of one folder of image files for each
-            identity (FolderIndex); or a list or tuple of such paths: several data sets, each with its own identities
-            (ConcatenatedSources).
-        root: folder that names and relative paths in a text file start from; by default its own.
+            a ``.rec`` file, or a folder with ``train.rec``, or with other ``.rec`` files that are parts of one set
+            (RecordIndex); a ``.tar`` file, or a folder of them (TarIndex); a ``.tfrecord`` file, or a folder of them,
+            with labels in the records (TFRecordIndex); a text file with lines ``name shard offset label`` separated by
+            tabs (TFRecordList), or with lines ``path label`` (ListIndex); a folder with a folder of image files for
+            each identity (FolderIndex); or a list or tuple of such paths: several data sets, each with its own
+            identities (ConcatenatedSources).
+        root: folder from which names and relative paths in a text file start; by default its own.
         cache_dir: folder for the index; by default beside the data, see IndexedImages.open.
-    Returns:
-        ImageSource.
     Raises:
-        ValueError: nothing is there, or nothing that is known; or the data is damaged.
+        InputError: nothing is there, or nothing of a known format; or the data is damaged.
     """
-    if isinstance(path, (list, tuple)):
-        if not path:
-            raise InputError("there must be at least one data set, got none")
-        sources = [open_source(one, root, cache_dir) for one in path]
-        return sources[0] if len(sources) == 1 else ConcatenatedSources(sources)
-    path = Path(path)
+    if not isinstance(path, (list, tuple)):
+        assert isinstance(path, (str, os.PathLike))
+        return _open_indexed(Path(path), root, cache_dir)
+    if not path:
+        raise InputError("there must be at least one data set, got none")
+    sources = [open_source(one, root, cache_dir) for one in path]
+    return sources[0] if len(sources) == 1 else ConcatenatedSources(sources)
+
+
+def _open_indexed(path: Path, root: StrPath | None, cache_dir: StrPath | None) -> IndexedImages:
     if not path.exists() and path.suffix not in _KINDS:
         raise InputError(f"there is no data set at {path}; check the path")
     return _kind(path).open(path, cache_dir, root)
 
 
-def _kind(path):
+def _kind(path: Path) -> type[IndexedImages]:
     if not path.is_dir():
         return _KINDS.get(path.suffix) or (TFRecordList if is_tfrecord_list(path) else ListIndex)
     try:
-        with os.scandir(path) as entries:
-            entries = list(entries)
+        with os.scandir(path) as found:
+            entries = list(found)
     except OSError as error:
-        raise InputError(f"cannot list {path}: {os.strerror(error.errno)}; check its permissions") from error
+        raise InputError(f"cannot list {path}: {reason_of(error)}; check its permissions") from error
     for suffix, kind in _KINDS.items():
         if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
             return kind
     if any(entry.is_dir() for entry in entries):
         return FolderIndex
     raise InputError(
-        f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; to use an "
-        "image list, give the file; "
-        "check the path"
+        f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; check the "
+        "path, or give the file of an image list"
     )
 
 
-def describe(source):
-    """What is in an indexed source, as lines of text; reads the headers of up to 2000 images, evenly spread.
-
-    Args:
-        source: IndexedImages.
-    Returns:
-        list of str.
-    """
+def describe(source: IndexedImages) -> list[str]:
+    """Reports what is in a source, as lines of text; reads the headers of up to 2000 images, evenly spread."""
     used = np.unique(source.labels, return_counts=True)[1]
     lines = [
         f"format                 {source.FORMAT}",
@@ -96,14 +93,16 @@ def describe(source):
         f"images per identity    {used.min():,} to {used.max():,}, median {np.median(used):g}, mean {used.mean():.1f}",
         *(f"skipped                {count:,} {reason}" for reason, count in source.skipped.items() if count),
     ]
-    kinds, sizes, bad = collections.Counter(), [], collections.Counter()
-    sample = np.unique(np.linspace(0, len(source) - 1, num=min(_SAMPLE, len(source)), dtype=np.int64)).tolist()
+    kinds: collections.Counter[str] = collections.Counter()
+    bad: collections.Counter[str] = collections.Counter()
+    sizes = []
+    sample = spread_evenly(len(source), _SAMPLE)
     for i in sample:
         try:
             encoded = source.encoded(i)
             header = read_header(encoded)
-        except ValueError as error:
-            bad[_reason(source, i, error)] += 1
+        except InputError as error:
+            bad[str(error).replace(source.name(i), "").strip()] += 1
             continue
         kinds[f"{header.format} {header.width} x {header.height}"] += 1
         sizes.append(len(encoded))
@@ -120,18 +119,15 @@ def describe(source):
     return lines
 
 
-def find_broken(source, workers=None):
-    """Decode every image.
+def find_broken(source: ImageSource, workers: int | None = None) -> dict[int, str]:
+    """Decodes every image, in ``workers`` processes (one for each core by default).
 
-    Args:
-        source: ImageSource.
-        workers: int, processes; by default one a core.
     Returns:
-        dict of position -> message, ascending.
+        position -> message of the broken ones, ascending.
     """
     workers = workers or len(os.sched_getaffinity(0))
     starts = range(0, len(source), _CHUNK)
-    broken = {}
+    broken: dict[int, str] = {}
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_source, (source,)) as pool,
         tqdm(total=len(source), desc="decoding", unit="img", unit_scale=True, disable=None) as bar,
@@ -142,52 +138,48 @@ def find_broken(source, workers=None):
     return broken
 
 
-def _set_source(source):
+_source: ImageSource  # of a worker process of find_broken
+
+
+def _set_source(source: ImageSource) -> None:
     global _source
     _source = source
 
 
-def _broken_from(start):
+def _broken_from(start: int) -> dict[int, str]:
     found = {}
     for i in range(start, min(start + _CHUNK, len(_source))):
         try:
             _source.check(i)
             load_face(_source, i)
-        except ValueError as error:
+        except InputError as error:
             found[i] = str(error)
     return found
 
 
-def _reason(source, i, error):
-    """An error's message without the image's name."""
-    return str(error).replace(source.name(i), "").strip()
-
-
-def _check_offsets_file(source, rec_path):
-    """One line on the `.idx` beside a `.rec`: it is not used, but other programs will read it."""
-    path = Path(rec_path).with_suffix(".idx")
+def _check_offsets_file(source: RecordIndex, rec_path: Path) -> str:
+    """Reports in a line on the ``.idx`` beside a ``.rec``: it is not used, but other programs will read it."""
+    path = rec_path.with_suffix(".idx")
     if not path.exists():
         return f"{path.name:<23}missing; not needed"
     columns = path.read_bytes().split()[1::2]  # lines of 'id offset'
     try:
         listed = np.array(columns, dtype=np.int64)
-    except ValueError:
+    except ValueError:  # a column that is no number
         listed = np.empty(0, dtype=np.int64)
     missing = int(np.count_nonzero(~np.isin(source.offsets_in(rec_path), listed)))
-    return f"{path.name:<23}" + (
-        f"wrong: {missing:,} images are not where it says; not used" if missing else "agrees; not used"
-    )
+    verdict = f"wrong: {missing:,} images are not where it says; not used" if missing else "agrees; not used"
+    return f"{path.name:<23}{verdict}"
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m scf_fast.pipelines.index", description="Index a face data set and say what is in it."
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    parser = Parser(prog="python -m scf_fast.pipelines.index", description="Index a face data set and report on it.")
     parser.add_argument(
         "data",
         metavar="DATA",
         help="a .rec file or a folder with train.rec; .tar or .tfrecord shards or their folder; a list of images "
-        "or of TFRecords; or a folder of one folder of images for each identity",
+        "or of TFRecords; or a folder with a folder of images for each identity",
     )
     parser.add_argument(
         "--root", metavar="DIR", help="where names and relative paths in a list start (default: the list's folder)"
@@ -199,29 +191,33 @@ def main(arguments=None):
         help="decode every image and record the broken ones, which training then replaces; "
         "exit status 1 if there are any",
     )
-    parser.add_argument("--workers", type=int, metavar="W", help="processes that decode (default: one a core)")
+    parser.add_argument("--workers", type=int, metavar="W", help="processes that decode (default: one for each core)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        source = open_source(options.data, options.root, options.cache_dir)
-        found = {}
+
+    def report() -> int:
+        if (options.workers or 0) < 0:
+            raise InputError(f"--workers must be at least 1, got {options.workers}")
+
+        def opened() -> IndexedImages:
+            return _open_indexed(Path(options.data), options.root, options.cache_dir)
+
+        source, found = opened(), {}
         if options.verify:
             found = find_broken(source, options.workers)
             source.record_broken(list(found))
-            source = open_source(options.data, options.root, options.cache_dir)
+            source = opened()
         print("\n".join(describe(source)))
         if isinstance(source, RecordIndex):
-            print("\n".join(_check_offsets_file(source, path) for path in source.rec_paths))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    for message in list(found.values())[:_SHOWN]:
-        print(f"broken                 {message}")
-    if len(found) > _SHOWN:
-        print(f"broken                 ... and {len(found) - _SHOWN:,} more")
-    return 1 if found else 0
+            for path in source.rec_paths:
+                print(_check_offsets_file(source, path))
+        for message in list(found.values())[:_SHOWN]:
+            print(f"broken                 {message}")
+        if len(found) > _SHOWN:
+            print(f"broken                 ... and {len(found) - _SHOWN:,} more")
+        return 1 if found else 0
+
+    return run(parser.prog, report)
 
 
 if __name__ == "__main__":

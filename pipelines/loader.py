@@ -12,7 +12,7 @@ import torch
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.base import Loader, Preprocessing
 from scf_fast.pipelines.loading.broken import BrokenImages
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 
 _LOG = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 def make_loader(
     source: ImageSource,
-    sampler: EpochSampler,
+    sampler: Sampler,
     preprocessing: Preprocessing | None = None,
     *,
     device: torch.device | str = "cpu",

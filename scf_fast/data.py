@@ -11,7 +11,7 @@ from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.augmentation import PRESETS
 from scf_fast.pipelines.loading.base import Loader, Preprocessing
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 from scf_fast.pipelines.sampling.selection import Mixture, PerIdentity
 from scf_fast.pipelines.sources.base import ImageSource
 
@@ -40,7 +40,7 @@ def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: in
     """
     selection: Mixture | PerIdentity | None = None
     if config.data_weights:
-        sizes = getattr(source, "sizes", (len(source),))
+        sizes = source.sizes
         if len(sizes) != len(config.data_weights):
             raise InputError(
                 f"--data_weights must have one number for each data set of --data, got {len(config.data_weights)} for "
@@ -69,7 +69,7 @@ def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: in
     )
 
 
-def image_loader(config: Config, source: ImageSource, sampler: EpochSampler, runtime: Runtime, flip: bool) -> Loader:
+def image_loader(config: Config, source: ImageSource, sampler: Sampler, runtime: Runtime, flip: bool) -> Loader:
     """Returns the loader of normalized float32 faces on this rank's device."""
     assert config.normalization is not None, "the stage settles it"
     preprocessing = Preprocessing(config.normalization, horizontal_flip=flip, augmentation=PRESETS[config.augmentation])

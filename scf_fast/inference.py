@@ -16,6 +16,7 @@ from scf_fast.model import SCF
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.weights.digest import digest_weights
 
@@ -239,8 +240,8 @@ def default_device() -> torch.device:
     )
 
 
-class ChosenBatches:
-    """The sampler of :func:`scf_fast.pipelines.loader.make_loader` for batches chosen beforehand, none mirrored."""
+class ChosenBatches(Sampler):
+    """Samples batches that were chosen beforehand, none mirrored."""
 
     world_size = 1
 
@@ -250,9 +251,6 @@ class ChosenBatches:
 
     def indices(self, epoch: int, batch: int) -> np.ndarray:
         return self._batches[batch]
-
-    def flips(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        return np.zeros(len(indices), dtype=bool)
 
 
 def load_batches(

@@ -1,1 +1,1 @@
-
+"""Evaluation sets: verification pairs and template protocols, read and written."""

@@ -1,30 +1,33 @@
 """Template verification protocols in the column layouts of IJB-B and IJB-C.
 
-    meta/<name>_face_tid_mid.txt           image, template id, media id         one row an image
+    meta/<name>_face_tid_mid.txt           image, template id, media id         one row for each image
     meta/<name>_name_5pts_score.txt        image, x1 y1 .. x5 y5, score         the same images in the same order
-    meta/<name>_template_pair_label.txt    template id, template id, 0 or 1     one row a comparison (IJB-C: 15.7 million)
-    meta/<name>_1N_gallery_<G>.csv         template id, subject id, ...         enrolled templates: G1, G2 (IJB-C), S1, S2 (IJB-B)
+    meta/<name>_template_pair_label.txt    template id, template id, 0 or 1     one row for each comparison
+    meta/<name>_1N_gallery_<G>.csv         template id, subject id, ...         enrolled templates
     meta/<name>_1N_probe_mixed.csv         template id, subject id, ...         templates to search for
     loose_crop/                            the images
 
-Columns of the text files are separated by blanks; those of the CSV files, of which the 1:N protocol consists, have one
-header line and one line an image. Landmarks are in pixels of the crop: left eye, right eye, nose, left and right mouth
-corner.
+IJB-C has 15.7 million comparisons. The galleries G are G1 and G2 in IJB-C, S1 and S2 in IJB-B. Columns of the text
+files are separated by blanks; those of the CSV files, of which the 1:N protocol consists, have one header line and one
+line for each image. Landmarks are in pixels of the crop: left eye, right eye, nose, left and right mouth corner.
 """
 
 import csv
 import itertools
 import os
 import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from scf_fast.pipelines.aliases import BoolArray, ByteArray, IntArray, StrPath
 from scf_fast.pipelines.errors import InputError
-from scf_fast.pipelines.formats.atomic_file import atomic_output
-from scf_fast.pipelines.sources.base import ImageFiles
+from scf_fast.pipelines.formats.atomic_file import atomic_output, write_bytes
+from scf_fast.pipelines.sources.base import ImageFiles, reason_of
 
 _IMAGES = "_face_tid_mid.txt"
 _LANDMARKS = "_name_5pts_score.txt"
@@ -36,56 +39,55 @@ _CROPS = "loose_crop"
 class TemplateProtocol(NamedTuple):
     """N images in templates, P template comparisons."""
 
-    names: list  # N str, as in the meta files
-    template_ids: np.ndarray  # (N,) int64
-    media_ids: np.ndarray  # (N,) int64; images of one video share it
-    landmarks: np.ndarray  # (N, 5, 2) float32, x and y in pixels of the crop
-    detector_score: np.ndarray  # (N,) float32
-    pair_template_ids: np.ndarray  # (P, 2) int64
-    pair_labels: np.ndarray  # (P,) bool, whether both templates show one person
+    names: list[str]  # (N,) as in the meta files
+    template_ids: IntArray  # (N,)
+    media_ids: IntArray  # (N,) images of one video share it
+    landmarks: npt.NDArray[np.float32]  # (N, 5, 2) x and y in pixels of the crop
+    detector_score: npt.NDArray[np.float32]  # (N,)
+    pair_template_ids: IntArray  # (P, 2)
+    pair_labels: BoolArray  # (P,) whether both templates show one person
     source: ImageFiles  # the N crops
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A 1:N protocol over the templates of a TemplateProtocol: what is enrolled, and what is searched for."""
+    """A 1:N protocol over the templates of a TemplateProtocol: which are enrolled, and which are searched for."""
 
     name: str
-    gallery_ids: np.ndarray  # (G,) int64 template ids, one a subject
-    gallery_subjects: np.ndarray  # (G,) int64, no two alike
-    probe_ids: np.ndarray  # (Q,) int64 template ids
-    probe_subjects: np.ndarray  # (Q,) int64
+    gallery_ids: IntArray  # (G,) template ids, one for each subject
+    gallery_subjects: IntArray  # (G,) all different
+    probe_ids: IntArray  # (Q,) template ids
+    probe_subjects: IntArray  # (Q,)
 
 
 def write_template_protocol(
-    root,
-    name,
+    root: StrPath,
+    name: str,
     *,
-    names,
-    images,
-    template_ids,
-    media_ids,
-    landmarks,
-    detector_score,
-    pair_template_ids,
-    pair_labels,
-    galleries=(),
-):
-    """Write crops and meta files; the file that read_template_protocol looks for comes last, when all others are on the
-    disk.
+    names: Sequence[str],
+    images: Iterable[bytes | ByteArray],
+    template_ids: Iterable[int],
+    media_ids: Iterable[int],
+    landmarks: npt.ArrayLike,
+    detector_score: npt.ArrayLike,
+    pair_template_ids: Iterable[Sequence[int]],
+    pair_labels: Iterable[bool],
+    galleries: Sequence[Gallery] = (),
+) -> None:
+    """Writes crops and meta files; the file that read_template_protocol looks for comes last, after all others are on
+    the disk.
 
     Args:
         root: folder, made if missing.
         name: prefix of the meta files, e.g. 'ijbc'.
         names: N file names, without blanks or folders.
-        images: N bytes-like in the same order, encoded; any iterable, taken one at a time.
+        images: N image files in the same order, taken one at a time.
         template_ids, media_ids, landmarks, detector_score, pair_template_ids, pair_labels: as in TemplateProtocol.
-        galleries: list of Gallery, the 1:N protocol, all with the same probes; none leaves it out.
+        galleries: the 1:N protocol, all with the same probes; none leaves it out.
     """
     root = Path(root)
     for image_name, image in zip(names, images, strict=True):
-        with atomic_output(root / _CROPS / image_name, sync=False) as file:
-            file.write(image)
+        write_bytes(root / _CROPS / image_name, bytes(image), sync=False)
     os.sync()  # once for all crops; to wait for each would take a hundred times as long
     numbers = np.concatenate(
         [np.reshape(landmarks, (len(names), 10)), np.reshape(detector_score, (len(names), 1))], axis=1
@@ -98,7 +100,7 @@ def write_template_protocol(
     _write_rows(
         root, name + _PAIRS, ((*pair, int(label)) for pair, label in zip(pair_template_ids, pair_labels, strict=True))
     )
-    images_of = {}
+    images_of: dict[int, list[str]] = {}
     for image_name, template in zip(names, template_ids, strict=True):
         images_of.setdefault(int(template), []).append(image_name)
     for gallery in galleries[:1]:
@@ -110,7 +112,9 @@ def write_template_protocol(
     _write_rows(root, name + _IMAGES, zip(names, template_ids, media_ids, strict=True))
 
 
-def _write_subjects(root, name, ids, subjects, images_of):
+def _write_subjects(
+    root: Path, name: str, ids: IntArray, subjects: IntArray, images_of: Mapping[int, Sequence[str]]
+) -> None:
     rows = (
         (template, subject, image)
         for template, subject in zip(ids, subjects, strict=True)
@@ -119,18 +123,16 @@ def _write_subjects(root, name, ids, subjects, images_of):
     _write_rows(root, name, (("TEMPLATE_ID", "SUBJECT_ID", "FILENAME"), *rows), ",")
 
 
-def _write_rows(root, name, rows, separator=" "):
+def _write_rows(root: Path, name: str, rows: Iterable[Iterable[Any]], separator: str = " ") -> None:
     with atomic_output(root / "meta" / name) as file:
         file.writelines(f"{separator.join(map(str, row))}\n".encode() for row in rows)
 
 
-def read_template_protocol(root):
-    """Read the protocol in folder `root`.
+def read_template_protocol(root: StrPath) -> TemplateProtocol:
+    """Reads the protocol in a folder.
 
-    Returns:
-        TemplateProtocol.
     Raises:
-        ValueError: a file is missing, empty or malformed, the files disagree, a pair names a template without images,
+        InputError: a file is missing, empty or malformed, the files disagree, a pair names a template without images,
             or a detector score is not finite and >= 0.
     """
     root = Path(root)
@@ -156,9 +158,8 @@ def read_template_protocol(root):
     bad = np.flatnonzero(~(np.isfinite(score) & (score >= 0)))
     if len(bad):
         raise InputError(
-            f"{prefix}{_LANDMARKS}: detector scores must be finite and >= 0, and {len(bad)} of {len(score)} are not "
-            "so, the first in row "
-            f"{bad[0] + 1}: {score[bad[0]]}; repair the rows"
+            f"{prefix}{_LANDMARKS}: detector scores must be finite and >= 0, and {len(bad)} of {len(score)} are not, "
+            f"the first in row {bad[0] + 1}: {score[bad[0]]}; repair the rows"
         )
     template_ids, media_ids = np.ascontiguousarray(ids.T)
     pair_template_ids, pair_labels = _read_pairs(prefix + _PAIRS, template_ids)
@@ -174,17 +175,17 @@ def read_template_protocol(root):
     )
 
 
-def _read(path):
+def _read(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(
-            f"cannot read {path}: {os.strerror(error.errno)}; the protocol is incomplete, restore the file"
+            f"cannot read {path}: {reason_of(error)}; the protocol is incomplete, restore the file"
         ) from error
 
 
-def _read_named_rows(path, num_values, dtype):
-    """(names, values): the first column as N str, the others as an (N, num_values) array."""
+def _read_named_rows(path: str, num_values: int, dtype: type[np.generic]) -> tuple[list[str], npt.NDArray[Any]]:
+    """(names, values): the first column, and the others as an (N, num_values) array."""
     rows = [line.split() for line in _read(path).decode(errors="replace").splitlines()]
     if not rows:
         raise InputError(f"{path} must list images, and is empty; restore the file")
@@ -195,17 +196,15 @@ def _read_named_rows(path, num_values, dtype):
     return [row[0] for row in rows], values
 
 
-def _read_pairs(path, template_ids):
-    """((P, 2) int64 template ids, (P,) bool labels)."""
+def _read_pairs(path: str, template_ids: IntArray) -> tuple[IntArray, BoolArray]:
+    """((P, 2) template ids, (P,) labels)."""
     text = _read(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "error", DeprecationWarning
-            )  # NumPy's way to say that it met something else than a number
-            values = np.fromstring(text, dtype=np.int64, sep=" ").reshape(
-                -1, 3
-            )  # 15.7 million rows in 5 s; row by row, minutes
+            # NumPy warns where it meets something other than a number.
+            warnings.simplefilter("error", DeprecationWarning)
+            # 15.7 million rows in 5 s; row by row, minutes.
+            values = np.fromstring(text, dtype=np.int64, sep=" ").reshape(-1, 3)
     except (ValueError, DeprecationWarning) as error:
         raise _bad_row(
             path, [line.split() for line in text.decode(errors="replace").splitlines()], 0, 3, np.int64
@@ -216,19 +215,20 @@ def _read_pairs(path, template_ids):
         row, column = np.argwhere(unknown)[0]
         raise InputError(
             f"{path} names {len(np.unique(pairs[unknown]))} templates that have no image in '*{_IMAGES}', the first "
-            f"in row {row + 1}: "
-            f"{pairs[row, column]}; take both files from the same set"
+            f"in row {row + 1}: {pairs[row, column]}; take both files from the same set"
         )
     if not np.isin(labels, (0, 1)).all():
-        row = np.flatnonzero(~np.isin(labels, (0, 1)))[0]
+        row = int(np.argmin(np.isin(labels, (0, 1))))
         raise InputError(f"{path} row {row + 1} must end in label 0 or 1, got {labels[row]}; repair the row")
     return pairs, labels.astype(bool)
 
 
-def _bad_row(path, rows, num_names, num_values, dtype):
+def _bad_row(
+    path: str, rows: Sequence[Sequence[Any]], num_names: int, num_values: int, dtype: type[np.generic]
+) -> InputError:
     """The error that names the first malformed row."""
 
-    def is_bad(row):
+    def is_bad(row: Sequence[Any]) -> bool:
         try:
             np.array(row[num_names:], dtype=dtype).reshape(num_values)
         except (ValueError, OverflowError):
@@ -236,25 +236,22 @@ def _bad_row(path, rows, num_names, num_values, dtype):
         return False
 
     bad = [(number, row) for number, row in enumerate(rows, start=1) if is_bad(row)]
-    if not bad:  # as with digits of another script, of which only one of the two parsers knows
-        return ValueError(
+    if not bad:  # as with digits of another script, which only one of the two parsers accepts
+        return InputError(
             f"{path} must hold {num_names + num_values} columns in every row, as plain text; repair the file"
         )
     number, row = bad[0]
-    return ValueError(
+    return InputError(
         f"{path} row {number} must hold {num_names + num_values} columns ({num_values} of them "
-        f"{np.dtype(dtype).name}), "
-        f"got {' '.join(row)[:80]!r}; repair the row"
+        f"{np.dtype(dtype).name}), got {' '.join(row)[:80]!r}; repair the row"
     )
 
 
-def _crop_paths(folder, names):
+def _crop_paths(folder: Path, names: Sequence[str]) -> list[str]:
     try:
         present = set(os.listdir(folder))
     except OSError as error:
-        raise InputError(
-            f"cannot list the crops in {folder}: {os.strerror(error.errno)}; restore the folder"
-        ) from error
+        raise InputError(f"cannot list the crops in {folder}: {reason_of(error)}; restore the folder") from error
     missing = [name for name in names if name not in present]
     if missing:
         raise InputError(
@@ -263,16 +260,13 @@ def _crop_paths(folder, names):
     return [os.path.join(folder, name) for name in names]
 
 
-def read_galleries(root, protocol):
-    """Read the 1:N files of a protocol's folder; of their columns the first two count.
+def read_galleries(root: StrPath, protocol: TemplateProtocol) -> list[Gallery]:
+    """Reads the 1:N files of a protocol's folder, of whose columns the first two count.
 
-    Args:
-        root: folder.
-        protocol: TemplateProtocol that the folder holds.
     Returns:
-        list of Gallery by name; empty where there are no such files.
+        by name; empty where there are no such files.
     Raises:
-        ValueError: there is a gallery without probes or the other way round, a file is malformed or names a template
+        InputError: there is a gallery without probes or the other way round, a file is malformed or names a template
             without images, a template has two subjects, or a subject two templates in the galleries.
     """
     meta = Path(root) / "meta"
@@ -293,42 +287,41 @@ def read_galleries(root, protocol):
     subjects, times = np.unique(np.concatenate([gallery.gallery_subjects for gallery in result]), return_counts=True)
     if (times > 1).any():
         raise InputError(
-            f"{meta}: the galleries must hold one template a subject between them, got several of "
-            f"{np.count_nonzero(times > 1)} "
-            f"subjects, the first {subjects[times > 1][0]}; repair the files"
+            f"{meta}: the galleries together must hold one template for each subject, got several of "
+            f"{np.count_nonzero(times > 1)} subjects, the first {subjects[times > 1][0]}; repair the files"
         )
     return result
 
 
-def _csv_rows(path, reader):
-    try:
-        yield from reader
-    except csv.Error as error:
-        raise InputError(
-            f"{path} line {reader.line_num} is no line of a CSV file: {error}; restore the file"
-        ) from error
-
-
-def _read_subjects(path, known):
-    """(template ids, subject ids), each template once."""
-    rows = {}
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number of the line at which it ends, row) of each row."""
     with open(path, newline="", errors="replace") as file:
         reader = csv.reader(file)
-        for row in itertools.islice(_csv_rows(path, reader), 1, None):
-            try:
-                template, subject = np.array(row[:2], dtype=np.int64).tolist()
-            except (ValueError, OverflowError):
-                raise InputError(
-                    f"{path} line {reader.line_num} must start with a template id and a subject id, got "
-                    f"{','.join(row)[:80]!r}; "
-                    "repair the line"
-                ) from None
-            if rows.setdefault(template, subject) != subject:
-                raise InputError(
-                    f"{path} line {reader.line_num} gives template {template} to subject {subject}, an earlier one to "
-                    f"{rows[template]}; "
-                    "repair the lines"
-                )
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise InputError(
+                f"{path} line {reader.line_num} is no line of a CSV file: {error}; restore the file"
+            ) from error
+
+
+def _read_subjects(path: Path, known: IntArray) -> tuple[IntArray, IntArray]:
+    """(template ids, subject ids), each template once."""
+    rows: dict[int, int] = {}
+    for line, row in itertools.islice(_csv_rows(path), 1, None):
+        try:
+            template, subject = np.array(row[:2], dtype=np.int64).tolist()
+        except (ValueError, OverflowError):
+            raise InputError(
+                f"{path} line {line} must start with a template id and a subject id, got {','.join(row)[:80]!r}; "
+                "repair the line"
+            ) from None
+        if rows.setdefault(template, subject) != subject:
+            raise InputError(
+                f"{path} line {line} gives template {template} to subject {subject}, an earlier one to "
+                f"{rows[template]}; repair the lines"
+            )
     if not rows:
         raise InputError(f"{path} must name templates, and is empty; restore the file")
     ids = np.array(list(rows), dtype=np.int64)

@@ -1,1 +1,1 @@
-
+"""File formats: bytes to records and back, and how files are written."""

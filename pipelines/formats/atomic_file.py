@@ -19,12 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from scf_fast.pipelines.aliases import StrPath
+
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # some file systems and folders do not offer it
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
-def atomic_output(path: str | os.PathLike[str], sync: bool = True) -> Iterator[BinaryIO]:
+def atomic_output(path: StrPath, sync: bool = True) -> Iterator[BinaryIO]:
     """Opens a binary, seekable file beside ``path``; on success it takes that name, on an exception it is removed.
 
     Args:
@@ -42,32 +44,30 @@ def atomic_output(path: str | os.PathLike[str], sync: bool = True) -> Iterator[B
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: StrPath) -> Iterator[Path]:
     """Gives a path beside ``path``, for a library that opens and closes the file itself; see :func:`atomic_output`."""
     with _set_aside(path, sync=True) as aside:
         yield aside
         _sync(aside)
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes | bytearray | memoryview, sync: bool = True) -> None:
+def write_bytes(path: StrPath, content: bytes | bytearray | memoryview, sync: bool = True) -> None:
     """Writes a file; see :func:`atomic_output`."""
     with atomic_output(path, sync) as file:
         file.write(content)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: StrPath, text: str) -> None:
     """Writes a text file in UTF-8 with its line ends as they are; see :func:`atomic_output`."""
     write_bytes(path, text.encode())
 
 
-def write_json(
-    path: str | os.PathLike[str], value: Any, *, indent: int | None = None, end: str = "", allow_nan: bool = True
-) -> None:
+def write_json(path: StrPath, value: Any, *, indent: int | None = None, end: str = "", allow_nan: bool = True) -> None:
     """Writes a JSON file that ends in ``end``; see :func:`atomic_output` and ``json.dumps``."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + end)
 
 
-def publish(aside: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+def publish(aside: StrPath, path: StrPath) -> None:
     """Gives a finished file the name ``path`` on the same file system, once its bytes are on the disk."""
     _sync(aside)
     os.replace(aside, path)
@@ -75,7 +75,7 @@ def publish(aside: str | os.PathLike[str], path: str | os.PathLike[str]) -> None
 
 
 @contextlib.contextmanager
-def _set_aside(path: str | os.PathLike[str], sync: bool) -> Iterator[Path]:
+def _set_aside(path: StrPath, sync: bool) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps ranks that write the same cache apart.
@@ -105,7 +105,7 @@ def _os_error_behind(error: Exception) -> OSError | None:
     return cause if isinstance(cause, OSError) and cause.errno is not None else None
 
 
-def _sync(path: str | os.PathLike[str]) -> None:
+def _sync(path: StrPath) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())  # of the file, whoever has written it
 

@@ -1,23 +1,23 @@
-"""CRC-32C (Castagnoli; RFC 3720, 12.1), the checksum of TFRecord, by NumPy: Python's standard library has only
-CRC-32.
-"""
+"""CRC-32C (Castagnoli; RFC 3720, 12.1), the checksum of TFRecord, in NumPy: the standard library has only CRC-32."""
 
 import functools
 
 import numpy as np
+import numpy.typing as npt
+
+from scf_fast.pipelines.aliases import ByteArray
 
 _POLYNOMIAL = 0x82F63B78  # lowest bit first
-_BLOCK = 4096  # bytes whose shares are looked up together: a table of 4 MB
-_PREFIX = np.frombuffer(
-    bytes.fromhex("54641f64"), dtype=np.uint8
-)  # four bytes that turn a register of 0 into the ffffffff it has to start from
+_BLOCK = 4096  # bytes whose shares are looked up together, in a table of 4 MB
+# Four bytes that turn a register of 0 into the ffffffff that it has to start from.
+_PREFIX = np.frombuffer(bytes.fromhex("54641f64"), dtype=np.uint8)
 
 
-def crc32c(data):
-    """Checksums of rows of bytes.
+def crc32c(data: ByteArray) -> npt.NDArray[np.uint32]:
+    """Returns the checksums of rows of bytes.
 
     The register is linear over exclusive or: each byte has a share in it that depends on its place, so all shares are
-    looked up at once. Zeros before the first byte leave a register of 0 as it is, so rows are filled up at the front.
+    looked up at once. Zeros before the first byte leave a register of 0 as it is, so rows are padded at the front.
 
     Args:
         data: (..., n) uint8.
@@ -40,9 +40,9 @@ def crc32c(data):
 
 
 @functools.cache
-def _shares():
-    """(_BLOCK * 256,) uint32: the register after byte b, entry 256 place + b, and the bytes of zero that follow it in a
-    block.
+def _shares() -> npt.NDArray[np.uint32]:
+    """(_BLOCK * 256,) registers: entry 256 place + b is the one after byte b at that place of a block and zeros behind
+    it.
     """
     register = np.arange(256, dtype=np.uint32)
     for _ in range(8):

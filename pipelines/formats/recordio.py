@@ -1,28 +1,32 @@
-"""MXNet RecordIO as the face data sets (MS1M, Glint360K) ship it: `train.rec`, `train.idx`, `property`.
+"""MXNet RecordIO as the face data sets (MS1M, Glint360K) ship it: ``train.rec``, ``train.idx``, ``property``.
 
-A file is a row of frames, each starting on a 4-byte boundary, all numbers little-endian:
+A file is a sequence of frames, each starting on a 4-byte boundary, all numbers little-endian:
 
-    frame   = magic u32 (0xced7230a) | cflag (3 bits), length (29 bits) in a u32 | `length` bytes | zeros to a multiple of 4
-    payload = flag u32 | label f32 | id u64 | id2 u64 | `flag` labels f32 (where flag > 0) | image bytes
+    frame   = magic u32 (0xced7230a) | cflag (3 bits), length (29 bits) in a u32 | length bytes | zeros up to 4n bytes
+    payload = flag u32 | label f32 | id u64 | id2 u64 | flag labels f32 (where flag > 0) | image bytes
 
 A payload in which the magic occurs at a multiple of 4 is cut there into several frames: cflag 1 opens, 2 continues, 3
 closes, and each cut stands for the magic it replaced. cflag 0 is a whole payload. A 10 KB JPEG holds such a magic once
 in about two million images, so millions of faces do contain some.
 
-As distributed, record 0 says [N + 1, N + 1 + identities], records 1..N are the images, and one record per identity
+As distributed, record 0 holds [N + 1, N + 1 + identities], records 1..N are the images, and one record per identity
 follows, with [its first record id, its last + 1]. The records that are not images are exactly those without bytes after
 their labels; counts are not taken from record 0, because float32 cannot hold every count above 2^24.
 """
 
 import contextlib
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from scf_fast.pipelines.aliases import ByteArray, FloatArray, IntArray, Progress, StrPath
 from scf_fast.pipelines.errors import InputError
-from scf_fast.pipelines.formats.atomic_file import atomic_output
+from scf_fast.pipelines.formats.atomic_file import atomic_output, write_text
 
 _MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", _MAGIC)
@@ -39,76 +43,76 @@ class Record(NamedTuple):
     """One decoded payload."""
 
     record_id: int
-    labels: np.ndarray  # (max(flag, 1),) float32
-    image: (
-        np.ndarray
-    )  # (bytes,) uint8, empty in header and identity records; a view of the file unless the record was cut
+    labels: npt.NDArray[np.float32]  # (max(flag, 1),)
+    # (bytes,), empty in header and identity records; a view of the file unless the record was cut
+    image: ByteArray
 
 
 class ImageRecords(NamedTuple):
-    """Where the N image records of a file are, in file order."""
+    """Places and labels of the N image records of a file, in file order."""
 
-    offsets: np.ndarray  # (N,) int64, bytes
-    lengths: np.ndarray  # (N,) int64, bytes that the whole record takes
-    labels: np.ndarray  # (N,) float64, the first label of each, as stored
+    offsets: IntArray  # (N,) bytes
+    lengths: IntArray  # (N,) bytes that the whole record takes
+    labels: FloatArray  # (N,) the first label of each, as stored
     num_empty: int  # records with one plain label and no image: images of zero bytes, left out
 
 
 class RecordWriter:
-    """Writes a `.rec` and its `.idx` (`id<TAB>offset` lines); both appear when the writer closes without an error.
+    """Writes a ``.rec`` and its ``.idx`` (``id<TAB>offset`` lines), atomically when it closes.
 
     Use as a context manager. Calls follow the order of the distributed files: header, images, identities.
-
-    Args:
-        rec_path, idx_path: str or Path, replaced if they exist.
     """
 
-    def __init__(self, rec_path, idx_path):
-        self._paths = rec_path, idx_path
+    _rec: BinaryIO
+    _idx: BinaryIO
 
-    def __enter__(self):
+    def __init__(self, rec_path: StrPath, idx_path: StrPath):
+        self._rec_path, self._idx_path = rec_path, idx_path
+
+    def __enter__(self) -> "RecordWriter":
         with contextlib.ExitStack() as stack:
-            self._rec, self._idx = (stack.enter_context(atomic_output(path)) for path in self._paths)
+            self._rec = stack.enter_context(atomic_output(self._rec_path))
+            self._idx = stack.enter_context(atomic_output(self._idx_path))
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exception):
-        return self._stack.__exit__(*exception)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
-    def write_header_record(self, num_images, num_identities):
-        """Record 0: where the image records (1..num_images) and the identity records after them end."""
+    def write_header_record(self, num_images: int, num_identities: int) -> None:
+        """Writes record 0: where the image records (1..num_images) and the identity records after them end."""
         self._write(0, [num_images + 1, num_images + 1 + num_identities], b"")
 
-    def write_image(self, record_id, label, encoded):
-        """One image.
+    def write_image(self, record_id: int, label: float | Sequence[float], encoded: bytes | ByteArray) -> None:
+        """Writes one image.
 
         Args:
-            record_id: int, 1..N in the distributed files.
+            record_id: 1..N in the distributed files.
             label: a class number, or a sequence that starts with it (stored as a label array).
-            encoded: bytes-like, the JPEG or PNG file; not empty.
+            encoded: the JPEG or PNG file; not empty.
         """
         if not len(encoded):
-            raise InputError(f"record {record_id}: an image record needs image bytes, got none")
+            raise ValueError(f"record {record_id}: an image record needs image bytes, got none")
         self._write(record_id, label, encoded)
 
-    def write_identity_record(self, record_id, first_id, last_id):
-        """One identity: its images are the records first_id..last_id, both included."""
+    def write_identity_record(self, record_id: int, first_id: int, last_id: int) -> None:
+        """Writes one identity, whose images are the records first_id..last_id, both included."""
         self._write(record_id, [first_id, last_id + 1], b"")
 
-    def _write(self, record_id, label, image):
+    def _write(self, record_id: int, label: float | Sequence[float], image: bytes | ByteArray) -> None:
         self._idx.write(f"{record_id}\t{self._rec.tell()}\n".encode())
         self._rec.write(pack_record(record_id, label, image))
 
 
-def pack_record(record_id, label, image):
-    """One record as it stands in a file.
+def pack_record(record_id: int, label: float | Sequence[float], image: bytes | ByteArray) -> bytes:
+    """Returns one record as it stands in a file, padded to a multiple of 4 bytes.
 
     Args:
-        record_id: int.
+        record_id: its number.
         label: a number, or a sequence of numbers (stored as a label array).
-        image: bytes-like, empty for header and identity records.
-    Returns:
-        bytes, a multiple of 4 of them.
+        image: empty for header and identity records.
     Raises:
         ValueError: it is longer than RecordIO allows.
     """
@@ -116,19 +120,19 @@ def pack_record(record_id, label, image):
     flag, scalar = (0, float(labels)) if labels.ndim == 0 else (labels.size, 0.0)
     payload = _HEADER.pack(flag, scalar, record_id, 0) + (labels.tobytes() if flag else b"") + bytes(image)
     if len(payload) > _MAX_LENGTH:
-        raise InputError(f"record {record_id}: RecordIO holds at most {_MAX_LENGTH} bytes a record, got {len(payload)}")
-    packed, parts = [], _cut_at_magic(payload)
+        raise ValueError(f"record {record_id}: RecordIO holds at most {_MAX_LENGTH} bytes a record, got {len(payload)}")
+    packed: list[bytes] = []
+    parts = _cut_at_magic(payload)
     for position, part in enumerate(parts):
         is_last = position == len(parts) - 1
         cflag = (_LAST if position else _WHOLE) if is_last else (_MIDDLE if position else _FIRST)
         packed += [_FRAME.pack(_MAGIC, cflag << 29 | len(part)), part]
-    return b"".join(
-        [*packed, bytes(-len(payload) % 4)]
-    )  # cuts lie on multiples of 4, so the last part needs what the whole needs
+    padding = bytes(-len(payload) % 4)  # cuts lie on multiples of 4, so the last part needs what the whole needs
+    return b"".join([*packed, padding])
 
 
-def _cut_at_magic(payload):
-    """`payload` without the magics at multiples of 4, as the list of bytes between them."""
+def _cut_at_magic(payload: bytes) -> list[bytes]:
+    """The parts of ``payload`` between the magics that stand at multiples of 4."""
     parts, start = [], 0
     at = payload.find(_MAGIC_BYTES)
     while at >= 0:
@@ -139,17 +143,14 @@ def _cut_at_magic(payload):
     return [*parts, payload[start:]]
 
 
-def read_record(data, offset):
-    """The record whose first frame starts at `offset`.
+def read_record(data: ByteArray, offset: int) -> Record:
+    """Returns the record whose first frame starts at byte ``offset``.
 
     Args:
-        data: (bytes,) uint8 array, the whole `.rec`; a plain array over the memory map, which slices twice as fast as
-            np.memmap.
-        offset: int, from scan_image_records or an `.idx` line.
-    Returns:
-        Record.
+        data: the whole ``.rec``; see :func:`scf_fast.pipelines.formats.mapped_file.map_file`.
+        offset: from :func:`scan_image_records` or an ``.idx`` line.
     Raises:
-        ValueError: no frame starts there, or the file ends inside the record.
+        InputError: no frame starts there, or the file ends inside the record.
     """
     payload, _ = _payload(data, offset)
     if payload.size < _HEADER.size:
@@ -157,7 +158,7 @@ def read_record(data, offset):
             f"the record at byte {offset} must hold a {_HEADER.size}-byte header, got {payload.size} bytes: "
             "this RecordIO file does not hold images"
         )
-    flag, label, record_id, _ = _HEADER.unpack_from(payload)
+    flag, label, record_id, _ = _HEADER.unpack_from(payload.data)
     image_start = _HEADER.size + 4 * flag
     if image_start > payload.size:
         raise InputError(f"the record at byte {offset} announces {flag} labels in {payload.size} bytes; {_REPLACE}")
@@ -165,14 +166,14 @@ def read_record(data, offset):
     return Record(record_id, labels, payload[image_start:])
 
 
-def images_in(data, starts, lengths):
-    """Where the images of many records lie, at 0.1 us each.
+def images_in(data: ByteArray, starts: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
+    """Finds the images of many records, at 0.1 us each.
 
     Args:
-        data: (bytes,) uint8 array.
-        starts, lengths: (B,) int64; record b is data[starts[b]:starts[b] + lengths[b]], a length of 0 is none.
+        data: (bytes,).
+        starts, lengths: (B,), record b is data[starts[b]:starts[b] + lengths[b]]; a length of 0 is no record.
     Returns:
-        starts, lengths: (B,) int64, of the images; a length of 0 where that takes read_record: the record was cut, or
+        starts, lengths: (B,), of the images; a length of 0 where it takes read_record to tell: the record was cut, or
             is damaged.
     """
     whole = (lengths >= _FRAME.size + _HEADER.size) & (starts % 4 == 0)
@@ -186,10 +187,8 @@ def images_in(data, starts, lengths):
     return np.where(whole, starts + before, starts), np.where(whole, image, 0)
 
 
-def _payload(data, offset):
-    """(payload, end) of the record at `offset`: its bytes, a view unless it was cut, and where the next record
-    starts.
-    """
+def _payload(data: ByteArray, offset: int) -> tuple[ByteArray, int]:
+    """The bytes of the record at ``offset``, a view unless it was cut, and where the next record starts."""
     cflag, start, end = _frame(data, offset)
     if cflag == _WHOLE:
         return data[start:end], end + -end % 4
@@ -208,12 +207,12 @@ def _payload(data, offset):
     return np.concatenate(parts), end + -end % 4
 
 
-def _frame(data, offset):
-    """(cflag, start, end) of the frame at `offset`: its bytes are data[start:end]."""
+def _frame(data: ByteArray, offset: int) -> tuple[int, int, int]:
+    """(cflag, start, end) of the frame at ``offset``: its bytes are data[start:end]."""
     start = offset + _FRAME.size
     if start > data.size:
         raise _truncated(offset, start, data.size)
-    magic, cflag_and_length = _FRAME.unpack_from(data, offset)
+    magic, cflag_and_length = _FRAME.unpack_from(data.data, offset)
     if magic != _MAGIC:
         raise InputError(
             f"byte {offset} must start a record with magic {_MAGIC:#x}, found {magic:#x}: not RecordIO, or damaged; "
@@ -225,22 +224,20 @@ def _frame(data, offset):
     return cflag_and_length >> 29, start, end
 
 
-def _truncated(offset, needed, size):
-    return ValueError(
+def _truncated(offset: int, needed: int, size: int) -> InputError:
+    return InputError(
         f"the file is truncated: the record at byte {offset} ends at byte {needed} and the file at {size}; {_REPLACE}"
     )
 
 
-def scan_image_records(data, progress=None):
-    """Walk every frame and pick the image records, in file order.
+def scan_image_records(data: ByteArray, progress: Progress | None = None) -> ImageRecords:
+    """Walks every frame of a whole ``.rec`` and picks the image records, in file order.
 
     Args:
-        data: (bytes,) uint8 array, the whole `.rec`, as for read_record.
-        progress: called with the number of bytes passed since its last call; None for silence.
-    Returns:
-        ImageRecords.
+        data: as for :func:`read_record`.
+        progress: called with the number of bytes passed since its last call.
     Raises:
-        ValueError: the file is empty, truncated or not RecordIO; the message gives the byte.
+        InputError: the file is empty, truncated or not RecordIO; the message gives the byte.
     """
     if not data.size:
         raise InputError(f"the file is empty; {_REPLACE}")
@@ -255,45 +252,44 @@ def scan_image_records(data, progress=None):
     return ImageRecords(np.concatenate(offsets), np.concatenate(lengths), np.concatenate(labels), sum(num_empty))
 
 
-def whole_records(data):
-    """How far a file that was being written can be trusted.
+def whole_records(data: ByteArray) -> tuple[IntArray, int]:
+    """Finds how far a file that was being written can be trusted.
 
-    Args:
-        data: (bytes,) uint8 array.
     Returns:
-        starts: (N,) int64, the byte at which each record starts, up to the first that is cut off or damaged.
-        end: int, the byte that the last of them ends at.
+        starts: (N,), the byte at which each record starts, up to the first that is cut off or damaged.
+        end: the byte at which the last of them ends.
     """
-    blocks, end = [], 0
+    blocks: list[IntArray] = []
+    end = 0
     try:
         while end < data.size:
             starts, unusual, following = _walk(data, end)
             if any(_payload(data, int(starts[position]))[0].size < _HEADER.size for position in unusual):
-                raise ValueError
+                break
             blocks.append(starts)
             end = following
-    except ValueError:
-        starts = []
-        with contextlib.suppress(ValueError):
-            while True:
-                payload, following = _payload(data, end)
-                if payload.size < _HEADER.size or following > data.size:
-                    break
-                starts.append(end)
-                end = following
-        blocks.append(np.array(starts, dtype=np.int64))
-    return np.concatenate([np.empty(0, dtype=np.int64), *blocks]), end
+    except InputError:
+        pass
+    singly = []  # what is left of the block that holds the damage
+    with contextlib.suppress(InputError):
+        while end < data.size:
+            payload, following = _payload(data, end)
+            if payload.size < _HEADER.size or following > data.size:
+                break
+            singly.append(end)
+            end = following
+    return np.concatenate([*blocks, np.array(singly, dtype=np.int64)]), end
 
 
-def _walk(data, end):
-    """Up to _SCAN_BLOCK records from byte `end` on: their starts, which of them are cut or too short, and where the
+def _walk(data: ByteArray, end: int) -> tuple[IntArray, list[int], int]:
+    """Up to _SCAN_BLOCK records from byte ``end`` on: their starts, which of them are cut or too short, and where the
     next one starts.
     """
-    buffer, size, unpack, shortest = memoryview(data), data.size, _FRAME.unpack_from, _HEADER.size
-    starts, unusual = [], []
-    for position in range(
-        _SCAN_BLOCK
-    ):  # the scan of a file of millions of records is this loop, so it knows the usual frame
+    buffer, size, unpack, shortest = data.data, data.size, _FRAME.unpack_from, _HEADER.size
+    starts: list[int] = []
+    unusual = []
+    start = end
+    for position in range(_SCAN_BLOCK):  # this loop is the scan of millions of records, so it knows the usual frame
         if end >= size:
             break
         start = end
@@ -309,13 +305,11 @@ def _walk(data, end):
     return np.array(starts, dtype=np.int64), unusual, end
 
 
-def _image_records(data, starts, unusual, end):
-    """ImageRecords of the records at `starts`, the last of which ends at byte `end`."""
-    labels, image_sizes, flags = (
-        np.empty(len(starts)),
-        np.empty(len(starts), dtype=np.int64),
-        np.ones(len(starts), dtype=np.int64),
-    )
+def _image_records(data: ByteArray, starts: IntArray, unusual: list[int], end: int) -> ImageRecords:
+    """The image records among the records at ``starts``, the last of which ends at byte ``end``."""
+    labels = np.empty(len(starts))
+    image_sizes = np.empty(len(starts), dtype=np.int64)
+    flags = np.ones(len(starts), dtype=np.int64)
     usual = np.ones(len(starts), dtype=bool)
     usual[unusual] = False
 
@@ -338,17 +332,16 @@ def _image_records(data, starts, unusual, end):
     )
 
 
-def write_property(folder, num_classes, height=112, width=112):
-    """Write the `property` file: one line, classes, height and width."""
-    with atomic_output(Path(folder) / "property") as file:
-        file.write(f"{num_classes},{height},{width}\n".encode())
+def write_property(folder: StrPath, num_classes: int, height: int = 112, width: int = 112) -> None:
+    """Writes the ``property`` file: one line with classes, height and width."""
+    write_text(Path(folder) / "property", f"{num_classes},{height},{width}\n")
 
 
-def read_num_classes(path):
-    """The class count in a `property` file.
+def read_num_classes(path: StrPath) -> int:
+    """Returns the class count in a ``property`` file.
 
     Raises:
-        ValueError: the file holds something else.
+        InputError: the file holds something else.
     """
     with open(path, errors="replace") as file:
         text = file.read(100).strip()

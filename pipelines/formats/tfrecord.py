@@ -1,7 +1,22 @@
+"""TFRecord files of faces, read and written without TensorFlow.
+
+A file is a sequence of records, all numbers little-endian:
+
+    record = length u64 | masked CRC-32C of these 8 bytes u32 | length bytes | masked CRC-32C of them u32
+    masked = ((crc >> 15 | crc << 17) + 0xa282ead8) mod 2^32
+
+The bytes are a tf.train.Example, a protobuf message {features: {feature: map of name to Feature}}, where a Feature is a
+bytes_list, a float_list or an int64_list. A length decides what is read, so its checksum is always compared; that of
+the bytes only on request. Sources: TensorFlow's "TFRecord and tf.train.Example" and its example.proto and
+feature.proto; protobuf's "Encoding".
+"""
+
 import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from scf_fast.pipelines.aliases import ByteArray, IntArray, StrPath
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.formats.crc32c import crc32c
@@ -9,67 +24,67 @@ from scf_fast.pipelines.formats.crc32c import crc32c
 _REPLACE = "copy or download it again"
 
 _SIZE, _CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
-_HEADER = _SIZE.size + _CHECKSUM.size  # bytes
-_AROUND = _HEADER + _CHECKSUM.size  # bytes of a record that are not its Example
+HEADER_BYTES = _SIZE.size + _CHECKSUM.size
+CHECKSUM_BYTES = _CHECKSUM.size
+FRAME_BYTES = HEADER_BYTES + CHECKSUM_BYTES  # of a record, around its Example
 _SCAN_BLOCK = 1 << 16  # records whose headers are checked together, while the pages that hold them are still warm
 _HUGE = 1 << 62  # bytes; stands for every length from there on
 
-_FEATURES = _ENTRY = _NAME = _BYTES_LIST = _VALUE = (
-    1  # numbers of fields: of an Example, a map, its entry, a feature, a list
-)
+# Numbers of fields: of an Example, a map, the entry of a map, a feature, a list.
+_FEATURES = _ENTRY = _NAME = _BYTES_LIST = _VALUE = 1
 _FEATURE = 2  # of the entry of a map
 _INT64_LIST = 3  # of a feature
 _VARINT, _SIZED, _FIXED = 0, 2, {1: 8, 5: 4}  # wire types; bytes of those of fixed size
-_NOTHING = 0, 0  # where a field is that is not there
+_NOTHING = 0, 0  # the place of a missing field
 _MOST_FIELDS = 1000  # in a message; a face has a handful of features, and an image of 32 MB could be 16 million
 _IMAGE_KEYS = (b"image", b"image/encoded", b"image_raw")
-_FEATURES_TRIED = 4  # in images_in; they stand in any order
 _LABEL_KEYS = (b"label", b"image/class/label")
+_FEATURES_TRIED = 4  # in images_in; they stand in any order
+IMAGE_FEATURES, LABEL_FEATURES = (" or ".join(key.decode() for key in keys) for keys in (_IMAGE_KEYS, _LABEL_KEYS))
 
 
-def write_shard(path, images):
-    """Write a shard, complete or not at all.
-
-    Args:
-        path: str or Path.
-        images: iterable of (bytes-like image, int label).
-    """
+def write_shard(path: StrPath, images: Iterable[tuple[bytes | ByteArray, int]]) -> None:
+    """Writes a shard of (image, label), atomically."""
     with atomic_output(path) as file:
         file.writelines(pack_record(image, label) for image, label in images)
 
 
-def pack_record(image, label):
-    """One record as it stands in a file, with the features "image" and "label".
-
-    Args:
-        image: bytes-like.
-        label: int >= 0.
-    Returns:
-        bytes.
-    """
-    image = _packed(_BYTES_LIST, _packed(_VALUE, bytes(image)))
-    label = _packed(_INT64_LIST, _packed(_VALUE, _packed_varint(label)))
+def pack_record(image: bytes | ByteArray, label: int) -> bytes:
+    """Returns one record as it stands in a file, with the features "image" and "label"; the label is not negative."""
+    image_feature = _packed(_BYTES_LIST, _packed(_VALUE, bytes(image)))
+    label_feature = _packed(_INT64_LIST, _packed(_VALUE, _packed_varint(label)))
     example = _packed(
         _FEATURES,
         b"".join(
             _packed(_ENTRY, _packed(_NAME, names[0]) + _packed(_FEATURE, feature))
-            for names, feature in ((_IMAGE_KEYS, image), (_LABEL_KEYS, label))
+            for names, feature in ((_IMAGE_KEYS, image_feature), (_LABEL_KEYS, label_feature))
         ),
     )
     return frame(example)
 
 
-def frame(content):
-    """A record, as bytes, around any bytes."""
+def frame(content: bytes) -> bytes:
+    """Returns a record around any bytes."""
     size = _SIZE.pack(len(content))
     return b"".join((size, _packed_crc(size), content, _packed_crc(content)))
 
 
-def _packed(number, content):
+def example_bytes(header: bytes) -> int | None:
+    """Returns the bytes of the Example behind a record's header; None where its checksum says that it is no header."""
+    size = header[: _SIZE.size]
+    return _SIZE.unpack(size)[0] if _packed_crc(size) == header[_SIZE.size :] else None
+
+
+def is_intact(content: bytes) -> bool:
+    """Tells whether the checksum behind an Example, the last CHECKSUM_BYTES of ``content``, is that of the Example."""
+    return _packed_crc(content[:-CHECKSUM_BYTES]) == content[-CHECKSUM_BYTES:]
+
+
+def _packed(number: int, content: bytes) -> bytes:
     return _packed_varint(number << 3 | _SIZED) + _packed_varint(len(content)) + content
 
 
-def _packed_varint(value):
+def _packed_varint(value: int) -> bytes:
     digits = bytearray()
     while value > 127:
         digits.append(value & 127 | 128)
@@ -77,46 +92,45 @@ def _packed_varint(value):
     return bytes((*digits, value))
 
 
-def _packed_crc(data):
+def _packed_crc(data: bytes) -> bytes:
     return _CHECKSUM.pack(int(_masked_crc(np.frombuffer(data, dtype=np.uint8))))
 
 
-def _masked_crc(data):
-    """(...) int64 for (..., n) uint8."""
+def _masked_crc(data: ByteArray) -> IntArray:
+    """(...) for (..., n)."""
     crc = crc32c(data).astype(np.int64)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _sizes(headers):
-    """(N,) int64, the lengths in (N, 12) uint8 headers of records; -1 where the checksum is wrong."""
+def _sizes(headers: ByteArray) -> IntArray:
+    """The (N,) lengths in (N, 12) headers of records; -1 where the checksum is wrong."""
     sizes = np.minimum(np.ascontiguousarray(headers[:, :8]).view("<u8")[:, 0], np.uint64(_HUGE)).astype(np.int64)
     return np.where(np.ascontiguousarray(headers[:, 8:]).view("<u4")[:, 0] == _masked_crc(headers[:, :8]), sizes, -1)
 
 
-def _records(data):
-    """(starts, sizes) of the records of a file, block after block: the bytes at which they start, and of their
-    Examples.
+def scan_records(data: ByteArray) -> Iterator[tuple[IntArray, IntArray]]:
+    """Walks the records of a whole file, block after block.
 
-    Args:
-        data: (bytes,) uint8 array, the whole file.
+    Yields:
+        starts, sizes: (n,), the bytes at which records start, and the bytes of their Examples.
     Raises:
-        ValueError: the file is empty, truncated, damaged or something else; the message gives the byte.
+        InputError: the file is empty, truncated, damaged or something else; the message gives the byte.
     """
     if not data.size:
         raise InputError(f"the file is empty; {_REPLACE}")
-    buffer, end = memoryview(data), 0
+    buffer, end = data.data, 0
     while end < data.size:
-        starts = []
-        while end + _HEADER <= data.size and len(starts) < _SCAN_BLOCK:
-            starts.append(end)
-            end += _AROUND + _SIZE.unpack_from(buffer, end)[0]
-        if not starts:
+        block: list[int] = []
+        while end + HEADER_BYTES <= data.size and len(block) < _SCAN_BLOCK:
+            block.append(end)
+            end += FRAME_BYTES + _SIZE.unpack_from(buffer, end)[0]
+        if not block:
             raise InputError(
-                f"it is truncated: the header at byte {end} has {_HEADER} bytes and the file ends at {data.size}; "
+                f"it is truncated: the header at byte {end} has {HEADER_BYTES} bytes and the file ends at {data.size}; "
                 f"{_REPLACE}"
             )
-        starts = np.array(starts, dtype=np.int64)
-        sizes = _sizes(data[starts[:, None] + np.arange(_HEADER)])
+        starts = np.array(block, dtype=np.int64)
+        sizes = _sizes(data[starts[:, None] + np.arange(HEADER_BYTES)])
         if sizes.min() < 0:
             raise InputError(
                 f"no record starts at byte {starts[sizes.argmin()]}: compressed, damaged or no TFRecord file; "
@@ -130,22 +144,22 @@ def _records(data):
         yield starts, sizes
 
 
-def images_in(data, starts, lengths):
-    """Where the images of many records lie, at 1 us each.
+def images_in(data: ByteArray, starts: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
+    """Finds the images of many records, at 1 us each.
 
     Args:
-        data: (bytes,) uint8 array.
-        starts, lengths: (B,) int64; record b starts at byte starts[b] and lengths[b] bytes from there are at hand, of
-            which it may need fewer.
+        data: (bytes,).
+        starts, lengths: (B,); record b starts at byte starts[b] and lengths[b] bytes from there are at hand, of which
+            it may need fewer.
     Returns:
-        starts, lengths: (B,) int64, of the images; a length of 0 where that takes parse_example: the record is longer,
+        starts, lengths: (B,), of the images; a length of 0 where it takes parse_example to tell: the record is longer,
             of another form, or damaged.
     """
     found_starts, found_lengths = starts.copy(), np.zeros_like(lengths)
-    there = np.flatnonzero(lengths >= _AROUND)
-    sizes = _sizes(data[starts[there][:, None] + np.arange(_HEADER)])
-    fits = (sizes >= 0) & (sizes <= lengths[there] - _AROUND)
-    there, at = there[fits], starts[there][fits] + _HEADER
+    there = np.flatnonzero(lengths >= FRAME_BYTES)
+    sizes = _sizes(data[starts[there][:, None] + np.arange(HEADER_BYTES)])
+    fits = (sizes >= 0) & (sizes <= lengths[there] - FRAME_BYTES)
+    there, at = there[fits], starts[there][fits] + HEADER_BYTES
     message = _next_fields(data, (at, at + sizes[fits]), _FEATURES)
     for _ in range(_FEATURES_TRIED):
         if not len(there):
@@ -163,9 +177,9 @@ def images_in(data, starts, lengths):
     return found_starts, found_lengths
 
 
-def _next_fields(data, messages, number):
-    """(starts, ends) of what the fields hold that the messages data[messages[0][b]:messages[1][b]] begin with; an empty
-    place where that is no field of that number with bytes in it.
+def _next_fields(data: ByteArray, messages: tuple[IntArray, IntArray], number: int) -> tuple[IntArray, IntArray]:
+    """(starts, ends) of the contents of the fields with which the messages data[messages[0][b]:messages[1][b]] begin;
+    an empty place where that is no field of that number with bytes in it.
     """
     at, end = messages
     window = data[np.minimum(at[:, None] + np.arange(6), data.size - 1)]
@@ -178,19 +192,19 @@ def _next_fields(data, messages, number):
     return np.where(is_there, start, 0), np.where(is_there, start + size, 0)
 
 
-def parse_example(data, start, end):
-    """The image and the label of a tf.train.Example.
+def parse_example(data: memoryview, start: int, end: int) -> tuple[int, int, int | None]:
+    """Finds the image and the label of a tf.train.Example.
 
     Args:
-        data: memoryview of bytes.
-        start, end: int; data[start:end] is the message.
+        data: of bytes.
+        start, end: data[start:end] is the message.
     Returns:
-        start, end: int; data[start:end] is the image file, as data is.
-        label: int, None where there is none.
+        start, end: data[start:end] is the image file.
+        label: None where there is none.
     Raises:
-        ValueError: it is no such message, or holds no image.
+        InputError: it is no such message, or holds no image.
     """
-    features = {}
+    features: dict[bytes, tuple[int, int]] = {}
     for entry in _fields(data, _first(data, (start, end), _FEATURES), _ENTRY):
         name, feature = (_first(data, entry, field) for field in (_NAME, _FEATURE))
         features.setdefault(bytes(data[slice(*name)]), feature)
@@ -198,20 +212,20 @@ def parse_example(data, start, end):
     if image is None:
         names = ", ".join(repr(name.decode(errors="replace"))[:40] for name in [*features][:8]) or "none"
         raise InputError(
-            f"it must hold an image, a bytes_list {_either(_IMAGE_KEYS)}; its features are {names}; write it anew or "
-            "leave it out"
+            f"it must hold an image, a bytes_list {IMAGE_FEATURES}; its features are {names}; write it again or leave "
+            "it out"
         )
-    label = _first_value(data, features, _LABEL_KEYS, _INT64_LIST)
-    if label is None or label[0] == label[1]:
+    place = _first_value(data, features, _LABEL_KEYS, _INT64_LIST)
+    if place is None or place[0] == place[1]:
         return *image, None
-    label, _ = _varint(data, *label)
+    label, _ = _varint(data, *place)
     return *image, label - (label >> 63 << 64)  # two's complement
 
 
-def _first_value(data, features, names, kind):
-    """(start, end) of the first value in the list of that kind that the first of the names has; None where there is
-    none.
-    """
+def _first_value(
+    data: memoryview, features: Mapping[bytes, tuple[int, int]], names: Sequence[bytes], kind: int
+) -> tuple[int, int] | None:
+    """(start, end) of the first value in the list of that kind under the first of the names that has one."""
     for name in names:
         value = _first(data, _first(data, features.get(name, _NOTHING), kind), _VALUE)
         if value is not _NOTHING:
@@ -219,13 +233,13 @@ def _first_value(data, features, names, kind):
     return None
 
 
-def _first(data, message, number):
+def _first(data: memoryview, message: tuple[int, int], number: int) -> tuple[int, int]:
     """(start, end) of the first field of that number in the message data[message[0]:message[1]]."""
     return next(_fields(data, message, number), _NOTHING)
 
 
-def _fields(data, message, number):
-    """(start, end) of all of them."""
+def _fields(data: memoryview, message: tuple[int, int], number: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of every field of that number in the message data[message[0]:message[1]]."""
     at, end = message
     for _ in range(_MOST_FIELDS):
         if at >= end:
@@ -243,21 +257,17 @@ def _fields(data, message, number):
             raise InputError(f"it is no tf.train.Example, or damaged: a field has wire type {kind}; {_REPLACE}")
         if at > end:
             raise InputError(
-                f"it is no tf.train.Example, or damaged: a field ends {at - end} bytes behind its message; {_REPLACE}"
+                f"it is no tf.train.Example, or damaged: a field ends {at - end} bytes after its message; {_REPLACE}"
             )
         if tag >> 3 == number:
             yield start, at
     raise InputError(
-        f"a message in it must have fewer than {_MOST_FIELDS} fields; write it anew, with image and label alone"
+        f"a message in it must have fewer than {_MOST_FIELDS} fields; write it again, with image and label alone"
     )
 
 
-def _either(names):
-    return " or ".join(name.decode() for name in names)
-
-
-def _varint(data, at, end):
-    """(value, where it ends): seven bits a byte, the lowest first, 64 at most."""
+def _varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
+    """(value, where it ends) of a number of at most 64 bits: seven a byte, the lowest first."""
     value = shift = 0
     while at < end and shift < 64:
         byte = data[at]

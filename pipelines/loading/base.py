@@ -16,7 +16,7 @@ from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.augmentation import PRESETS, Augmentation
 from scf_fast.pipelines.loading.broken import BrokenImages
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 
 # Images of a rank that the disk is asked for together, 160 MB: 64 blocks of 256, which a block shuffle mixes.
@@ -94,7 +94,7 @@ class Loader(BatchLoader[Batch]):
     def __init__(
         self,
         source: ImageSource,
-        sampler: EpochSampler,
+        sampler: Sampler,
         preprocessing: Preprocessing,
         device: torch.device,
         dtype: torch.dtype,

@@ -28,8 +28,7 @@ _MARKERS = np.zeros(256, dtype=np.uint8)
 _MARKERS[[0xC0, 0xC1]] = _FRAME
 _MARKERS[[0xC4, 0xDB, 0xDD, *range(0xE0, 0xFF)]] = _TABLE
 _CHANNELS = np.isin(np.arange(256), (1, 3, 4))  # gray, YCbCr or RGB, CMYK
-_FACE_PPM = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # header of the file that pack_face makes
-_FACE_PPM_BYTES = len(_FACE_PPM) + 3 * FACE_SIZE**2
+_PPM_HEADER = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # of the file that pack_face makes
 _JPEG_END, _PNG_START, _PNG_END = b"\xff\xd9", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _Result = TypeVar("_Result")
 
@@ -40,8 +39,7 @@ class Header(NamedTuple):
     format: str  # as Pillow names it
     height: int  # pixels
     width: int
-    # Complete, and of a kind that every decoder reads the same way: JPEG, PNG or WebP with 8 bits a channel, or from
-    # pack_face.
+    # Complete, and of a kind that every decoder reads the same way: JPEG, PNG or WebP with 8 bits a channel.
     is_common: bool
 
 
@@ -94,12 +92,13 @@ def open_image(encoded: np.ndarray) -> Image.Image:
 
 
 def load_face(source: ImageSource, i: int) -> np.ndarray:
-    """Decodes image i of a source by :func:`decode_face`.
+    """Returns face i of a source: the source's own pixels, or the image file decoded by :func:`decode_face`.
 
     Raises:
         InputError: it cannot be read or decoded; the message names it.
     """
-    return _named(source, i, decode_face, source.encoded(i))
+    pixels = source.pixels(i)
+    return _named(source, i, decode_face, source.encoded(i)) if pixels is None else pixels
 
 
 def load_encoded(
@@ -107,8 +106,8 @@ def load_encoded(
 ) -> tuple[np.ndarray, bool]:
     """Loads image i in a form that every decoder reads the same way.
 
-    That is the stored file where it is JPEG, PNG or WebP, complete and not large; else a PPM file of decode_face's
-    pixels.
+    That is the stored file where it is JPEG, PNG or WebP, complete and not large; else a PPM file of the pixels
+    that :func:`load_face` returns.
 
     Args:
         source: the images.
@@ -123,6 +122,9 @@ def load_encoded(
             decoder to find.
     """
     if encoded is None:
+        pixels = source.pixels(i)
+        if pixels is not None:
+            return pack_face(pixels), True
         encoded = source.encoded(i)
     if not convert:
         header = _named(source, i, read_header, encoded)
@@ -134,7 +136,7 @@ def load_encoded(
 
 def pack_face(face: np.ndarray) -> np.ndarray:
     """Encodes a face without loss, as a PPM file: (112, 112, 3) uint8 to (bytes,) uint8."""
-    return np.frombuffer(_FACE_PPM + face.tobytes(), dtype=np.uint8)
+    return np.frombuffer(_PPM_HEADER + face.tobytes(), dtype=np.uint8)
 
 
 def _named(source: ImageSource, i: int, function: Callable[[np.ndarray], _Result], encoded: np.ndarray) -> _Result:
@@ -158,8 +160,6 @@ def read_header(encoded: np.ndarray) -> Header:
         elif start[:8] == _PNG_START:
             width, height, depth = struct.unpack_from(">IIB", data, 16)
             header = Header("PNG", height, width, depth <= 8 and b"IEND" in bytes(data[-_TAIL:]))
-        elif start.startswith(_FACE_PPM):
-            header = Header("PPM", FACE_SIZE, FACE_SIZE, len(data) == _FACE_PPM_BYTES)
         else:
             header = _other_header(encoded, start)
     except (struct.error, IndexError):
@@ -175,7 +175,7 @@ def read_headers(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> n
         data: (bytes,) uint8 array that holds the image files.
         starts, lengths: (B,) int64, file b is data[starts[b]:starts[b] + lengths[b]]; a length of 0 is no file.
     Returns:
-        (B, 2) int64, height and width of the files that are JPEG (sequential), PNG or PPM, common in the sense of
+        (B, 2) int64, height and width of the files that are JPEG (sequential) or PNG, common in the sense of
         read_header, and not large; (0, 0) for those that only load_encoded can judge.
     """
     sizes = np.zeros((len(starts), 2), dtype=np.int64)
@@ -186,11 +186,6 @@ def read_headers(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> n
     png = rows[(first[:, :8] == np.frombuffer(_PNG_START, np.uint8)).all(axis=1) & (first[:, 24] <= 8)]
     png = png[(_bytes_at(data, ends[png] - 8, 8) == np.frombuffer(_PNG_END, np.uint8)).all(axis=1)]
     sizes[png] = _big_endian(_bytes_at(data, starts[png] + 16, 8).reshape(-1, 2, 4))[:, ::-1]
-
-    is_face = (lengths[rows] == _FACE_PPM_BYTES) & (
-        first[:, : len(_FACE_PPM)] == np.frombuffer(_FACE_PPM, np.uint8)
-    ).all(axis=1)
-    sizes[rows[is_face]] = FACE_SIZE
 
     jpeg = rows[(first[:, 0] == 0xFF) & (first[:, 1] == 0xD8)]
     jpeg = jpeg[(_bytes_at(data, ends[jpeg] - 2, 2) == np.frombuffer(_JPEG_END, np.uint8)).all(axis=1)]

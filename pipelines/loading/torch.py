@@ -13,7 +13,7 @@ from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.base import Decoded, Loader, Preprocessing, Request
 from scf_fast.pipelines.loading.broken import BrokenImages
 from scf_fast.pipelines.loading.decode import load_face
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 
 
@@ -25,7 +25,7 @@ class TorchLoader(Loader):
     def __init__(
         self,
         source: ImageSource,
-        sampler: EpochSampler,
+        sampler: Sampler,
         preprocessing: Preprocessing,
         device: torch.device,
         dtype: torch.dtype,

@@ -1,1 +1,1 @@
-
+"""Sampling: which images each rank sees, in which order, with which random numbers."""

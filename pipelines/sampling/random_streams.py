@@ -5,16 +5,18 @@ from.
 """
 
 import numpy as np
+import numpy.typing as npt
 
-_GOLDEN = (
-    0x9E3779B97F4A7C15  # odd, so number -> number * _GOLDEN + key -> mix is one-to-one on 64 bits: sort keys never tie
-)
+from scf_fast.pipelines.aliases import IntArray
+
+# Odd, so number -> number * _GOLDEN + key -> mix is one-to-one on 64 bits: sort keys never tie.
+_GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 15  # numbers hashed together: 256 KB, so the passes of the hash stay in cache
 
 
-def splitmix64(key, values):
-    """SplitMix64's output `values` steps after state `key`: (N,) uint64 for (N,) integers."""
+def splitmix64(key: int, values: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
+    """Returns SplitMix64's output ``values`` steps after state ``key``, (N,) for (N,)."""
     z = values.astype(np.uint64)
     z *= np.uint64(_GOLDEN)
     z += np.uint64(key)
@@ -26,16 +28,16 @@ def splitmix64(key, values):
     return z
 
 
-def stream_key(*words):
-    """The key of an independent stream for each tuple of integers of one length."""
+def stream_key(*words: int) -> int:
+    """Returns the key of an independent stream for each tuple of integers of one length."""
     key = 0
     for word in words:
         key = int(splitmix64(key, np.array([word & _MASK], dtype=np.uint64))[0])
     return key
 
 
-def permutation(key, count):
-    """(count,) int64: the numbers below `count` in random order."""
+def permutation(key: int, count: int) -> IntArray:
+    """Returns the numbers below ``count`` in random order."""
     hashes = np.empty(count, dtype=np.uint64)
     for start in range(0, count, _BLOCK):
         stop = min(start + _BLOCK, count)

@@ -1,61 +1,58 @@
-"""WebDataset tar shards: `<key>.jpg` (or `.png` ...) and `<key>.cls` or `<key>.json` with its label, one after the
+"""WebDataset tar shards: ``KEY.jpg`` (or ``.png`` ...) and ``KEY.cls`` or ``KEY.json`` with its label, one after the
 other.
 """
 
 import io
 import json
-import os
 import struct
 import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from scf_fast.pipelines.aliases import ByteArray, Progress, StrPath
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
+from scf_fast.pipelines.formats.mapped_file import map_file
 from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES
-from scf_fast.pipelines.sources.indexed import PackedImages, as_lengths, check_labels
+from scf_fast.pipelines.sources.indexed import Scan, check_labels
+from scf_fast.pipelines.sources.packed import PackedImages, as_lengths
 
 _BLOCK = 512  # bytes in a tar block; a member's own header lies right before its content
 _HEADER = struct.Struct("100s24x12s20xs100x8s80x155s12x")  # name, size, kind, magic, prefix of the name
 _PATH_BYTES = 1 << 12
 _LABEL_BYTES = 1 << 20  # a .json beside a face is small; this bounds what a made-up size can cost
 _LABEL_KEYS = ("label", "cls", "class")
-_IS_IMAGE = {
-    **{suffix[1:].encode(): True for suffix in IMAGE_SUFFIXES},
-    b"cls": False,
-    b"json": False,
-}  # the suffixes that matter
+# The suffixes that matter.
+_IS_IMAGE = {**{suffix[1:].encode(): True for suffix in IMAGE_SUFFIXES}, b"cls": False, b"json": False}
 
 
 class TarIndex(PackedImages):
-    """The images of tar shards; made by `TarIndex.open(path)`, where `path` is one `.tar` or a folder of them.
+    """The images of tar shards; made by ``TarIndex.open(path)``, where ``path`` is one ``.tar`` or a folder of them.
 
-    A member's key is its path up to the first dot of its name. The label is the whole number in `<key>.cls`, or under
-    "label", "cls" or "class" in `<key>.json`. Members of one key stand together, as WebDataset requires. An image
-    without label, a label without image, and an image of zero bytes are skipped and counted; members of other kinds do
-    not matter. Nothing is ever unpacked, so paths and links in a shard lead nowhere. Compressed shards are refused. A
-    `property` file beside the shards gives num_classes.
+    A member's key is its path up to the first dot of its name. The label is the whole number in ``KEY.cls``, or under
+    "label", "cls" or "class" in ``KEY.json``. Members of one key stand together, as WebDataset requires. An image
+    without label, a label without image, and an image of zero bytes are skipped and counted; members of other kinds are
+    ignored. Nothing is ever unpacked, so paths and links in a shard lead nowhere. Compressed shards are refused. A
+    ``property`` file beside the shards gives ``num_classes``.
     """
 
     FORMAT, SUFFIX = "tar shards", ".tar"
 
-    def encoded(self, i):
+    def encoded(self, i: int) -> ByteArray:
         return np.frombuffer(self._stored(i), dtype=np.uint8)
 
-    def _name_in_file(self, i):
+    def _name_in_file(self, i: int) -> str:
         return f"member {self._stored(i, before=_BLOCK)[:100].split(bytes(1))[0].decode(errors='replace')}"
 
     @classmethod
-    def _scan_file(cls, path, progress):
-        data = (
-            np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-            if os.path.getsize(path)
-            else np.empty(0, dtype=np.uint8)
-        )
+    def _scan_file(cls, path: Path, progress: Progress) -> Scan:
+        data = map_file(path)
         found = _Found(data)
         done = 0
-        for number, (name, start, size) in enumerate(_members(memoryview(data))):
+        for number, (name, start, size) in enumerate(_members(data.data)):
             found.add(name, start, size)
             if number % 4096 == 0:
                 progress(start - done)
@@ -64,7 +61,7 @@ class TarIndex(PackedImages):
         progress(data.size - done)
         labels = np.array(found.labels, dtype=np.float64)
         check_labels(labels, lambda i: f"member {_text(found.keys[i])}")
-        return (
+        return Scan(
             {
                 "offsets": np.array(found.offsets, dtype=np.int64),
                 "lengths": as_lengths(found.lengths),
@@ -74,17 +71,18 @@ class TarIndex(PackedImages):
         )
 
 
-def _members(data):
+def _members(data: memoryview) -> Iterator[tuple[bytes, int, int]]:
     """(name, start, size) of the regular files of a tar archive, ustar, GNU or pax: data[start:start + size] is the
     content.
 
     tarfile would do; this is ten times as fast, and a shard has twice as many members as images.
     """
-    end, override = 0, {}  # what an extended header says about the member after it
+    end = 0
+    override: dict[str, Any] = {}  # what an extended header says about the member after it: name, size
     length, unpack = len(data), _HEADER.unpack_from
     while end + _BLOCK <= length:
         name, size, kind, magic, prefix = unpack(data, end)
-        name = name.split(b"\0", 1)[0]  # without the 1 it would take as long as all the rest
+        name = name.split(b"\0", 1)[0]  # without the limit of 1 it would take as long as all the rest
         if name and magic[:5] != b"ustar":
             raise InputError(
                 f"no tar member starts at byte {end}: compressed, damaged or no tar file; copy or download it again, "
@@ -99,8 +97,7 @@ def _members(data):
         if start + size > length:
             raise InputError(
                 f"it is truncated: the member at byte {start - _BLOCK} ends at byte {start + size} and the file at "
-                f"{length}; "
-                "copy or download it again"
+                f"{length}; copy or download it again"
             )
         if kind == b"L":
             override["name"] = bytes(data[start : start + min(size, _PATH_BYTES)]).split(b"\0", 1)[0]
@@ -118,17 +115,17 @@ def _members(data):
         raise InputError(f"it is truncated: {length} bytes are no whole number of blocks; copy or download it again")
 
 
-def _number(field, at):
-    """A size: octal digits, or where the first bit is set big-endian binary."""
+def _number(field: bytes, at: int) -> int:
+    """Parses a size: octal digits, or big-endian binary where the first bit is set."""
     try:
         return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b" \0") or b"0", 8)
     except ValueError:
         raise InputError(f"the header at byte {at} is damaged; copy or download it again") from None
 
 
-def _pax(content):
+def _pax(content: bytes) -> dict[str, Any]:
     """Name and size in a pax header, lines of 'length key=value\\n'."""
-    found = {}
+    found: dict[str, Any] = {}
     for line in content.split(b"\n"):
         key, _, value = line.partition(b" ")[2].partition(b"=")
         if key == b"path":
@@ -139,15 +136,24 @@ def _pax(content):
 
 
 class _Found:
-    """Pairs images with labels while a shard is passed."""
+    """Pairs images with labels while a shard is scanned."""
 
-    def __init__(self, data):
+    def __init__(self, data: ByteArray):
         self._data = data
-        self.offsets, self.lengths, self.labels, self.keys = [], [], [], []
+        self.offsets: list[int] = []
+        self.lengths: list[int] = []
+        self.labels: list[float] = []
+        self.keys: list[bytes] = []
         self.skipped = {"images without label": 0, "labels without image": 0, "empty images": 0}
-        self._key = self._image = self._label = None
+        self._forget()
 
-    def add(self, name, start, size):
+    def _forget(self) -> None:
+        self._key: bytes | None = None
+        self._image: tuple[int, int] | None = None  # start, size
+        self._label: float | None = None
+
+    def add(self, name: bytes, start: int, size: int) -> None:
+        """Takes the next member."""
         key, _, suffix = name.partition(b".")
         if b"/" in suffix:  # a dot in the name of a folder
             folder, _, name = name.rpartition(b"/")
@@ -166,8 +172,8 @@ class _Found:
             label = _label_in(self._data[start : start + size].tobytes(), suffix, key)
             self._label = self._label if label is None else label
 
-    def finish(self):
-        """The members of one key are complete."""
+    def finish(self) -> None:
+        """Takes note that the members of one key are complete."""
         if self._image is None:
             self.skipped["labels without image"] += self._label is not None
         elif self._label is None:
@@ -178,11 +184,11 @@ class _Found:
             self.offsets.append(self._image[0])
             self.lengths.append(self._image[1])
             self.labels.append(self._label)
-            self.keys.append(self._key)
-        self._key = self._image = self._label = None
+            self.keys.append(self._key or b"")
+        self._forget()
 
 
-def _label_in(content, suffix, key):
+def _label_in(content: bytes, suffix: bytes, key: bytes) -> float | None:
     """The number in a .cls or .json member; None where a .json has none."""
     try:
         value = int(content) if suffix == b"cls" else json.loads(content)
@@ -193,22 +199,16 @@ def _label_in(content, suffix, key):
     except (ValueError, RecursionError, OverflowError):
         raise InputError(
             f"member {_text(key)}.{_text(suffix)} must hold a label, a whole number, got {content[:40]!r}; correct it "
-            "or leave the "
-            "image out"
+            "or leave the image out"
         ) from None
 
 
-def _text(name):
+def _text(name: bytes) -> str:
     return name.decode(errors="replace")
 
 
-def write_shard(path, images):
-    """Write a shard, complete or not at all.
-
-    Args:
-        path: str or Path.
-        images: iterable of (key, suffix with dot, bytes-like image, int label).
-    """
+def write_shard(path: StrPath, images: Iterable[tuple[str, str, bytes | ByteArray, int]]) -> None:
+    """Writes a shard of (key, suffix with dot, image, label), atomically."""
     with atomic_output(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as shard:
         for key, suffix, image, label in images:
             for name, content in ((key + suffix, bytes(image)), (f"{key}.cls", str(label).encode())):
@@ -217,6 +217,6 @@ def write_shard(path, images):
                 shard.addfile(member, io.BytesIO(content))
 
 
-def shard_name(folder, number):
-    """Path of shard `number` in a folder."""
+def shard_path(folder: StrPath, number: int) -> Path:
+    """Returns the path of a shard in a folder."""
     return Path(folder) / f"shard-{number:06d}.tar"

@@ -6,13 +6,15 @@ is the similarity transform that brings landmarks z_k closest to the template's 
 wc: their means).
 """
 
+import hashlib
+
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from scf_fast.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE, TEMPLATE
-from scf_fast.pipelines.loading.decode import open_image, pack_face
-from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.loading.decode import open_image
+from scf_fast.pipelines.sources.base import ImageSource, ReadFiles
 
 _STILL = 0.05  # pixels: a transform that moves no corner further is left out, since resampling would only blur
 _CORNERS = np.array([0, FACE_SIZE - 1, 1j * (FACE_SIZE - 1), (1 + 1j) * (FACE_SIZE - 1)])
@@ -32,8 +34,8 @@ class AlignedFaces(ImageSource):
     """A source whose images are brought to the template by their landmarks when they are asked for: bilinear, black
     outside the picture.
 
-    An image of 112 x 112 whose landmarks already lie on the template is passed on as it is; others are passed on
-    uncompressed (PPM), so that any loader can read them.
+    The file of a 112 x 112 image whose landmarks already lie on the template is passed on as it is; of other images the
+    source gives the pixels.
 
     Args:
         source: N images.
@@ -62,14 +64,26 @@ class AlignedFaces(ImageSource):
     def will_need(self, indices: np.ndarray) -> None:
         self.source.will_need(indices)
 
+    def update_digest(self, digest: "hashlib._Hash") -> None:
+        self.source.update_digest(digest)
+        digest.update(np.ascontiguousarray(self.landmarks).data)
+
+    def read(self, indices: np.ndarray) -> ReadFiles:
+        none = np.zeros(len(indices), dtype=np.int64)  # each image has to be asked for on its own
+        return ReadFiles(np.empty(0, dtype=np.uint8), none, none)
+
     def encoded(self, i: int) -> np.ndarray:
+        """Returns the image file, which shows the aligned face only where ``pixels(i)`` is None."""
+        return self.source.encoded(i)
+
+    def pixels(self, i: int) -> np.ndarray | None:
         encoded = self.source.encoded(i)
         try:
             with open_image(encoded) as image:
                 if self._in_place[i] and image.size == (FACE_SIZE, FACE_SIZE):
-                    return encoded
+                    return None
                 upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-                face = self._warp(upright.convert("RGB"), i)
+                return self._warp(upright.convert("RGB"), i)
         # A damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
         except Exception as error:
             # The text of Pillow's error is the address of an object.
@@ -77,7 +91,6 @@ class AlignedFaces(ImageSource):
             raise InputError(
                 f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out"
             ) from error
-        return pack_face(face)
 
     def _warp(self, image: Image.Image, i: int) -> np.ndarray:
         """Returns the aligned face, (112, 112, 3) uint8.

@@ -1,8 +1,6 @@
 """Embeddings kept on disk by model and data, computed by any number of ranks."""
 
 import contextlib
-import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +8,11 @@ import torch
 from tqdm import tqdm
 
 from scf_fast.distributed import all_ranks_agree
-from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.inference import DEFAULT_DECODING, Decoding, Embedder, Embeddings, embed_batches, load_batches
 from scf_fast.networks.frozen import CHECK_IMAGES
 from scf_fast.pipelines.formats.atomic_file import atomic_output
-from scf_fast.pipelines.sources.base import ImageFiles, ImageSource
+from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.sources.digest import content_digest
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PIXELS = 2  # counts the changes in how files become pixels; stored embeddings of an earlier count are not used
@@ -114,9 +112,7 @@ class EmbeddingStore:
         return Embeddings.allocate(count, self.embedder.embedding_dim, self.embedder.gives_kappa)
 
     def _data_folder(self, source: ImageSource) -> Path:
-        digest = _digest_pixels(source)
-        digest.update(f"{self.embedder.key} {_PIXELS}".encode())
-        return self._folder / digest.hexdigest()[:24]
+        return self._folder / content_digest(source, f"{self.embedder.key} {_PIXELS}")[:24]
 
 
 def _path(folder: Path, part: range) -> Path:
@@ -125,23 +121,3 @@ def _path(folder: Path, part: range) -> Path:
 
 def _parts(source: ImageSource) -> list[range]:
     return [range(start, min(start + _PART, len(source))) for start in range(0, len(source), _PART)]
-
-
-def _digest_pixels(source: ImageSource) -> "hashlib._Hash":
-    """Returns a digest of what decides the pixels: name, size and time of each file, or the bytes of images that are
-    no files of their own; and the landmarks.
-    """
-    if isinstance(source, AlignedFaces):
-        digest = _digest_pixels(source.source)
-        digest.update(np.ascontiguousarray(source.landmarks).data)
-        return digest
-    digest = hashlib.sha256()
-    for i in range(len(source)):
-        if isinstance(source, ImageFiles):
-            status = os.stat(source.name(i))
-            # The picture's name and its identity's: the data set may move.
-            name = "/".join(Path(source.name(i)).parts[-2:])
-            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        else:
-            digest.update(source.encoded(i).data)
-    return digest

@@ -12,7 +12,7 @@ from PIL import Image
 from scf_fast.evaluation.metrics import tar_at_far
 from scf_fast.evaluation.quality import Rejection
 from scf_fast.evaluation.results import Quality, ScoreHistogram
-from scf_fast.pipelines.loading.decode import decode_face
+from scf_fast.pipelines.loading.decode import load_face
 from scf_fast.pipelines.sources.base import ImageSource
 
 _BLUE, _ORANGE, _GREY, _GREEN, _PURPLE, _RED = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63", "#7c5cbf", "#c23b4e"
@@ -158,7 +158,7 @@ def plot_scores(title: str, histogram: ScoreHistogram) -> bytes:
 
 
 def _show(axes: Axes, source: ImageSource, i: int, caption: str) -> None:
-    axes.imshow(Image.fromarray(decode_face(source.encoded(int(i)).tobytes())))
+    axes.imshow(Image.fromarray(load_face(source, int(i))))
     axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", fontsize=8)
 
 

@@ -11,7 +11,7 @@ from scf_fast.distributed import Runtime
 from scf_fast.errors import InputError
 from scf_fast.features.open import open_stream, pixel_convention
 from scf_fast.features.stream import FeatureStream
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 from scf_fast.weights.contents import Facts
 from scf_fast.weights.reading import read_noted_facts, read_weights
 
@@ -48,7 +48,7 @@ class FeaturePass:
             print(f"pixels: {self.config.normalization}, {self._origin}", flush=True)
         return runtime, max(min(self.config.batch_size, len(self.source)) // runtime.world_size, 1) * runtime.world_size
 
-    def open_stream(self, sampler: EpochSampler, runtime: Runtime) -> FeatureStream:
+    def open_stream(self, sampler: Sampler, runtime: Runtime) -> FeatureStream:
         """Opens the features of the sampler's images, with the cache of the configuration; collective."""
         return open_stream(self.config, self.backbone.require_backbone(), self.source, sampler, runtime)
 

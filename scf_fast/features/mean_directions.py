@@ -21,7 +21,7 @@ from tqdm import tqdm
 from scf_fast.errors import InputError
 from scf_fast.features.feature_pass import FeaturePass
 from scf_fast.features.stream import FeatureBatch, FeatureStream
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 
 _NAMED = 5  # identities in a message
 
@@ -85,7 +85,7 @@ class BothOrientations(EpochSampler):
 
 
 def batches_with_positions(
-    stream: FeatureStream, sampler: EpochSampler, epochs: int, report: Callable[[int], object]
+    stream: FeatureStream, sampler: Sampler, epochs: int, report: Callable[[int], object]
 ) -> Iterator[tuple[FeatureBatch, np.ndarray]]:
     """Yields every batch of the epochs with the (B,) positions of its images that the sampler asked for; reports how
     many images each has on all ranks.

@@ -1,12 +1,10 @@
 """Opens the stream of features that a configuration describes, with its backbone and its cache."""
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,8 +20,9 @@ from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precis
 from scf_fast.networks.precision import PRECISION_DTYPES
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.sources.digest import sampled_digest
 from scf_fast.weights.contents import Facts
 from scf_fast.weights.digest import digest_weights
 
@@ -51,7 +50,7 @@ def pixel_convention(config: FeatureConfig, network: str, facts: Facts) -> tuple
 
 
 def open_stream(
-    config: FeatureConfig, backbone_state: StateDict, source: ImageSource, sampler: EpochSampler, runtime: Runtime
+    config: FeatureConfig, backbone_state: StateDict, source: ImageSource, sampler: Sampler, runtime: Runtime
 ) -> FeatureStream:
     """Opens the stream that a configuration describes, with the cache of ``--feature_cache``; collective.
 
@@ -101,12 +100,8 @@ def cache_key(backbone_state: StateDict, source: ImageSource, normalization: str
 
     The data are known by all labels and by the bytes of 64 images, spread evenly.
     """
-    data = hashlib.sha256(np.ascontiguousarray(source.labels).data)
-    for index in np.linspace(0, len(source) - 1, num=min(_DIGEST_IMAGES, len(source)), dtype=np.int64):
-        data.update(source.encoded(int(index)).data)
-    return CacheKey(
-        digest_weights(backbone_state)[:_DIGEST_DIGITS], data.hexdigest()[:_DIGEST_DIGITS], normalization, precision
-    )
+    data = sampled_digest(source, images=_DIGEST_IMAGES)[:_DIGEST_DIGITS]
+    return CacheKey(digest_weights(backbone_state)[:_DIGEST_DIGITS], data, normalization, precision)
 
 
 def _open_cache(

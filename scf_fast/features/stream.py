@@ -16,7 +16,7 @@ from scf_fast.features.store import FeatureCache, View
 from scf_fast.networks.frozen import FrozenBackbone
 from scf_fast.pipelines.loading.base import Batch, Loader
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,12 @@ def one_ahead(batches: Iterator[FeatureBatch], making: torch.cuda.Stream) -> Ite
         batch, ready = following
 
 
-class _Missing:
+class _Missing(Sampler):
     """A sampler's requests without the images that are in the cache, and without flips: the stream makes both
     orientations itself.
     """
 
-    def __init__(self, sampler: EpochSampler, present: np.ndarray):
+    def __init__(self, sampler: Sampler, present: np.ndarray):
         self._sampler, self._present = sampler, present
         self.num_samples, self.global_batch_size = sampler.num_samples, sampler.global_batch_size
         self.world_size, self.batches_per_epoch = sampler.world_size, sampler.batches_per_epoch
@@ -72,9 +72,6 @@ class _Missing:
     def indices(self, epoch: int, batch: int) -> np.ndarray:
         indices = self._sampler.indices(epoch, batch)
         return indices[~self._present[indices]]
-
-    def flips(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        return np.zeros(len(indices), dtype=bool)
 
 
 class FeatureStream(BatchLoader[FeatureBatch]):
@@ -93,8 +90,8 @@ class FeatureStream(BatchLoader[FeatureBatch]):
 
     def __init__(
         self,
-        make_images: Callable[[EpochSampler | _Missing, bool], Loader],
-        sampler: EpochSampler,
+        make_images: Callable[[Sampler, bool], Loader],
+        sampler: Sampler,
         labels: np.ndarray,
         backbone: FrozenBackbone,
         *,

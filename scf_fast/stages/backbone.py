@@ -17,7 +17,7 @@ from scf_fast.kernels.margin_softmax import check_margin_softmax
 from scf_fast.networks.backbones import BACKBONES, Backbone
 from scf_fast.networks.families import family_state
 from scf_fast.pipelines.loading.base import Batch, Loader
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
 from scf_fast.stages.memory_forecast import MemoryForecast, forecast
@@ -57,7 +57,7 @@ class BackboneStage(Stage):
     def build_optimizer(self, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
         return build_optimizer(OptimizerRule.SGD, parameters, self.config, device, momentum=self.config.momentum)
 
-    def make_loader(self, source: ImageSource, sampler: EpochSampler, runtime: Runtime) -> Loader:
+    def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> Loader:
         return image_loader(self.config, source, sampler, runtime, self.config.flip)
 
     def loss(self, engine: Engine, batch: Batch) -> StepResult:

@@ -14,7 +14,7 @@ from scf_fast.engine.class_centers import ClassCenters
 from scf_fast.engine.engine import Engine
 from scf_fast.networks.flops import network_counts
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages.memory_forecast import MemoryForecast
 
@@ -85,7 +85,7 @@ class Stage(Protocol):
         """
         ...
 
-    def make_loader(self, source: ImageSource, sampler: EpochSampler, runtime: Runtime) -> BatchLoader[Any]:
+    def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
         """Returns the loader of this rank's batches; collective.
 
         Raises:

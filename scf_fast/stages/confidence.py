@@ -22,7 +22,7 @@ from scf_fast.networks.backbones import BACKBONES
 from scf_fast.networks.confidence import build_confidence_net
 from scf_fast.networks.families import family_state
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages import published_files
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
@@ -109,7 +109,7 @@ class ConfidenceStage(Stage):
     def network(self) -> NetworkShape:
         return NetworkShape(self.name, self.z_dim)
 
-    def make_loader(self, source: ImageSource, sampler: EpochSampler, runtime: Runtime) -> BatchLoader[Any]:
+    def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
         """Returns the stream of features."""
         return open_stream(self.config, self.backbone_state, source, sampler, runtime)
 

@@ -8,7 +8,7 @@ from scf_fast.distributed import Runtime
 from scf_fast.engine.engine import Engine
 from scf_fast.networks.backbones import Backbone
 from scf_fast.pipelines.loading.base import Batch, Loader
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages.base import StepResult
 from scf_fast.stages.confidence import ConfidenceStage
@@ -41,7 +41,7 @@ class FinetuneStage(ConfidenceStage):
         backbone.load_state_dict(self.backbone_state)
         return JointModel(backbone, net).to(runtime.device)
 
-    def make_loader(self, source: ImageSource, sampler: EpochSampler, runtime: Runtime) -> Loader:
+    def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> Loader:
         """Returns the loader of images."""
         return image_loader(self.config, source, sampler, runtime, self.config.flip)
 

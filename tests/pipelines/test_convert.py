@@ -171,5 +171,5 @@ def test_command_line(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "convert", stop)
     assert (
         main([str(tmp_path / "a"), str(tmp_path / "c"), "--to", "tar"]) == 130
-        and "the same command goes on" in capsys.readouterr().err
+        and "the same command continues" in capsys.readouterr().err
     )

@@ -215,7 +215,7 @@ def test_damaged_index_is_made_anew(tmp_path, damage, caplog):
     (index,) = index_files(tmp_path)
     damage(index)
     assert images_of(open_source(tmp_path)) == IMAGES
-    assert "making the index anew" in caplog.text
+    assert "making the index again" in caplog.text
 
 
 def jpeg(seed):
@@ -282,7 +282,10 @@ def test_report_on_a_wrong_idx(tmp_path, capsys):
 
 def test_command_line_errors_are_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
-    assert capsys.readouterr().err == f"error: there is no data set at {tmp_path / 'none'}; check the path\n"
+    assert (
+        capsys.readouterr().err
+        == f"python -m scf_fast.pipelines.index: error: there is no data set at {tmp_path / 'none'}; check the path\n"
+    )
 
 
 def test_unreadable_directory(tmp_path, monkeypatch):

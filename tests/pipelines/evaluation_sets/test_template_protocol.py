@@ -114,7 +114,7 @@ def test_written_protocol_reads_back(tmp_path):
         (
             "name_5pts_score",
             LANDMARKS.replace("0.9996", "nan").replace("0.25", "-1"),
-            "2 of 3 are not so, the first in row 1: nan",
+            "2 of 3 are not, the first in row 1: nan",
         ),
         ("face_tid_mid", "", "must list images, and is empty"),
         ("face_tid_mid", "1.jpg 1 69544\n2.jpg 1 5\xff\n3.jpg 7 5", r"row 2 must hold 3 columns"),

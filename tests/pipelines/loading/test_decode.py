@@ -114,8 +114,6 @@ def test_headers_of_a_batch():
         "oblong jpeg": encode("JPEG", oblong),
         "oblong png": encode("PNG", oblong),
         "none": np.empty(0, np.uint8),
-        "face": pack_face(PIXELS),
-        "cut face": pack_face(PIXELS)[:-1],
         "commented": encode("JPEG", comment=b"x" * 500),
         "restarts": encode("JPEG", restart_marker_blocks=4),
     }
@@ -126,11 +124,9 @@ def test_headers_of_a_batch():
         "padded jpeg",
         *OTHERS,
         "none",
-        "cut face",
     ]
-    assert sizes["oblong jpeg"] == sizes["oblong png"] == [90, 70] and sizes["jpeg"] == sizes["commented"] == sizes[
-        "restarts"
-    ] == sizes["face"] == [112, 112]
+    assert sizes["oblong jpeg"] == sizes["oblong png"] == [90, 70] and sizes["jpeg"] == sizes["commented"] == [112, 112]
+    assert sizes["restarts"] == [112, 112]
     np.testing.assert_array_equal(decode_face(pack_face(PIXELS)), PIXELS)
     assert check_headers([]).shape == (0, 2)
 

@@ -45,8 +45,7 @@ def test_every_image_gets_its_turn():
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.data())
 def test_mixture_has_its_shares(sizes, data):
     weights = data.draw(st.lists(st.floats(0.01, 100), min_size=len(sizes), max_size=len(sizes)))
-    size = data.draw(st.integers(1, 100))
-    mixture = Mixture(sizes, weights, size)
+    mixture, size = Mixture(sizes, weights), sum(sizes)
     exact = size * np.array(weights) / sum(weights)
     assert mixture.draws.sum() == size and (abs(mixture.draws - exact) < 1).all()
     starts = np.cumsum([0, *sizes])

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.sources.base import LARGE_FILE, ConcatenatedSources, EncodedImages, ImageFiles, SelectedImages
 
 
@@ -58,7 +59,7 @@ def test_many_images_at_once():
     class Unreadable(EncodedImages):
         def encoded(self, i):
             if i == 1:
-                raise ValueError
+                raise InputError
             return super().encoded(i)
 
     first, second = Unreadable([b"a", b"?", b"ccc"]), EncodedImages([b"dd", b"x" * (LARGE_FILE + 1), b""])

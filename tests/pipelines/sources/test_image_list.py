@@ -54,7 +54,7 @@ def test_bad_lines_of_a_lst_are_named(tmp_path, line):
     (tmp_path / "train.lst").write_text(f"0\t0.0\ta.jpg\n{line}\n")
     with pytest.raises(
         ValueError,
-        match=r"train\.lst line 2 (must be number, label and path, between them tabs, with a whole|has label -1)",
+        match=r"train\.lst line 2 (must be number, label and path, separated by tabs, with a whole|has label -1)",
     ):
         open_source(tmp_path / "train.lst")
 

@@ -181,7 +181,7 @@ def test_other_files(tmp_path):
 
 
 def test_many_shards_need_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("scf_fast.pipelines.sources.indexed._KEPT_OPEN", 2)
+    monkeypatch.setattr("scf_fast.pipelines.sources.packed._KEPT_OPEN", 2)
     for number in range(5):
         write_shard(tmp_path / f"{number}.tar", [("a", ".jpg", b"%d" % number, number)])
     before = len(os.listdir("/proc/self/fd"))

@@ -289,7 +289,7 @@ def test_list_of_other_shards(tmp_path):
 def test_bad_lines_are_named(tmp_path, line):
     with pytest.raises(
         ValueError,
-        match=r"train\.txt line 2 must be a name, a shard, an offset and a label, whole numbers, between them tabs, "
+        match=r"train\.txt line 2 must be a name, a shard, an offset and a label, whole numbers, separated by tabs, "
         r"got ",
     ):
         open_source(listed(tmp_path, ["{0}0\n", line + "\n"]))
@@ -390,7 +390,7 @@ def test_damaged_bytes_are_found_by_verify(tmp_path, capsys):
         (example(image=5, label=1), "must hold an image"),
         (bytes(4000), "must have fewer than 1000 fields"),
         (b"\x0b", "a field has wire type 3"),
-        (b"\x0a\xff\x01" + bytes(9), "a field ends 246 bytes behind its message"),
+        (b"\x0a\xff\x01" + bytes(9), "a field ends 246 bytes after its message"),
         (b"\x0a" + b"\xff" * 20, "a number does not end"),
         (b"\x0a", "a number does not end"),
         (field(1, field(1, b"\x0a\x05image\x12\xff")), "a number does not end"),

@@ -6,7 +6,7 @@ from PIL import Image
 
 from scf_fast.evaluation.alignment import AlignedFaces, similarity_transform
 from scf_fast.pipelines.face_template import TEMPLATE
-from scf_fast.pipelines.loading.decode import decode_face
+from scf_fast.pipelines.loading.decode import decode_face, load_face
 from scf_fast.pipelines.sources.base import EncodedImages
 
 
@@ -54,7 +54,7 @@ def test_warp_against_sampling_by_hand():
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).resize((240, 200), Image.Resampling.BICUBIC)
     )
     landmarks = turned(TEMPLATE)
-    face = decode_face(AlignedFaces(EncodedImages([encode(pixels)]), landmarks[None]).encoded(0))
+    face = AlignedFaces(EncodedImages([encode(pixels)]), landmarks[None]).pixels(0)
     assert face.shape == (112, 112, 3)
     inside = 0
     for column, row in rng.integers(0, 112, (60, 2)):
@@ -71,16 +71,17 @@ def test_faces_in_place_are_not_touched():
     encoded = encode(np.random.default_rng(2).integers(0, 256, (112, 112, 3), dtype=np.uint8), "JPEG")
     source = EncodedImages([encoded, encoded])
     faces = AlignedFaces(source, np.stack([TEMPLATE.round(2), TEMPLATE + 1]))
-    assert faces.encoded(0).tobytes() == encoded
+    assert faces.pixels(0) is None and faces.encoded(0).tobytes() == encoded
+    np.testing.assert_array_equal(load_face(faces, 0), decode_face(encoded))
     # One pixel to the left and up; nothing is blurred.
-    moved = decode_face(faces.encoded(1))
+    moved = load_face(faces, 1)
     np.testing.assert_array_equal(moved[:-1, :-1], decode_face(encoded)[1:, 1:])
     assert len(faces) == 2 and faces.name(1) == "image 1"
 
 
 def test_a_larger_picture_with_landmarks_in_place_is_cut():
     pixels = np.random.default_rng(3).integers(0, 256, (150, 130, 3), dtype=np.uint8)
-    face = decode_face(AlignedFaces(EncodedImages([encode(pixels)]), TEMPLATE[None]).encoded(0))
+    face = AlignedFaces(EncodedImages([encode(pixels)]), TEMPLATE[None]).pixels(0)
     np.testing.assert_allclose(face.astype(float), pixels[:112, :112], atol=1)
 
 
@@ -95,4 +96,4 @@ def test_landmarks_that_are_refused(landmarks):
 )
 def test_broken_images_are_named(encoded, reason):
     with pytest.raises(ValueError, match=f"image 0 cannot be decoded: {reason}"):
-        AlignedFaces(EncodedImages([encoded]), TEMPLATE[None]).encoded(0)
+        AlignedFaces(EncodedImages([encoded]), TEMPLATE[None]).pixels(0)
