@@ -47,8 +47,8 @@ def write_embeddings(path: Path, embeddings: Embeddings, image_paths: list[Path]
         if path.suffix == ".npz":
             np.savez(file, **columns)  # type: ignore[arg-type]  # NumPy 2 types its own keywords there
             return
-        import pyarrow  # type: ignore[import-untyped,import-not-found]  # optional, and ships no types
-        import pyarrow.parquet  # type: ignore[import-untyped,import-not-found]
+        import pyarrow
+        import pyarrow.parquet
 
         mu = columns.pop("mu")
         directions = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(mu.ravel()), mu.shape[1])

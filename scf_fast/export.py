@@ -173,7 +173,7 @@ def _write_onnx(model: SCF, path: Path, preprocess: bool, opset: int) -> None:
 
 
 def _load_onnx(path: Path) -> Program:
-    import onnxruntime  # type: ignore[import-untyped,import-not-found]  # optional, and ships no types
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -1,6 +1,5 @@
 """Inference with a trained model: images -> features and log kappa, in batches of any image source."""
 
-import hashlib
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.weights.digest import digest_weights
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ DEFAULT_DECODING = Decoding()
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """Settings that every command shares which embeds images; its flags are in :mod:`scf_fast.arguments`."""
+    """Settings shared by all commands that embed images; their flags are in :mod:`scf_fast.arguments`."""
 
     normalization: str | None = None  # None: as the model's files say, see SCF.from_checkpoint
     flip: bool = False
@@ -128,7 +128,8 @@ class Embedder:
     def __init__(self, model: SCF, device: torch.device | str = "cpu", precision: str = "auto", flip: bool = False):
         self.device, self.flip = torch.device(device), flip
         self.radius, self.normalization, self.embedding_dim = model.radius, model.normalization, model.embedding_dim
-        self.key = _digest_of(model, f"{model.normalization} {precision} {self.device.type} {flip}")
+        _check_finite(model)
+        self.key = digest_weights(model.state_dict(), f"{model.normalization} {precision} {self.device.type} {flip}")
         self._precisions = (
             ("fp32",)
             if precision == "auto" and self.device.type == "cpu"
@@ -208,22 +209,18 @@ class Embedder:
         return Embeddings(features[:count].to(torch.float32, copy=True), log_kappa)
 
 
-def _digest_of(model: SCF, settings: str) -> str:
-    """Returns a SHA-256 of settings and weights.
+def _check_finite(model: SCF) -> None:
+    """Checks the weights of a model.
 
     Raises:
         InputError: a weight is not finite.
     """
-    digest = hashlib.sha256(settings.encode())
     for name, value in sorted(model.state_dict().items()):
         if not value.isfinite().all():
             raise InputError(
                 f"the model's weights must be finite, and those of {name} are not; its training diverged, take an "
                 "earlier checkpoint"
             )
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def open_embedder(path: str | Path, options: InferenceOptions) -> Embedder:

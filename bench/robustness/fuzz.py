@@ -233,7 +233,8 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {  # {name: (r
     "cache": (
         _cache,
         [
-            b'{"format": 3, "key": {"data": "d"}, "convf_error": 0.0, "layout": '
+            b'{"format": 3, "key": {"backbone": "b", "data": "d", "normalization": "n", "precision": "p"}, '
+            b'"convf_error": 0.0, "layout": '
             b'{"num_images": 5, "z_dim": 8, "convf_shape": [4, 7, 7], "dtype": "bf16"}}'
         ],
     ),

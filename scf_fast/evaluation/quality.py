@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr  # type: ignore[import-untyped]  # SciPy ships no types
+from scipy.stats import spearmanr
 
 from scf_fast.errors import InputError
 from scf_fast.evaluation import metrics

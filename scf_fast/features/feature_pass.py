@@ -1,4 +1,4 @@
-"""A pass over a data set that computes features and trains nothing: what the commands beside training share."""
+"""Passes over a data set that compute features and train nothing, for the commands beside training."""
 
 import dataclasses
 
@@ -17,8 +17,7 @@ from scf_fast.weights.reading import read_noted_facts, read_weights
 
 
 class FeaturePass:
-    """The inputs of a pass: everything that can be wrong with them is found before :meth:`start` forms the group of
-    ranks.
+    """The inputs of a pass, checked before :meth:`start` forms the group of ranks.
 
     Args:
         config: of a pass over ``data`` with the backbone in ``saved_bkb``.

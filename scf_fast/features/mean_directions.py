@@ -1,4 +1,4 @@
-"""Class centers as mean directions: the maximum-likelihood estimate for each identity, from images of it.
+"""Class centers as mean directions: the maximum-likelihood estimate for each identity from its images.
 
     center_c = s_c / |s_c|,   s_c = sum of x / |x| over the features x of the images of identity c
                               and, unless --no_flip, of their mirror images

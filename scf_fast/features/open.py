@@ -95,8 +95,8 @@ def open_stream(
 
 
 def cache_key(backbone_state: StateDict, source: ImageSource, normalization: str, precision: str) -> CacheKey:
-    """Returns what decides the cached values: digests of the backbone's weights and of the data, pixel convention and
-    arithmetic.
+    """Returns everything that decides the cached values: digests of the backbone's weights and of the data, pixel
+    convention and arithmetic.
 
     The data are known by all labels and by the bytes of 64 images, spread evenly.
     """

@@ -64,7 +64,7 @@ class CacheMeta:
     convf_error: float  # relative loss by storing, see encoding_error
 
     def differences(self, key: CacheKey, layout: CacheLayout) -> list[str]:
-        """Returns what differs from these, one phrase each."""
+        """Returns one phrase for each value that differs from these."""
         held, wanted = {**asdict(self.key), **asdict(self.layout)}, {**asdict(key), **asdict(layout)}
         return [f"{name}: cached {held[name]}, needed {value}" for name, value in wanted.items() if held[name] != value]
 
@@ -124,7 +124,7 @@ class FeatureCache:
                     f"--feature_cache {folder}: was made for something else ({'; '.join(different)}); give another "
                     "folder, or delete it"
                 )
-            cls._check_after_a_death(folder, layout)
+            cls._check_after_crash(folder, layout)
             return
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -142,7 +142,7 @@ class FeatureCache:
         write_json(folder / _META_FILE, meta, indent=2, end="\n")
 
     @classmethod
-    def _check_after_a_death(cls, folder: Path, layout: CacheLayout) -> None:
+    def _check_after_crash(cls, folder: Path, layout: CacheLayout) -> None:
         """Checks every record if a run has left its mark, and takes the mark away."""
         marks = list(folder.glob("writing-*"))
         if not marks:

@@ -75,7 +75,7 @@ class _Missing(Sampler):
 
 
 class FeatureStream(BatchLoader[FeatureBatch]):
-    """Features of the sampler's images, batch by batch, in the orientation of the sampler's coin.
+    """Features of the sampler's images, batch by batch, in the orientation that the sampler draws.
 
     The batches are the same with and without a cache. With one, an image that is missing is computed in both
     orientations and stored. On CUDA the work on a batch overlaps the training on the one before.
@@ -160,7 +160,7 @@ class FeatureStream(BatchLoader[FeatureBatch]):
         return features, convf
 
     def _collect(self, wait: bool) -> None:
-        """Adds up the events that have passed, or all of them once they have."""
+        """Adds up the events that have passed; with ``wait``, waits for the others and adds them too."""
         while self._timed and (wait or self._timed[0][1].query()):
             began, ended = self._timed.popleft()
             ended.synchronize()
@@ -195,7 +195,7 @@ class FeatureStream(BatchLoader[FeatureBatch]):
     def _read(
         self, cache: FeatureCache, epoch: int, batch: int, present: np.ndarray
     ) -> tuple[np.ndarray, torch.Tensor | None]:
-        """Returns which images of a batch the cache has, (B,) bool, and their rows; None for no rows of some images."""
+        """Returns which images of a batch the cache has, (B,) bool, and their rows; None if it has none of them."""
         indices = self._sampler.indices(epoch, batch)
         hits = present[indices]
         if len(hits) and not hits.any():  # a rank's share of a last batch can be empty

@@ -193,6 +193,8 @@ class Backbone(nn.Module):
         """Draws weights as the family does: under BatchNorm their size decides how far a learning rate turns a
         convolution.
         """
+        if self.output_layer[3].weight.is_meta:
+            return  # it would take a second for a deep network, and draw nothing
         for module in self.modules():
             if self.architecture.family == "insightface":
                 if isinstance(module, nn.Conv2d):

@@ -42,7 +42,7 @@ _FACT_TYPES: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a weight file says besides its tensors; None where it does not say.
+    """The facts that a weight file states besides its tensors; None if it does not state one.
 
     Attributes:
         epoch, global_step: counted from 0, as the published code does it.
@@ -59,7 +59,7 @@ class Facts:
 
     @classmethod
     def found_in(cls, entry: Mapping[str, object]) -> "Facts":
-        """Returns the facts among the entries of a checkpoint; a value of another type is no fact."""
+        """Returns the facts among the entries of a checkpoint; a value of another type is ignored."""
         found: dict[str, Any] = {
             name: entry[name] for name, kind in _FACT_TYPES.items() if isinstance(entry.get(name), kind)
         }
@@ -78,7 +78,7 @@ class Facts:
 
 @dataclass
 class Weights:
-    """What a weight file holds, or several that belong together; a part that is not there is None.
+    """The contents of a weight file, or of several that belong together; a part that is not there is None.
 
     Attributes:
         source: what the user named it with, for messages.
@@ -107,7 +107,7 @@ class Weights:
             InputError: it is not there; the message says what is there instead.
         """
         if part not in self.parts:
-            self._refuse_for_want_of(part)
+            self._raise_missing(part)
         return Weights(self.source, facts=self.facts, **{part.value: getattr(self, part.value)})
 
     def require_backbone(self) -> StateDict:
@@ -117,7 +117,7 @@ class Weights:
             InputError: there is none; the message says what is there instead.
         """
         if self.backbone is None:
-            self._refuse_for_want_of(Part.BACKBONE)
+            self._raise_missing(Part.BACKBONE)
         return self.backbone
 
     def require_class_centers(self) -> torch.Tensor:
@@ -127,7 +127,7 @@ class Weights:
             InputError: there are none, values are not finite, or a row is zero.
         """
         if self.class_centers is None:
-            self._refuse_for_want_of(Part.CLASS_CENTERS)
+            self._raise_missing(Part.CLASS_CENTERS)
         centers = self.class_centers.float()
         if not torch.isfinite(centers).all() or not centers.any(dim=1).all():
             raise InputError(
@@ -143,7 +143,7 @@ class Weights:
             InputError: there is none; the message says what is there instead.
         """
         if self.confidence_net is None:
-            self._refuse_for_want_of(Part.CONFIDENCE_NET)
+            self._raise_missing(Part.CONFIDENCE_NET)
         return self.confidence_net
 
     def network(self) -> tuple[str, int]:
@@ -161,12 +161,12 @@ class Weights:
 
     @property
     def radius(self) -> float:
-        """Radius of the model's sphere: what the file says, else the default."""
+        """Radius of the model's sphere: as the file states it, else the default."""
         return DEFAULT_RADIUS if self.facts.radius is None else self.facts.radius
 
     @property
     def normalization(self) -> str:
-        """Pixel convention: what the file says, else the one that the backbone's family is trained with."""
+        """Pixel convention: as the file states it, else the one that the backbone's family is trained with."""
         return self.facts.normalization or self.architecture.normalization
 
     def describe(self) -> list[str]:
@@ -199,11 +199,11 @@ class Weights:
         except InputError as error:
             raise InputError(f"{self.source}: {error}") from None
 
-    def _refuse_for_want_of(self, part: Part) -> NoReturn:
+    def _raise_missing(self, part: Part) -> NoReturn:
         if self.parts:
             raise InputError(f"{self.source}: must hold {_WANTED[part]}, but holds {' and '.join(self.describe())}")
         if part is Part.BACKBONE and self.other:
-            self._identify(max(self.other, key=len))  # it knows better what is wrong with these tensors
+            self._identify(max(self.other, key=len))  # says more exactly what is wrong with these tensors
         found = f"keys like {list(self.other[0])[:3]}" if self.other else "none"
         raise InputError(f"{self.source}: must hold {_WANTED[part]}, got {found}")
 

@@ -58,8 +58,8 @@ def read_weights(spec: str | Path, flag: str = "file") -> Weights:
 
 
 def read_noted_facts(weights: Weights, spec: str | Path) -> Facts:
-    """Returns the facts of the weights in ``spec``. Where these do not tell the pixel convention, the class centers do
-    that stage 1 writes beside its backbone.
+    """Returns the facts of the weights in ``spec``, with the pixel convention that stage 1 notes in the class centers
+    beside its backbone, if the weights do not state one themselves.
 
     Raises:
         InputError: there is a file of that name, and it cannot be read.
@@ -85,7 +85,7 @@ def _read_file(path: str, flag: str) -> Weights:
 
 
 def _the_same(old: StateDict | None, new: StateDict | None, must: str, path: str) -> StateDict | None:
-    """Returns the network that files before ``path`` hold, else the one that it holds.
+    """Returns the network of the files before ``path``, or else the one that it holds.
 
     Raises:
         InputError: both do, and they differ; the message starts with ``must``.
@@ -183,7 +183,7 @@ def _collect(value: Any, weights: Weights) -> None:
 
 
 def _owner(key: str) -> str:
-    """Returns which part of a model saved as a whole a key belongs to; empty where it does not say."""
+    """Returns which part of a model saved as a whole a key belongs to; empty if it does not say."""
     if key == Part.CLASS_CENTERS.value:
         return key
     networks = (Part.BACKBONE.value, Part.CONFIDENCE_NET.value)

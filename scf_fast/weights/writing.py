@@ -73,17 +73,21 @@ def _insightface(weights: Weights) -> Any:
 
 
 def _scf_fast(weights: Weights) -> Any:
-    """Returns what the stages write: a backbone under its family's names, class centers and confidence nets as the
-    published code has them, and backbone and confidence net together as a model that says how to use it.
+    """Returns the entries that the stages write.
+
+    A backbone has its family's names, class centers and confidence nets those of the published code; backbone and
+    confidence net together are a model that says how to use it.
     """
     if weights.parts == (Part.BACKBONE, Part.CONFIDENCE_NET):
+        normalizer = weights.facts.normalizer
         return {
             "format": "scf_fast model",
             "backbone_state_dict": weights.backbone,
             "uncer_net_state_dict": weights.confidence_net,
             "radius": weights.radius,
             "normalization": weights.normalization,
-            **weights.facts.known(),
+            **({} if normalizer is None else {"normalizer": normalizer}),
+            **_progress(weights),
         }
     part = _only_part(weights, "scf_fast")
     if part is Part.BACKBONE:
@@ -127,7 +131,7 @@ def _only_part(weights: Weights, layout: str) -> Part:
 
 
 def _progress(weights: Weights) -> dict[str, int | float | str]:
-    """Returns epoch and global step, where they are known."""
+    """Returns epoch and global step, as far as they are known."""
     return {name: value for name, value in weights.facts.known().items() if name in ("epoch", "global_step")}
 
 

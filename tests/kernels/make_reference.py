@@ -8,7 +8,7 @@ First way:  A by the continued fraction of the ratio (DLMF 10.33.1), K_v and K_(
 Second way: the power series (DLMF 10.25.2), all of whose terms are positive, or from LARGE_KAPPA on the expansion for
             large argument (DLMF 10.40.1) with enough digits for its cancellation; A as the quotient of two of them.
 
-The uniform expansion that the kernels use takes no part. Run from anywhere: `python tests/kernels/make_reference.py`;
+The uniform expansion that the kernels use takes no part. Run from anywhere: ``python tests/kernels/make_reference.py``;
 about a minute.
 """
 
@@ -28,7 +28,7 @@ LARGE_KAPPA = 2e4  # the power series needs about 1.5 kappa terms
 
 
 def ratio_by_continued_fraction(order, kappa):
-    """I_(order+1) / I_order at kappa > 0, the fraction cut off at twice the depth until it stands still."""
+    """I_(order+1) / I_order at kappa > 0, the fraction cut off at twice the depth until it no longer changes."""
     depth, previous = 64, None
     while True:
         ratio = mpf(0)

@@ -20,7 +20,7 @@ ARCFACE = (1.0, 0.5, 0.0)
 
 
 def batch(b, c, d, seed=0, lean=1.0, device="cpu", dtype=torch.float32):
-    """Embeddings that lean to their class center, by ``lean`` standard deviations, some of them without a label."""
+    """Embeddings that lean toward their class center, by ``lean`` standard deviations, some of them without a label."""
     generator = torch.Generator().manual_seed(seed)
     e, w = (torch.randn(n, d, generator=generator, dtype=torch.float64) for n in (b, c))
     labels = torch.randint(c, (b,), generator=generator)
@@ -31,7 +31,7 @@ def batch(b, c, d, seed=0, lean=1.0, device="cpu", dtype=torch.float32):
 
 
 def assert_matches_reference(inputs, rtol, scale=16.0, margins=ARCFACE, backend="auto", **options):
-    """Value, `correct` and both gradients; errors relative to the largest entry."""
+    """Value, ``correct`` and both gradients; errors relative to the largest entry."""
     e, w, labels = inputs
     loss, correct = margin_softmax_loss(e, w, labels, scale, margins, **options, backend=backend)
     grads = torch.autograd.grad(loss, (e, w))
@@ -45,7 +45,7 @@ def assert_matches_reference(inputs, rtol, scale=16.0, margins=ARCFACE, backend=
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks, splits and tiles in a problem that the interpreter gets through."""
+    """Makes several blocks, splits and tiles out of a problem that is small enough for the interpreter."""
     monkeypatch.setattr(_margin_softmax_torch, "_BLOCK_CLASSES", (5, 5))
     monkeypatch.setattr(_margin_softmax_triton, "_BLOCK_CLASSES", (70, 70))
     monkeypatch.setattr(_margin_softmax_triton, "_PROGRAMS", 4)

@@ -16,8 +16,8 @@ RADIUS = 64.0
 
 
 def inputs(batch, dim, classes=11, *, dtype=torch.float32, device="cpu", spread=1.0, seed=0, log_kappa=(-2.0, 11.0)):
-    """Features around their class center, the closer the smaller `spread`; log kappa over a wide range; centers of any
-    length.
+    """Features around their class center, the closer the smaller ``spread``; log kappa over a wide range; centers of
+    any length.
     """
     generator = torch.Generator().manual_seed(seed + 1000 * batch + dim)
     class_centers = 3 * torch.randn(classes, dim, generator=generator)

@@ -19,7 +19,7 @@ KAPPAS = [0.0, 1e-2, 1.0, 37.0, 255.0, 1e3, 1e5]
 
 
 def at_angle(angle, dim):
-    """The first axis and a unit row at `angle` radians from it."""
+    """The first axis and a unit row at ``angle`` radians from it."""
     first, second = torch.zeros(1, dim, dtype=torch.float64), torch.zeros(1, dim, dtype=torch.float64)
     first[0, 0], second[0, 0], second[0, 1] = 1, math.cos(angle), math.sin(angle)
     return first, second
@@ -145,7 +145,7 @@ def test_the_uniform_distribution_says_nothing_about_direction(unit_rows):
     torch.testing.assert_close(without, scores[0], rtol=1e-14, atol=0)
 
 
-def test_radius_shifts_every_score_alike(unit_rows):
+def test_radius_shifts_every_score_by_the_same_amount(unit_rows):
     mu, kappa = unit_rows(3, 8), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     shift = vmf_similarity(mu, kappa, mu, kappa, radius=1.0) - vmf_similarity(mu, kappa, mu, kappa, radius=64.0)
     torch.testing.assert_close(shift, torch.full((3,), 8 * math.log(64), dtype=torch.float64))

@@ -34,7 +34,7 @@ def test_matrix_is_every_pair_whatever_the_band(monkeypatch, dim, unit_rows):
 
 
 def test_float32_arguments_cost_no_more_than_their_rounding(unit_rows):
-    """The matrix of float32 arguments is worked out in float64 and rounded once."""
+    """The matrix of float32 arguments is computed in float64 and rounded once."""
     mu1, mu2 = unit_rows(20, 512, seed=1).float(), unit_rows(30, 512, seed=2).float()
     kappa1, kappa2 = torch.logspace(-2, 4, 20), torch.logspace(4, -2, 30)
     exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double())
@@ -43,8 +43,8 @@ def test_float32_arguments_cost_no_more_than_their_rounding(unit_rows):
 
 
 def rounding(kappa1, kappa2, radius, dim):
-    """What float32 arithmetic may do to a score: 3e-7 of the greater kappa, and the rounding of a score of this
-    size.
+    """Error that float32 arithmetic may leave in a score: 3e-7 of the greater kappa, and the rounding of a score of
+    this size.
     """
     return 3e-7 * torch.maximum(kappa1.double()[:, None], kappa2.double()) + 1.2e-7 * abs(dim * math.log(radius)) + 1e-5
 
@@ -104,7 +104,7 @@ def test_histogram_counts_the_matrix(triton_device, distinct, backend, monkeypat
 
 @pytest.mark.parametrize("dim", [47, 53, 283, 512, 4096])
 def test_matrix_to_1e_11_nats(dim, unit_rows):
-    """The one polynomial that the series is folded into, against the pairs; from dimension 47 on, where the order needs
+    """The polynomial into which the series is folded, against the pairs; from dimension 47 on, where the order needs
     no shift.
     """
     mu1, mu2 = unit_rows(40, dim, seed=1), unit_rows(30, dim, seed=2)

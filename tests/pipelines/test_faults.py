@@ -1,4 +1,4 @@
-"""Faults put in on purpose: what docs/data.md says happens then."""
+"""Injected faults have the consequences that docs/data.md states."""
 
 import errno
 import io
@@ -173,9 +173,7 @@ def test_stale_index_in_a_read_only_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("make", [records, shards, files, images_list])
 def test_dates_in_the_future_are_dates(tmp_path, monkeypatch, make):
-    """Only a change of a date counts, so a clock that jumps makes no index anew, and a later change is still
-    noticed.
-    """
+    """Only a change of a date counts: a clock that jumps invalidates no index, and a later change is still noticed."""
     path = make(tmp_path)
     future = time.time() + 1e8
     for place in (path, *path.rglob("*")):

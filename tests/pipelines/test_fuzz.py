@@ -28,7 +28,7 @@ EDITS = st.lists(
 
 
 @pytest.mark.parametrize("target", sorted({*TARGETS} - {"bin"}))  # that one is in test_verification_set
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(number=st.integers(0, 7), edits=EDITS, length=st.integers(0, 1 << 12))
 def test_any_bytes_are_data_or_an_input_error(target, number, edits, length):
     function, seeds = TARGETS[target]

@@ -1,10 +1,15 @@
-"""Runs of both stages on a small synthetic data set, made once a session."""
+"""Runs of both stages on a small synthetic data set, made once a session, and weight files of every family."""
 
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 
 from scf_fast.distributed import launcher
+from scf_fast.networks.backbones import Backbone
+from scf_fast.networks.families import family_state
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +56,75 @@ def stage2(faces, stage1, tmp_path_factory, run_command):
     )
     assert status == 0, output
     return out, output
+
+
+_SMALL = {"published": "ir_small", "tface": "tface_ir_small", "insightface": "iresnet_small"}
+
+
+@pytest.fixture(scope="session")
+def small_backbone():
+    """``small_backbone(family, name=None)``: a small backbone of a family, in evaluation mode, with the
+    BatchNorm statistics of a trained one.
+    """
+
+    def make(family, name=None):
+        torch.manual_seed(1)
+        net = Backbone(name or _SMALL[family], 32).eval()
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        return net
+
+    return make
+
+
+@dataclass
+class WeightFiles:
+    """What ``save_as`` has written, and what must be read from it."""
+
+    saved_bkb: Path
+    saved_fc: Path
+    backbone: Backbone
+    centers: torch.Tensor
+
+
+@pytest.fixture(scope="session")
+def save_as(small_backbone):
+    """``save_as(family, folder, ranks=2, name=None)``: the files that the family's training code writes, by hand."""
+
+    def insightface(folder, net, centers, ranks):
+        state = family_state(net.state_dict(), net.architecture)
+        for rank, shard in enumerate(centers.tensor_split(ranks)):
+            # Nothing synchronizes the statistics there.
+            other = {key: value + rank if key.endswith("running_mean") else value for key, value in state.items()}
+            content = {
+                "epoch": 3,
+                "global_step": 120,
+                "state_dict_backbone": other,
+                "state_dict_softmax_fc": {"weight": shard.clone()},
+                "state_optimizer": {
+                    "state": {0: {"momentum_buffer": torch.zeros(2, 2)}},
+                    "param_groups": [{"lr": 0.1, "params": [0]}],
+                },
+                "state_lr_scheduler": {"base_lrs": [0.1]},
+            }
+            torch.save(content, folder / f"checkpoint_gpu_{rank}.pt")
+        return folder, folder
+
+    def tface(folder, net, centers, _):
+        torch.save(family_state(net.state_dict(), net.architecture), folder / "Backbone_Epoch_27_checkpoint.pth")
+        torch.save(centers, folder / "wc.pth")
+        return folder / "Backbone_Epoch_27_checkpoint.pth", folder / "wc.pth"
+
+    def published(folder, net, centers, _):
+        torch.save(net.state_dict(), folder / "b.pth")
+        torch.save({"arc_face_state_dict": {"weight": centers}}, folder / "f.pth")
+        return folder / "b.pth", folder / "f.pth"
+
+    def save(family, folder, ranks=2, name=None):
+        net, centers = small_backbone(family, name), torch.randn(5, 32)
+        write = {"published": published, "tface": tface, "insightface": insightface}[family]
+        return WeightFiles(*write(folder, net, centers, ranks), net, centers)
+
+    return save

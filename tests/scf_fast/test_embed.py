@@ -137,12 +137,12 @@ def test_a_backbone_alone_is_refused_unless_asked_for(model_file, tmp_path):
 
 def test_flip_adds_the_mirror_image(model_file, faces):
     model, images = SCF.from_checkpoint(model_file), Preprocessing("published").normalize(torch.from_numpy(faces[1]))
-    features, log_kappa = Embedder(model, flip=True)(images)
+    found = Embedder(model, flip=True)(images)
     with torch.no_grad():
         (f, k), (g, m) = model.embed(images), model.embed(images.flip(3))
-    torch.testing.assert_close(features, f + g, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(log_kappa, (k + m) / 2, rtol=1e-5, atol=1e-5)
-    assert F.cosine_similarity(features, f).max() < 0.9999  # so the mirror image did count
+    torch.testing.assert_close(found.features, f + g, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.log_kappa, (k + m) / 2, rtol=1e-5, atol=1e-5)
+    assert F.cosine_similarity(found.features, f).max() < 0.9999  # so the mirror image did count
 
 
 def test_key_tells_models_and_settings_apart(model_file):
@@ -186,7 +186,7 @@ def test_command_refuses_in_one_line(model_file, faces, tmp_path, capsys, argume
     out = [] if "--out" in arguments else ["--out", tmp_path / "out.npz"]
     assert main("--model", model_file, *out, *arguments) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert message in last and last.startswith("python -m scf_fast.embed: ")
+    assert message in last and last.startswith("python -m scf_fast.embed: error: ")
     assert not (tmp_path / "out.npz").exists()
 
 

@@ -97,11 +97,16 @@ def test_program_of_a_backbone_alone_gives_its_features(pixels, tmp_path):
 
 
 @needs_onnx
-def test_onnx_of_a_backbone_alone_has_one_output(pixels, tmp_path):
+def test_onnx_of_a_backbone_alone_has_one_output_and_weights_too_large_for_one_file_lie_beside_it(
+    pixels, tmp_path, monkeypatch
+):
     import onnxruntime
 
+    monkeypatch.setattr(export, "_ONE_FILE", 1000)
     model = make_backbone()
     export.export(model, tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "model.onnx.data").stat().st_size
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     images = Preprocessing("published").normalize(pixels)
     assert [(output.name, output.shape) for output in session.get_outputs()] == [("features", ["batch", 24])]
@@ -128,24 +133,6 @@ def test_command_on_a_backbone_alone(tmp_path, capsys):
         assert name == other and torch.equal(value, found)
 
 
-@needs_onnx
-def test_weights_too_large_for_one_file_lie_beside_it(model, pixels, tmp_path, monkeypatch):
-    import onnxruntime
-
-    monkeypatch.setattr(export, "_ONE_FILE", 1000)
-    export.export(model, tmp_path / "model.onnx")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    check(
-        lambda images: [
-            torch.from_numpy(array) for array in session.run(None, {"images": np.ascontiguousarray(images.numpy())})
-        ],
-        model,
-        pixels,
-        False,
-    )
-
-
 def test_weights(model, tmp_path):
     export.export(model, tmp_path / "model.safetensors")
     again = SCF.from_checkpoint(tmp_path / "model.safetensors")
@@ -157,12 +144,17 @@ def test_weights(model, tmp_path):
 
 
 def test_a_file_that_gives_other_numbers_is_not_kept(model, tmp_path, monkeypatch):
-    class Off(export.ServedModel):
-        def forward(self, images):
-            mu, kappa = super().forward(images)
+    def load_with_another_kappa(path):
+        assert path.read_bytes() == b"a new one"
+
+        def program(images):
+            mu, kappa = model(images)
             return mu, kappa * 1.001
 
-    monkeypatch.setattr(export, "ServedModel", Off)
+        return program
+
+    another = export._Format(lambda model, path, *_: path.write_bytes(b"a new one"), load_with_another_kappa)
+    monkeypatch.setitem(export._FORMATS, ".pt2", another)
     (tmp_path / "model.pt2").write_bytes(b"an earlier one")
     with pytest.raises(ValueError, match=r"differs from PyTorch's by 1\.0e-03 with 1 images"):
         export.export(model, tmp_path / "model.pt2")

@@ -99,7 +99,6 @@ RANKS = """
 import sys
 from pathlib import Path
 import torch
-from scf_fast.pipelines.face_template import TEMPLATE
 from scf_fast.pipelines.sources.base import ImageFiles
 from scf_fast import distributed
 from scf_fast.networks import frozen

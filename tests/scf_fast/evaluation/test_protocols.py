@@ -167,6 +167,14 @@ def test_a_confident_frame_outweighs_blurred_ones():
     assert scores[Weighting.AVERAGE] == pytest.approx(1 / np.sqrt(5)) and scores[Weighting.KAPPA] > 0.9999
 
 
+def all_scores(probes, gallery, radius):
+    """Eqn (13) of every probe with every gallery entry (Q, G), as a list of pairs."""
+    q, g = (part.flatten() for part in torch.meshgrid(torch.arange(40), torch.arange(15), indexing="ij"))
+    probe_kappa, gallery_kappa = torch.from_numpy(probes.kappa), torch.from_numpy(gallery.kappa)
+    pairs = probes.mu[q].double(), probe_kappa[q], gallery.mu[g].double(), gallery_kappa[g]
+    return vmf_similarity(*pairs, radius).reshape(40, 15)
+
+
 @pytest.mark.parametrize("score", list(Score))
 def test_search_against_brute_force(monkeypatch, score):
     monkeypatch.setattr(protocols, "_SCORES_AT_ONCE", 45)  # three probes at a time
@@ -177,19 +185,12 @@ def test_search_against_brute_force(monkeypatch, score):
     faces = gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects
     searches, shallow = protocols.search(*faces, radius=64.0, depth=15), protocols.search(*faces, radius=64.0, depth=3)
     assert 0 < searches.mated.sum() < 40
+    if score is Score.COSINE:
+        scores = probes.mu.double() @ gallery.mu.double().T
+    else:
+        scores = all_scores(probes, gallery, 64.0)
     for q in range(40):
-        values = []
-        for g in range(15):
-            if score is Score.COSINE:
-                values.append((probes.mu[q].double() @ gallery.mu[g].double()).item())
-            else:
-                pair = (
-                    probes.mu[q : q + 1].double(),
-                    kappas[1][q : q + 1],
-                    gallery.mu[g : g + 1].double(),
-                    kappas[0][g : g + 1],
-                )
-                values.append(vmf_similarity(*pair).item())
+        values = scores[q].tolist()
         own = [value for value, subject in zip(values, gallery_subjects) if subject == probe_subjects[q]]
         others = [value for value, subject in zip(values, gallery_subjects) if subject != probe_subjects[q]]
         assert searches.best_other[q] == pytest.approx(max(others), abs=1e-6)
@@ -218,21 +219,7 @@ def test_score_histogram_counts_every_comparison():
     kappas = torch.from_numpy(gallery.kappa), torch.from_numpy(probes.kappa)
     histogram = protocols.score_histogram(gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects)
     radius = neutral_radius(8)
-    scores = np.array(
-        [
-            [
-                vmf_similarity(
-                    gallery.mu[g : g + 1].double(),
-                    kappas[0][g : g + 1],
-                    probes.mu[q : q + 1].double(),
-                    kappas[1][q : q + 1],
-                    radius,
-                ).item()
-                for g in range(15)
-            ]
-            for q in range(40)
-        ]
-    )
+    scores = all_scores(probes, gallery, radius).numpy()
     same = probe_subjects[:, None] == gallery_subjects
     for counts, kind in (histogram.genuine, same), (histogram.impostor, ~same):
         np.testing.assert_array_equal(counts, np.histogram(scores[kind], histogram.edges)[0])

@@ -32,7 +32,7 @@ KEY = CacheKey("b", "d", "insightface", "fp32")
 @pytest.fixture(scope="module")
 def backbone():
     torch.manual_seed(0)
-    return FrozenBackbone(Backbone("ir_small", 16), "cpu", ("fp32",))
+    return FrozenBackbone(Backbone("ir_tiny", 16), "cpu", ("fp32",))
 
 
 class Images:
@@ -76,7 +76,7 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("rows", [128, 40])
 def test_cached_epochs_equal_uncached_ones(rows, faces, backbone, tmp_path):
     """With room for all 128 images, and with a budget of 40."""
-    layout = CacheLayout(rows, 16, (128, 7, 7), "fp32")
+    layout = CacheLayout(rows, 16, (16, 7, 7), "fp32")
     FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
     plain, _ = stream(faces, backbone)
     with plain, contextlib.closing(stream(faces, backbone, FeatureCache.open(tmp_path / "c", layout, 0))[0]) as cached:
@@ -93,7 +93,7 @@ def test_cached_epochs_equal_uncached_ones(rows, faces, backbone, tmp_path):
 
 
 def test_resume_in_the_middle_and_partly_filled_cache(faces, backbone, tmp_path):
-    layout = CacheLayout(128, 16, (128, 7, 7), "fp32")
+    layout = CacheLayout(128, 16, (16, 7, 7), "fp32")
     FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
     plain, _ = stream(faces, backbone)
     first, _ = stream(faces, backbone, FeatureCache.open(tmp_path / "c", layout, 0))
@@ -110,7 +110,7 @@ def test_resume_in_the_middle_and_partly_filled_cache(faces, backbone, tmp_path)
 
 
 def test_ranks_fill_one_cache_together(faces, backbone, tmp_path):
-    layout = CacheLayout(128, 16, (128, 7, 7), "fp32")
+    layout = CacheLayout(128, 16, (16, 7, 7), "fp32")
     FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
     streams = [stream(faces, backbone, FeatureCache.open(tmp_path / "c", layout, rank), rank, 2) for rank in range(2)]
     for s, _ in streams:
@@ -127,7 +127,7 @@ def test_ranks_fill_one_cache_together(faces, backbone, tmp_path):
 def test_a_rank_may_have_no_image_of_the_last_batch(cached, faces, backbone, tmp_path):
     good = open_source(faces / "train")
     source = EncodedImages([bytes(good.encoded(i)) for i in range(9)], good.labels[:9])
-    layout = CacheLayout(9, 16, (128, 7, 7), "fp32")
+    layout = CacheLayout(9, 16, (16, 7, 7), "fp32")
     FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
     shares = []
     for rank in range(2):
@@ -145,7 +145,7 @@ def test_a_broken_image_is_replaced_label_and_all_and_never_cached(faces, backbo
     images = [bytes(good.encoded(i)) for i in range(40)]
     images[7] = images[7][:200]
     source = EncodedImages(images, good.labels[:40])
-    layout = CacheLayout(40, 16, (128, 7, 7), "fp32")
+    layout = CacheLayout(40, 16, (16, 7, 7), "fp32")
     FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
 
     def make(sampler, flip):
@@ -226,7 +226,7 @@ def test_overlapped_batches_are_those_of_the_cpu(cached, faces, backbone, tmp_pa
     torch.manual_seed(0)
     device, source, cache = torch.device("cuda"), open_source(faces / "train"), None
     if cached:
-        layout = CacheLayout(128, 16, (128, 7, 7), "fp32")
+        layout = CacheLayout(128, 16, (16, 7, 7), "fp32")
         FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
         cache = FeatureCache.open(tmp_path / "c", layout, 0)
 
@@ -235,7 +235,7 @@ def test_overlapped_batches_are_those_of_the_cpu(cached, faces, backbone, tmp_pa
             source, sampler, Preprocessing(horizontal_flip=flip), device=device, backend="torch", num_workers=0
         )
 
-    network = FrozenBackbone(Backbone("ir_small", 16), device, ("fp32",), compile=True)
+    network = FrozenBackbone(Backbone("ir_tiny", 16), device, ("fp32",), compile=True)
     plain, _ = stream(faces, backbone)
     with (
         plain,
@@ -303,13 +303,13 @@ def test_a_step_never_waits_for_the_device(rows, faces, backbone, tmp_path):
     """Features from images and from a cache that is filled meanwhile, confidence net, loss, backward pass."""
     cache = None
     if rows:
-        layout = CacheLayout(rows, 16, (128, 7, 7), "int8")
+        layout = CacheLayout(rows, 16, (16, 7, 7), "int8")
         FeatureCache.create_or_check(tmp_path / "c", KEY, layout)
         cache = FeatureCache.open(tmp_path / "c", layout, 0)
     backbone(torch.zeros(2, 3, 112, 112))  # the choice of the precision waits, once
     stage = object.__new__(ConfidenceStage)
     stage.config = ConfidenceConfig(data="-", output_dir="-", saved_bkb="-", saved_fc="-")
-    stage._net_dtype, stage.class_centers, net = torch.float32, torch.randn(8, 16), ConvConfidence(128, 7)
+    stage._net_dtype, stage.class_centers, net = torch.float32, torch.randn(8, 16), ConvConfidence(16, 7)
     made, _ = stream(faces, backbone, cache)
     made._make_images = decoded_outside(made._make_images)
     with made:

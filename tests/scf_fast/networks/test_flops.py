@@ -1,4 +1,4 @@
-"""What a step counts. The networks' own counts are compared with the paper's in tests/bench/test_roofline.py."""
+"""FLOP of a training step. The networks' own counts are compared with the paper's in tests/bench/test_roofline.py."""
 
 import pytest
 
