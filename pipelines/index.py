@@ -51,6 +51,8 @@ def open_source(
     """
     if not isinstance(path, (list, tuple)):
         assert isinstance(path, (str, os.PathLike))
+        if not os.fspath(path):  # which Path would take for the current folder
+            raise InputError("the path of a data set must not be empty; give the path")
         return _open_indexed(Path(path), root, cache_dir)
     if not path:
         raise InputError("there must be at least one data set, got none")

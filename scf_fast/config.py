@@ -10,7 +10,6 @@ Over 450 lines because it is a table, one entry an option.
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from scf_fast.command import split_paths
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import ALIASES, BACKBONES
 from scf_fast.networks.confidence import CONFIDENCE_NETS, DEFAULT_RADIUS
@@ -61,11 +61,6 @@ def option(default: Any, help: str, **settings) -> Any:
 def option_of(field: dataclasses.Field) -> Option:
     """Returns what :func:`option` was told about a field."""
     return field.metadata["option"]
-
-
-def split_paths(text: str) -> tuple[str, ...]:
-    """Splits ``a,b`` into paths; an existing path may hold a comma."""
-    return (text,) if os.path.exists(text) else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass(frozen=True, kw_only=True)
