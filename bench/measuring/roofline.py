@@ -7,6 +7,7 @@ and convolutions; a multiplication and an addition count as two. Nothing here pr
 """
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,23 @@ from scf_fast.networks.flops import network_counts
 FLOAT = 4  # bytes of a float32
 # For each parameter: its gradient read, its weight and optimizer states (Adam two, SGD one) read and written.
 ADAM_BYTES, SGD_BYTES = 7 * FLOAT, 5 * FLOAT
+
+
+def _matrix_product(
+    size: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Callable[[], torch.Tensor], int]:
+    """Returns a product of square matrices and its FLOP: of ``size`` rows, or a quarter of them where that many would
+    take seconds a call, as bf16 does on a CPU without instructions for it (8 s for 1024 rows at 0.27 GFLOP/s).
+    """
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    few = size // 4
+    quarter = functools.partial(torch.mm, left[:few, :few].contiguous(), right[:few, :few].contiguous())
+    quarter()  # whatever the first call sets up
+    began = time.perf_counter()
+    quarter()
+    if torch.device(device).type == "cpu" and time.perf_counter() - began > 1 / 64:
+        return quarter, 2 * few**3
+    return functools.partial(torch.mm, left, right), 2 * size**3
 
 
 @dataclass(frozen=True)
@@ -35,19 +53,18 @@ class Machine:
         on_gpu = torch.device(device).type == "cuda"
         source = torch.rand(2**16 if small else 2**28 if on_gpu else 2**25, device=device)
         target = torch.empty_like(source)
-        size = 64 if small else 8192 if on_gpu else 1024
-        calls: dict[str, Callable[[], torch.Tensor]] = {"copy": lambda: target.copy_(source)}
-        for dtype in (torch.bfloat16, torch.float32):
-            left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-            calls[str(dtype).removeprefix("torch.")] = functools.partial(torch.mm, left, right)
         one = torch.zeros(1, device=device)
-        calls["launch"] = lambda: one.add_(1)
-        seconds = {
-            name: min(sampled_seconds(call, [()], device, budget=0.01 if small else 1.0))
-            for name, call in calls.items()
-        }
-        rates = {dtype: 2 * size**3 / seconds[dtype] for dtype in ("bfloat16", "float32")}
-        return cls(2 * source.nbytes / seconds["copy"], rates, seconds["launch"])
+        budget = 0.01 if small else 1.0
+
+        def fastest(call: Callable[[], torch.Tensor]) -> float:
+            return min(sampled_seconds(call, [()], device, budget))
+
+        rates = {}
+        for dtype in (torch.bfloat16, torch.float32):
+            call, flop = _matrix_product(64 if small else 8192 if on_gpu else 1024, dtype, device)
+            rates[str(dtype).removeprefix("torch.")] = flop / fastest(call)
+        copy_seconds = fastest(lambda: target.copy_(source))
+        return cls(2 * source.nbytes / copy_seconds, rates, fastest(lambda: one.add_(1)))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,4 +1,4 @@
-"""The suite in real processes at tiny sizes, and what is left of a section that is interrupted, wrong or out of
+"""The suite at tiny sizes, in real processes too, and what remains of a section that is interrupted, wrong or out of
 time.
 """
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,7 +38,9 @@ def case(way="scf_fast", prepare=ready):
 
 def test_a_record_has_samples_floor_memory_and_facts():
     record = measure(case(), "cpu", MACHINE, budget=0.001)
-    assert record["size"] == 8 and len(record["seconds"]) >= 5 and min(record["seconds"]) > 0
+    seconds = record["seconds"]
+    assert record["size"] == 8 and seconds["count"] >= 5 and seconds["low"] <= seconds["median"] <= seconds["high"]
+    assert 0 < seconds["min"] <= seconds["q1"] <= seconds["median"] == record["median_seconds"] <= seconds["max"]
     assert record["floor_seconds"] == 1e-6 and record["bound"] == "launch"
     assert record["times_floor"] == pytest.approx(record["median_seconds"] / 1e-6) and record[
         "per_second"
@@ -62,7 +63,7 @@ def test_what_cannot_be_timed_says_why(error, field, text):
 
 
 def options(folder, **more):
-    return SimpleNamespace(**{"out": folder, "tiny": True, "budget": 0.001, "profile": None, **more})
+    return suite.Options(folder, tiny=True, budget=0.001, **more)
 
 
 def test_an_interrupted_section_keeps_what_it_had(tmp_path):
@@ -90,13 +91,13 @@ def test_a_wrong_result_fails_the_section_and_a_trace_is_kept(tmp_path):
 
 def test_a_section_out_of_time_is_ended(tmp_path, monkeypatch):
     monkeypatch.setitem(suite.SECTIONS, "scf_loss", replace(suite.SECTIONS["scf_loss"], limit=0.1))
-    assert suite.run_section("scf_loss", options(tmp_path))["status"] == "out of time"
+    assert suite.run_section("scf_loss", options(tmp_path)).status == "out of time"
 
 
 @pytest.mark.parametrize("module", ["no_such_package", "no_such_package.part", "torch.no_such_part"])
 def test_a_section_that_needs_what_is_not_there_is_left_out(module, tmp_path, monkeypatch):
     monkeypatch.setitem(suite.SECTIONS, "scf_loss", replace(suite.SECTIONS["scf_loss"], needs=("json", module)))
-    assert suite.run_section("scf_loss", options(tmp_path))["status"] == f"left out: needs {module}" and not list(
+    assert suite.run_section("scf_loss", options(tmp_path)).status == f"left out: needs {module}" and not list(
         tmp_path.iterdir()
     )
 
@@ -113,7 +114,7 @@ def test_every_section_says_what_it_runs():
 
 @pytest.mark.parametrize("name", [name for name, section in suite.SECTIONS.items() if section.cases])
 def test_cases_of_a_gpu_have_floors_and_names_of_their_own(name):
-    """They are described without one; none is prepared here."""
+    """A GPU's cases can be described without one; none is prepared here."""
     module, function = suite.SECTIONS[name].cases.split(":")
     cases = getattr(importlib.import_module(module), function)("cuda")
     h200 = Machine(4.3e12, {"float32": 60e12, "bfloat16": 788e12}, 5e-6)
@@ -125,20 +126,23 @@ def test_cases_of_a_gpu_have_floors_and_names_of_their_own(name):
     )
 
 
+def check_section(folder, name):
+    """A finished file that names its command and no place, and has all numbers of every case that was timed."""
+    content = json.loads((folder / f"{name}.json").read_text())
+    assert content["complete"] and content["environment"]["command"].startswith(
+        f"python -m bench.suite --sections {name}"
+    )
+    assert str(folder) not in json.dumps(content) and str(ROOT) not in json.dumps(content)
+    measured = [record for record in content["records"] if "seconds" in record]
+    assert name == "floors" or {"scf_fast"} <= {record["way"] for record in measured}
+    assert all(record["times_floor"] > 0 and record["peak_mib"] >= 0 for record in measured)
+
+
 def test_the_command_runs_sections_in_processes(tmp_path):
-    sections = ["floors", "scf_loss", "margin_softmax", "stage1", "scoring", "center_memory"]
-    command = [
-        sys.executable,
-        "-m",
-        "bench.gpu",
-        "--tiny",
-        "--out",
-        str(tmp_path),
-        "--sections",
-        ",".join(sections[1:]),
-    ]
+    """A section of cases and one that is a program; the floors come by themselves."""
+    command = [sys.executable, "-m", "bench.gpu", "--tiny", "--out", str(tmp_path)]
     finished = subprocess.run(
-        command,
+        [*command, "--sections", "scf_loss,center_memory"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -146,35 +150,31 @@ def test_the_command_runs_sections_in_processes(tmp_path):
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = json.loads((tmp_path / "suite.json").read_text())
-    assert list(summary["sections"]) == sections and all(
-        section["status"] == "ok" for section in summary["sections"].values()
-    )
-    for name in sections[:-1]:
-        content = json.loads((tmp_path / f"{name}.json").read_text())
-        assert content["complete"] and content["environment"]["command"].startswith(
-            f"python -m bench.suite --sections {name}"
-        )
-        assert str(tmp_path) not in json.dumps(content) and str(ROOT) not in json.dumps(content)
-        measured = [record for record in content["records"] if "seconds" in record]
-        assert name == "floors" or {"scf_fast"} <= {record["way"] for record in measured}
-        assert all(record["times_floor"] > 0 and record["peak_mib"] >= 0 for record in measured)
+    assert list(summary["sections"]) == ["floors", "scf_loss", "center_memory"]
+    assert all(section["status"] == "ok" for section in summary["sections"].values())
+    check_section(tmp_path, "floors")
+    check_section(tmp_path, "scf_loss")
     assert json.loads((tmp_path / "center_memory-2000.json").read_text())["holds"]["no_logits"]
 
 
+@pytest.mark.parametrize("name", ["margin_softmax", "stage1", "scoring"])
+def test_sections_run_at_tiny_sizes(name, tmp_path):
+    """Their cases run here, since a process for each would load everything again."""
+    (tmp_path / "floors.json").write_text(json.dumps({"machine": MACHINE.as_dict()}))
+    assert suite.run_worker(name, options(tmp_path)) == 0
+    check_section(tmp_path, name)
+
+
 @pytest.mark.parametrize(
-    "words, message",
+    "words, gpu_only, message",
     [
-        (["bench.suite", "--sections", "stage3"], "must be some of floors"),
-        (["bench.suite", "--tiny"], "must be given with --out"),
-        (["bench.gpu"], "found none"),
+        (["--sections", "stage3"], False, "must be some of floors"),
+        (["--tiny"], False, "must be given with --out"),
+        ([], True, "none was found"),
     ],
 )
-def test_bad_arguments(words, message):
-    finished = subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode and message in finished.stderr
+def test_bad_arguments(words, gpu_only, message, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "DEVICE", "cpu")
+    assert suite.main(words, prog="python -m bench.gpu", gpu_only=gpu_only) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m bench.gpu: error: ") and message in error and error.count("\n") == 1

@@ -1,6 +1,7 @@
-"""Floors against counts done by hand on small shapes."""
+"""Floors against counts made by hand on small shapes."""
 
 import pytest
+import torch
 
 from bench.measuring import roofline
 from bench.measuring.roofline import Machine, Work
@@ -58,3 +59,11 @@ def test_rates_are_measured():
         and min(machine.flops_per_second.values()) > 1e5
     )
     assert Machine(**machine.as_dict()) == machine
+
+
+@pytest.mark.parametrize("seconds, rows", [(1 / 100, 64), (1 / 10, 16)])
+def test_a_product_that_would_take_seconds_is_smaller(seconds, rows, monkeypatch):
+    ticks = iter([0.0, seconds])  # of a product of a quarter of the rows
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(ticks))
+    call, flop = roofline._matrix_product(64, torch.float32, "cpu")
+    assert call().shape == (rows, rows) and flop == 2 * rows**3

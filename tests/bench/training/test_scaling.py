@@ -1,12 +1,12 @@
-"""Bytes of real collectives of two ranks are those that the model computes, which is then held to cases worked out by
-hand.
-"""
+"""Two ranks send the bytes that the model computes, and the model agrees with cases worked out by hand."""
 
 import json
 
 import pytest
 
 from bench.training import scaling
+from bench.training.collectives import on_the_wire
+from bench.training.scaling_model import GPUS, IDENTITIES, Assumptions, model, predicted, step_seconds
 
 
 def test_two_ranks_send_what_the_model_says(tmp_path, capsys):
@@ -14,27 +14,27 @@ def test_two_ranks_send_what_the_model_says(tmp_path, capsys):
     result = json.loads((tmp_path / "scaling.json").read_text())
     for stage in ("stage 1", "stage 2"):
         for zero_stage in (0, 1, 2):
-            counted = scaling.on_the_wire(result["measured"]["counted"][stage][str(zero_stage)], 2)
-            assert counted == pytest.approx(scaling.on_the_wire(scaling.predicted(stage, zero_stage), 2), rel=1e-3)
+            counted = on_the_wire(result["measured"]["counted"][stage][str(zero_stage)], 2)
+            assert counted == pytest.approx(on_the_wire(predicted(stage, zero_stage), 2), rel=1e-3)
     assert result["measured"]["counted"]["overlap"].keys() == {"beside", "in turn"}
     printed = capsys.readouterr().out
     assert "A model, not a measurement. Assumptions: network ir_100" in printed and "| 29 M |" in printed
 
 
 def test_bytes_on_the_wire():
-    assert scaling.on_the_wire({"all_reduce": 80, "all_gather": 40, "reduce_scatter": 40}, 4) == 120 + 30 + 30
-    assert scaling.on_the_wire({"all_reduce": 80}, 1) == 0
+    assert on_the_wire({"all_reduce": 80, "all_gather": 40, "reduce_scatter": 40}, 4) == 120 + 30 + 30
+    assert on_the_wire({"all_reduce": 80}, 1) == 0
 
 
 def test_model_by_hand():
-    a = scaling.Assumptions(latency_us=0.0, inter_gb_per_s=1e9, intra_gb_per_s=1e9)  # communication costs nothing
-    parts = scaling.step_seconds(16, 1_000_000, a)
+    a = Assumptions(latency_us=0.0, inter_gb_per_s=1e9, intra_gb_per_s=1e9)  # communication costs nothing
+    parts = step_seconds(16, 1_000_000, a)
     products = 4 * 2 * 128 * 16 * 62_500 * 512 / 500e12
     assert parts["backbone"] == 128 / 5000 and parts["margin softmax"] == pytest.approx(products)
     assert parts["total"] == pytest.approx(128 / 5000 + products + 5 * 4 * 62_500 * 512 / 4.3e12, rel=1e-4)
-    rows = scaling.model(a)
-    assert len(rows) == len(scaling.GPUS) * len(scaling.IDENTITIES) and all(0 < row["efficiency"] < 1 for row in rows)
-    slower = scaling.model(scaling.Assumptions(inter_gb_per_s=5.0))
+    rows = model(a)
+    assert len(rows) == len(GPUS) * len(IDENTITIES) and all(0 < row["efficiency"] < 1 for row in rows)
+    slower = model(Assumptions(inter_gb_per_s=5.0))
     assert all(b["images_per_second"] < a["images_per_second"] for a, b in zip(rows, slower))
-    assert not scaling.model(scaling.Assumptions(gpu_gb=1.0))[-7]["fits"]  # 29 M on 8 GPUs: 14.8 GB each
-    assert "does not fit" in scaling.model_table(scaling.model(scaling.Assumptions(gpu_gb=1.0)))
+    assert not model(Assumptions(gpu_gb=1.0))[-7]["fits"]  # 29 M on 8 GPUs: 14.8 GB each
+    assert "does not fit" in scaling.model_table(model(Assumptions(gpu_gb=1.0)))

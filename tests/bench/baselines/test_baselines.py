@@ -1,4 +1,4 @@
-"""The baselines compute what they say: otherwise a benchmark would compare with something nobody published."""
+"""The baselines compute what they claim to; otherwise a benchmark would compare with something nobody published."""
 
 import math
 
@@ -12,7 +12,7 @@ from bench.baselines.compiled import compiled_log_bessel_i
 from bench.baselines.eager import eager_log_bessel_i, eager_scf_loss
 from bench.baselines.published_normalizer import published_log_bessel_i
 from bench.baselines.published_scf_loss import published_scf_loss
-from bench.measuring.accuracy import load_reference
+from bench.kernels.accuracy import load_reference
 
 RADIUS = 64.0
 
@@ -87,7 +87,7 @@ def test_published_loss_is_its_formula():
 
 @pytest.mark.parametrize("dim", [128, 512, 4096])
 def test_eager_expansion_is_log_bessel_i(dim):
-    """Within the first term that it leaves out, about 1/v^4, of 60-digit values."""
+    """Within its first omitted term, about 1/v^4, of 60-digit values."""
     order = dim / 2 - 1
     entries = [entry for entry in load_reference()[dim] if entry["kappa"] >= 1e-2]
     kappas = np.array([entry["kappa"] for entry in entries])
@@ -99,11 +99,10 @@ def test_eager_expansion_is_log_bessel_i(dim):
 
 
 def test_eager_loss_is_the_vmf_likelihood():
-    """loss = -log vMF(w / r; mu, kappa) + d log r, by scipy's own distribution."""
+    """loss = -log vMF(w / r; mu, kappa) + d log r, by SciPy's own distribution."""
     features, log_kappa, centers, labels = a_batch(batch=4, dtype=torch.float64)
-    loss = eager_scf_loss(
-        features, log_kappa, 5 * centers, labels, RADIUS
-    )  # the length of a class center does not matter
+    # The length of a class center does not matter.
+    loss = eager_scf_loss(features, log_kappa, 5 * centers, labels, RADIUS)
     for i in range(len(labels)):
         mu = (features[i] / features[i].norm()).numpy()
         vmf = scipy.stats.vonmises_fisher(mu, math.exp(log_kappa[i].item()))

@@ -1,4 +1,4 @@
-"""bench.accuracy finds errors that are known beforehand, and the ranges and optima it reports are right."""
+"""The accuracy benchmark finds errors known in advance, and the ranges and optima it reports are right."""
 
 import json
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 from mpmath import mp, mpf
 
-from bench.measuring import accuracy
+from bench.kernels import accuracy
 
 
 def test_errors_are_relative_with_a_floor():
-    exact = accuracy.Exact.of([mpf(100), mpf("0.5")])
+    exact = accuracy.Exact.split([mpf(100), mpf("0.5")])
     np.testing.assert_allclose(accuracy.errors([101.0, 0.25], exact), [0.01, 0.5])
     np.testing.assert_allclose(accuracy.errors([101.0, 0.25], exact, floor=1.0), [0.01, 0.25])
     assert np.isinf(accuracy.errors([np.nan, -np.inf], exact)).all()
@@ -19,7 +19,7 @@ def test_errors_are_relative_with_a_floor():
 
 def test_errors_see_below_the_spacing_of_float64():
     with mp.workdps(60):
-        exact = accuracy.Exact.of([1 + mpf(2) ** -60])
+        exact = accuracy.Exact.split([1 + mpf(2) ** -60])
     np.testing.assert_allclose(accuracy.errors([1.0], exact), [2.0**-60], rtol=1e-12)
 
 
@@ -30,7 +30,7 @@ def test_range_where():
 
 
 def test_reference_is_log_bessel_i():
-    """Spot checks by mpmath's own Bessel function; every entry has gone through two other ways when it was made."""
+    """Spot checks with mpmath's own Bessel function; every entry was computed in two other ways when it was made."""
     reference = accuracy.load_reference()
     assert sorted(reference) == [2, 3, 4, 8, 32, 128, 512, 1024, 4096, 8192]
     for dim, entries in reference.items():
