@@ -45,7 +45,7 @@ from scf_fast.pipelines.formats.tfrecord import frame
 from scf_fast.pipelines.formats.tfrecord import pack_record as pack_tfrecord
 from scf_fast.pipelines.index import describe, open_source
 from scf_fast.pipelines.loading.decode import decode_face, read_header, read_headers
-from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.sources.indexed import IndexedImages
 
 TIMEOUT = 10.0  # seconds an input may take; tracing slows Python down about tenfold
 MEMORY = 4 << 30  # bytes that the process may grow by
@@ -109,7 +109,7 @@ def _records() -> bytes:
     )
 
 
-def _use(source: ImageSource) -> None:
+def _use(source: IndexedImages) -> None:
     """Does everything that training does with a source."""
     describe(source)
     source.will_need(np.arange(len(source)))
