@@ -455,7 +455,7 @@ class BackboneConfig(Config):
     )
     sample_rate: float = option(
         1.0,
-        "share of the other identities that each step's softmax is over, drawn anew (Partial FC), in (0, 1]",
+        "share of the other identities that each step's softmax is over, drawn for each step (Partial FC), in (0, 1]",
         group="model",
         identity=True,
     )
@@ -548,7 +548,7 @@ class FeatureConfig(Config):
     )
     cache_budget: float = option(
         0.0,
-        "most GB (10^9 bytes) that the cache may take; what does not fit is computed anew in every epoch; 0: no limit",
+        "most GB (10^9 bytes) that the cache may take; what does not fit is computed in every epoch; 0: no limit",
         group="system",
     )
 
@@ -661,5 +661,5 @@ def load_saved(path: Path) -> dict:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: is no saved configuration ({type(error).__name__}); to go on with the "
-            "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts anew"
+            "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts again"
         ) from None

@@ -204,11 +204,11 @@ def decoding_rates(
     write_image_index(source, idx)
     sampler = EpochSampler(len(source), batch)
     block = EpochSampler(len(source), batch, block_size=256)
-    options = {"device": DEVICE, "num_workers": threads, "prefetch": 2}
+    ours = functools.partial(make_loader, source, device=DEVICE, num_workers=threads, prefetch=2, on_broken="replace")
     loaders = {
-        OURS: make_loader(source, sampler, backend="dali", on_broken="replace", **options),
-        "ours, DALI, block shuffle": make_loader(source, block, backend="dali", on_broken="replace", **options),
-        WORKERS: make_loader(source, sampler, backend="torch", on_broken="replace", **options),
+        OURS: ours(sampler, backend="dali"),
+        "ours, DALI, block shuffle": ours(block, backend="dali"),
+        WORKERS: ours(sampler, backend="torch"),
     }
     runs = {
         THEIRS: mxnet_batches(source.rec_paths[0], idx, batch, threads, 2),
@@ -231,7 +231,7 @@ def decoding_rates(
             check_batch(images, labels, batch)
     for loader in loaders.values():
         loader.close()
-    ratios = {name: [ours / theirs for ours, theirs in zip(values, rates[THEIRS])] for name, values in rates.items()}
+    ratios = {name: [rate / theirs for rate, theirs in zip(values, rates[THEIRS])] for name, values in rates.items()}
     del busy[WORKERS]  # its work is in other processes
     return DecodingRates(*({name: statistics.median(v) for name, v in t.items()} for t in (rates, busy, ratios)))
 

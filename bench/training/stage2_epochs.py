@@ -11,7 +11,7 @@ import torch
 
 from bench.measuring.environment import DEVICE
 from bench.measuring.timing import synchronize
-from bench.training.stage2_steps import Z_DIM, Rates, cache_layout, make_head, published_step
+from bench.training.stage2_steps import CACHE_KEY, Z_DIM, Rates, cache_layout, make_head, published_step
 from scf_fast.config import ConfidenceConfig
 from scf_fast.features.store import FeatureCache
 from scf_fast.features.stream import FeatureStream
@@ -20,7 +20,7 @@ from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.frozen import FrozenBackbone
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Loader, Preprocessing
-from scf_fast.pipelines.sampling.sampler import EpochSampler
+from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class OurRun:
         network = FrozenBackbone(backbone, DEVICE, ("bf16",), compile=True)
         self.sampler = EpochSampler(len(source), options.epoch_batch)
 
-        def images(sampler: EpochSampler, flip: bool) -> Loader:
+        def images(sampler: Sampler, flip: bool) -> Loader:
             return make_loader(source, sampler, Preprocessing(horizontal_flip=flip), device=DEVICE, num_workers=2)
 
         self.stream = FeatureStream(
@@ -111,7 +111,7 @@ def measure_epochs(
 ) -> tuple[Rates, dict[str, float]]:
     """Measures images a second of each way, epoch by epoch, and the seconds that parts of our uncached epochs took."""
     layout = cache_layout(backbone, len(source), "bf16")
-    FeatureCache.create_or_check(folder / "epochs", {}, layout)
+    FeatureCache.create_or_check(folder / "epochs", CACHE_KEY, layout)
     uncached, cached = (
         OurRun(options, runtime, source, backbone, cache)
         for cache in (None, FeatureCache.open(folder / "epochs", layout, 0))

@@ -14,7 +14,7 @@ from bench.baselines.published_scf_loss import published_scf_loss
 from bench.measuring.environment import DEVICE
 from bench.measuring.timing import interleaved_seconds
 from scf_fast.features.records import CacheLayout, decode
-from scf_fast.features.store import FeatureCache
+from scf_fast.features.store import CacheKey, FeatureCache
 from scf_fast.kernels import scf_loss
 from scf_fast.networks.backbones import Architecture, Backbone
 from scf_fast.networks.confidence import build_confidence_net
@@ -23,6 +23,7 @@ from scf_fast.networks.frozen import FoldedBackbone
 CLASSES, Z_DIM, CACHED_BATCHES = 10_000, 512, 8
 SWITCHES = ("fold", "channels_last", "bf16", "compile", "graph")
 ON_GPU = DEVICE == "cuda"
+CACHE_KEY = CacheKey("random", "random", "insightface", "bf16")  # nobody reads these caches again
 
 Step = Callable[[torch.Tensor, torch.Tensor], None]  # of images and labels
 Features = tuple[torch.Tensor, torch.Tensor]  # embeddings and the last feature map
@@ -110,7 +111,7 @@ def our_backbone(backbone: Backbone, without: str | None = None) -> Callable[[to
 def cached_features(backbone: Backbone, batch: int, folder: Path) -> Callable[[torch.Tensor], Features]:
     """Fills a cache on disk with random features of the backbone's shapes and returns a function that reads a batch."""
     layout = cache_layout(backbone, CACHED_BATCHES * batch, "bf16")
-    FeatureCache.create_or_check(folder, {}, layout)
+    FeatureCache.create_or_check(folder, CACHE_KEY, layout)
     cache = FeatureCache.open(folder, layout, 0)
     for start in range(0, layout.num_images, batch):
         rows = np.arange(start, start + batch)

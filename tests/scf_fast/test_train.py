@@ -168,7 +168,7 @@ def test_stage_1_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_
     assert status == 0 and f"resumed at step {STEPS}" in output, output
     assert losses(tmp_path / "run", "step") == list(range(1, STEPS * 3 // 2 + 1))
     continued = losses(tmp_path / "run", "loss")
-    assert max(continued[STEPS:]) < min(continued[: STEPS // 2])  # it has not started anew
+    assert max(continued[STEPS:]) < min(continued[: STEPS // 2])  # it has not started again
 
 
 def test_stage_2_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, run_command):
