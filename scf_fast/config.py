@@ -661,5 +661,5 @@ def load_saved(path: Path) -> dict:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: is no saved configuration ({type(error).__name__}); to go on with the "
-            "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts again"
+            "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts over"
         ) from None

@@ -45,10 +45,6 @@ from scf_fast.pipelines.formats.tfrecord import frame
 from scf_fast.pipelines.formats.tfrecord import pack_record as pack_tfrecord
 from scf_fast.pipelines.index import describe, open_source
 from scf_fast.pipelines.loading.decode import decode_face, read_header, read_headers
-<<<<<<< HEAD
-=======
-from scf_fast.pipelines.sources.base import ImageSource
->>>>>>> 7d90b7b4bbd47d3b4e8a8c945f301f2655ede651
 from scf_fast.pipelines.sources.indexed import IndexedImages
 
 TIMEOUT = 10.0  # seconds an input may take; tracing slows Python down about tenfold
