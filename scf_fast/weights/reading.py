@@ -14,8 +14,8 @@ import torch
 
 from scf_fast.command import split_paths
 from scf_fast.errors import InputError
-from scf_fast.networks.families import StateDict, native_state
 from scf_fast.weights.contents import STATISTICS, Facts, Part, Weights
+from scf_fast.weights.family_names import StateDict, native_state
 from scf_fast.weights.files import BACKBONE_FILE, CENTERS_FILE, MODEL_FILE, load_tensor_file
 
 # What a folder may stand for: insightface's shards of all ranks, the model of stage 2, the two files of stage 1. In its

@@ -13,8 +13,8 @@ import yaml
 from scf_fast import distributed
 from scf_fast.distributed import launcher
 from scf_fast.model import SCF
-from scf_fast.networks.families import identify_backbone
 from scf_fast.run import folder as run_folder
+from scf_fast.weights.family_names import identify_backbone
 from scf_fast.weights.reading import read_weights
 
 STEPS = 8 * 16 // 32 * 2
