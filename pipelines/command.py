@@ -70,7 +70,7 @@ def split_commas(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def split_paths(text: StrPath) -> list[str]:
-    """Returns the paths in an argument like "a,b"; all of it where that is one path, whose name may hold commas."""
+def split_paths(text: StrPath) -> tuple[str, ...]:
+    """Returns the paths, at least one, in an argument like "a,b"; an existing path may hold a comma."""
     text = os.fspath(text)
-    return [text] if os.path.exists(text) else split_commas(text)
+    return (text,) if os.path.exists(text) else tuple(split_commas(text)) or (text,)

@@ -152,7 +152,7 @@ def _write_recordio(images: ImageSource, dst: Path, _: int, progress: Progress) 
 def _missing_shards(
     images: ImageSource, path_of: Callable[[int], Path], shard_images: int, progress: Progress
 ) -> Iterator[tuple[Path, range]]:
-    """(path, positions of its images) of the shards that are not there yet."""
+    """Yields (path, positions of its images) for the shards that are not there yet."""
     for number, first in enumerate(range(0, len(images), shard_images)):
         members = range(first, min(first + shard_images, len(images)))
         path = path_of(number)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from tqdm import tqdm
@@ -31,6 +32,12 @@ _SHOWN = 20  # broken images named in the report
 _KINDS: dict[str, type[IndexedImages]] = {".rec": RecordIndex, ".tar": TarIndex, ".tfrecord": TFRecordIndex}
 
 
+@overload
+def open_source(path: StrPath, root: StrPath | None = None, cache_dir: StrPath | None = None) -> IndexedImages: ...
+@overload
+def open_source(
+    path: Sequence[StrPath], root: StrPath | None = None, cache_dir: StrPath | None = None
+) -> ImageSource: ...
 def open_source(
     path: StrPath | Sequence[StrPath], root: StrPath | None = None, cache_dir: StrPath | None = None
 ) -> ImageSource:
@@ -51,14 +58,17 @@ def open_source(
     """
     if not isinstance(path, (list, tuple)):
         assert isinstance(path, (str, os.PathLike))
-        return _open_indexed(Path(path), root, cache_dir)
+        return _open_indexed(path, root, cache_dir)
     if not path:
         raise InputError("there must be at least one data set, got none")
     sources = [open_source(one, root, cache_dir) for one in path]
     return sources[0] if len(sources) == 1 else ConcatenatedSources(sources)
 
 
-def _open_indexed(path: Path, root: StrPath | None, cache_dir: StrPath | None) -> IndexedImages:
+def _open_indexed(path: StrPath, root: StrPath | None, cache_dir: StrPath | None) -> IndexedImages:
+    if not os.fspath(path):  # which Path would take for the current folder
+        raise InputError("the path of a data set must not be empty; give the path")
+    path = Path(path)
     if not path.exists() and path.suffix not in _KINDS:
         raise InputError(f"there is no data set at {path}; check the path")
     return _kind(path).open(path, cache_dir, root)
@@ -199,14 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (options.workers or 0) < 0:
             raise InputError(f"--workers must be at least 1, got {options.workers}")
 
-        def opened() -> IndexedImages:
-            return _open_indexed(Path(options.data), options.root, options.cache_dir)
-
-        source, found = opened(), {}
+        source, found = open_source(options.data, options.root, options.cache_dir), {}
         if options.verify:
             found = find_broken(source, options.workers)
             source.record_broken(list(found))
-            source = opened()
+            source = open_source(options.data, options.root, options.cache_dir)
         print("\n".join(describe(source)))
         if isinstance(source, RecordIndex):
             for path in source.rec_paths:

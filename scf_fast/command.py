@@ -1,5 +1,13 @@
 """The runner and the argument parser of every command."""
 
-from scf_fast.pipelines.command import INPUT_ERROR, INTERRUPTED, TRACEBACK_VARIABLE, Parser, run
+from scf_fast.pipelines.command import (
+    INPUT_ERROR,
+    INTERRUPTED,
+    TRACEBACK_VARIABLE,
+    Parser,
+    run,
+    split_commas,
+    split_paths,
+)
 
-__all__ = ["INPUT_ERROR", "INTERRUPTED", "TRACEBACK_VARIABLE", "Parser", "run"]
+__all__ = ["INPUT_ERROR", "INTERRUPTED", "TRACEBACK_VARIABLE", "Parser", "run", "split_commas", "split_paths"]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from scf_fast.command import Parser
+from scf_fast.command import Parser, split_commas
 from scf_fast.config import STAGES, ConfidenceConfig, Config, FeatureConfig, PerStage, option_of
 from scf_fast.errors import InputError
 
@@ -81,7 +81,7 @@ def _coerce(flag: _Flag, value: Any, source: str) -> Any:
         if value is None:
             return None
         if flag.is_tuple:
-            parts = value.replace(" ", "").split(",") if isinstance(value, str) else value
+            parts = split_commas(value) if isinstance(value, str) else value
             return tuple(kind(part) for part in parts if part != "")
         if kind is bool:
             if isinstance(value, bool):

@@ -10,7 +10,6 @@ Over 450 lines because it is a table, one entry an option.
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from scf_fast.command import split_paths
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import ALIASES, BACKBONES
 from scf_fast.networks.confidence import CONFIDENCE_NETS, DEFAULT_RADIUS
@@ -61,11 +61,6 @@ def option(default: Any, help: str, **settings) -> Any:
 def option_of(field: dataclasses.Field) -> Option:
     """Returns what :func:`option` was told about a field."""
     return field.metadata["option"]
-
-
-def split_paths(text: str) -> tuple[str, ...]:
-    """Splits ``a,b`` into paths; an existing path may hold a comma."""
-    return (text,) if os.path.exists(text) else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,7 +455,7 @@ class BackboneConfig(Config):
     )
     sample_rate: float = option(
         1.0,
-        "share of the other identities that each step's softmax is over, drawn anew (Partial FC), in (0, 1]",
+        "share of the other identities that each step's softmax is over, drawn for each step (Partial FC), in (0, 1]",
         group="model",
         identity=True,
     )
@@ -553,7 +548,7 @@ class FeatureConfig(Config):
     )
     cache_budget: float = option(
         0.0,
-        "most GB (10^9 bytes) that the cache may take; what does not fit is computed anew in every epoch; 0: no limit",
+        "most GB (10^9 bytes) that the cache may take; what does not fit is computed in every epoch; 0: no limit",
         group="system",
     )
 
@@ -666,5 +661,5 @@ def load_saved(path: Path) -> dict:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: is no saved configuration ({type(error).__name__}); to go on with the "
-            "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts anew"
+            "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts over"
         ) from None

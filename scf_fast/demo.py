@@ -46,7 +46,7 @@ def make_steps(data: Path, out: Path) -> list[Step]:
         return [*launcher(), *map(str, flags)]
 
     return [
-        Step("data", "embedded data set", lambda: module("pipelines.synthetic", data)),
+        Step("data", "synthetic data set", lambda: module("pipelines.synthetic", data)),
         Step(
             "stage1",
             "stage 1: backbone",

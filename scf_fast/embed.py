@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from scf_fast.arguments import add_inference_arguments, find_images, inference_options
 from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
 from scf_fast.inference import Embedder, Embeddings, InferenceOptions, embed_batches, open_embedder
+from scf_fast.inference_arguments import add_inference_arguments, find_images, inference_options
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.sources.base import ImageFiles
 

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scf_fast.arguments import add_normalization_argument
 from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
+from scf_fast.inference_arguments import add_normalization_argument
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import FoldedBackbone
 from scf_fast.pipelines.face_template import FACE_SIZE

@@ -34,7 +34,7 @@ DEFAULT_DECODING = Decoding()
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """Settings shared by all commands that embed images; their flags are in :mod:`scf_fast.arguments`."""
+    """Settings shared by all commands that embed images; their flags are in :mod:`scf_fast.inference_arguments`."""
 
     normalization: str | None = None  # None: as the model's files say, see SCF.from_checkpoint
     flip: bool = False

@@ -9,8 +9,8 @@ from torch import nn
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import DEFAULT_RADIUS, ConfidenceNet, build_confidence_net, identify_confidence_net
-from scf_fast.networks.families import StateDict
 from scf_fast.weights.contents import Facts, Weights
+from scf_fast.weights.family_names import StateDict
 from scf_fast.weights.reading import read_noted_facts, read_weights
 from scf_fast.weights.writing import write_weights
 

@@ -19,7 +19,7 @@ from scf_fast.data import epoch_sampler
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_precision
 from scf_fast.engine.engine import Engine
-from scf_fast.engine.optimizers import LearningRate
+from scf_fast.engine.learning_rate import LearningRate
 from scf_fast.errors import Incomplete
 from scf_fast.networks.flops import peak_flops
 from scf_fast.pipelines.loading.protocol import BatchLoader

@@ -60,21 +60,16 @@ def run_command():
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """``run_ranks(world_size, script, *arguments)``: that many processes of one group, all of which must succeed."""
+    """``run_ranks(world_size, script, *arguments)``: starts the ranks of one group, all of which must succeed; returns
+    what they have printed.
+    """
 
     def launch(world_size, *command):
         from scf_fast.distributed import free_port
 
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            world_size,
-            "--master_port",
-            free_port(),
-        ]
-        status, output = run([*start, *command], PYTHONPATH=str(ROOT))
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world_size]
+        status, output = run([*start, "--master_port", free_port(), *command], PYTHONPATH=str(ROOT))
         assert status == 0, output
+        return output
 
     return launch

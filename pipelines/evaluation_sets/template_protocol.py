@@ -185,7 +185,7 @@ def _read(path: str) -> bytes:
 
 
 def _read_named_rows(path: str, num_values: int, dtype: type[np.generic]) -> tuple[list[str], npt.NDArray[Any]]:
-    """(names, values): the first column, and the others as an (N, num_values) array."""
+    """Returns (names, values): the first column, and the others as an (N, num_values) array."""
     rows = [line.split() for line in _read(path).decode(errors="replace").splitlines()]
     if not rows:
         raise InputError(f"{path} must list images, and is empty; restore the file")
@@ -197,7 +197,7 @@ def _read_named_rows(path: str, num_values: int, dtype: type[np.generic]) -> tup
 
 
 def _read_pairs(path: str, template_ids: IntArray) -> tuple[IntArray, BoolArray]:
-    """((P, 2) template ids, (P,) labels)."""
+    """Returns (template ids, labels) of the pairs, (P, 2) and (P,)."""
     text = _read(path)
     try:
         with warnings.catch_warnings():
@@ -226,7 +226,7 @@ def _read_pairs(path: str, template_ids: IntArray) -> tuple[IntArray, BoolArray]
 def _bad_row(
     path: str, rows: Sequence[Sequence[Any]], num_names: int, num_values: int, dtype: type[np.generic]
 ) -> InputError:
-    """The error that names the first malformed row."""
+    """Returns the error that names the first malformed row."""
 
     def is_bad(row: Sequence[Any]) -> bool:
         try:
@@ -294,7 +294,7 @@ def read_galleries(root: StrPath, protocol: TemplateProtocol) -> list[Gallery]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(number of the line at which it ends, row) of each row."""
+    """Yields (number of the line at which it ends, row) for each row of a CSV file."""
     with open(path, newline="", errors="replace") as file:
         reader = csv.reader(file)
         try:
@@ -307,7 +307,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_subjects(path: Path, known: IntArray) -> tuple[IntArray, IntArray]:
-    """(template ids, subject ids), each template once."""
+    """Returns (template ids, subject ids), each template once."""
     rows: dict[int, int] = {}
     for line, row in itertools.islice(_csv_rows(path), 1, None):
         try:

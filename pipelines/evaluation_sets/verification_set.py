@@ -209,7 +209,7 @@ def draw_pairs(source: ImageSource, num_pairs: int = 6000, folds: int = 10, seed
 
 
 def _pairs_of(images: IntArray, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Up to ``count`` different pairs of images of one identity, in random order."""
+    """Draws up to ``count`` different pairs of images of one identity, in random order."""
     total = len(images) * (len(images) - 1) // 2
     number = rng.choice(total, min(count, total), replace=False) if total else np.empty(0, dtype=np.int64)
     second = ((1 + np.sqrt(1 + 8 * number)) // 2).astype(np.int64)  # pair number b (b - 1) / 2 + a is of images a < b

@@ -76,7 +76,7 @@ def map_arrays(path: StrPath, check: bool = True) -> tuple[dict[str, Any], dict[
 
 
 def _read_header(path: StrPath) -> tuple[bytes, int, int]:
-    """(header, checksum of the arrays, byte at which they start)."""
+    """Returns (header, checksum of the arrays, byte at which they start)."""
     with open(path, "rb") as file:
         prefix = file.read(_PREFIX.size)
         if len(prefix) == _PREFIX.size:
@@ -89,7 +89,7 @@ def _read_header(path: StrPath) -> tuple[bytes, int, int]:
 
 
 def _array_at(body: ByteArray, dtype: str, shape: list[int], start: int) -> Array:
-    """The array that starts at a byte of ``body``; ValueError or TypeError where there can be none."""
+    """Returns the array that starts at a byte of ``body``; raises ValueError or TypeError where there can be none."""
     if not _NUMBERS.fullmatch(dtype):  # before NumPy sees it: a dtype's text can run code
         raise ValueError(f"dtype {dtype}")
     end = start + np.dtype(dtype).itemsize * math.prod(shape)

@@ -95,7 +95,7 @@ def _set_aside(path: StrPath, sync: bool) -> Iterator[Path]:
 
 
 def _os_error_behind(error: Exception) -> OSError | None:
-    """The ``OSError`` that an exception is or stands for; None where there is none with a number."""
+    """Returns the ``OSError`` that an exception is or stands for; None where there is none with a number."""
     cause: BaseException | None = error
     if isinstance(error, RuntimeError):
         cause = error.__context__  # torch.save goes on to close its archive, and that fails in turn

@@ -41,8 +41,8 @@ def crc32c(data: ByteArray) -> npt.NDArray[np.uint32]:
 
 @functools.cache
 def _shares() -> npt.NDArray[np.uint32]:
-    """(_BLOCK * 256,) registers: entry 256 place + b is the one after byte b at that place of a block and zeros behind
-    it.
+    """Returns (_BLOCK * 256,) registers: entry 256 place + b is the one after byte b at that place of a block and zeros
+    after it.
     """
     register = np.arange(256, dtype=np.uint32)
     for _ in range(8):

@@ -132,7 +132,7 @@ def pack_record(record_id: int, label: float | Sequence[float], image: bytes | B
 
 
 def _cut_at_magic(payload: bytes) -> list[bytes]:
-    """The parts of ``payload`` between the magics that stand at multiples of 4."""
+    """Returns the parts of ``payload`` between the magics that stand at multiples of 4."""
     parts, start = [], 0
     at = payload.find(_MAGIC_BYTES)
     while at >= 0:
@@ -188,7 +188,7 @@ def images_in(data: ByteArray, starts: IntArray, lengths: IntArray) -> tuple[Int
 
 
 def _payload(data: ByteArray, offset: int) -> tuple[ByteArray, int]:
-    """The bytes of the record at ``offset``, a view unless it was cut, and where the next record starts."""
+    """Returns the bytes of the record at ``offset``, a view unless it was cut, and where the next record starts."""
     cflag, start, end = _frame(data, offset)
     if cflag == _WHOLE:
         return data[start:end], end + -end % 4
@@ -208,7 +208,7 @@ def _payload(data: ByteArray, offset: int) -> tuple[ByteArray, int]:
 
 
 def _frame(data: ByteArray, offset: int) -> tuple[int, int, int]:
-    """(cflag, start, end) of the frame at ``offset``: its bytes are data[start:end]."""
+    """Returns (cflag, start, end) of the frame at ``offset``: its bytes are data[start:end]."""
     start = offset + _FRAME.size
     if start > data.size:
         raise _truncated(offset, start, data.size)
@@ -282,8 +282,8 @@ def whole_records(data: ByteArray) -> tuple[IntArray, int]:
 
 
 def _walk(data: ByteArray, end: int) -> tuple[IntArray, list[int], int]:
-    """Up to _SCAN_BLOCK records from byte ``end`` on: their starts, which of them are cut or too short, and where the
-    next one starts.
+    """Walks up to _SCAN_BLOCK records from byte ``end`` on; returns their starts, which of them are cut or too short,
+    and where the next one starts.
     """
     buffer, size, unpack, shortest = data.data, data.size, _FRAME.unpack_from, _HEADER.size
     starts: list[int] = []
@@ -306,7 +306,7 @@ def _walk(data: ByteArray, end: int) -> tuple[IntArray, list[int], int]:
 
 
 def _image_records(data: ByteArray, starts: IntArray, unusual: list[int], end: int) -> ImageRecords:
-    """The image records among the records at ``starts``, the last of which ends at byte ``end``."""
+    """Picks the image records among the records at ``starts``, the last of which ends at byte ``end``."""
     labels = np.empty(len(starts))
     image_sizes = np.empty(len(starts), dtype=np.int64)
     flags = np.ones(len(starts), dtype=np.int64)

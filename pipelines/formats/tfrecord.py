@@ -97,13 +97,13 @@ def _packed_crc(data: bytes) -> bytes:
 
 
 def _masked_crc(data: ByteArray) -> IntArray:
-    """(...) for (..., n)."""
+    """Returns the masked checksums of rows of bytes, (...) for (..., n)."""
     crc = crc32c(data).astype(np.int64)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _sizes(headers: ByteArray) -> IntArray:
-    """The (N,) lengths in (N, 12) headers of records; -1 where the checksum is wrong."""
+    """Returns the lengths in (N, 12) headers of records, (N,); -1 where the checksum is wrong."""
     sizes = np.minimum(np.ascontiguousarray(headers[:, :8]).view("<u8")[:, 0], np.uint64(_HUGE)).astype(np.int64)
     return np.where(np.ascontiguousarray(headers[:, 8:]).view("<u4")[:, 0] == _masked_crc(headers[:, :8]), sizes, -1)
 
@@ -178,8 +178,8 @@ def images_in(data: ByteArray, starts: IntArray, lengths: IntArray) -> tuple[Int
 
 
 def _next_fields(data: ByteArray, messages: tuple[IntArray, IntArray], number: int) -> tuple[IntArray, IntArray]:
-    """(starts, ends) of the contents of the fields with which the messages data[messages[0][b]:messages[1][b]] begin;
-    an empty place where that is no field of that number with bytes in it.
+    """Returns (starts, ends) of the contents of the fields with which messages begin; an empty place where that is no
+    field of that number with bytes in it. Message b is data[messages[0][b]:messages[1][b]].
     """
     at, end = messages
     window = data[np.minimum(at[:, None] + np.arange(6), data.size - 1)]
@@ -225,7 +225,7 @@ def parse_example(data: memoryview, start: int, end: int) -> tuple[int, int, int
 def _first_value(
     data: memoryview, features: Mapping[bytes, tuple[int, int]], names: Sequence[bytes], kind: int
 ) -> tuple[int, int] | None:
-    """(start, end) of the first value in the list of that kind under the first of the names that has one."""
+    """Returns (start, end) of the first value in the list of that kind under the first of the names that has one."""
     for name in names:
         value = _first(data, _first(data, features.get(name, _NOTHING), kind), _VALUE)
         if value is not _NOTHING:
@@ -234,12 +234,12 @@ def _first_value(
 
 
 def _first(data: memoryview, message: tuple[int, int], number: int) -> tuple[int, int]:
-    """(start, end) of the first field of that number in the message data[message[0]:message[1]]."""
+    """Returns (start, end) of the first field of that number in the message data[message[0]:message[1]]."""
     return next(_fields(data, message, number), _NOTHING)
 
 
 def _fields(data: memoryview, message: tuple[int, int], number: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of every field of that number in the message data[message[0]:message[1]]."""
+    """Yields (start, end) of every field of that number in the message data[message[0]:message[1]]."""
     at, end = message
     for _ in range(_MOST_FIELDS):
         if at >= end:
@@ -267,7 +267,7 @@ def _fields(data: memoryview, message: tuple[int, int], number: int) -> Iterator
 
 
 def _varint(data: memoryview, at: int, end: int) -> tuple[int, int]:
-    """(value, where it ends) of a number of at most 64 bits: seven a byte, the lowest first."""
+    """Returns (value, byte after it) of a number of at most 64 bits: seven a byte, the lowest first."""
     value = shift = 0
     while at < end and shift < 64:
         byte = data[at]

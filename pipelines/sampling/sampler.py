@@ -130,7 +130,7 @@ class EpochSampler(Sampler):
         return stream_key(self._seed, epoch, number * _KINDS + kind)
 
     def _epoch_order(self, epoch: int) -> IntArray:
-        """The images of an epoch in order; read-only and kept until another epoch is asked for."""
+        """Returns the images of an epoch in order; read-only and kept until another epoch is asked for."""
         if epoch != self._order_epoch:
             order = self._positions(epoch)
             if self._selection is not None:

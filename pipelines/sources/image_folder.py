@@ -108,8 +108,8 @@ def _is_image(entry: os.DirEntry[bytes]) -> bool:
 
 
 def _walk(root: bytes, folder: bytes) -> Iterator[tuple[bytes, list[tuple[bytes, bool]]]]:
-    """(folder, [(image name, is it empty)]) of a folder and those below it, in the order of their names; paths relative
-    to ``root``.
+    """Yields (folder, [(image name, is it empty)]) for a folder and those below it, in the order of their names; paths
+    are relative to ``root``.
     """
     with os.scandir(os.path.join(root, folder)) as found:
         entries = sorted(found, key=lambda entry: entry.name)

@@ -106,7 +106,7 @@ class IndexedImages(ImageSource):
 
     @classmethod
     def _load(cls, index_path: Path) -> tuple[dict[str, Any], Arrays] | None:
-        """(meta, arrays) of an index; None where there is none that can be used."""
+        """Returns (meta, arrays) of an index; None where there is none that can be used."""
         try:
             meta, arrays = map_arrays(index_path)
             if (meta["version"], meta["format"]) != (_VERSION, cls.FORMAT):
@@ -188,7 +188,7 @@ class IndexedImages(ImageSource):
 
     @classmethod
     def _index_places(cls, path: Path, cache_dir: StrPath | None) -> list[Path]:
-        """Where the index may lie, the best place first."""
+        """Returns the paths at which the index may lie, the best first."""
         beside = cls._beside(path)
         # One folder for each of the many files called train.rec.
         folder = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
@@ -199,18 +199,18 @@ class IndexedImages(ImageSource):
 
     @classmethod
     def _property_of(cls, path: Path) -> Path | None:
-        """The file that says how many classes the data has."""
+        """Returns the file that says how many classes the data has."""
         return None
 
     @classmethod
     def _beside(cls, path: Path) -> Path:
-        """Path of the index beside the data."""
+        """Returns the path of the index beside the data."""
         return path.with_name(f"{path.name}.index")
 
     @classmethod
     @abc.abstractmethod
     def _fingerprint(cls, path: Path, arrays: Arrays | None) -> str | None:
-        """A text that changes with the data. ``arrays`` are those of the index, None where there is none.
+        """Returns a text that changes with the data. ``arrays`` are those of the index, None where there is none.
 
         Raises:
             InputError: there is no data.
@@ -219,7 +219,7 @@ class IndexedImages(ImageSource):
     @classmethod
     @abc.abstractmethod
     def _scan_size(cls, path: Path) -> int | None:
-        """Total of the progress that the scan reports; None where it is not known before."""
+        """Returns the total of the progress that the scan reports; None where it is not known beforehand."""
 
     @classmethod
     @abc.abstractmethod

@@ -81,26 +81,26 @@ class PackedImages(IndexedImages):
 
     @abc.abstractmethod
     def _name_in_file(self, i: int) -> str:
-        """The name of image i among those of its file; InputError where that has to be read and cannot be."""
+        """Returns the name of image i within its file; raises InputError where that has to be read and cannot be."""
 
     def _images_in(self, data: ByteArray, starts: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
-        """(starts, lengths) of the images in entries of the index that were read; lengths of 0 as for read()."""
+        """Finds the images, (starts, lengths), in entries of the index that were read; lengths of 0 as for read()."""
         return starts, lengths
 
     def _file_of(self, i: int) -> int:
         return 0 if len(self._names) == 1 else int(np.searchsorted(self._first, i, side="right")) - 1
 
     def _indexed_files(self) -> list[Path]:
-        """The files that hold the images, as ``first`` counts them."""
+        """Returns the files that hold the images, as ``first`` counts them."""
         return self._files(self._path)
 
     def _stored(self, i: int, before: int = 0) -> bytes:
-        """Entry i of the index and ``before`` bytes in front of it."""
+        """Reads entry i of the index and ``before`` bytes in front of it."""
         return self._bytes_at(i, -before, int(self._lengths[i]) + before)
 
     def _bytes_at(self, i: int, start: int, length: int) -> bytes:
-        """``length`` bytes from byte ``start`` of entry i on. Read, not mapped: a page fault would hold up all threads
-        for the disk, and where the disk is gone it would end the process.
+        """Reads ``length`` bytes from byte ``start`` of entry i on. They are not mapped: a page fault would hold up all
+        threads for the disk, and where the disk is gone it would end the process.
         """
         file = self._file_of(i)
         if start + length > LARGEST_FILE:
@@ -160,7 +160,7 @@ class PackedImages(IndexedImages):
 
     @classmethod
     def _files(cls, path: Path) -> list[Path]:
-        """The large files, in the order of the index; at least one."""
+        """Returns the large files, in the order of the index; at least one."""
         return (sorted(path.glob(f"*{cls.SUFFIX}")) or [path / f"*{cls.SUFFIX}"]) if path.is_dir() else [path]
 
     @classmethod

@@ -33,7 +33,7 @@ class RecordIndex(PackedImages):
 
     @property
     def rec_paths(self) -> list[Path]:
-        """The ``.rec`` files, in order."""
+        """The ``.rec`` files, in the order of the index."""
         return list(self._names)
 
     def offsets_in(self, rec_path: Path) -> IntArray:

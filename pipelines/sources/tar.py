@@ -72,8 +72,8 @@ class TarIndex(PackedImages):
 
 
 def _members(data: memoryview) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, size) of the regular files of a tar archive, ustar, GNU or pax: data[start:start + size] is the
-    content.
+    """Yields (name, start, size) for the regular files of a tar archive, ustar, GNU or pax: data[start:start + size] is
+    the content.
 
     tarfile would do; this is ten times as fast, and a shard has twice as many members as images.
     """
@@ -124,7 +124,7 @@ def _number(field: bytes, at: int) -> int:
 
 
 def _pax(content: bytes) -> dict[str, Any]:
-    """Name and size in a pax header, lines of 'length key=value\\n'."""
+    """Returns name and size in a pax header, lines of 'length key=value\\n'."""
     found: dict[str, Any] = {}
     for line in content.split(b"\n"):
         key, _, value = line.partition(b" ")[2].partition(b"=")
@@ -189,7 +189,7 @@ class _Found:
 
 
 def _label_in(content: bytes, suffix: bytes, key: bytes) -> float | None:
-    """The number in a .cls or .json member; None where a .json has none."""
+    """Returns the number in a .cls or .json member; None where a .json has none."""
     try:
         value = int(content) if suffix == b"cls" else json.loads(content)
         value = next((value[key] for key in _LABEL_KEYS if key in value), None) if isinstance(value, dict) else value

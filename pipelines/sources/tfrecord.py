@@ -61,7 +61,7 @@ class TFRecords(PackedImages):
         return np.repeat(np.arange(len(self._names)), np.diff(self._first)), self._offsets
 
     def _example(self, i: int) -> bytes:
-        """The Example of record i and its checksum."""
+        """Reads the Example of record i and its checksum."""
         size = example_bytes(self._bytes_at(i, 0, HEADER_BYTES))
         if size is None:
             raise InputError(
@@ -209,7 +209,7 @@ class TFRecordList(TFRecords):
 
     @classmethod
     def _scan(cls, path: Path, progress: Progress) -> Scan:
-        """One text, many shards: ``first`` counts those, where PackedImages would count the files that it scans."""
+        """Scans the list, one text of many shards: ``first`` counts those, not the files that are scanned."""
         try:
             return cls._scan_file(path, progress)
         except InputError as error:

@@ -25,7 +25,7 @@ _OLDEST_DEEPSPEED = (0, 19, 8)
 def keep_freed_memory() -> None:
     """Lets the C library keep what the process frees, where it is glibc.
 
-    It gives large blocks back to the kernel at once, so that every step maps its activations and gradients in anew,
+    It gives large blocks back to the kernel at once, so that every step maps its activations and gradients in again,
     page by page: on a CPU a quarter of the time of stage 1 on a small backbone.
     """
     libc = ctypes.CDLL(None)

@@ -1,10 +1,9 @@
-"""SGD and Adam in the fastest implementation that is there, and the learning rate as a function of the step."""
+"""SGD and Adam in the fastest implementation that is there, and the gate before their step."""
 
 import contextlib
 import enum
 import importlib.util
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -201,54 +200,3 @@ class StepGate:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         self._gradients = []
-
-
-class LearningRate:
-    """Sets the optimizer's learning rate before each step, by a closed form of the step, so that resuming needs no
-    state.
-
-    ReduceLROnPlateau is the exception: it follows the loss and keeps state (``state_dict``).
-    """
-
-    def __init__(self, config: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int):
-        self.config, self.optimizer, self.steps_per_epoch = config, optimizer, steps_per_epoch
-        self.plateau = None
-        if config.lr_scheduler == "ReduceLROnPlateau":
-            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimizer, factor=0.1, patience=config.plateau_patience
-            )
-
-    def at(self, step: int) -> float:
-        """Returns the learning rate of the optimizer step with this number, counted from 0."""
-        c, per_epoch = self.config, self.steps_per_epoch
-        warmup, total = c.warmup_epochs * per_epoch, c.epochs * per_epoch
-        if step < warmup:
-            return c.lr * (step + 1) / max(warmup, 1)
-        progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-        epoch = step // per_epoch
-        factor = {
-            "Polynomial": lambda: (1.0 - progress) ** c.power,
-            "Cosine": lambda: 0.5 * (1.0 + math.cos(math.pi * progress)),
-            "StepLR": lambda: c.gamma ** (epoch // c.step_size),
-            "MultiStep": lambda: c.gamma ** sum(epoch >= m for m in c.milestones),
-            "Constant": lambda: 1.0,
-        }[c.lr_scheduler]
-        return c.lr * factor()
-
-    def before_step(self, step: int) -> float:
-        """Sets and returns the rate of this step, counted from 0."""
-        if self.plateau is not None:
-            return self.optimizer.param_groups[0]["lr"]
-        rate = self.at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
-
-    def state_dict(self) -> dict:
-        return self.plateau.state_dict() if self.plateau else {}
-
-    def load_state_dict(self, state: dict) -> None:
-        if self.plateau:
-            self.plateau.load_state_dict(state)
-            for group, rate in zip(self.optimizer.param_groups, state["_last_lr"]):
-                group["lr"] = rate  # where before_step finds it

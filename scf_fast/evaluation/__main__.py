@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from scf_fast import distributed
-from scf_fast.arguments import add_inference_arguments, inference_options
 from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
 from scf_fast.evaluation import datasets
@@ -19,6 +18,7 @@ from scf_fast.evaluation.evaluate import (
 )
 from scf_fast.evaluation.report import HTML_FILE, Report, Request, check_folder
 from scf_fast.evaluation.results import Score
+from scf_fast.inference_arguments import add_inference_arguments, inference_options
 
 _EPILOG = """\
 Embeddings are kept in --cache by model and data: an interrupted run computes only what is missing, and one command uses

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from scf_fast import distributed
+from scf_fast.command import split_paths
 from scf_fast.errors import InputError
 from scf_fast.evaluation.embeddings import EmbeddingStore
 from scf_fast.evaluation.evaluate import Evaluation, measure_all
@@ -81,7 +82,7 @@ def name_models(specs: list[str]) -> dict[str, str]:
     for spec in specs:
         name, equals, path = spec.partition("=")
         if not equals or os.path.exists(spec):
-            name, path = Path(spec.split(",")[0]).resolve().name, spec
+            name, path = Path(split_paths(spec)[0]).resolve().name, spec
         if name in models:
             raise InputError(f"two models are named {name}; give them names, as in --model first=PATH second=PATH")
         models[name] = path
@@ -90,5 +91,5 @@ def name_models(specs: list[str]) -> dict[str, str]:
 
 def _beside(path: str) -> Path:
     """Returns the folder of a model's first file."""
-    first = Path(path.split(",")[0])
+    first = Path(split_paths(path)[0])
     return first if first.is_dir() else first.parent

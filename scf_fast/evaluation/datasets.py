@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scf_fast.arguments import find_images
 from scf_fast.errors import InputError
 from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.quality import read_severity
+from scf_fast.inference_arguments import find_images
 from scf_fast.pipelines.evaluation_sets.template_protocol import (
     Gallery,
     TemplateProtocol,

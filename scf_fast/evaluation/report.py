@@ -17,7 +17,7 @@ Request = dict[str, Any]  # everything asked for that decides the numbers, as re
 
 @dataclass
 class ModelReport:
-    """What one model gave."""
+    """One model: where it is from, its measurements, and how long they took."""
 
     path: str  # of its weights, as the user gave it
     measured: Measured

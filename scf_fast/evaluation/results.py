@@ -74,7 +74,7 @@ MATCHERS = tuple(Matcher(weighting, score) for weighting in Weighting for score 
 
 
 class Quality(enum.Enum):
-    """What images or pairs are ranked by; the value is the key in results.json."""
+    """A measure that images or pairs are ranked by; the value is the key in results.json."""
 
     KAPPA = "kappa"
     FEATURE_NORM = "feature_norm"
@@ -315,7 +315,7 @@ class FigureKind(enum.Enum):
 
     @property
     def title(self) -> str:
-        """What the report calls it."""
+        """Title in the report."""
         return _FIGURE_TITLES[self]
 
     @property
@@ -354,7 +354,7 @@ class ReportFigure:
 
 @dataclass
 class Measured:
-    """What the evaluations give for one model."""
+    """Everything that the evaluations give for one model."""
 
     results: Results = field(default_factory=Results)
     figures: list[ReportFigure] = field(default_factory=list)

@@ -15,7 +15,6 @@ from scf_fast.features.records import CacheLayout, encoding_error
 from scf_fast.features.store import CacheKey, FeatureCache, read_meta
 from scf_fast.features.stream import FeatureStream
 from scf_fast.networks.backbones import BACKBONES, Backbone
-from scf_fast.networks.families import StateDict, identify_backbone
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions
 from scf_fast.networks.precision import PRECISION_DTYPES
 from scf_fast.pipelines.loader import make_loader
@@ -25,6 +24,7 @@ from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.sources.digest import sampled_digest
 from scf_fast.weights.contents import Facts
 from scf_fast.weights.digest import digest_weights
+from scf_fast.weights.family_names import StateDict, identify_backbone
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@
 
 ``features`` is the embedding before normalization (mu = features / |features|), ``convf`` the last feature map, which
 the confidence net reads. An IR unit is BN - conv3x3 [- BN] - PReLU - conv3x3(stride) - BN [- SE] beside a shortcut. The
-names are those of the published code; :mod:`scf_fast.networks.families` maps those of the other families to them.
+names are those of the published code; :mod:`scf_fast.weights.family_names` maps those of the other families to them.
 """
 
 from dataclasses import dataclass, replace

@@ -16,6 +16,7 @@ import torch
 
 from scf_fast import __version__
 from scf_fast import config as configuration
+from scf_fast.command import split_paths
 from scf_fast.config import Config
 from scf_fast.errors import InputError
 from scf_fast.run.checkpoints import ResumePoint, newest_intact
@@ -106,7 +107,7 @@ def _check_same_run(before: dict[str, Any], config: Config) -> None:
 def _is_same(is_path: bool, before: Any, now: Any) -> bool:
     """Returns whether an option has the value that it had, however a path is spelled."""
     if is_path and before and now:
-        before, now = ([os.path.realpath(path) for path in configuration.split_paths(text)] for text in (before, now))
+        before, now = ([os.path.realpath(path) for path in split_paths(text)] for text in (before, now))
     return before == now
 
 

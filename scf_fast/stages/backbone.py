@@ -15,12 +15,12 @@ from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 from scf_fast.errors import InputError
 from scf_fast.kernels.margin_softmax import check_margin_softmax
 from scf_fast.networks.backbones import BACKBONES, Backbone
-from scf_fast.networks.families import family_state
 from scf_fast.pipelines.loading.base import Batch, Loader
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
 from scf_fast.stages.memory_forecast import MemoryForecast, forecast
+from scf_fast.weights.family_names import family_state
 from scf_fast.weights.files import BACKBONE_FILE, CENTERS_FILE, save_torch_file
 
 

@@ -20,12 +20,12 @@ from scf_fast.kernels import inverse_mean_resultant_length, scf_loss
 from scf_fast.model import save_model
 from scf_fast.networks.backbones import BACKBONES
 from scf_fast.networks.confidence import build_confidence_net
-from scf_fast.networks.families import family_state
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages import published_files
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
+from scf_fast.weights.family_names import family_state
 from scf_fast.weights.files import CONFIDENCE_FILE, MODEL_FILE, save_torch_file
 from scf_fast.weights.reading import read_weights
 

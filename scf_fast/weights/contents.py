@@ -10,8 +10,8 @@ import torch
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import BACKBONES, Architecture
 from scf_fast.networks.confidence import DEFAULT_RADIUS, identify_confidence_net
-from scf_fast.networks.families import StateDict, identify_backbone
 from scf_fast.networks.precision import dtype_name
+from scf_fast.weights.family_names import StateDict, identify_backbone
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: values that are not trained
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from scf_fast.command import split_paths
 from scf_fast.errors import InputError
-from scf_fast.networks.families import StateDict, native_state
 from scf_fast.weights.contents import STATISTICS, Facts, Part, Weights
+from scf_fast.weights.family_names import StateDict, native_state
 from scf_fast.weights.files import BACKBONE_FILE, CENTERS_FILE, MODEL_FILE, load_tensor_file
 
 # What a folder may stand for: insightface's shards of all ranks, the model of stage 2, the two files of stage 1. In its
@@ -63,7 +64,7 @@ def read_noted_facts(weights: Weights, spec: str | Path) -> Facts:
     Raises:
         InputError: there is a file of that name, and it cannot be read.
     """
-    first = Path(str(spec).split(",")[0])
+    first = Path(split_paths(spec)[0])
     beside = first.with_name(CENTERS_FILE)
     if weights.facts.normalization is not None or not first.is_file() or not beside.is_file():
         return weights.facts
@@ -134,9 +135,7 @@ def _expand(spec: str | Path, flag: str) -> list[str]:
         if not paths:
             raise InputError(f"{flag} {text}: no file has a name like that; check the pattern")
         return _by_rank(paths, text, flag)
-    if os.path.exists(text) or "," not in text:
-        return [text]
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return list(split_paths(text))
 
 
 def _files_of_folder(folder: str, flag: str) -> list[str]:

@@ -12,8 +12,8 @@ import torch
 
 from scf_fast.errors import InputError
 from scf_fast.networks.confidence import identify_confidence_net
-from scf_fast.networks.families import StateDict, family_state
 from scf_fast.weights.contents import Part, Weights
+from scf_fast.weights.family_names import StateDict, family_state
 from scf_fast.weights.files import save_safetensors_file, save_torch_file
 
 _UNITS_OF = {

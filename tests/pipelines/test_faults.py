@@ -210,7 +210,7 @@ TAMPERINGS = {
 
 
 @pytest.mark.parametrize("tamper", TAMPERINGS.values(), ids=TAMPERINGS)
-def test_index_that_contradicts_itself_is_made_anew(tmp_path, caplog, tamper):
+def test_index_that_contradicts_itself_is_made_again(tmp_path, caplog, tamper):
     """With checksums that are right: by intent, or by another program."""
     path = records(tmp_path)
     open_source(path)

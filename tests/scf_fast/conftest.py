@@ -9,7 +9,7 @@ import torch
 
 from scf_fast.distributed import launcher
 from scf_fast.networks.backbones import Backbone
-from scf_fast.networks.families import family_state
+from scf_fast.weights.family_names import family_state
 
 
 @pytest.fixture(scope="session")

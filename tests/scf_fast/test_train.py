@@ -13,8 +13,8 @@ import yaml
 from scf_fast import distributed
 from scf_fast.distributed import launcher
 from scf_fast.model import SCF
-from scf_fast.networks.families import identify_backbone
 from scf_fast.run import folder as run_folder
+from scf_fast.weights.family_names import identify_backbone
 from scf_fast.weights.reading import read_weights
 
 STEPS = 8 * 16 // 32 * 2
@@ -168,7 +168,7 @@ def test_stage_1_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_
     assert status == 0 and f"resumed at step {STEPS}" in output, output
     assert losses(tmp_path / "run", "step") == list(range(1, STEPS * 3 // 2 + 1))
     continued = losses(tmp_path / "run", "loss")
-    assert max(continued[STEPS:]) < min(continued[: STEPS // 2])  # it has not started anew
+    assert max(continued[STEPS:]) < min(continued[: STEPS // 2])  # it has not started again
 
 
 def test_stage_2_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, run_command):

@@ -433,7 +433,7 @@ def test_any_message_is_data_or_a_value_error(content, edits, cut):
     assert edits or cut or length
 
 
-def test_damaged_index_is_made_anew(tmp_path):
+def test_damaged_index_is_made_again(tmp_path):
     path = listed(tmp_path)
     open_source(path)
     index = tmp_path / "train.txt.index"

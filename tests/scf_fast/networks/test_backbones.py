@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scf_fast.networks.backbones import BACKBONES, Backbone
-from scf_fast.networks.families import family_state, identify_backbone, native_state
+from scf_fast.weights.family_names import family_state, identify_backbone, native_state
 
 
 class Gate(nn.Module):

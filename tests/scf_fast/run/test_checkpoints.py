@@ -77,7 +77,7 @@ def test_none_and_none_that_is_intact(folder, tmp_path):
         flip_a_bit(path)
     with pytest.raises(
         ValueError,
-        match=r"no checkpoint in .* is intact .*step00000008: rank0.pt has other bytes.*--overwrite starts anew",
+        match=r"no checkpoint in .* is intact .*step00000008: rank0.pt has other bytes.*--overwrite starts again",
     ):
         newest_intact(folder)
 

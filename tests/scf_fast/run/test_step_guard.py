@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
 
-from scf_fast.distributed import STOPPED, free_port, launcher
+from scf_fast.distributed import STOPPED, launcher
 
 SCRIPT = """
 import sys
@@ -101,22 +100,14 @@ distributed.leave(0)
 """
 
 
-def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path, run_command):
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path, run_ranks):
     """Under every ZeRO stage: weights, both Adam moments, Adam's step count and BatchNorm statistics."""
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
+    output = run_ranks(
         2,
-        "--master_port",
-        free_port(),
         tmp_path / "script.py",
         tmp_path,
-    ]
-    status, output = run_command(start, PYTHONPATH=".")
-    assert status == 0, output
+    )
     assert [line.split()[1] for line in output.splitlines() if line.startswith("stage")] == list("0123")
     assert output.count("loss scale resumed") == 2
     assert "ended: the loss had no finite value in any of the steps 1 to 3" in output
@@ -130,7 +121,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path, 
     assert not (tmp_path / "not_finite_rank0.jsonl").exists()
 
 
-def test_stage_1_skips_and_goes_on(faces, flags, tmp_path, run_command):
+def test_stage_1_skips_and_goes_on(faces, flags, tmp_path, run_ranks):
     """The class centers, which change in the backward pass, are kept from it too; the images are named. ZeRO 3 must do
     with a forward pass alone.
     """
@@ -151,21 +142,17 @@ def test_stage_1_skips_and_goes_on(faces, flags, tmp_path, run_command):
         distributed.leave(main())
         """)
     )
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
+    output = run_ranks(
         2,
-        "--master_port",
-        free_port(),
         tmp_path / "script.py",
-    ]
-    status, output = run_command(
-        [*start, *flags["stage1"], "--zero_stage", 3, "--data", faces / "train", "--output_dir", tmp_path / "run"],
-        PYTHONPATH=".",
+        *flags["stage1"],
+        "--zero_stage",
+        3,
+        "--data",
+        faces / "train",
+        "--output_dir",
+        tmp_path / "run",
     )
-    assert status == 0, output
     assert (
         "step 3 skipped: the loss is not finite on rank 0; its 16 images are in" in output
         and "1 skipped not finite" in output

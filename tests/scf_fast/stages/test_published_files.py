@@ -13,7 +13,7 @@ from torch import nn
 
 from scf_fast import SCF, KLDiracVMF, SCFLoss
 from scf_fast.command_line import parse
-from scf_fast.distributed import free_port, launcher
+from scf_fast.distributed import launcher
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
 from scf_fast.stages.published_files import flag_notes
@@ -238,7 +238,7 @@ def test_finetuning_trains_both_by_plain_python(tmp_path, run_command):
     ]
 
 
-def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_command):
+def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_ranks):
     """Two ranks with the same data are one process of plain PyTorch."""
     (tmp_path / "script.py").write_text(
         textwrap.dedent("""
@@ -287,18 +287,10 @@ def test_adam_state_is_that_of_plain_adam_under_every_zero_stage(tmp_path, run_c
         distributed.leave(0)
         """)
     )
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
+    output = run_ranks(
         2,
-        "--master_port",
-        free_port(),
         tmp_path / "script.py",
-    ]
-    status, output = run_command(start, PYTHONPATH=".")
-    assert status == 0, output
+    )
     assert [line for line in output.splitlines() if line.startswith("stage")] == [
         f"stage {stage} agrees" for stage in range(4)
     ]

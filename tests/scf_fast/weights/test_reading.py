@@ -8,8 +8,8 @@ import torch
 
 from scf_fast import SCF
 from scf_fast.networks.confidence import build_confidence_net
-from scf_fast.networks.families import family_state
 from scf_fast.weights.contents import Facts
+from scf_fast.weights.family_names import family_state
 from scf_fast.weights.reading import read_weights
 
 SMALL = {"published": "ir_small", "tface": "tface_ir_small", "insightface": "iresnet_small"}

@@ -1,4 +1,4 @@
-"""Flags and positional arguments that several commands share."""
+"""Flags and positional arguments of the commands that embed images."""
 
 import argparse
 from pathlib import Path

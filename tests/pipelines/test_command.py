@@ -1,0 +1,71 @@
+import pytest
+
+from scf_fast.pipelines.command import (
+    INPUT_ERROR,
+    INTERRUPTED,
+    TRACEBACK_VARIABLE,
+    Parser,
+    run,
+    split_commas,
+    split_paths,
+)
+from scf_fast.pipelines.errors import InputError
+
+
+def test_flags_take_hyphens_and_underscores():
+    parser = Parser(prog="prog")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--num_workers", type=int)
+    parser.add_argument("rest", nargs="*")
+    for arguments in (
+        ["--batch-size", "3", "--num_workers", "4"],
+        ["--batch_size", "3", "--num-workers", "4"],
+        ["--batch_size=3", "--num-workers=4"],
+    ):
+        options = parser.parse_args(arguments)
+        assert (options.batch_size, options.num_workers) == (3, 4)
+    assert parser.parse_args(["--", "--batch_size"]).rest == ["--batch_size"]
+
+
+def test_errors_of_arguments_are_one_line(capsys):
+    parser = Parser(prog="prog")
+    parser.add_argument("--n", type=int)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--n", "x"])
+    assert ended.value.code == INPUT_ERROR
+    assert capsys.readouterr().err == "prog: error: argument --n: invalid int value: 'x'\n"
+
+
+def fail_with(error):
+    def action():
+        raise error
+
+    return action
+
+
+def test_input_errors_are_one_line(capsys, monkeypatch):
+    monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    assert run("prog", lambda: None) == 0 and run("prog", lambda: 7) == 7
+    assert run("prog", fail_with(InputError("two\n lines"))) == INPUT_ERROR
+    assert capsys.readouterr().err == "prog: error: two lines\n"
+    assert run("prog", fail_with(FileNotFoundError(2, "No such file", "a"))) == INPUT_ERROR
+    assert capsys.readouterr().err == "prog: error: [Errno 2] No such file: 'a'\n"
+    assert run("prog", fail_with(KeyboardInterrupt())) == INTERRUPTED
+    assert capsys.readouterr().err == "prog: interrupted\n"
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    with pytest.raises(ValueError, match="a bug"):
+        run("prog", fail_with(ValueError("a bug")))
+    monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
+    with pytest.raises(InputError):
+        run("prog", fail_with(InputError("shown")))
+
+
+def test_split(tmp_path, monkeypatch):
+    assert split_commas(" a, b ,,c,") == ["a", "b", "c"] and split_commas("") == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x,y").touch()
+    assert split_paths("x,y") == ("x,y",) and split_paths("x, z") == ("x", "z") and split_paths(",") == (",",)
+    assert split_paths(tmp_path / "x,y") == (str(tmp_path / "x,y"),)
