@@ -1,13 +1,17 @@
-"""The short version of ``make chaos``: stage 1, two faults."""
+"""The short version of ``make chaos``: stage 1, two faults, half of the images."""
 
 import json
-import sys
+
+from bench.robustness import chaos
 
 
-def test_a_run_under_faults_ends_as_one_left_alone(tmp_path, run_command):
-    faults = ["--stages", 1, "--kinds", "kill_in_checkpoint,corrupt_checkpoint"]
-    command = [sys.executable, "-m", "bench.chaos", *faults, "--work", tmp_path / "work", "--out", tmp_path]
-    status, output = run_command(command)
+def test_a_run_under_faults_ends_as_one_left_alone(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(chaos, "IMAGES_EACH", chaos.IMAGES_EACH // 2)
+    monkeypatch.setattr(chaos, "STEPS", chaos.STEPS // 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    faults = ["--stages", "1", "--kinds", "kill_in_checkpoint,corrupt_checkpoint"]
+    status = chaos.main([*faults, "--work", str(tmp_path / "work"), "--out", str(tmp_path)])
+    output, _ = capfd.readouterr()
     assert status == 0, output
     assert "samples lost 0, samples repeated within an epoch 0, losses equal" in output
     result = json.loads(next(tmp_path.glob("chaos-*.json")).read_text())
@@ -17,16 +21,14 @@ def test_a_run_under_faults_ends_as_one_left_alone(tmp_path, run_command):
 
 
 def test_lost_and_repeated_images_and_other_losses_are_seen(tmp_path, monkeypatch):
-    from bench.robustness import chaos
-
     monkeypatch.setattr(chaos, "IDENTITIES", 2)
     monkeypatch.setattr(chaos, "IMAGES_EACH", 2)
     monkeypatch.setattr(chaos, "EPOCHS", 1)
     monkeypatch.setattr(chaos, "STEPS", 2)
     for name, steps, loss in (
-        ("alone", ([0, 1], [3, 3]), 2.0),
+        ("alone", ([0, 1], [3, 3]), 2.0),  # 2 is corrupt, 3 stands in for it
         ("out", ([0, 3], [3, 3]), 2.5),
-    ):  # 2 is corrupt, 3 stands in for it
+    ):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": loss}) + "\n" for i in (1, 2)))
