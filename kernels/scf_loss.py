@@ -23,7 +23,7 @@ import enum
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 
@@ -351,6 +351,37 @@ def _check_arguments(
         raise ValueError(f"labels must be ({batch},) to match features, got {tuple(labels.shape)}")
     if labels.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"labels must be int32 or int64, got {labels.dtype}: convert them with .long()")
+
+
+@overload
+def scf_loss(
+    features: torch.Tensor,
+    log_kappa: torch.Tensor,
+    class_centers: torch.Tensor,
+    labels: torch.Tensor,
+    radius: float = 64.0,
+    normalizer: str = "exact",
+    reduction: str = "mean",
+    return_terms: Literal[False] = False,
+    backend: str = "auto",
+    debug: bool = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def scf_loss(
+    features: torch.Tensor,
+    log_kappa: torch.Tensor,
+    class_centers: torch.Tensor,
+    labels: torch.Tensor,
+    radius: float = 64.0,
+    normalizer: str = "exact",
+    reduction: str = "mean",
+    *,
+    return_terms: Literal[True],
+    backend: str = "auto",
+    debug: bool = False,
+) -> tuple[torch.Tensor, SCFTerms]: ...
 
 
 def scf_loss(
