@@ -87,6 +87,8 @@ def train(config: Config) -> str | None:
         log.info("precision: %s (%s)", precision, "auto" if config.precision == "auto" else "as given")
         with distributed.shared_input_errors(runtime):
             inputs = inputs or open_inputs(config)
+            if inputs.memory is not None:
+                log.info("%s", inputs.memory)
             module = inputs.stage.build(runtime, precision)
             if point:
                 checkpoints.load_weights(module, point)

@@ -53,6 +53,12 @@ def run(command, timeout=240, **environment):
     return process.returncode, output
 
 
+def pytest_collection_modifyitems(items):
+    """Puts the files that launch processes first: they take longest, and one that comes last leaves a worker idle."""
+    launching = {item.path for item in items if {"run_command", "run_ranks"} & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in launching)
+
+
 @pytest.fixture(scope="session")
 def run_command():
     return run

@@ -1,6 +1,5 @@
 """Inputs of a run: the images, and the stage that its options describe."""
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -15,16 +14,16 @@ from scf_fast.stages.backbone import BackboneStage
 from scf_fast.stages.base import Stage
 from scf_fast.stages.confidence import ConfidenceStage
 from scf_fast.stages.finetune import FinetuneStage
-
-log = logging.getLogger(__name__)
+from scf_fast.stages.memory_forecast import MemoryForecast
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The images to train on, and the stage that will."""
+    """The images to train on, the stage that will, and the memory it will take where that is known beforehand."""
 
     source: ImageSource
     stage: Stage
+    memory: MemoryForecast | None
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -45,8 +44,7 @@ def open_inputs(config: Config) -> Inputs:
     memory = stage.forecast(world_size, precision)
     if memory is not None:
         memory.check()
-        log.info("%s", memory)
-    return Inputs(source, stage)
+    return Inputs(source, stage, memory)
 
 
 def check_world(config: Config, world_size: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from scf_fast import distributed
-from scf_fast.distributed import launcher
+from scf_fast.distributed import free_port, launcher
 from scf_fast.model import SCF
 from scf_fast.run import folder as run_folder
 from scf_fast.weights.family_names import identify_backbone
@@ -117,7 +117,6 @@ def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, 
     """One rank or two, ZeRO 0 to 3: BatchNorm sees other batches on one rank, so only the two-rank losses must agree
     closely.
     """
-    port = launcher(2)[-2]
     start = {
         "python": [sys.executable, "train.py"],
         "deepspeed": launcher(2),
@@ -128,7 +127,7 @@ def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, 
             "--nproc_per_node",
             2,
             "--master_port",
-            port,
+            free_port(),
             "train.py",
         ],
     }[how]

@@ -174,7 +174,7 @@ def ranks_of(process):
                 environment = dict(
                     item.split("=", 1) for item in open(f"/proc/{entry}/environ").read().split("\0") if "=" in item
                 )
-                if "RANK" in environment and b"train.py" in open(f"/proc/{entry}/cmdline", "rb").read():
+                if "RANK" in environment and b"scf_fast.train" in open(f"/proc/{entry}/cmdline", "rb").read():
                     found[int(environment["RANK"])] = int(entry)
         except (ProcessLookupError, FileNotFoundError, PermissionError):
             pass
