@@ -81,7 +81,7 @@ class Job:
                 if (
                     os.getpgid(int(entry)) == process.pid
                     and b"\0RANK=" in Path("/proc", entry, "environ").read_bytes()
-                    and b"train.py" in Path("/proc", entry, "cmdline").read_bytes()
+                    and b"scf_fast.train" in Path("/proc", entry, "cmdline").read_bytes()
                 ):
                     found.append(int(entry))
             except OSError:
