@@ -2,6 +2,7 @@
 them first.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -55,7 +56,11 @@ def run(command, timeout=240, **environment):
 
 def pytest_collection_modifyitems(items):
     """Puts the files that launch processes first: they take longest, and one that comes last leaves a worker idle."""
-    launching = {item.path for item in items if {"run_command", "run_ranks"} & set(getattr(item, "fixturenames", ()))}
+    launching = {
+        item.path
+        for item in items
+        if {"run_command", "run_ranks", "fork_ranks"} & set(getattr(item, "fixturenames", ()))
+    }
     items.sort(key=lambda item: item.path not in launching)
 
 
@@ -79,3 +84,36 @@ def run_ranks():
         return output
 
     return launch
+
+
+@pytest.fixture(scope="session")
+def fork_ranks(tmp_path_factory):
+    """``fork_ranks(world_size, *flags)``: trains as a launch of ``world_size`` ranks does, without the time that one
+    takes to start (tests/rank_server.py); ``module=`` names another command. Returns (exit status, output).
+    """
+    logs, server = tmp_path_factory.mktemp("ranks"), None
+
+    def launch(world_size, *arguments, module="scf_fast.train"):
+        nonlocal server
+        if server is None:
+            environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            server = subprocess.Popen(
+                [sys.executable, ROOT / "tests" / "rank_server.py"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, **environment, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
+            )
+        log = logs / f"{len(list(logs.iterdir()))}.log"
+        log.touch()
+        request = {"ranks": world_size, "module": module, "arguments": list(map(str, arguments)), "log": str(log)}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline()), log.read_text()
+
+    yield launch
+    if server is not None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -81,7 +81,7 @@ def test_stage_2_on_two_ranks(stage1, stage2):
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_resume_continues_the_same_run(name, faces, stage1, flags, request, tmp_path, run_command):
+def test_resume_continues_the_same_run(name, faces, stage1, flags, request, tmp_path, fork_ranks):
     """Stopped in the middle of an epoch and resumed: losses equal to the uninterrupted run's, bit for bit."""
     whole, _ = request.getfixturevalue(name)
     own = {
@@ -89,25 +89,25 @@ def test_resume_continues_the_same_run(name, faces, stage1, flags, request, tmp_
         "stage2": ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"],
     }[name]
     command = [*flags[name], *own, "--data", faces / "train", "--output_dir", tmp_path / "run"]
-    status, output = run_command([*launcher(2), *command, "--max_steps", 3])
+    status, output = fork_ranks(2, *command, "--max_steps", 3)
     assert status == 0, output
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write(
             '{"step": 4, "loss": 0.0, "total_loss": 0.0}\n{"step": 5, "lo'
         )  # as of a run that died after its last checkpoint
-    status, output = run_command([*launcher(2), *command, "--resume"])
+    status, output = fork_ranks(2, *command, "--resume")
     assert status == 0 and "resumed at step 3" in output, output
     key = "loss" if name == "stage1" else "total_loss"
     assert losses(tmp_path / "run", key) == losses(whole, key)
 
 
-def test_cached_stage_2_trains_the_same_and_computes_nothing_twice(faces, stage1, stage2, flags, tmp_path, run_command):
+def test_cached_stage_2_trains_the_same_and_computes_nothing_twice(faces, stage1, stage2, flags, tmp_path, fork_ranks):
     weights = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth", "--data", faces / "train"]
-    command = [*launcher(2), *flags["stage2"], *weights, "--feature_cache", tmp_path / "cache", "--cache_dtype", "fp32"]
-    status, output = run_command([*command, "--output_dir", tmp_path / "run"])
+    command = [*flags["stage2"], *weights, "--feature_cache", tmp_path / "cache", "--cache_dtype", "fp32"]
+    status, output = fork_ranks(2, *command, "--output_dir", tmp_path / "run")
     assert status == 0 and "frozen backbone: fp32 taken" in output, output
     assert losses(tmp_path / "run", "total_loss") == pytest.approx(losses(stage2[0], "total_loss"), rel=1e-4)
-    status, output = run_command([*command, "--output_dir", tmp_path / "again", "--zero_stage", 0])
+    status, output = fork_ranks(2, *command, "--output_dir", tmp_path / "again", "--zero_stage", 0)
     assert status == 0 and "frozen backbone" not in output, output  # all features came from the cache
     assert losses(tmp_path / "again", "total_loss") == pytest.approx(losses(stage2[0], "total_loss"), rel=1e-4)
 
@@ -157,20 +157,20 @@ def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, 
     assert ours.keys() == theirs.keys()
 
 
-def test_stage_1_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, run_command):
+def test_stage_1_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, fork_ranks):
     """One rank and another ZeRO stage continue the run of two ranks: class centers, momentum, weights, BatchNorm and
     schedule.
     """
     shutil.copytree(stage1[0], tmp_path / "run")
     more = ["--zero_stage", 1, "--epochs", 3, "--data", faces / "train", "--output_dir", tmp_path / "run", "--resume"]
-    status, output = run_command([sys.executable, "train.py", *flags["stage1"], *more])
+    status, output = fork_ranks(1, *flags["stage1"], *more)
     assert status == 0 and f"resumed at step {STEPS}" in output, output
     assert losses(tmp_path / "run", "step") == list(range(1, STEPS * 3 // 2 + 1))
     continued = losses(tmp_path / "run", "loss")
     assert max(continued[STEPS:]) < min(continued[: STEPS // 2])  # it has not started again
 
 
-def test_stage_2_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, run_command):
+def test_stage_2_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_path, fork_ranks):
     """Two ranks and ZeRO 2, then one and ZeRO 3, then two and ZeRO 0, each from the middle of an epoch: the losses are
     those of one launch.
     """
@@ -185,16 +185,15 @@ def test_stage_2_goes_on_with_another_number_of_ranks(faces, stage1, flags, tmp_
         "mlp",
     ]
     command = [*flags["stage2"], "--lr", "1e-4", *weights, "--output_dir"]
-    one = [sys.executable, "train.py"]
-    for start, more in (
-        ([*launcher(2)], ["--max_steps", 3]),
-        (one, ["--max_steps", 5, "--zero_stage", 3]),
-        ([*launcher(2)], ["--zero_stage", 0]),
+    for ranks, more in (
+        (2, ["--max_steps", 3]),
+        (1, ["--max_steps", 5, "--zero_stage", 3]),
+        (2, ["--zero_stage", 0]),
     ):
-        status, output = run_command([*start, *command, tmp_path / "run", "--resume", *more])
+        status, output = fork_ranks(ranks, *command, tmp_path / "run", "--resume", *more)
         assert status == 0, output
     assert "resumed at step 5 (epoch 2), written by 1 ranks with ZeRO 3" in output
-    status, output = run_command([*one, *command, tmp_path / "whole", "--zero_stage", 0])
+    status, output = fork_ranks(1, *command, tmp_path / "whole", "--zero_stage", 0)
     assert status == 0, output
     assert losses(tmp_path / "run", "step") == list(range(1, STEPS + 1))
     assert losses(tmp_path / "run", "total_loss") == pytest.approx(losses(tmp_path / "whole", "total_loss"), rel=1e-5)

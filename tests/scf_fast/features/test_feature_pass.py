@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from scf_fast import feature_cache
-from scf_fast.distributed import free_port
 from scf_fast.features.store import count_present, read_meta
 from scf_fast.networks.backbones import Backbone
 from scf_fast.pipelines.index import open_source
@@ -19,13 +18,12 @@ from scf_fast.weights.reading import read_weights
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(faces, stage1, run_command):
+def on_two_ranks(faces, stage1, fork_ranks):
     """``on_two_ranks(module, *arguments)``: runs a command on the data and the backbone of stage 1; its output."""
 
     def launch(module, *arguments):
-        start = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "-m", module]
         inputs = ["--data", faces / "train", "--saved_bkb", stage1[0] / "backbone.pth", "--num_workers", 1]
-        status, output = run_command([sys.executable, *start, *arguments, *inputs, "--precision", "fp32"])
+        status, output = fork_ranks(2, *arguments, *inputs, "--precision", "fp32", module=module)
         assert status == 0, output
         return output
 

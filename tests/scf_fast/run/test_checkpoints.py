@@ -133,7 +133,7 @@ def test_what_cannot_be_deleted_or_read_costs_no_other_checkpoint(folder, monkey
     assert sorted(path.parent.name for path in folder.glob("*/state.json")) == ["step00000008", "step00000012"]
 
 
-def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags, tmp_path, run_command):
+def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags, tmp_path, run_command, fork_ranks):
     """Checkpoints in the background, of which none fits; then with room, to the same end as without any trouble."""
     command = [
         *flags["stage1"],
@@ -153,7 +153,7 @@ def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags,
     assert "checkpoint of step 4 could not be written" in output and "training goes on" in output
     assert "Traceback" not in output and "free some space and --resume" in output
     assert not list((tmp_path / "run").rglob("*.part")) and not list((tmp_path / "run" / "checkpoints").glob("step*"))
-    status, output = run_command([*launcher(2), *command, "--resume"])
+    status, output = fork_ranks(2, *command, "--resume")
     assert status == 0, output
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["event"] == "checkpoint"] == [4, 8]

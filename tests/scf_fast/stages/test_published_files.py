@@ -177,7 +177,7 @@ def command(folder, epochs):
         --max_grad_clip 0 --max_grad_norm 0 --tensorboard --dataroot {folder}""".split()
 
 
-def test_the_published_command_trains_resumes_and_leaves_published_files(tmp_path, run_command):
+def test_the_published_command_trains_resumes_and_leaves_published_files(tmp_path, run_command, fork_ranks):
     folder = published_run(tmp_path)
     status, output = run_command([*launcher(2), *command(folder, 1)])
     assert status == 0, output
@@ -185,7 +185,7 @@ def test_the_published_command_trains_resumes_and_leaves_published_files(tmp_pat
     assert "pixels: published, as the published family is trained with" in output
     out = folder / "out"
     first = torch.load(out / "ckpts" / "ckpt_e1.pt")
-    status, output = run_command([*launcher(2), *command(folder, 2), "--resume"])
+    status, output = fork_ranks(2, *command(folder, 2), "--resume")
     assert status == 0 and "resumed at step 2" in output, output
     assert sorted(path.name for path in (out / "ckpts").iterdir()) == ["ckpt_e1.pt", "ckpt_e2.pt"]
     second = torch.load(out / "ckpts" / "ckpt_e2.pt")
