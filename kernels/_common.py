@@ -12,6 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM = 8192  # widest row: a program holds one, or a row and its class center, in registers
+DEFAULT_RADIUS = 64.0  # of the sphere, in the published code and in TFace
 
 
 @triton.jit

@@ -27,7 +27,15 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
-from scf_fast.kernels._common import MAX_DIM, check_floating, check_radius, promoted_dtype, slices, use_triton
+from scf_fast.kernels._common import (
+    DEFAULT_RADIUS,
+    MAX_DIM,
+    check_floating,
+    check_radius,
+    promoted_dtype,
+    slices,
+    use_triton,
+)
 from scf_fast.kernels._debye_series import DebyePlan, debye_plan
 from scf_fast.kernels._scf_loss_triton import launch_gradients, launch_scf_loss
 from scf_fast.kernels.debye import debye_torch
@@ -359,7 +367,7 @@ def scf_loss(
     log_kappa: torch.Tensor,
     class_centers: torch.Tensor,
     labels: torch.Tensor,
-    radius: float = 64.0,
+    radius: float = DEFAULT_RADIUS,
     normalizer: str = "exact",
     reduction: str = "mean",
     return_terms: Literal[False] = False,
@@ -374,7 +382,7 @@ def scf_loss(
     log_kappa: torch.Tensor,
     class_centers: torch.Tensor,
     labels: torch.Tensor,
-    radius: float = 64.0,
+    radius: float = DEFAULT_RADIUS,
     normalizer: str = "exact",
     reduction: str = "mean",
     *,
@@ -389,7 +397,7 @@ def scf_loss(
     log_kappa: torch.Tensor,
     class_centers: torch.Tensor,
     labels: torch.Tensor,
-    radius: float = 64.0,
+    radius: float = DEFAULT_RADIUS,
     normalizer: str = "exact",
     reduction: str = "mean",
     return_terms: bool = False,

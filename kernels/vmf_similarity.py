@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from scf_fast.kernels._common import (
+    DEFAULT_RADIUS,
     as_compute,
     check_radius,
     dense_rows,
@@ -173,7 +174,7 @@ def vmf_similarity(
     kappa1: torch.Tensor,
     mu2: torch.Tensor,
     kappa2: torch.Tensor,
-    radius: float = 64.0,
+    radius: float = DEFAULT_RADIUS,
     *,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -204,7 +205,7 @@ def vmf_similarity(
 
 @torch.no_grad()
 def vmf_similarity_from_cosine(
-    cos: torch.Tensor, kappa1: torch.Tensor, kappa2: torch.Tensor, dim: int, radius: float = 64.0
+    cos: torch.Tensor, kappa1: torch.Tensor, kappa2: torch.Tensor, dim: int, radius: float = DEFAULT_RADIUS
 ) -> torch.Tensor:
     """Similarity of pairs whose cosine is known already, by Eqn (13). Source: Li et al., CVPR 2021.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from scf_fast.kernels._common import promoted_dtype, slices, use_triton
+from scf_fast.kernels._common import DEFAULT_RADIUS, promoted_dtype, slices, use_triton
 from scf_fast.kernels._vmf_common import check_faces, phi, phi_of_square, score_constant, unit_rows
 from scf_fast.kernels._vmf_similarity_triton import KEPT, launch_histogram, launch_matrix, launch_top_k
 from scf_fast.kernels.vmf_similarity import neutral_radius
@@ -202,7 +202,7 @@ def vmf_similarity_matrix(
     kappa1: torch.Tensor,
     mu2: torch.Tensor,
     kappa2: torch.Tensor,
-    radius: float = 64.0,
+    radius: float = DEFAULT_RADIUS,
     *,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -241,7 +241,7 @@ def vmf_similarity_top_k(
     mu2: torch.Tensor,
     kappa2: torch.Tensor,
     k: int,
-    radius: float = 64.0,
+    radius: float = DEFAULT_RADIUS,
     *,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,7 +276,7 @@ def vmf_similarity_histogram(
     low: float,
     high: float,
     bins: int = 512,
-    radius: float = 64.0,
+    radius: float = DEFAULT_RADIUS,
     *,
     distinct: bool = False,
     backend: str = "auto",

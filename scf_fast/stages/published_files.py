@@ -10,6 +10,7 @@ import torch
 
 from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.engine.engine import Engine
+from scf_fast.pipelines.formats.atomic_file import write_text
 from scf_fast.stages.base import Progress
 from scf_fast.weights.files import save_torch_file
 
@@ -86,7 +87,7 @@ def write_hparams(config: ConfidenceConfig, z_dim: int, convf_dim: int) -> None:
         "convf_dim": convf_dim,
         "eval_batch_size": config.eval_batch_size or 1,
     }
-    Path(config.output_dir, "hparams.json").write_text(json.dumps(values, sort_keys=True, indent=4))
+    write_text(Path(config.output_dir, "hparams.json"), json.dumps(values, sort_keys=True, indent=4))
 
 
 def adam_state_dict(engine: Engine) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -5,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scf_fast.networks.confidence import ConvConfidence, build_confidence_net, identify_confidence_net
+from scf_fast.kernels import scf_loss
+from scf_fast.networks.confidence import DEFAULT_RADIUS, ConvConfidence, build_confidence_net, identify_confidence_net
 
 
 def test_mlp_is_the_published_network():
@@ -85,3 +87,7 @@ def test_errors():
         build_confidence_net("conv", 4, 4)
     with pytest.raises(ValueError, match="no confidence net"):
         identify_confidence_net({"a": torch.zeros(1)})
+
+
+def test_the_default_radius_is_that_of_the_kernels():
+    assert inspect.signature(scf_loss).parameters["radius"].default == DEFAULT_RADIUS
