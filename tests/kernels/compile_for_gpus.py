@@ -95,7 +95,7 @@ def compile_scf_loss(architecture: int) -> dict[str, dict[str, Any]]:
     loss, kernels = load("scf_loss"), load("_scf_loss_triton")
     results = {}
     for dim, dtype in ((512, "float32"), (512, "bfloat16"), (8192, "float32")):
-        block_d, tile_rows, num_warps = kernels.tile_shape(dim, torch.float32)
+        block_d, tile_rows, num_warps = kernels.tile_shape(dim)
         types = dict.fromkeys(("features_ptr", "log_kappa_ptr", "class_centers_ptr"), POINTER[dtype])
         types |= dict.fromkeys(("labels_ptr", "sorted_labels_ptr", "order_ptr"), "*i64")
         options = dict(num_warps=num_warps, enable_fp_fusion=False)
