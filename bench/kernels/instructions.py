@@ -2,11 +2,11 @@
 
     python -m bench.instructions [--only PATTERN ...] [--architectures 80,90] [--out DIR] [--update]
 
-Each kernel is compiled as the public functions launch it (bench/kernels/catalogue.py has the list) and disassembled.
+Each kernel is compiled as the public functions launch it (bench/kernels/catalog.py has the list) and disassembled.
 Columns of the table:
 
     instructions    a thread's, divided by the units that it computes: a straight line counts once, a loop as often as
-                    the catalogue says that it runs, and where branches part both ways count; a loop that runs as
+                    the catalog says that it runs, and where branches part both ways count; a loop that runs as
                     the data want counts once
     beside          without those that multiply in a matrix product (HMMA, HGMMA, UTCHMMA; FFMA in the loop of a
                     float32 product)
@@ -33,7 +33,7 @@ from typing import Any
 
 import triton
 
-from bench.kernels.catalogue import Variant, variants
+from bench.kernels.catalog import Variant, variants
 from bench.measuring import sass
 from bench.measuring.chips import CHIPS, MULTIPROCESSORS, occupancy
 from bench.measuring.compilation import compile_launch

@@ -40,7 +40,7 @@ class Chip:
         class.
         """
         issue = sum(classes.values()) / (_SCHEDULERS * _WARP)
-        slowest = max((classes[name] / lanes for name, lanes in self.lanes.items()), default=0.0)
+        slowest = max((classes.get(name, 0.0) / lanes for name, lanes in self.lanes.items()), default=0.0)
         return max(issue, slowest) / (self.multiprocessors * self.clock)
 
 
