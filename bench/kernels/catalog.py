@@ -98,21 +98,23 @@ def _rows_of_d_by_16(arguments: Arguments) -> float:
 # ---- log-Bessel family
 
 
+_LOG_BESSEL = {
+    "psi and A": (Function.PSI, 0),
+    "log I and its slope": (Function.LOG_BESSEL_I, 0),
+    "log C and A": (Function.LOG_VMF_NORMALIZER, 0),
+    "A and A'": (Function.PSI, 1),
+    "A' and A''": (Function.PSI, 2),
+}
+"""{what is computed: (function, derivative)}"""
+
+
 def _log_bessel_variants() -> Iterator[Variant]:
     for dtype in (torch.float32, torch.float64):
         for dim in (2, 512):
             kappa = torch.ones(1 << 14, dtype=dtype)
-            wanted = [(function, 0) for function in Function] + [(Function.PSI, 1), (Function.PSI, 2)]
-            names = {
-                (Function.PSI, 0): "psi and A",
-                (Function.LOG_BESSEL_I, 0): "log I and its slope",
-                (Function.LOG_VMF_NORMALIZER, 0): "log C and A",
-                (Function.PSI, 1): "A and A'",
-                (Function.PSI, 2): "A' and A''",
-            }
-            for function, derivative in wanted:
+            for shown, (function, derivative) in _LOG_BESSEL.items():
                 yield Variant(
-                    f"{names[function, derivative]}, {_name(dtype)}, d = {dim}",
+                    f"{shown}, {_name(dtype)}, d = {dim}",
                     "_log_bessel_kernel",
                     functools.partial(_log_bessel, kappa, dim / 2 - 1, int(function), derivative, True, False),
                     "element",
@@ -152,7 +154,6 @@ def _scf_loss_variants() -> Iterator[Variant]:
         (8192, torch.float32),
     ):
         label, size = f"{_name(dtype)}, d = {dim}", dtype.itemsize
-
         for normalizer, finetune, shown in (
             ("exact", True, "SCF loss with coefficients and terms"),
             ("exact", False, "SCF loss"),

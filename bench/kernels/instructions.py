@@ -12,7 +12,7 @@ Columns of the table:
                     float32 product)
     in loop         of these, the ones in the product's loop: copies, addresses and, for tf32x3, the splits of floats;
                     empty where ptxas has unrolled that loop whole
-    mufu .. other   by the unit that executes them; "integer" has comparisons, selections and moves too
+    mufu .. integer by the unit that executes them; "integer" has comparisons, selections and moves too
     spilled         bytes of a thread's registers that do not fit and go through memory
     occupancy       resident warps, of those that a multiprocessor can hold
 
