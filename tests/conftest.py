@@ -54,10 +54,21 @@ def run(command, timeout=240, **environment):
     return process.returncode, output
 
 
+# Files of half a minute and more of one core, longest first.
+_LONGEST = ("test_train.py", "test_step_guard.py", "test_wheel.py", "test_chaos.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Puts the files that launch processes first: they take longest, and one that comes last leaves a worker idle."""
+    """Puts the longest files first, and then the others that launch processes: a long one that comes last leaves the
+    other worker idle.
+    """
     launching = {item.path for item in items if {"run_command", "start_ranks"} & set(getattr(item, "fixturenames", ()))}
-    items.sort(key=lambda item: item.path not in launching)
+
+    def place(item):
+        longest = _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST)
+        return longest, item.path not in launching
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

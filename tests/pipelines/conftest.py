@@ -15,7 +15,8 @@ class SmallSet(NamedTuple):
 
     def write(self, folder, images=None, labels=None, num_classes=3):
         """Writes them, or others, with the records of identities that MS1M has too, and returns the folder."""
-        images, labels = self.images if images is None else images, self.labels if labels is None else labels
+        images = self.images if images is None else images
+        labels = self.labels if labels is None else labels
         folder.mkdir(exist_ok=True)
         with RecordWriter(folder / "train.rec", folder / "train.idx") as writer:
             writer.write_header_record(len(images), 1)
