@@ -36,7 +36,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int8: "*i8",
     torch.uint8: "*u8",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }
 
 
