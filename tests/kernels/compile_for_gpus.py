@@ -168,16 +168,18 @@ def compile_similarity(name: str, pointer: str, dim: int, architecture: int) -> 
     types = dict.fromkeys(("mu1_ptr", "mu2_ptr", "mu_ptr"), pointer)
     types |= dict.fromkeys(("ids1_ptr", "ids2_ptr", "counts_ptr", "best_ptr", "order_ptr", "offsets_ptr"), "*i64")
     types |= dict.fromkeys(("constant", "low", "bins_per_nat"), "fp32")
-    aligned = {"mu1_stride", "mu2_stride", "mu_stride"}
+    aligned = {"mu1_stride", "mu2_stride", "mu_stride", "padded1", "padded2"}
     block_d = triton.next_power_of_2(dim)
     tile = dict(
         D=dim,
-        PLAN=load("_vmf_common").phi_plan(dim, torch.float32),
-        PRECISION="tf32x3" if pointer == "*fp32" else "ieee",
+        PLAN=load("_phi_triton").phi_kernel_plan(dim),
+        SPLIT=pointer == "*fp32",
         BLOCK=tiles._BLOCK,
-        BLOCK_D=16 if pointer == "*fp32" else 64,
+        BLOCK_D=tiles._BLOCK_D,
     )
     options = dict(num_warps=tiles._NUM_WARPS, num_stages=tiles._NUM_STAGES, enable_fp_fusion=False)
+    if name in ("matrix", "histogram", "top_k") and pointer == "*fp32":
+        types |= dict.fromkeys(("mu1_ptr", "mu2_ptr"), "*fp16")  # each number in two parts
     if name == "matrix":
         kernel, constants = tiles._matrix_kernel, dict(tile, GROUP=8)
     elif name == "histogram":
