@@ -39,7 +39,8 @@ class PhiPlan(NamedTuple):
     low_bits: int  # of the float32 2 m / sqrt(2): x 2^-e is brought to 2 m [2^-1/2, 2^1/2)
     octave: float  # (m + 1/2) log 2 / 2^23
     logarithm: tuple[float, ...]  # (m + 1/2) log((1 + w) / (1 - w)) / w, a polynomial of w^2, highest power first
-    phase: tuple[float, ...]  # G, highest power first
+    phase: tuple[float, ...]  # (G - G(0)) / t, highest power first
+    phase_constant: float  # G(0)
 
 
 def _fit(function: Callable[[np.ndarray], np.ndarray], degree: int, high: float) -> np.polynomial.Polynomial:
@@ -71,6 +72,7 @@ def phi_kernel_plan(dim: int) -> PhiPlan | DebyePlan:
     grid = np.linspace(0.0, 1.0, 401)
     fits = (_fit(phase, degree, 1.0) for degree in range(4, 16))
     fitted = next(fit for fit in fits if np.abs(fit(grid) - phase(grid)).max() < _PHASE_ERROR)
+    phase_coefficients = _descending(fitted)
     largest = (math.sqrt(2.0) - 1) / (math.sqrt(2.0) + 1)  # w at the ends of an octave
     return PhiPlan(
         steps=0,
@@ -78,7 +80,8 @@ def phi_kernel_plan(dim: int) -> PhiPlan | DebyePlan:
         low_bits=struct.unpack("<i", struct.pack("<f", m * math.sqrt(2.0)))[0],
         octave=(m + 0.5) * math.log(2.0) / 2**23,
         logarithm=_descending(_fit(logarithm, 3, largest**2), m + 0.5),  # to 1e-9
-        phase=_descending(fitted),
+        phase=phase_coefficients[:-1],
+        phase_constant=phase_coefficients[-1],
     )
 
 
@@ -101,14 +104,14 @@ def _polynomial_kernel(COEFFICIENTS: tl.constexpr, x):
 
 
 @triton.jit
-def add_phi_kernel(square, first, second, PLAN: tl.constexpr):
-    """Returns phi(kappa) + first + second for float32 kappa^2 >= 0, up to 1e36; NaN goes through.
+def add_phi_kernel(square, first, first_tail, second, second_tail, PLAN: tl.constexpr):
+    """Returns phi(kappa) plus two addends in two floats each, for float32 kappa^2 >= 0 up to 1e36; NaN goes through.
 
     The addends cancel most of phi in a score, so they enter before its smaller terms are rounded into the sum.
     """
     if PLAN.steps > 0:
         phi, tail, _, _, _, _ = debye_kernel(tl.sqrt(square), PLAN)
-        return phi + first + second + tail
+        return phi + first + second + (tail + (first_tail + second_tail))
     else:
         m: tl.constexpr = PLAN.order
         LOGARITHM: tl.constexpr = PLAN.logarithm
@@ -119,7 +122,6 @@ def add_phi_kernel(square, first, second, PLAN: tl.constexpr):
         t = p * m
         # d phi / d kappa^2 = 1 / 2 x = p / 2 (1 + t) to 1 / m; with (1 + t)^-1 to 5 %, of a correction of 2e-7.
         slope = p * tl.fma(t, constant_like(-0.25, t), constant_like(0.485, t))
-        correction = residual_kernel(u, x, square) * slope
 
         bits = x.to(tl.int32, bitcast=True)
         octave_bits = (bits - PLAN.low_bits) & -8388608
@@ -130,4 +132,5 @@ def add_phi_kernel(square, first, second, PLAN: tl.constexpr):
         total = u + first + second
         total = tl.fma(octave_bits.to(tl.float32), constant_like(-PLAN.octave, u), total)
         total = tl.fma(w * -1.0, _polynomial_kernel(LOGARITHM, w * w), total)
-        return total + (_polynomial_kernel(PHASE, t) + correction)
+        tail = tl.fma(residual_kernel(u, x, square), slope, second_tail)
+        return total + (tl.fma(_polynomial_kernel(PHASE, t), t, first_tail + PLAN.phase_constant) + tail)

@@ -14,7 +14,9 @@ from scf_fast.kernels._phi_triton import add_phi_kernel, phi_kernel_plan
 from scf_fast.kernels._vmf_common import phi, row_lengths
 
 _BLOCK = 128  # rows and columns of a tile of scores
-_BLOCK_D = 64  # elements of a row that are multiplied at a time, and whose sum the tensor cores may cut
+# Elements of a row that are multiplied at a time, and whose sum the tensor cores may cut: where products have 22 bits
+# instead of 16, more of them is lost.
+_BLOCK_D = {torch.bfloat16: 64, torch.float16: 32}
 _GROUP = 8  # tiles of rows that share their columns in the second-level cache
 _NUM_WARPS, _NUM_STAGES = 8, 3
 KEPT = 16  # best columns of a row that a program keeps in registers
@@ -101,29 +103,37 @@ def _strips(tile):
 
 @triton.jit
 def _load_terms(
-    terms_ptr,  # (3, padded) float32: kappa / |mu|, kappa^2, -phi(kappa)
+    terms_ptr,  # (4, padded) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
     padded,
     at,
 ):
-    """Returns the three terms of some faces; the padding makes every load whole."""
-    return tl.load(terms_ptr + at), tl.load(terms_ptr + padded + at), tl.load(terms_ptr + 2 * padded + at)
+    """Returns the four terms of some faces; the padding makes every load whole."""
+    terms_ptr += at
+    return (
+        tl.load(terms_ptr),
+        tl.load(terms_ptr + padded),
+        tl.load(terms_ptr + 2 * padded),
+        tl.load(terms_ptr + 3 * padded),
+    )
 
 
 @triton.jit
-def _scores(product, weight1, square1, unary1, weight2, square2, unary2, PLAN: tl.constexpr):
+def _scores(product, terms1, terms2, PLAN: tl.constexpr):
     """Returns the scores of a strip, but for their constant: kt^2 = kappa1^2 + kappa2^2 + 2 kappa1 kappa2 cos."""
+    weight1, square1, unary1, tail1 = terms1
+    weight2, square2, unary2, tail2 = terms2
     square = tl.fma(product * (2.0 * weight1)[:, None], weight2[None, :], square1[:, None] + square2[None, :])
     # Rounding could make the square of opposite directions negative.
     square = tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return add_phi_kernel(square, unary1[:, None], unary2[None, :], PLAN)
+    return add_phi_kernel(square, unary1[:, None], tail1[:, None], unary2[None, :], tail2[None, :], PLAN)
 
 
 @triton.jit
 def _matrix_kernel(
     mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
-    terms1_ptr,  # (3, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa)
+    terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
     mu2_ptr,  # (M, D) or (M, 2, D), rows of mu2_stride
-    terms2_ptr,  # (3, padded2) float32, as terms1
+    terms2_ptr,  # (4, padded2) float32, as terms1
     scores_ptr,  # (N, M) out
     mu1_stride,
     mu2_stride,
@@ -152,12 +162,12 @@ def _matrix_kernel(
     strips = _strips(product)
     WIDTH: tl.constexpr = strips[0].shape[1]
     rows = row_block * BLOCK + tl.arange(0, BLOCK)
-    weight1, square1, unary1 = _load_terms(terms1_ptr, padded1, rows)
+    terms1 = _load_terms(terms1_ptr, padded1, rows)
     rows_ptr = scores_ptr + rows.to(tl.int64)[:, None] * M
     for strip in tl.static_range(8):
         cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
-        weight2, square2, unary2 = _load_terms(terms2_ptr, padded2, cols)
-        scores = _scores(strips[strip], weight1, square1, unary1, weight2, square2, unary2, PLAN) + constant
+        terms2 = _load_terms(terms2_ptr, padded2, cols)
+        scores = _scores(strips[strip], terms1, terms2, PLAN) + constant
         tl.store(rows_ptr + cols[None, :], scores, mask=(rows < N)[:, None] & (cols < M)[None, :])
         tl.debug_barrier()  # keeps the compiler from working on two strips at a time, for which there are no registers
 
@@ -165,10 +175,10 @@ def _matrix_kernel(
 @triton.jit
 def _histogram_kernel(
     mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
-    terms1_ptr,  # (3, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa)
+    terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
     ids1_ptr,  # (padded1,) int64
     mu2_ptr,  # (M, D) or (M, 2, D), rows of mu2_stride
-    terms2_ptr,  # (3, padded2) float32, as terms1
+    terms2_ptr,  # (4, padded2) float32, as terms1
     ids2_ptr,  # (padded2,) int64
     counts_ptr,  # (2, BINS) int64, added to
     mu1_stride,
@@ -199,13 +209,13 @@ def _histogram_kernel(
     strips = _strips(product)
     WIDTH: tl.constexpr = strips[0].shape[1]
     rows = row_block * BLOCK + tl.arange(0, BLOCK)
-    weight1, square1, unary1 = _load_terms(terms1_ptr, padded1, rows)
+    terms1 = _load_terms(terms1_ptr, padded1, rows)
     ids1 = tl.load(ids1_ptr + rows)
     counts = tl.zeros((BINS,), tl.int32)
     for strip in tl.static_range(8):
         cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
-        weight2, square2, unary2 = _load_terms(terms2_ptr, padded2, cols)
-        scores = _scores(strips[strip], weight1, square1, unary1, weight2, square2, unary2, PLAN) + constant
+        terms2 = _load_terms(terms2_ptr, padded2, cols)
+        scores = _scores(strips[strip], terms1, terms2, PLAN) + constant
         position = tl.minimum(tl.maximum((scores - low) * bins_per_nat, 0.0), BINS - 1.0).to(tl.int32)
         genuine = ids1[:, None] == tl.load(ids2_ptr + cols)[None, :]
         counted = (rows < N)[:, None] & (cols < M)[None, :] & (scores == scores)
@@ -219,9 +229,9 @@ def _histogram_kernel(
 @triton.jit
 def _top_k_kernel(
     mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
-    terms1_ptr,  # (3, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa)
+    terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
     mu2_ptr,  # (M, D) or (M, 2, D), rows of mu2_stride
-    terms2_ptr,  # (3, padded2) float32, as terms1
+    terms2_ptr,  # (4, padded2) float32, as terms1
     best_ptr,  # (N, parts, KEPT) int64 out
     mu1_stride,
     mu2_stride,
@@ -246,7 +256,7 @@ def _top_k_kernel(
     LOWEST: tl.constexpr = -(2**63)
     row_block, part = tl.program_id(0), tl.program_id(1)
     rows = row_block * BLOCK + tl.arange(0, BLOCK)
-    weight1, square1, unary1 = _load_terms(terms1_ptr, padded1, rows)
+    terms1 = _load_terms(terms1_ptr, padded1, rows)
     # No two equal, and all below any score.
     best = tl.zeros((BLOCK, KEPT), tl.int64) + (tl.arange(0, KEPT).to(tl.int64) + LOWEST)[None, :]
     for step in range(tl.minimum(blocks, tl.cdiv(M, BLOCK) - part * blocks)):
@@ -258,8 +268,8 @@ def _top_k_kernel(
         WIDTH: tl.constexpr = strips[0].shape[1]
         for strip in tl.static_range(8):
             cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
-            weight2, square2, unary2 = _load_terms(terms2_ptr, padded2, cols)
-            scores = _scores(strips[strip], weight1, square1, unary1, weight2, square2, unary2, PLAN)
+            terms2 = _load_terms(terms2_ptr, padded2, cols)
+            scores = _scores(strips[strip], terms1, terms2, PLAN)
             numbers = tl.where(scores == scores, scores, float("nan"))  # one NaN, above all numbers
             bits = numbers.to(tl.int32, bitcast=True)
             ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -279,7 +289,7 @@ class _Faces(NamedTuple):
     """One of the two sets as the kernels take it."""
 
     mu: torch.Tensor  # (N, D) half precision, dense rows; or (N, 2, D) float16, a float32 row in two parts
-    terms: torch.Tensor  # (3, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa), each rounded once
+    terms: torch.Tensor  # (4, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa) and its rounding error
 
     @classmethod
     def prepare(cls, mu: torch.Tensor, kappa: torch.Tensor, dtype: torch.dtype) -> "_Faces":
@@ -287,7 +297,9 @@ class _Faces(NamedTuple):
         padding = -len(mu) % _BLOCK
         if dtype == torch.float32:
             mu, lengths = _split_rows(mu.to(dtype), lengths)
-        terms = torch.stack((kappa / lengths, kappa.square(), -phi(kappa, mu.shape[-1]))).float()
+        unary = -phi(kappa, mu.shape[-1])
+        head = unary.bfloat16().double()
+        terms = torch.stack((kappa / lengths, kappa.square(), head, unary - head)).float()
         return cls(dense_rows(mu.to(dtype)) if mu.ndim == 2 else mu, torch.nn.functional.pad(terms, (0, padding)))
 
 
@@ -312,7 +324,7 @@ def _prepare(
         PLAN=phi_kernel_plan(dim),
         SPLIT=dtype == torch.float32,
         BLOCK=block,
-        BLOCK_D=_BLOCK_D,
+        BLOCK_D=_BLOCK_D[torch.bfloat16 if dtype == torch.bfloat16 else torch.float16],
         num_warps=_NUM_WARPS,
         num_stages=_NUM_STAGES,
         enable_fp_fusion=False,

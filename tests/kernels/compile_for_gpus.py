@@ -175,7 +175,7 @@ def compile_similarity(name: str, pointer: str, dim: int, architecture: int) -> 
         PLAN=load("_phi_triton").phi_kernel_plan(dim),
         SPLIT=pointer == "*fp32",
         BLOCK=tiles._BLOCK,
-        BLOCK_D=tiles._BLOCK_D,
+        BLOCK_D=tiles._BLOCK_D[torch.bfloat16 if pointer == "*bf16" else torch.float16],
     )
     options = dict(num_warps=tiles._NUM_WARPS, num_stages=tiles._NUM_STAGES, enable_fp_fusion=False)
     if name in ("matrix", "histogram", "top_k") and pointer == "*fp32":
