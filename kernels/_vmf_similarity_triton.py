@@ -3,6 +3,7 @@
 A program computes a tile of cosines as a matrix product, then turns it into scores, strip by strip.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +100,12 @@ def _strips(tile):
     c1, c2 = _halves(c)
     d1, d2 = _halves(d)
     return a1, a2, b1, b2, c1, c2, d1, d2
+
+
+@triton.jit
+def _join_halves(left, right):
+    """Returns the tile of which ``_halves`` makes these."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
@@ -212,18 +219,26 @@ def _histogram_kernel(
     terms1 = _load_terms(terms1_ptr, padded1, rows)
     ids1 = tl.load(ids1_ptr + rows)
     counts = tl.zeros((BINS,), tl.int32)
+    positions = ()
     for strip in tl.static_range(8):
         cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
         terms2 = _load_terms(terms2_ptr, padded2, cols)
         scores = _scores(strips[strip], terms1, terms2, PLAN) + constant
         position = tl.minimum(tl.maximum((scores - low) * bins_per_nat, 0.0), BINS - 1.0).to(tl.int32)
-        genuine = ids1[:, None] == tl.load(ids2_ptr + cols)[None, :]
-        counted = (rows < N)[:, None] & (cols < M)[None, :] & (scores == scores)
+        counted = scores == scores  # the padding's are not
         if DISTINCT:
             counted &= rows[:, None] < cols[None, :]
-        tl.atomic_add(counts_ptr + BINS + position, tl.full(position.shape, 1, tl.int64), mask=counted & genuine)
-        counts += tl.histogram(tl.ravel(position), BINS, mask=tl.ravel(counted & (genuine == 0)))
-    tl.atomic_add(counts_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0)
+        genuine = ids1[:, None] == tl.load(ids2_ptr + cols)[None, :]
+        one = tl.full(position.shape, 1, tl.int64)
+        tl.atomic_add(counts_ptr + BINS + position, one, mask=counted & genuine, sem="relaxed")
+        positions = positions + (tl.where(counted & (genuine == 0), position, -1),)
+        if strip % 4 == 3:
+            joined = tl.ravel(
+                _join_halves(_join_halves(positions[0], positions[1]), _join_halves(positions[2], positions[3]))
+            )
+            counts += tl.histogram(joined, BINS, mask=joined >= 0)
+            positions = ()
+    tl.atomic_add(counts_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
@@ -300,7 +315,7 @@ class _Faces(NamedTuple):
         unary = -phi(kappa, mu.shape[-1])
         head = unary.bfloat16().double()
         terms = torch.stack((kappa / lengths, kappa.square(), head, unary - head)).float()
-        return cls(dense_rows(mu.to(dtype)) if mu.ndim == 2 else mu, torch.nn.functional.pad(terms, (0, padding)))
+        return cls(dense_rows(mu.to(dtype)) if mu.ndim == 2 else mu, torch.nn.functional.pad(terms, (0, padding), value=math.nan))
 
 
 def _split_rows(mu: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
