@@ -304,7 +304,9 @@ class _Faces(NamedTuple):
     """One of the two sets as the kernels take it."""
 
     mu: torch.Tensor  # (N, D) half precision, dense rows; or (N, 2, D) float16, a float32 row in two parts
-    terms: torch.Tensor  # (4, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa) and its rounding error
+    terms: (
+        torch.Tensor
+    )  # (4, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa) and its rounding error
 
     @classmethod
     def prepare(cls, mu: torch.Tensor, kappa: torch.Tensor, dtype: torch.dtype) -> "_Faces":
@@ -315,7 +317,10 @@ class _Faces(NamedTuple):
         unary = -phi(kappa, mu.shape[-1])
         head = unary.bfloat16().double()
         terms = torch.stack((kappa / lengths, kappa.square(), head, unary - head)).float()
-        return cls(dense_rows(mu.to(dtype)) if mu.ndim == 2 else mu, torch.nn.functional.pad(terms, (0, padding), value=math.nan))
+        return cls(
+            dense_rows(mu.to(dtype)) if mu.ndim == 2 else mu,
+            torch.nn.functional.pad(terms, (0, padding), value=math.nan),
+        )
 
 
 def _split_rows(mu: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
