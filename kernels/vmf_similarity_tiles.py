@@ -190,7 +190,7 @@ def _use_tiles(backend: str, dtype: torch.dtype, tensor: torch.Tensor) -> bool:
     """
     if forward_mode():
         raise NotImplementedError(
-            "the similarity of all pairs carries no derivative, in forward mode neither: use vmf_similarity on some pairs"
+            "the similarity of all pairs carries no derivative, in forward mode neither: use vmf_similarity"
         )
     if dtype == torch.float64 and backend == "triton":
         raise ValueError(
