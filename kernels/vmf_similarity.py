@@ -19,12 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
+from scf_fast.kernels import _transforms
 from scf_fast.kernels._common import (
     DEFAULT_RADIUS,
     as_compute,
     check_radius,
     dense_rows,
     promoted_dtype,
+    transformed,
     use_triton,
 )
 from scf_fast.kernels._debye_series import debye_plan
@@ -194,13 +196,16 @@ def vmf_similarity(
     Raises:
         ValueError: shapes, dtypes or radius are not as above, or the backend cannot run.
     """
-    check_faces(mu1, kappa1, mu2, kappa2, radius)
+    dtype = check_faces(mu1, kappa1, mu2, kappa2, radius)
     if mu1.shape != mu2.shape:
         raise ValueError(
             f"mu1 and mu2 must have one shape, got {tuple(mu1.shape)} and {tuple(mu2.shape)}; "
             "vmf_similarity_matrix compares all pairs"
         )
-    return _vmf_similarity(mu1, kappa1, mu2, kappa2, float(radius), use_triton(backend, mu1))
+    triton_kernel = use_triton(backend, mu1)
+    if transformed():
+        return _transforms.vmf_similarity(mu1, kappa1, mu2, kappa2, radius).to(dtype)
+    return _vmf_similarity(mu1, kappa1, mu2, kappa2, float(radius), triton_kernel)
 
 
 @torch.no_grad()
