@@ -141,7 +141,7 @@ def compile_margin_softmax(architecture: int, operand: str) -> list[dict[str, An
 
     def compile_tiles(kernel, **constants):
         of_kernel = {**types, "grad_ptr": operand} if kernel is kernels.cosine_gradient_kernel else types
-        options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=passes.MAX_REGISTERS)
         return compile_kernel(kernel, of_kernel, constants, architecture, aligned, **options)
 
     def compile_rows(kernel):
@@ -177,7 +177,7 @@ def compile_similarity(name: str, pointer: str, dim: int, architecture: int) -> 
         BLOCK=tiles._BLOCK,
         BLOCK_D=tiles._BLOCK_D[torch.bfloat16 if pointer == "*bf16" else torch.float16],
     )
-    options = dict(num_warps=tiles._NUM_WARPS, num_stages=tiles._NUM_STAGES, enable_fp_fusion=False)
+    options = tiles._TILE_OPTIONS
     if name in ("matrix", "histogram", "top_k") and pointer == "*fp32":
         types |= dict.fromkeys(("mu1_ptr", "mu2_ptr"), "*fp16")  # each number in two parts
     if name == "matrix":
@@ -186,6 +186,7 @@ def compile_similarity(name: str, pointer: str, dim: int, architecture: int) -> 
         kernel, constants = tiles._histogram_kernel, dict(tile, BINS=512, DISTINCT=True)
     elif name == "top_k":
         kernel, constants = tiles._top_k_kernel, dict(tile, KEPT=tiles.KEPT, BLOCK=tiles._KEPT_BLOCK)
+        options = tiles._KEPT_OPTIONS
     elif name == "pairs":
         kernel = pairs._pair_kernel
         types |= dict.fromkeys(("kappa1_ptr", "kappa2_ptr", "score_ptr"), pointer)
