@@ -110,23 +110,22 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def compile_for_gpus():
-    """``compile_for_gpus(family, calls)``: resources of the kernels, as ``compile_for_gpus.py`` finds them per call."""
-    script, root = Path(__file__).with_name("compile_for_gpus.py"), Path(__file__).resolve().parents[2]
+def compile_for_gpus(tmp_path_factory):
+    """``compile_for_gpus(kernels, architectures)``: records of ``bench.instructions``, in a process of their own, since
+    kernels that were imported for the interpreter cannot be compiled.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
-    def compile_family(family, calls):
-        child = subprocess.run(
-            [sys.executable, script, family, json.dumps(calls)],
-            env={**environment, "PYTHONPATH": str(root)},
-            cwd=root,
-            capture_output=True,
-            text=True,
-        )
+    def compile_kernels(works, architectures):
+        out = tmp_path_factory.mktemp("instructions")
+        command = [sys.executable, "-m", "bench.instructions", "--only", *works, "--out", out]
+        command += ["--architectures", ",".join(map(str, architectures))]
+        root = Path(__file__).resolve().parents[2]
+        child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
         assert child.returncode == 0, child.stderr[-4000:]
-        return json.loads(child.stdout.splitlines()[-1])
+        return json.loads((out / "instructions.json").read_text())["records"]
 
-    return compile_family
+    return compile_kernels
 
 
 @pytest.fixture(scope="session")
