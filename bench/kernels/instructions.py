@@ -99,7 +99,7 @@ def measure(variant: Variant, architecture: int) -> dict[str, Any]:
 
 def report(records: Sequence[dict[str, Any]]) -> str:
     """Returns the table as text."""
-    head = ["kernel", "sm", "a", "instructions", "beside", "in loop", *sass.CLASSES]
+    head = ["kernel", "sm", "per", "instructions", "beside", "in loop", *sass.CLASSES]
     head += ["registers", "spilled", "shared", "occupancy", "at most"]
     rows = []
     for record in records:
