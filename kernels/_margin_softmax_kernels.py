@@ -66,13 +66,19 @@ def _cosine_tile(
     return cos
 
 
+@triton.jit
+def _any_of_tile(own, first, CLASSES: tl.constexpr):
+    """Returns whether a row has its own class in the tile: most tiles have none, and need no masks."""
+    return tl.max(((own >= first) & (own < first + CLASSES)).to(tl.int32), axis=0) > 0
+
+
 @triton.jit(do_not_specialize=("first_class", "count"))  # they change from block to block
 def statistics_kernel(
     embeddings_ptr,  # (padded_batch, WIDTH)
     centers_ptr,  # (padded count, WIDTH): the block of classes from first_class on
     labels_ptr,  # (padded_batch,) int64
-    top_ptr,  # (splits, padded_batch) in and out: maximum of logits over ln 2
-    total_ptr,  # (splits, padded_batch) in and out: sum of exponentials, relative to the maximum
+    top_ptr,  # (splits, padded_batch) in and out: largest cosine
+    total_ptr,  # (splits, padded_batch) in and out: sum of exponentials, relative to that of the largest cosine
     sum_ptr,  # (splits, padded_batch) in and out, with WITH_SUM: sum of cosines
     padded_batch,
     first_class,
@@ -89,21 +95,24 @@ def statistics_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     at = split.to(tl.int64) * padded_batch + rows
-    own = tl.load(labels_ptr + rows) - first_class
+    own = (tl.load(labels_ptr + rows) - first_class).to(tl.int32)
     top = tl.load(top_ptr + at)
     total = tl.load(total_ptr + at)
     if WITH_SUM:
         cosine_sum = tl.load(sum_ptr + at)
     for tile in range(split, tl.cdiv(count, CLASSES), tl.num_programs(1)):
-        classes = tile * CLASSES + tl.arange(0, CLASSES)
+        first = tile * CLASSES
+        classes = first + tl.arange(0, CLASSES)
         cos = _cosine_tile(embeddings_ptr, centers_ptr, rows, classes, WIDTH, ROWS, CLASSES, STEP, PRECISION)
         if WITH_SUM:
             cosine_sum += tl.sum(cos, axis=1)  # the padding's cosines are 0
-        other = (classes[None, :] < count) & (classes[None, :] != own[:, None])
-        logits = tl.where(other, cos * scale_log2, float("-inf"))
-        higher = tl.maximum(top, tl.max(logits, axis=1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
+        if _any_of_tile(own, first, CLASSES) | (first + CLASSES > count):
+            other = (classes[None, :] < count) & (classes[None, :] != own[:, None])
+            cos = tl.where(other, cos, float("-inf"))
+        higher = tl.maximum(top, tl.max(cos, axis=1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher * scale_log2)
+        exponentials = tl.exp2(cos * scale_log2 - shift[:, None])
+        total = total * tl.exp2(top * scale_log2 - shift) + tl.sum(exponentials, axis=1)
         top = higher
     tl.store(top_ptr + at, top)
     tl.store(total_ptr + at, total)
@@ -141,15 +150,21 @@ def cosine_gradient_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     classes = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
     cos = _cosine_tile(embeddings_ptr, centers_ptr, rows, classes, WIDTH, ROWS, CLASSES, STEP, PRECISION)
-    grad = tl.load(row_grad_ptr + rows)[:, None] * tl.exp2(cos * scale_log2 - tl.load(log_sum_exp_ptr + rows)[:, None])
+    row_grad, target_grad = tl.load(row_grad_ptr + rows), tl.load(target_grad_ptr + rows)
+    log_sum_exp = tl.load(log_sum_exp_ptr + rows)
+    grad = row_grad[:, None] * tl.exp2(cos * scale_log2 - log_sum_exp[:, None])
     if UNIFORM:
         grad += tl.load(uniform_grad_ptr + rows)[:, None]
-    own = tl.load(labels_ptr + rows) - first_class
-    grad = tl.where(classes[None, :] == own[:, None], tl.load(target_grad_ptr + rows)[:, None], grad)
-    grad = tl.where(classes[None, :] < count, grad, 0.0)  # the padding has cosine 0, not gradient 0
+    own = (tl.load(labels_ptr + rows) - first_class).to(tl.int32)
+    first = tl.program_id(0) * CLASSES
+    if _any_of_tile(own, first, CLASSES) | (first + CLASSES > count):
+        grad = tl.where(classes[None, :] == own[:, None], target_grad[:, None], grad)
+        grad = tl.where(classes[None, :] < count, grad, 0.0)  # the padding has cosine 0, not gradient 0
     grad_ptr += rows.to(tl.int64)[:, None] * padded_count + classes[None, :]
     if SKIP:
-        used = tl.max(tl.abs(grad)) >= skip_below
+        # A maximum leaves NaN out, and NaN must reach every gradient that it belongs to. One in a cosine is in the sum.
+        finite = (tl.abs(row_grad + target_grad) < float("inf")) & (log_sum_exp == log_sum_exp)
+        used = (tl.max(tl.abs(grad)) >= skip_below) | (tl.min(finite.to(tl.int32), axis=0) == 0)
         tl.store(used_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), used.to(tl.int8))
         if used:
             tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty))

@@ -142,9 +142,9 @@ class TritonMarginSoftmax:
                 WITH_SUM=with_cosine_sum,
                 **self.cosine_options,
             )
-        log_sum_exp = torch.logsumexp((top + torch.log2(total)) / _LOG2_E, dim=0)[: self.batch]
+        log_sum_exp = torch.logsumexp(top * self.scale + torch.log(total), dim=0)[: self.batch]
         sums = torch.zeros_like(log_sum_exp) if cosine_sum is None else cosine_sum.sum(dim=0)[: self.batch]
-        return log_sum_exp, top.amax(dim=0)[: self.batch] / (self.scale * _LOG2_E), sums
+        return log_sum_exp, top.amax(dim=0)[: self.batch], sums
 
     def gradients(
         self,

@@ -65,7 +65,7 @@ def phi_plan(dim: int, dtype: torch.dtype) -> DebyePlan:
 
 
 @functools.lru_cache(maxsize=64)
-def _fold_series(plan: DebyePlan) -> list[float]:
+def fold_series(plan: DebyePlan) -> list[float]:
     """Returns sum_k p^k Q_k(t^2) of an unshifted order m as one polynomial of t = m p in [0, 1], to 1e-12; the highest
     power first.
     """
@@ -87,7 +87,7 @@ def phi_of_square(square: torch.Tensor, dim: int) -> torch.Tensor:
     m = plan.shifted[0]
     s = square.add_(m * m).sqrt_()
     t = s.reciprocal().mul_(m)
-    highest, *others = _fold_series(plan)
+    highest, *others = fold_series(plan)
     series = torch.full_like(t, highest)
     for coefficient in others:
         series.mul_(t).add_(coefficient)

@@ -3,6 +3,7 @@
 A program computes a tile of cosines as a matrix product, then turns it into scores, strip by strip.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,13 @@ import triton
 import triton.language as tl
 
 from scf_fast.kernels._common import dense_rows
-from scf_fast.kernels._vmf_common import phi, phi_plan, row_lengths
-from scf_fast.kernels.debye import debye_kernel
+from scf_fast.kernels._phi_triton import add_phi_kernel, phi_kernel_plan
+from scf_fast.kernels._vmf_common import phi, row_lengths
 
 _BLOCK = 128  # rows and columns of a tile of scores
+# Elements of a row that are multiplied at a time, and whose sum the tensor cores may cut: where products have 22 bits
+# instead of 16, more of them is lost.
+_BLOCK_D = {torch.bfloat16: 64, torch.float16: 32}
 _GROUP = 8  # tiles of rows that share their columns in the second-level cache
 _NUM_WARPS, _NUM_STAGES = 8, 3
 KEPT = 16  # best columns of a row that a program keeps in registers
@@ -23,9 +27,37 @@ _MOST_PROGRAMS = 65535  # along the second and third dimension of a launch
 
 
 @triton.jit
-def _cosines(
-    mu1_ptr,  # (N, D), rows of mu1_stride
-    mu2_ptr,  # (M, D), rows of mu2_stride
+def _dot_rows(
+    rows1_ptr,  # pointers to the first element of each row of the tile, (BLOCK, 1)
+    rows2_ptr,  # of each column, (1, BLOCK)
+    product,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROUNDED: tl.constexpr,
+):
+    """Returns product + mu1 mu2^T of a tile. Tensor cores cut the sum of each step instead of rounding it; with ROUNDED
+    a sum runs over BLOCK_D elements only, and is rounded when it is added to the others.
+    """
+    inner = tl.arange(0, BLOCK_D)
+    for start in range(0, D, BLOCK_D):
+        if D % BLOCK_D == 0:
+            a = tl.load(rows1_ptr + (start + inner)[None, :])
+            b = tl.load(rows2_ptr + (start + inner)[:, None])
+        else:
+            a = tl.load(rows1_ptr + (start + inner)[None, :], mask=(start + inner < D)[None, :], other=0.0)
+            b = tl.load(rows2_ptr + (start + inner)[:, None], mask=(start + inner < D)[:, None], other=0.0)
+        if ROUNDED:
+            # As a fused multiply-add, lest the compiler hand the sum back to the tensor cores.
+            product = tl.fma(tl.dot(a, b), 1.0, product)
+        else:
+            product = tl.dot(a, b, product)
+    return product
+
+
+@triton.jit
+def _products(
+    mu1_ptr,  # (N, D) half precision, or with SPLIT (N, 2, D), the upper and lower half of each number
+    mu2_ptr,  # (M, D), as mu1
     mu1_stride,
     mu2_stride,
     N,
@@ -33,23 +65,34 @@ def _cosines(
     row_block,
     col_block,
     D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Returns one tile of mu1 mu2^T in float32 as eight strips of columns: the epilogue of one of them fits beside the
-    others in registers, that of the whole tile would not.
-    """
-    rows = row_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    cols = col_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at1, at2 = rows[:, None] * mu1_stride, cols[None, :] * mu2_stride
+    """Returns one tile of mu1 mu2^T in float32. Rows beyond the last repeat it, so that no load needs a mask."""
+    rows = tl.minimum(row_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK), N - 1)
+    cols = tl.minimum(col_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK), M - 1)
+    rows1_ptr = mu1_ptr + rows[:, None] * mu1_stride
+    rows2_ptr = mu2_ptr + cols[None, :] * mu2_stride
     product = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        inner = start + tl.arange(0, BLOCK_D)
-        a = tl.load(mu1_ptr + at1 + inner[None, :], mask=(rows < N)[:, None] & (inner < D)[None, :], other=0.0)
-        b = tl.load(mu2_ptr + at2 + inner[:, None], mask=(cols < M)[None, :] & (inner < D)[:, None], other=0.0)
-        product = tl.dot(a, b, product, input_precision=PRECISION)
-    left, right = _halves(product)
+    if SPLIT:  # without the product of the lower halves, 2^-22 of a term
+        product = _dot_rows(rows1_ptr, rows2_ptr + D, product, D, BLOCK_D, False)
+        product = _dot_rows(rows1_ptr + D, rows2_ptr, product, D, BLOCK_D, False)
+    return _dot_rows(rows1_ptr, rows2_ptr, product, D, BLOCK_D, D > BLOCK_D)
+
+
+@triton.jit
+def _halves(tile):
+    """Returns the left and right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _strips(tile):
+    """Returns eight strips of columns: the epilogue of one of them fits beside the others in registers, that of the
+    whole tile would not.
+    """
+    left, right = _halves(tile)
     a, b = _halves(left)
     c, d = _halves(right)
     a1, a2 = _halves(a)
@@ -60,58 +103,55 @@ def _cosines(
 
 
 @triton.jit
-def _halves(tile):
-    """Returns the left and right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+def _join_halves(left, right):
+    """Returns the tile of which ``_halves`` makes these."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
 
 
 @triton.jit
-def _scores(
-    product,
-    face1_ptr,  # (3, N) float32: 1 / |mu|, kappa, -phi(kappa)
-    face2_ptr,  # (3, M) float32, as face1
-    N,
-    M,
-    constant,
-    row_block,
-    col_block,
-    STRIP: tl.constexpr,
-    PLAN: tl.constexpr,
+def _load_terms(
+    terms_ptr,  # (4, padded) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
+    padded,
+    at,
 ):
-    """Returns rows, columns and scores of one strip of a tile."""
-    BLOCK: tl.constexpr = product.shape[0]
-    WIDTH: tl.constexpr = product.shape[1]
-    rows = row_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    cols = col_block.to(tl.int64) * BLOCK + STRIP * WIDTH + tl.arange(0, WIDTH)
-    row_inside, col_inside = rows < N, cols < M
-    scale1 = tl.load(face1_ptr + rows, mask=row_inside, other=0.0)
-    scale2 = tl.load(face2_ptr + cols, mask=col_inside, other=0.0)
-    kappa1 = tl.load(face1_ptr + N + rows, mask=row_inside, other=0.0)
-    kappa2 = tl.load(face2_ptr + M + cols, mask=col_inside, other=0.0)
-    unary1 = tl.load(face1_ptr + 2 * N + rows, mask=row_inside, other=0.0)
-    unary2 = tl.load(face2_ptr + 2 * M + cols, mask=col_inside, other=0.0)
-    cos = product * scale1[:, None] * scale2[None, :]
-    difference = kappa1[:, None] - kappa2[None, :]
-    square = difference * difference + 2.0 * kappa1[:, None] * kappa2[None, :] * (1.0 + cos)
-    phi, tail, _, _, _, _ = debye_kernel(tl.sqrt(tl.where(square < 0.0, 0.0, square)), PLAN)
-    return rows, cols, phi + unary1[:, None] + unary2[None, :] + tail + constant
+    """Returns the four terms of some faces; the padding makes every load whole."""
+    terms_ptr += at
+    return (
+        tl.load(terms_ptr),
+        tl.load(terms_ptr + padded),
+        tl.load(terms_ptr + 2 * padded),
+        tl.load(terms_ptr + 3 * padded),
+    )
+
+
+@triton.jit
+def _scores(product, terms1, terms2, PLAN: tl.constexpr):
+    """Returns the scores of a strip, but for their constant: kt^2 = kappa1^2 + kappa2^2 + 2 kappa1 kappa2 cos."""
+    weight1, square1, unary1, tail1 = terms1
+    weight2, square2, unary2, tail2 = terms2
+    square = tl.fma(product * (2.0 * weight1)[:, None], weight2[None, :], square1[:, None] + square2[None, :])
+    # Rounding could make the square of opposite directions negative.
+    square = tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return add_phi_kernel(square, unary1[:, None], tail1[:, None], unary2[None, :], tail2[None, :], PLAN)
 
 
 @triton.jit
 def _matrix_kernel(
-    mu1_ptr,  # (N, D), rows of mu1_stride
-    face1_ptr,  # (3, N) float32: 1 / |mu|, kappa, -phi(kappa)
-    mu2_ptr,  # (M, D), rows of mu2_stride
-    face2_ptr,  # (3, M) float32, as face1
+    mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
+    terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
+    mu2_ptr,  # (M, D) or (M, 2, D), rows of mu2_stride
+    terms2_ptr,  # (4, padded2) float32, as terms1
     scores_ptr,  # (N, M) out
     mu1_stride,
     mu2_stride,
+    padded1,
+    padded2,
     N,
     M,
     constant,
     D: tl.constexpr,
     PLAN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
@@ -125,28 +165,33 @@ def _matrix_kernel(
     height = tl.minimum(row_blocks - first, GROUP)
     within = program % (GROUP * col_blocks)
     row_block, col_block = first + within % height, within // height
-    strips = _cosines(
-        mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, PRECISION, BLOCK, BLOCK_D
-    )
+    product = _products(mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SPLIT, BLOCK, BLOCK_D)
+    strips = _strips(product)
+    WIDTH: tl.constexpr = strips[0].shape[1]
+    rows = row_block * BLOCK + tl.arange(0, BLOCK)
+    terms1 = _load_terms(terms1_ptr, padded1, rows)
+    rows_ptr = scores_ptr + rows.to(tl.int64)[:, None] * M
     for strip in tl.static_range(8):
-        rows, cols, scores = _scores(
-            strips[strip], face1_ptr, face2_ptr, N, M, constant, row_block, col_block, strip, PLAN
-        )
-        tl.store(scores_ptr + rows[:, None] * M + cols[None, :], scores, mask=(rows < N)[:, None] & (cols < M)[None, :])
+        cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
+        terms2 = _load_terms(terms2_ptr, padded2, cols)
+        scores = _scores(strips[strip], terms1, terms2, PLAN) + constant
+        tl.store(rows_ptr + cols[None, :], scores, mask=(rows < N)[:, None] & (cols < M)[None, :])
         tl.debug_barrier()  # keeps the compiler from working on two strips at a time, for which there are no registers
 
 
 @triton.jit
 def _histogram_kernel(
-    mu1_ptr,  # (N, D), rows of mu1_stride
-    face1_ptr,  # (3, N) float32: 1 / |mu|, kappa, -phi(kappa)
-    ids1_ptr,  # (N,) int64
-    mu2_ptr,  # (M, D), rows of mu2_stride
-    face2_ptr,  # (3, M) float32, as face1
-    ids2_ptr,  # (M,) int64
+    mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
+    terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
+    ids1_ptr,  # (padded1,) int64
+    mu2_ptr,  # (M, D) or (M, 2, D), rows of mu2_stride
+    terms2_ptr,  # (4, padded2) float32, as terms1
+    ids2_ptr,  # (padded2,) int64
     counts_ptr,  # (2, BINS) int64, added to
     mu1_stride,
     mu2_stride,
+    padded1,
+    padded2,
     N,
     M,
     constant,
@@ -156,50 +201,64 @@ def _histogram_kernel(
     DISTINCT: tl.constexpr,
     D: tl.constexpr,
     PLAN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per tile of scores: counts impostors in the first BINS, genuine pairs in the next."""
+    """One program per tile of scores: counts impostors in the first BINS, genuine pairs in the next. Genuine pairs are
+    rare, and go into memory one by one.
+    """
     row_block, col_block = tl.program_id(0), tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     if DISTINCT:
         if col_block < row_block:
             return
-    strips = _cosines(
-        mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, PRECISION, BLOCK, BLOCK_D
-    )
-    counts = tl.zeros((2 * BINS,), tl.int32)
+    product = _products(mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SPLIT, BLOCK, BLOCK_D)
+    strips = _strips(product)
+    WIDTH: tl.constexpr = strips[0].shape[1]
+    rows = row_block * BLOCK + tl.arange(0, BLOCK)
+    terms1 = _load_terms(terms1_ptr, padded1, rows)
+    ids1 = tl.load(ids1_ptr + rows)
+    counts = tl.zeros((BINS,), tl.int32)
+    positions = ()
     for strip in tl.static_range(8):
-        rows, cols, scores = _scores(
-            strips[strip], face1_ptr, face2_ptr, N, M, constant, row_block, col_block, strip, PLAN
-        )
-        ids1 = tl.load(ids1_ptr + rows, mask=rows < N, other=0)
-        ids2 = tl.load(ids2_ptr + cols, mask=cols < M, other=0)
+        cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
+        terms2 = _load_terms(terms2_ptr, padded2, cols)
+        scores = _scores(strips[strip], terms1, terms2, PLAN) + constant
         position = tl.minimum(tl.maximum((scores - low) * bins_per_nat, 0.0), BINS - 1.0).to(tl.int32)
-        position += tl.where(ids1[:, None] == ids2[None, :], BINS, 0)
-        counted = (rows < N)[:, None] & (cols < M)[None, :] & (scores == scores)
+        counted = scores == scores  # the padding's are not
         if DISTINCT:
             counted &= rows[:, None] < cols[None, :]
-        counts += tl.histogram(tl.ravel(position), 2 * BINS, mask=tl.ravel(counted))
-    tl.atomic_add(counts_ptr + tl.arange(0, 2 * BINS), counts.to(tl.int64), mask=counts > 0)
+        genuine = ids1[:, None] == tl.load(ids2_ptr + cols)[None, :]
+        one = tl.full(position.shape, 1, tl.int64)
+        tl.atomic_add(counts_ptr + BINS + position, one, mask=counted & genuine, sem="relaxed")
+        positions = positions + (tl.where(counted & (genuine == 0), position, -1),)
+        if strip % 4 == 3:
+            joined = tl.ravel(
+                _join_halves(_join_halves(positions[0], positions[1]), _join_halves(positions[2], positions[3]))
+            )
+            counts += tl.histogram(joined, BINS, mask=joined >= 0)
+            positions = ()
+    tl.atomic_add(counts_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
 def _top_k_kernel(
-    mu1_ptr,  # (N, D), rows of mu1_stride
-    face1_ptr,  # (3, N) float32: 1 / |mu|, kappa, -phi(kappa)
-    mu2_ptr,  # (M, D), rows of mu2_stride
-    face2_ptr,  # (3, M) float32, as face1
+    mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
+    terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
+    mu2_ptr,  # (M, D) or (M, 2, D), rows of mu2_stride
+    terms2_ptr,  # (4, padded2) float32, as terms1
     best_ptr,  # (N, parts, KEPT) int64 out
     mu1_stride,
     mu2_stride,
+    padded1,
+    padded2,
     N,
     M,
     blocks,
     KEPT: tl.constexpr,
     D: tl.constexpr,
     PLAN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -211,17 +270,21 @@ def _top_k_kernel(
     """
     LOWEST: tl.constexpr = -(2**63)
     row_block, part = tl.program_id(0), tl.program_id(1)
+    rows = row_block * BLOCK + tl.arange(0, BLOCK)
+    terms1 = _load_terms(terms1_ptr, padded1, rows)
     # No two equal, and all below any score.
     best = tl.zeros((BLOCK, KEPT), tl.int64) + (tl.arange(0, KEPT).to(tl.int64) + LOWEST)[None, :]
     for step in range(tl.minimum(blocks, tl.cdiv(M, BLOCK) - part * blocks)):
         col_block = part * blocks + step
-        strips = _cosines(
-            mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, PRECISION, BLOCK, BLOCK_D
+        product = _products(
+            mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SPLIT, BLOCK, BLOCK_D
         )
+        strips = _strips(product)
+        WIDTH: tl.constexpr = strips[0].shape[1]
         for strip in tl.static_range(8):
-            rows, cols, scores = _scores(
-                strips[strip], face1_ptr, face2_ptr, N, M, 0.0, row_block, col_block, strip, PLAN
-            )
+            cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
+            terms2 = _load_terms(terms2_ptr, padded2, cols)
+            scores = _scores(strips[strip], terms1, terms2, PLAN)
             numbers = tl.where(scores == scores, scores, float("nan"))  # one NaN, above all numbers
             bits = numbers.to(tl.int32, bitcast=True)
             ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -233,22 +296,36 @@ def _top_k_kernel(
                 keys = tl.where(keys == better[:, None], LOWEST, keys)
                 better, worst = tl.max(keys, axis=1), tl.min(best, axis=1)
             tl.debug_barrier()
-    rows = row_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    places = (rows * tl.num_programs(1) + part)[:, None] * KEPT + tl.arange(0, KEPT)[None, :]
+    places = (rows.to(tl.int64) * tl.num_programs(1) + part)[:, None] * KEPT + tl.arange(0, KEPT)[None, :]
     tl.store(best_ptr + places, best, mask=(rows < N)[:, None])
 
 
 class _Faces(NamedTuple):
     """One of the two sets as the kernels take it."""
 
-    mu: torch.Tensor  # (N, D), dense rows, in the type that is multiplied
-    terms: torch.Tensor  # (3, N) float32: 1 / |mu|, kappa, -phi(kappa), each rounded once
+    mu: torch.Tensor  # (N, D) half precision, dense rows; or (N, 2, D) float16, a float32 row in two parts
+    terms: torch.Tensor  # (4, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa) and its rounding error
 
     @classmethod
     def prepare(cls, mu: torch.Tensor, kappa: torch.Tensor, dtype: torch.dtype) -> "_Faces":
-        mu = dense_rows(mu.to(dtype))
-        terms = torch.stack((1 / row_lengths(mu, kappa), kappa.double(), -phi(kappa, mu.shape[1])))
-        return cls(mu, terms.float())
+        lengths, kappa = row_lengths(mu, kappa), kappa.double()
+        padding = -len(mu) % _BLOCK
+        if dtype == torch.float32:
+            mu, lengths = _split_rows(mu.to(dtype), lengths)
+        unary = -phi(kappa, mu.shape[-1])
+        head = unary.bfloat16().double()
+        terms = torch.stack((kappa / lengths, kappa.square(), head, unary - head)).float()
+        return cls(dense_rows(mu.to(dtype)) if mu.ndim == 2 else mu, torch.nn.functional.pad(terms, (0, padding), value=math.nan))
+
+
+def _split_rows(mu: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns float32 rows as sums of two float16 rows, (N, 2, D), and their lengths: scaled by a power of two so that
+    no element overflows and both parts keep 11 bits, which leaves 2^-23 of an element or 2^-40 of the row.
+    """
+    exponent = (15 - torch.frexp(lengths).exponent).clamp(max=126)
+    mu = mu * torch.exp2(exponent.float())[:, None]
+    upper = mu.half()
+    return torch.stack((upper, (mu - upper).half()), dim=1), torch.ldexp(lengths, exponent)
 
 
 def _prepare(
@@ -257,19 +334,21 @@ def _prepare(
     """Returns both sets of faces, and the compile-time settings that the kernels share."""
     dtype = torch.promote_types(mu1.dtype, mu2.dtype)
     dim = mu1.shape[1]
-    # Three products of TF32 parts give a float32 product to a few roundings, at a third of the tensor cores' speed.
-    single = dtype == torch.float32
     settings = dict(
         D=dim,
-        PLAN=phi_plan(dim, torch.float32),
-        PRECISION="tf32x3" if single else "ieee",
+        PLAN=phi_kernel_plan(dim),
+        SPLIT=dtype == torch.float32,
         BLOCK=block,
-        BLOCK_D=16 if single else 64,
+        BLOCK_D=_BLOCK_D[torch.bfloat16 if dtype == torch.bfloat16 else torch.float16],
         num_warps=_NUM_WARPS,
         num_stages=_NUM_STAGES,
         enable_fp_fusion=False,
     )
     return _Faces.prepare(mu1, kappa1, dtype), _Faces.prepare(mu2, kappa2, dtype), settings
+
+
+def _pad_ids(ids: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(ids, (0, -len(ids) % _BLOCK))
 
 
 def launch_matrix(
@@ -290,6 +369,8 @@ def launch_matrix(
             scores,
             first.mu.stride(0),
             second.mu.stride(0),
+            first.terms.shape[1],
+            second.terms.shape[1],
             n,
             m,
             constant,
@@ -320,12 +401,14 @@ def launch_histogram(
     with torch.cuda.device_of(mu1):
         _histogram_kernel[(triton.cdiv(n, _BLOCK), triton.cdiv(col_blocks, layers), layers)](
             *first,
-            ids1.contiguous(),
+            _pad_ids(ids1),
             *second,
-            ids2.contiguous(),
+            _pad_ids(ids2),
             counts,
             first.mu.stride(0),
             second.mu.stride(0),
+            first.terms.shape[1],
+            second.terms.shape[1],
             n,
             m,
             constant,
@@ -357,6 +440,8 @@ def launch_top_k(
             kept,
             first.mu.stride(0),
             second.mu.stride(0),
+            first.terms.shape[1],
+            second.terms.shape[1],
             n,
             m,
             blocks,

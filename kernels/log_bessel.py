@@ -25,6 +25,7 @@ from scf_fast.kernels._common import (
     use_triton,
 )
 from scf_fast.kernels._debye_series import debye_plan
+from scf_fast.kernels._float_pairs import negative
 from scf_fast.kernels.debye import debye_kernel, debye_torch
 
 # Elements per program: in float32 one 16-byte load per thread; neither spills registers.
@@ -116,8 +117,8 @@ def _log_bessel_kernel(
         value = second
         slope = third
     if NEGATE:
-        value = -value
-        slope = -slope
+        value = negative(value)
+        slope = negative(slope)
     tl.store(value_ptr + at, value, mask=mask)
     tl.store(slope_ptr + at, slope, mask=mask)
 

@@ -101,16 +101,31 @@ def _gather_rows(
 def _measure_rows(
     features: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns |features|, |center| and 1 - cos of each row, measured in ``dtype`` and given in float64."""
+    """Returns |features|, |center| and 1 - cos of each row, measured in ``dtype`` and given in float64; rows whose
+    squares would underflow or overflow there are measured in float64.
+    """
     norms = torch.empty((3, len(labels)), dtype=dtype, device=features.device)
-    feature_norm, center_norm, difference = norms
     for chunk, f, c in _gather_rows(features, class_centers, labels, dtype):
-        torch.linalg.vector_norm(f, dim=1, out=feature_norm[chunk])
-        torch.linalg.vector_norm(c, dim=1, out=center_norm[chunk])
-        scaled = torch.addcmul(f, c, (feature_norm[chunk] / center_norm[chunk]).unsqueeze(1), value=-1)
-        torch.linalg.vector_norm(scaled, dim=1, out=difference[chunk])
-    feature_norm, center_norm, difference = norms.double()
+        _measure(f, c, norms[:, chunk])
+    lengths = norms[:2]
+    unsafe = ((lengths < 2.0**-40) | (lengths > 2.0**40)).any(dim=0)
+    norms = norms.double()
+    if dtype == torch.float32 and unsafe.any():
+        (rows,) = unsafe.nonzero(as_tuple=True)
+        exact = norms.new_empty(3, len(rows))
+        _measure(features[rows].double(), class_centers[labels[rows]].double(), exact)
+        norms[:, rows] = exact
+    feature_norm, center_norm, difference = norms
     return feature_norm, center_norm, 0.5 * (difference / feature_norm).square()
+
+
+def _measure(f: torch.Tensor, c: torch.Tensor, norms: torch.Tensor) -> None:
+    """Fills norms, (3, rows), with |f|, |c| and |f - c |f| / |c||."""
+    feature_norm, center_norm, difference = norms
+    torch.linalg.vector_norm(f, dim=1, out=feature_norm)
+    torch.linalg.vector_norm(c, dim=1, out=center_norm)
+    scaled = torch.addcmul(f, c, (feature_norm / center_norm).unsqueeze(1), value=-1)
+    torch.linalg.vector_norm(scaled, dim=1, out=difference)
 
 
 def _scf_loss_torch(
@@ -157,8 +172,8 @@ def _scf_loss_torch(
         cos = 1 - one_minus_cos
         pull = kappa * cos
     if coefficients.numel():
-        rows = pull / feature_norm.square(), -kappa / (feature_norm * center_norm), pull / center_norm.square()
-        torch.div(torch.stack(rows), share, out=coefficients)
+        rows = 1 / feature_norm, 1 / center_norm, kappa / share, pull / share
+        coefficients.copy_(torch.stack(rows))
     if terms.numel():
         l2 = l2 if published else -order * log_kappa
         l3 = log_floored_bessel + kappa if published else phi - _loss_constant(dim, radius) + kappa - l2
@@ -176,13 +191,15 @@ def _gradients_torch(
 ) -> None:
     """Fills whichever of the two gradients is not empty; the CPU path."""
     for chunk, f, c in _gather_rows(features, class_centers, labels, coefficients.dtype):
-        along_f, across, along_c = (coefficients[:, chunk] * grad.expand(len(labels))[chunk]).unsqueeze(2)
+        # One factor 1 / norm last: its square overflows in float32 where the norm is below 1e-19.
+        f_inverse, c_inverse = coefficients[:2, chunk].unsqueeze(2)
+        kappa, kappa_cos = (coefficients[2:, chunk] * grad.expand(len(labels))[chunk]).unsqueeze(2)
         if grad_features.numel():
-            torch.addcmul(across * c, f, along_f, out=grad_features[chunk])
+            along = torch.addcmul(f * (kappa_cos * f_inverse), c, kappa * c_inverse, value=-1)
+            torch.mul(along, f_inverse, out=grad_features[chunk])
         if grad_class_centers.numel():
-            grad_class_centers.index_add_(
-                0, labels[chunk], torch.addcmul(across * f, c, along_c).to(grad_class_centers.dtype)
-            )
+            along = torch.addcmul(c * (kappa_cos * c_inverse), f, kappa * f_inverse, value=-1).mul_(c_inverse)
+            grad_class_centers.index_add_(0, labels[chunk], along.to(grad_class_centers.dtype))
 
 
 # ---- operators
@@ -199,9 +216,8 @@ def _scf_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the loss and what its backward pass needs; ``options`` are of ``Option``.
 
-    loss; d loss / d log_kappa (B,); coefficients a, b, c of d loss / d features = a features + b center and
-    d loss / d center = b features + c center, (3, B) or, not asked for, (3, 0); terms, (5, B) or (5, 0). The gradients
-    are those of the reduced loss.
+    loss; d loss / d log_kappa (B,); coefficients 1 / |features|, 1 / |center|, and for the reduced loss kappa and
+    kappa cos, (4, B) or, not asked for, (4, 0); terms, (5, B) or (5, 0).
     """
     published, mean = bool(options & Option.PUBLISHED), bool(options & Option.MEAN)
     batch, dim = features.shape
@@ -244,7 +260,7 @@ def _allocate_outputs(
     return (
         torch.empty(batch, dtype=dtype, device=device),
         torch.empty(batch, dtype=dtype, device=device),
-        torch.empty((3, batch if options & Option.COEFFICIENTS else 0), dtype=dtype, device=device),
+        torch.empty((4, batch if options & Option.COEFFICIENTS else 0), dtype=dtype, device=device),
         torch.empty((5, batch if options & Option.TERMS else 0), dtype=dtype, device=device),
     )
 

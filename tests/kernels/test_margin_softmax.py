@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from scf_fast.kernels import _margin_softmax_torch, _margin_softmax_triton, reference
 from scf_fast.kernels import margin_softmax as module
@@ -203,11 +204,37 @@ def test_skipped_tiles_leave_out_less_than_the_threshold(triton_device, small_bl
         assert ((ours - theirs).norm(dim=1) <= bound).all()
 
 
+def test_a_weight_that_is_not_a_number_is_not_skipped(triton_device, small_blocks, poisoned):
+    """It reaches every gradient that it belongs to, whatever the threshold, and no other row of the embeddings."""
+    e, w, labels = batch(70, 150, 40, lean=0.8, device=triton_device)
+    e, w = e.detach(), w.detach()
+    statistics = margin_softmax_statistics(e, w, labels, 64.0, backend="triton")
+    for name in ("row", "target"):
+        weights = {"row": torch.full((70,), 1e-3, device=triton_device), "target": torch.zeros(70, device=triton_device)}
+        weights[name][5] = math.nan
+        centers = torch.zeros_like(w)
+        gradient = gradient_of_embeddings(
+            e,
+            w,
+            labels,
+            statistics.log_sum_exp,
+            weights["row"],
+            weights["target"],
+            skip_below=1.01,
+            backend="triton",
+            consume=lambda a, b, g, centers=centers: centers[a:b].copy_(g),
+        )
+        assert gradient[5].isnan().all() and not gradient[:5].isnan().any() and not gradient[6:].isnan().any()
+        own = torch.arange(150, device=triton_device) == labels[5]
+        assert torch.equal(centers.isnan().all(dim=1), own if name == "target" else ~own)
+
+
 @pytest.mark.parametrize("compute_dtype, rtol", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_half_precision_products_keep_the_scale_of_the_gradient(compute_dtype, rtol, place, small_blocks):
     """A loss divided by a million: entries of 1e-9 would be zero in half precision."""
     backend, device = place
-    if compute_dtype == torch.bfloat16 and place == ("triton", "cpu"):
+    kernel = _margin_softmax_triton.product_kernel
+    if compute_dtype == torch.bfloat16 and backend == "triton" and isinstance(kernel, InterpretedFunction):
         pytest.skip("the interpreter has no bf16 products")
     e, w, labels = batch(9, 20, 33, lean=0.5, device=device)
     loss, _ = margin_softmax_loss(e, w, labels, 16.0, compute_dtype=compute_dtype, backend=backend)
