@@ -104,6 +104,19 @@ def check_radius(radius: float) -> None:
 
 # ---- rows
 
+_WARP_VALUES = 512  # of a row in each warp: 16 a thread
+_MAX_WARPS = 16  # leaves each thread 128 registers
+
+
+def row_tile(dim: int) -> tuple[int, int, int]:
+    """Returns the block width, the rows per program, and the warps of a kernel that computes much per row.
+
+    A warp has one row, or as many as give each thread one: what is computed per row is computed in every thread that
+    has a part of it.
+    """
+    block_d = triton.next_power_of_2(dim)
+    return block_d, max(1, 128 // block_d), min(_MAX_WARPS, max(1, block_d // _WARP_VALUES))
+
 
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the matrix with adjacent elements in each row, copied only if they are not; rows may be any stride apart.

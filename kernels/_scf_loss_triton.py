@@ -4,25 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from scf_fast.kernels._common import as_compute, dense_rows
+from scf_fast.kernels._common import as_compute, dense_rows, row_tile
 from scf_fast.kernels._debye_series import DebyePlan
 from scf_fast.kernels._float_pairs import constant_like, exp_kernel, negative, residual_kernel
 from scf_fast.kernels.debye import debye_kernel
 
-_WARP_VALUES = 512  # of a row in each warp: 16 a thread
-_MAX_WARPS = 16  # leaves each thread 128 registers
 # Sums of squares outside are recomputed from scaled rows.
 _SQUARE_MIN, _SQUARE_MAX = tl.constexpr(2.0**-80), tl.constexpr(2.0**80)
-
-
-def tile_shape(dim: int) -> tuple[int, int, int]:
-    """Returns the block width, the rows per program, and the warps.
-
-    A warp has one row, or as many as give each thread one: what is computed per row is computed in every thread that
-    has a part of it.
-    """
-    block_d = triton.next_power_of_2(dim)
-    return block_d, max(1, 128 // block_d), min(_MAX_WARPS, max(1, block_d // _WARP_VALUES))
 
 
 @triton.jit
@@ -273,7 +261,7 @@ def launch_scf_loss(
     """Fills loss and slope, and coefficients and terms unless they are empty; at least one row."""
     features, class_centers = dense_rows(features), dense_rows(class_centers)
     batch, dim = features.shape
-    block_d, tile_rows, num_warps = tile_shape(dim)
+    block_d, tile_rows, num_warps = row_tile(dim)
     with torch.cuda.device_of(features):
         _scf_loss_kernel[(triton.cdiv(batch, tile_rows),)](
             features,
@@ -317,7 +305,7 @@ def launch_gradients(
     features, class_centers = dense_rows(features), dense_rows(class_centers)
     labels, grad = labels.contiguous(), grad.contiguous()
     batch, dim = features.shape
-    block_d, tile_rows, num_warps = tile_shape(dim)
+    block_d, tile_rows, num_warps = row_tile(dim)
     sizes = features.stride(0), class_centers.stride(0), batch, len(class_centers)
     settings = dict(
         GRAD_STRIDE=grad.ndim, D=dim, FP64=coefficients.dtype == torch.float64, BLOCK_D=block_d, num_warps=num_warps

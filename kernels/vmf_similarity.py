@@ -26,6 +26,7 @@ from scf_fast.kernels._common import (
     check_radius,
     dense_rows,
     promoted_dtype,
+    row_tile,
     transformed,
     use_triton,
 )
@@ -40,8 +41,6 @@ from scf_fast.kernels._vmf_common import (
 )
 from scf_fast.kernels.debye import debye_kernel
 from scf_fast.kernels.log_bessel import log_vmf_normalizer, mean_resultant_length
-
-_PAIR_TILE = 1024  # elements of each of mu1 and mu2 that a program holds, as float64
 
 
 def neutral_radius(dim: int) -> float:
@@ -117,8 +116,7 @@ def _vmf_similarity(
     scores = torch.empty(batch, dtype=promoted_dtype(mu1, kappa1, mu2, kappa2), device=mu1.device)
     if batch:
         mu1, mu2 = dense_rows(mu1), dense_rows(mu2)
-        block_d = triton.next_power_of_2(dim)
-        tile_rows = max(1, _PAIR_TILE // block_d)
+        block_d, tile_rows, num_warps = row_tile(dim)
         with torch.cuda.device_of(mu1):
             _pair_kernel[(triton.cdiv(batch, tile_rows),)](
                 mu1,
@@ -134,7 +132,7 @@ def _vmf_similarity(
                 PLAN=debye_plan(dim / 2 - 1, torch.float64),
                 ROWS=tile_rows,
                 BLOCK_D=block_d,
-                num_warps=max(4, block_d // 512),
+                num_warps=num_warps,
                 enable_fp_fusion=False,
             )
     return scores
