@@ -26,6 +26,17 @@ def tile_shape(dim: int) -> tuple[int, int, int]:
 
 
 @triton.jit
+def _rows_of_program(B, ROWS: tl.constexpr):
+    """Returns this program's rows, (ROWS,) int64, and which of them exist."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if ROWS == 1:  # a program a row: no mask is left in the compiled code
+        inside = tl.full((ROWS,), True, tl.int1)
+    else:
+        inside = rows < B
+    return rows, inside
+
+
+@triton.jit
 def _sum_of_squares(x):
     """Returns the sum of x^2 along the rows. Groups of four that one thread holds are summed by fused multiply-adds,
     which launches without contraction have to be given.
@@ -84,12 +95,11 @@ def _scf_loss_kernel(
 
     Longer than 60 lines because everything that is computed per row follows from the same registers.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows, inside = _rows_of_program(B, ROWS)
     cols = tl.arange(0, BLOCK_D)
-    inside = rows < B
-    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0)
     known = (labels >= 0) & (labels < C)
-    labels = tl.where(known, labels, 0)
+    labels = tl.where(known, labels, 0).to(tl.int32).to(tl.int64)
     mask = inside[:, None] & (cols < D)[None, :]
     f = as_compute(tl.load(features_ptr + rows[:, None] * features_stride + cols[None, :], mask=mask, other=0.0), FP64)
     c = as_compute(
@@ -144,7 +154,7 @@ def _scf_loss_kernel(
     tl.store(loss_ptr + rows, loss, mask=inside)
     weight = kappa
     if MEAN:
-        share = 1.0 / B.to(kappa.dtype)
+        share = constant_like(1.0, kappa) / B  # a B of 1 is a constant
         slope *= share
         weight *= share
     tl.store(slope_ptr + rows, slope, mask=inside)
@@ -180,11 +190,10 @@ def _feature_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """grad kappa / |f| (cos f / |f| - c / |c|); one program per tile of rows."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows, inside = _rows_of_program(B, ROWS)
     cols = tl.arange(0, BLOCK_D)
-    inside = rows < B
-    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
-    labels = tl.where((labels >= 0) & (labels < C), labels, 0)  # kappa of an unknown class is NaN
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0)
+    labels = tl.where((labels >= 0) & (labels < C), labels, 0).to(tl.int32).to(tl.int64)  # kappa of an unknown is NaN
     grad = tl.load(grad_ptr + rows * GRAD_STRIDE, mask=inside, other=0.0)
     f_inverse = tl.load(coefficients_ptr + rows, mask=inside, other=0.0)
     c_inverse = tl.load(coefficients_ptr + B + rows, mask=inside, other=0.0)
