@@ -15,11 +15,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import torch
-import triton
-import triton.language as tl
 
 from scf_fast.kernels._common import (
-    as_compute,
     check_floating,
     check_range,
     promoted_dtype,
@@ -29,12 +26,9 @@ from scf_fast.kernels._common import (
     use_triton,
 )
 from scf_fast.kernels._debye_series import debye_plan
-from scf_fast.kernels._float_pairs import negative
-from scf_fast.kernels.debye import debye_kernel, debye_torch
+from scf_fast.kernels._log_bessel_triton import launch_inverse, launch_log_bessel
+from scf_fast.kernels.debye import debye_torch
 
-# Elements per program: in float32 one 16-byte load per thread; neither spills registers.
-_BLOCK = {torch.float32: 512, torch.float64: 128}
-_NUM_WARPS = 4
 _TORCH_BLOCK = 1 << 14  # elements at a time in plain PyTorch: the float64 temporaries stay in cache
 # Halley's method from within 7 % (d = 2, the worst) leaves 3e-5 after one step and rounding after two, for every d in 2
 # .. 8192.
@@ -86,47 +80,6 @@ def _log_bessel_torch(
     return tuple(-f for f in results) if function == Function.LOG_VMF_NORMALIZER else tuple(results)
 
 
-@triton.jit
-def _log_bessel_kernel(
-    kappa_ptr,  # (count,)
-    value_ptr,  # (count,) out: f^(n)
-    slope_ptr,  # (count,) out: f^(n+1)
-    count,
-    PLAN: tl.constexpr,
-    NEGATE: tl.constexpr,
-    WITH_POWER: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    FP64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per block of elements; n = DERIVATIVE."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    kappa = as_compute(tl.load(kappa_ptr + at, mask=mask, other=1.0), FP64)
-    psi, psi_tail, first, _, second, third = debye_kernel(kappa, PLAN, DERIVATIVE, DERIVATIVE + 1, WITH_POWER)
-    if WITH_POWER and PLAN.order[0] > 0:
-        power = PLAN.order[0] / kappa
-        first += power
-        second -= power / kappa
-        third += 2.0 * power / kappa / kappa
-    if DERIVATIVE == 0:
-        value = psi + psi_tail
-        if WITH_POWER and PLAN.order[0] > 0:
-            value = tl.where(kappa == 0, float("-inf"), value)
-        slope = first
-    elif DERIVATIVE == 1:
-        value = first
-        slope = second
-    else:
-        value = second
-        slope = third
-    if NEGATE:
-        value = negative(value)
-        slope = negative(slope)
-    tl.store(value_ptr + at, value, mask=mask)
-    tl.store(slope_ptr + at, slope, mask=mask)
-
-
 @torch.library.custom_op("scf::log_bessel", mutates_args=())
 def _log_bessel(
     kappa: torch.Tensor, order: float, function: int, derivative: int, triton_kernel: bool, debug: bool
@@ -140,21 +93,15 @@ def _log_bessel(
     if not triton_kernel:
         _apply_in_blocks(lambda block: _log_bessel_torch(block, order, kind, derivative, dtype), kappa, value, slope)
     elif kappa.numel():
-        with torch.cuda.device_of(kappa):
-            _log_bessel_kernel[(triton.cdiv(kappa.numel(), _BLOCK[dtype]),)](
-                kappa.contiguous(),
-                value,
-                slope,
-                kappa.numel(),
-                PLAN=debye_plan(order, dtype, _constant_within(kind, order)),
-                NEGATE=kind == Function.LOG_VMF_NORMALIZER,
-                WITH_POWER=kind == Function.LOG_BESSEL_I,
-                DERIVATIVE=derivative,
-                FP64=dtype == torch.float64,
-                BLOCK=_BLOCK[dtype],
-                num_warps=_NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+        launch_log_bessel(
+            kappa,
+            value,
+            slope,
+            plan=debye_plan(order, dtype, _constant_within(kind, order)),
+            negate=kind == Function.LOG_VMF_NORMALIZER,
+            with_power=kind == Function.LOG_BESSEL_I,
+            derivative=derivative,
+        )
     return value, slope
 
 
@@ -243,31 +190,6 @@ def _inverse_torch(rho: torch.Tensor, order: float, dtype: torch.dtype) -> torch
     return kappa.masked_fill(rho == 1, math.inf)
 
 
-@triton.jit
-def _inverse_kernel(
-    rho_ptr,  # (count,)
-    kappa_ptr,  # (count,) out
-    count,
-    PLAN: tl.constexpr,
-    STEPS: tl.constexpr,
-    FP64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per block of elements, by Halley's method; A near 1 is compared by its complement, which holds the
-    digits.
-    """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    rho = as_compute(tl.load(rho_ptr + at, mask=mask, other=0.5), FP64)
-    one_minus_rho = 1.0 - rho
-    kappa = rho * (2.0 * PLAN.order[0] + 2.0 - rho * rho) / (one_minus_rho * (1.0 + rho))
-    for _iteration in range(STEPS):  # not `_`, whose type Triton 3.4 keeps through the loop
-        _, _, ratio, complement, second, third = debye_kernel(kappa, PLAN, 1, 3)
-        step = tl.where(rho < 0.5, ratio - rho, one_minus_rho - complement) / second
-        kappa = kappa - step / (1.0 - 0.5 * step * third / second)
-    tl.store(kappa_ptr + at, tl.where(rho == 1.0, float("inf"), kappa), mask=mask)
-
-
 @torch.library.custom_op("scf::inverse_mean_resultant_length", mutates_args=())
 def _inverse(rho: torch.Tensor, order: float, triton_kernel: bool, debug: bool) -> torch.Tensor:
     """Returns kappa with A(kappa) = rho."""
@@ -277,18 +199,7 @@ def _inverse(rho: torch.Tensor, order: float, triton_kernel: bool, debug: bool) 
     if not triton_kernel:
         _apply_in_blocks(lambda block: (_inverse_torch(block, order, dtype),), rho, kappa)
     elif rho.numel():
-        with torch.cuda.device_of(rho):
-            _inverse_kernel[(triton.cdiv(rho.numel(), _BLOCK[dtype]),)](
-                rho.contiguous(),
-                kappa,
-                rho.numel(),
-                PLAN=debye_plan(order, dtype),
-                STEPS=_HALLEY_STEPS,
-                FP64=dtype == torch.float64,
-                BLOCK=_BLOCK[dtype],
-                num_warps=_NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+        launch_inverse(rho, kappa, plan=debye_plan(order, dtype), steps=_HALLEY_STEPS)
     return kappa
 
 

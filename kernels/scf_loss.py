@@ -22,7 +22,6 @@ Its e swallows I_v exp(-kappa) wherever that is smaller, for d = 512 up to kappa
 import enum
 import functools
 import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -34,16 +33,14 @@ from scf_fast.kernels._common import (
     check_floating,
     check_radius,
     promoted_dtype,
-    slices,
     transformed,
     use_triton,
 )
 from scf_fast.kernels._debye_series import DebyePlan, debye_plan
+from scf_fast.kernels._scf_loss_torch import gradients_torch, scf_loss_torch
 from scf_fast.kernels._scf_loss_triton import launch_gradients, launch_scf_loss
-from scf_fast.kernels.debye import debye_torch
 
 PUBLISHED_EPSILON = 1e-6
-_TORCH_TILE = 1 << 17  # elements: a gathered chunk of class centers, 512 KB, stays in the second-level cache
 
 
 class SCFTerms(NamedTuple):
@@ -78,130 +75,12 @@ def _loss_constant(dim: int, radius: float) -> float:
     return dim / 2 * math.log(2 * math.pi) + dim * math.log(radius)
 
 
-def _loss_plan(dim: int, radius: float, published: bool, dtype: torch.dtype, compensated: bool = True) -> DebyePlan:
-    return debye_plan(dim / 2 - 1, dtype, 0.0 if published else _loss_constant(dim, radius), compensated)
-
-
-# ---- PyTorch
-
-
-def _gather_rows(
-    features: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Yields slices of rows with their features and class centers, a cache-sized tile at a time; the class centers lie
-    in a buffer that the next tile overwrites.
+def _loss_plan(dim: int, radius: float, published: bool, dtype: torch.dtype, in_triton: bool) -> DebyePlan:
+    """Returns the plan of psi. The radius enters here and nowhere else, as d log r within the constant that psi gets
+    before it is rounded.
     """
-    rows = max(1, _TORCH_TILE // features.shape[1])
-    buffer = torch.empty(
-        (min(rows, len(labels)), features.shape[1]), dtype=class_centers.dtype, device=class_centers.device
-    )
-    for chunk in slices(len(labels), rows):
-        own = torch.index_select(class_centers, 0, labels[chunk], out=buffer[: chunk.stop - chunk.start])
-        yield chunk, features[chunk].to(dtype), own.to(dtype)
-
-
-def _measure_rows(
-    features: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns |features|, |center| and 1 - cos of each row, measured in ``dtype`` and given in float64; rows whose
-    squares would underflow or overflow there are measured in float64.
-    """
-    norms = torch.empty((3, len(labels)), dtype=dtype, device=features.device)
-    for chunk, f, c in _gather_rows(features, class_centers, labels, dtype):
-        _measure(f, c, norms[:, chunk])
-    lengths = norms[:2]
-    unsafe = ((lengths < 2.0**-40) | (lengths > 2.0**40)).any(dim=0)
-    norms = norms.double()
-    if dtype == torch.float32 and unsafe.any():
-        (rows,) = unsafe.nonzero(as_tuple=True)
-        exact = norms.new_empty(3, len(rows))
-        _measure(features[rows].double(), class_centers[labels[rows]].double(), exact)
-        norms[:, rows] = exact
-    feature_norm, center_norm, difference = norms
-    return feature_norm, center_norm, 0.5 * (difference / feature_norm).square()
-
-
-def _measure(f: torch.Tensor, c: torch.Tensor, norms: torch.Tensor) -> None:
-    """Fills norms, (3, rows), with |f|, |c| and |f - c |f| / |c||."""
-    feature_norm, center_norm, difference = norms
-    torch.linalg.vector_norm(f, dim=1, out=feature_norm)
-    torch.linalg.vector_norm(c, dim=1, out=center_norm)
-    scaled = torch.addcmul(f, c, (feature_norm / center_norm).unsqueeze(1), value=-1)
-    torch.linalg.vector_norm(scaled, dim=1, out=difference)
-
-
-def _scf_loss_torch(
-    features: torch.Tensor,
-    log_kappa: torch.Tensor,
-    class_centers: torch.Tensor,
-    labels: torch.Tensor,
-    loss: torch.Tensor,
-    slope: torch.Tensor,
-    coefficients: torch.Tensor,
-    terms: torch.Tensor,
-    *,
-    radius: float,
-    published: bool,
-    mean: bool,
-) -> None:
-    """Fills the outputs of ``_scf_loss`` to the accuracy of their dtype, coefficients and terms unless they are empty;
-    the CPU path.
-    """
-    dim, dtype = features.shape[1], loss.dtype
-    feature_norm, center_norm, one_minus_cos = _measure_rows(features, class_centers, labels, dtype)
-    plan = _loss_plan(dim, radius, published, dtype, compensated=dtype == torch.float64)
-    order = plan.order[0]
-    log_kappa = log_kappa.double().clamp(max=plan.log_kappa_max)
-    growth = log_kappa.exp()  # d kappa / d log_kappa
-    kappa = growth + PUBLISHED_EPSILON if published else growth
-    bessel = debye_torch(kappa, plan, with_power=published)
-    phi = (bessel.psi - kappa) + bessel.psi_tail
-    if published:
-        scaled_bessel = phi.exp()
-        floored_bessel = scaled_bessel + PUBLISHED_EPSILON
-        floored_kappa = kappa + PUBLISHED_EPSILON
-        l2, log_floored_bessel = -order * floored_kappa.log(), floored_bessel.log()
-        torch.add(kappa * one_minus_cos + l2, log_floored_bessel + _loss_constant(dim, radius), out=loss)
-        slopes = growth * (
-            one_minus_cos - order / floored_kappa + scaled_bessel / floored_bessel * (order / kappa - bessel.complement)
-        )
-    else:
-        torch.add(kappa * one_minus_cos, phi, out=loss)
-        slopes = kappa * (one_minus_cos - bessel.complement)
-    share = len(labels) if mean else 1
-    torch.div(slopes, share, out=slope)
-    if coefficients.numel() or terms.numel():
-        cos = 1 - one_minus_cos
-        pull = kappa * cos
-    if coefficients.numel():
-        rows = 1 / feature_norm, 1 / center_norm, kappa / share, pull / share
-        coefficients.copy_(torch.stack(rows))
-    if terms.numel():
-        l2 = l2 if published else -order * log_kappa
-        l3 = log_floored_bessel + kappa if published else phi - _loss_constant(dim, radius) + kappa - l2
-        torch.stack((cos, kappa, -pull, l2, l3), out=terms)
-
-
-def _gradients_torch(
-    grad: torch.Tensor,
-    coefficients: torch.Tensor,
-    features: torch.Tensor,
-    class_centers: torch.Tensor,
-    labels: torch.Tensor,
-    grad_features: torch.Tensor,
-    grad_class_centers: torch.Tensor,
-) -> None:
-    """Fills whichever of the two gradients is not empty; the CPU path."""
-    for chunk, f, c in _gather_rows(features, class_centers, labels, coefficients.dtype):
-        # One factor 1 / norm last: its square overflows in float32 where the norm is below 1e-19.
-        f_inverse, c_inverse = coefficients[:2, chunk].unsqueeze(2)
-        kappa, kappa_cos = (coefficients[2:, chunk] * grad.expand(len(labels))[chunk]).unsqueeze(2)
-        if grad_features.numel():
-            along = torch.addcmul(f * (kappa_cos * f_inverse), c, kappa * c_inverse, value=-1)
-            torch.mul(along, f_inverse, out=grad_features[chunk])
-        if grad_class_centers.numel():
-            along = torch.addcmul(c * (kappa_cos * c_inverse), f, kappa * f_inverse, value=-1).mul_(c_inverse)
-            grad_class_centers.index_add_(0, labels[chunk], along.to(grad_class_centers.dtype))
+    constant = 0.0 if published else _loss_constant(dim, radius)
+    return debye_plan(dim / 2 - 1, dtype, constant, compensated=in_triton or dtype == torch.float64)
 
 
 # ---- operators
@@ -226,18 +105,15 @@ def _scf_loss(
     if (options & Option.DEBUG or not labels.is_cuda) and batch:
         _check_labels(labels, len(class_centers))
     rows, slope, coefficients, terms = outputs = _allocate_outputs(features, log_kappa, class_centers, options)
-    if not options & Option.TRITON:
-        _scf_loss_torch(
-            features, log_kappa, class_centers, labels, *outputs, radius=radius, published=published, mean=mean
-        )
-    elif batch:
-        launch_scf_loss(
+    if batch:
+        fill_loss = launch_scf_loss if options & Option.TRITON else scf_loss_torch
+        fill_loss(
             features,
             log_kappa,
             class_centers,
             labels,
             *outputs,
-            plan=_loss_plan(dim, radius, published, rows.dtype),
+            plan=_loss_plan(dim, radius, published, rows.dtype, bool(options & Option.TRITON)),
             constant=_loss_constant(dim, radius),
             epsilon=PUBLISHED_EPSILON,
             published=published,
@@ -297,7 +173,7 @@ def _scf_loss_backward(
     )
     grad_class_centers = class_centers.new_zeros(class_centers.shape if for_class_centers else (0, dim))
     if batch and (for_features or for_class_centers):
-        fill_gradients = launch_gradients if triton_kernel else _gradients_torch
+        fill_gradients = launch_gradients if triton_kernel else gradients_torch
         fill_gradients(grad, coefficients, features, class_centers, labels, grad_features, grad_class_centers)
     return (grad * slope).to(log_kappa.dtype), grad_features, grad_class_centers
 
@@ -362,7 +238,7 @@ def _transformed_loss(
     published = bool(options & Option.PUBLISHED)
     rows, terms = _transforms.scf_loss_rows(
         features,
-        log_kappa.clamp(max=_loss_plan(dim, radius, published, dtype).log_kappa_max),
+        log_kappa.clamp(max=_loss_plan(dim, radius, published, dtype, False).log_kappa_max),
         class_centers,
         labels,
         _loss_constant(dim, radius),

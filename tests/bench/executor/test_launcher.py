@@ -13,7 +13,7 @@ from bench.executor.errors import MemoryAccessError, RaceError
 from bench.executor.launcher import ExecutedKernel, Executor, executing, specialize
 from scf_fast.kernels import _common, log_vmf_normalizer, pool_templates, reference, scf_loss
 from scf_fast.kernels._debye_series import debye_plan
-from scf_fast.kernels.log_bessel import _log_bessel_kernel
+from scf_fast.kernels._log_bessel_triton import _log_bessel_kernel
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_specialized_as_triton_does(value, by_value):
 
 
 def test_kernels_are_replaced_only_within():
-    from scf_fast.kernels import log_bessel
+    from scf_fast.kernels import _log_bessel_triton as log_bessel
 
     kappa, interpreted = torch.rand(5), _common.INTERPRETED
     with executing():
