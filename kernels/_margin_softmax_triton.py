@@ -43,6 +43,7 @@ class _Tiles(NamedTuple):
 # cores unless TF32 is on.
 _HALF_TILES = _Tiles(rows=128, classes=128, width=64, num_warps=8, num_stages=3)
 _FLOAT_TILES = _Tiles(rows=64, classes=64, width=32, num_warps=4, num_stages=3)
+MAX_REGISTERS = 255  # said, because otherwise the assembler spills a few to have more programs at a time (sm_120)
 # The classes of a block are split into independent partial sums until a launch has about this many programs: two for
 # each of 132 multiprocessors.
 _PROGRAMS = 264
@@ -83,6 +84,7 @@ class TritonMarginSoftmax:
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
+            "maxnreg": MAX_REGISTERS,
         }
         self.cosine_options = {**self.product_options, "ROWS": tiles.rows, "CLASSES": tiles.classes}
 

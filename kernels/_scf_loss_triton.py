@@ -4,25 +4,24 @@ import torch
 import triton
 import triton.language as tl
 
-from scf_fast.kernels._common import as_compute, dense_rows
+from scf_fast.kernels._common import as_compute, dense_rows, row_tile
 from scf_fast.kernels._debye_series import DebyePlan
 from scf_fast.kernels._float_pairs import constant_like, exp_kernel, negative, residual_kernel
 from scf_fast.kernels.debye import debye_kernel
 
-_WARP_VALUES = 512  # of a row in each warp: 16 a thread
-_MAX_WARPS = 16  # leaves each thread 128 registers
 # Sums of squares outside are recomputed from scaled rows.
 _SQUARE_MIN, _SQUARE_MAX = tl.constexpr(2.0**-80), tl.constexpr(2.0**80)
 
 
-def tile_shape(dim: int) -> tuple[int, int, int]:
-    """Returns the block width, the rows per program, and the warps.
-
-    A warp has one row, or as many as give each thread one: what is computed per row is computed in every thread that
-    has a part of it.
-    """
-    block_d = triton.next_power_of_2(dim)
-    return block_d, max(1, 128 // block_d), min(_MAX_WARPS, max(1, block_d // _WARP_VALUES))
+@triton.jit
+def _rows_of_program(B, ROWS: tl.constexpr):
+    """Returns this program's rows, (ROWS,) int64, and which of them exist."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if ROWS == 1:  # a program a row: no mask is left in the compiled code
+        inside = tl.full((ROWS,), True, tl.int1)
+    else:
+        inside = rows < B
+    return rows, inside
 
 
 @triton.jit
@@ -84,12 +83,11 @@ def _scf_loss_kernel(
 
     Longer than 60 lines because everything that is computed per row follows from the same registers.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows, inside = _rows_of_program(B, ROWS)
     cols = tl.arange(0, BLOCK_D)
-    inside = rows < B
-    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0)
     known = (labels >= 0) & (labels < C)
-    labels = tl.where(known, labels, 0)
+    labels = tl.where(known, labels, 0).to(tl.int32).to(tl.int64)
     mask = inside[:, None] & (cols < D)[None, :]
     f = as_compute(tl.load(features_ptr + rows[:, None] * features_stride + cols[None, :], mask=mask, other=0.0), FP64)
     c = as_compute(
@@ -144,7 +142,7 @@ def _scf_loss_kernel(
     tl.store(loss_ptr + rows, loss, mask=inside)
     weight = kappa
     if MEAN:
-        share = 1.0 / B.to(kappa.dtype)
+        share = constant_like(1.0, kappa) / B  # a B of 1 is a constant
         slope *= share
         weight *= share
     tl.store(slope_ptr + rows, slope, mask=inside)
@@ -180,11 +178,10 @@ def _feature_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """grad kappa / |f| (cos f / |f| - c / |c|); one program per tile of rows."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows, inside = _rows_of_program(B, ROWS)
     cols = tl.arange(0, BLOCK_D)
-    inside = rows < B
-    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
-    labels = tl.where((labels >= 0) & (labels < C), labels, 0)  # kappa of an unknown class is NaN
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0)
+    labels = tl.where((labels >= 0) & (labels < C), labels, 0).to(tl.int32).to(tl.int64)  # kappa of an unknown is NaN
     grad = tl.load(grad_ptr + rows * GRAD_STRIDE, mask=inside, other=0.0)
     f_inverse = tl.load(coefficients_ptr + rows, mask=inside, other=0.0)
     c_inverse = tl.load(coefficients_ptr + B + rows, mask=inside, other=0.0)
@@ -264,7 +261,7 @@ def launch_scf_loss(
     """Fills loss and slope, and coefficients and terms unless they are empty; at least one row."""
     features, class_centers = dense_rows(features), dense_rows(class_centers)
     batch, dim = features.shape
-    block_d, tile_rows, num_warps = tile_shape(dim)
+    block_d, tile_rows, num_warps = row_tile(dim)
     with torch.cuda.device_of(features):
         _scf_loss_kernel[(triton.cdiv(batch, tile_rows),)](
             features,
@@ -308,7 +305,7 @@ def launch_gradients(
     features, class_centers = dense_rows(features), dense_rows(class_centers)
     labels, grad = labels.contiguous(), grad.contiguous()
     batch, dim = features.shape
-    block_d, tile_rows, num_warps = tile_shape(dim)
+    block_d, tile_rows, num_warps = row_tile(dim)
     sizes = features.stride(0), class_centers.stride(0), batch, len(class_centers)
     settings = dict(
         GRAD_STRIDE=grad.ndim, D=dim, FP64=coefficients.dtype == torch.float64, BLOCK_D=block_d, num_warps=num_warps

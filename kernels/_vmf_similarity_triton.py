@@ -19,9 +19,11 @@ _BLOCK = 128  # rows and columns of a tile of scores
 # instead of 16, more of them is lost.
 _BLOCK_D = {torch.bfloat16: 64, torch.float16: 32}
 _GROUP = 8  # tiles of rows that share their columns in the second-level cache
-_NUM_WARPS, _NUM_STAGES = 8, 3
 KEPT = 16  # best columns of a row that a program keeps in registers
 _KEPT_BLOCK = 64  # rows and columns of a tile that leaves registers for them
+# Launch options. Left alone, the assembler spills a few registers to have more programs at a time.
+_TILE_OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": 255, "enable_fp_fusion": False}
+_KEPT_OPTIONS = {**_TILE_OPTIONS, "num_warps": 4, "num_stages": 2}
 _PROGRAMS = 8  # per multiprocessor, into which the columns are split where there are few rows
 _MOST_PROGRAMS = 65535  # along the second and third dimension of a launch
 
@@ -88,13 +90,20 @@ def _halves(tile):
 
 
 @triton.jit
-def _strips(tile):
-    """Returns eight strips of columns: the epilogue of one of them fits beside the others in registers, that of the
-    whole tile would not.
-    """
+def _quarters(tile):
+    """Returns four strips of columns, which go through the epilogue one after another."""
     left, right = _halves(tile)
     a, b = _halves(left)
     c, d = _halves(right)
+    return a, b, c, d
+
+
+@triton.jit
+def _eighths(tile):
+    """Returns eight strips of columns: the epilogue of one of them fits beside the others in registers, that of the
+    whole tile would not.
+    """
+    a, b, c, d = _quarters(tile)
     a1, a2 = _halves(a)
     b1, b2 = _halves(b)
     c1, c2 = _halves(c)
@@ -166,7 +175,7 @@ def _matrix_kernel(
     within = program % (GROUP * col_blocks)
     row_block, col_block = first + within % height, within // height
     product = _products(mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SPLIT, BLOCK, BLOCK_D)
-    strips = _strips(product)
+    strips = _eighths(product)
     WIDTH: tl.constexpr = strips[0].shape[1]
     rows = row_block * BLOCK + tl.arange(0, BLOCK)
     terms1 = _load_terms(terms1_ptr, padded1, rows)
@@ -213,7 +222,7 @@ def _histogram_kernel(
         if col_block < row_block:
             return
     product = _products(mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SPLIT, BLOCK, BLOCK_D)
-    strips = _strips(product)
+    strips = _eighths(product)
     WIDTH: tl.constexpr = strips[0].shape[1]
     rows = row_block * BLOCK + tl.arange(0, BLOCK)
     terms1 = _load_terms(terms1_ptr, padded1, rows)
@@ -242,6 +251,12 @@ def _histogram_kernel(
 
 
 @triton.jit
+def _order(bits):
+    """Converts the bits of a float into an integer that is ordered as floats are, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def _top_k_kernel(
     mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
     terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
@@ -266,7 +281,8 @@ def _top_k_kernel(
     order, each as one integer that sorts by score, then by column.
 
     A score of a strip that beats the worst one kept in its row replaces that one, the best first. After the first tiles
-    that is rare. Scores are those of the neutral radius: the constant of another would cost them digits.
+    that is rare, and a comparison of floats finds out. Scores are those of the neutral radius: the constant of another
+    would cost them digits.
     """
     LOWEST: tl.constexpr = -(2**63)
     row_block, part = tl.program_id(0), tl.program_id(1)
@@ -274,28 +290,28 @@ def _top_k_kernel(
     terms1 = _load_terms(terms1_ptr, padded1, rows)
     # No two equal, and all below any score.
     best = tl.zeros((BLOCK, KEPT), tl.int64) + (tl.arange(0, KEPT).to(tl.int64) + LOWEST)[None, :]
+    floor = tl.full((BLOCK,), float("-inf"), tl.float32)  # the worst score kept of each row
     for step in range(tl.minimum(blocks, tl.cdiv(M, BLOCK) - part * blocks)):
         col_block = part * blocks + step
         product = _products(
             mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SPLIT, BLOCK, BLOCK_D
         )
-        strips = _strips(product)
+        strips = _quarters(product)
         WIDTH: tl.constexpr = strips[0].shape[1]
-        for strip in tl.static_range(8):
+        for strip in tl.static_range(4):
             cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
-            terms2 = _load_terms(terms2_ptr, padded2, cols)
-            scores = _scores(strips[strip], terms1, terms2, PLAN)
-            numbers = tl.where(scores == scores, scores, float("nan"))  # one NaN, above all numbers
-            bits = numbers.to(tl.int32, bitcast=True)
-            ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-            keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - cols)[None, :]
-            keys = tl.where((cols < M)[None, :], keys, LOWEST)
-            better, worst = tl.max(keys, axis=1), tl.min(best, axis=1)
-            while tl.max((better > worst).to(tl.int32), axis=0) > 0:
-                best = tl.where((best == worst[:, None]) & (better > worst)[:, None], better[:, None], best)
-                keys = tl.where(keys == better[:, None], LOWEST, keys)
+            scores = _scores(strips[strip], terms1, _load_terms(terms2_ptr, padded2, cols), PLAN)
+            highest = tl.max(tl.where(scores == scores, scores, float("inf")), axis=1)
+            if tl.max((highest >= floor).to(tl.int32), axis=0) > 0:
+                numbers = tl.where(scores == scores, scores, float("nan"))  # one NaN, above all numbers
+                keys = (_order(numbers.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (0x7FFFFFFF - cols)[None, :]
                 better, worst = tl.max(keys, axis=1), tl.min(best, axis=1)
-            tl.debug_barrier()
+                while tl.max((better > worst).to(tl.int32), axis=0) > 0:
+                    best = tl.where((best == worst[:, None]) & (better > worst)[:, None], better[:, None], best)
+                    keys = tl.where(keys == better[:, None], LOWEST, keys)
+                    better, worst = tl.max(keys, axis=1), tl.min(best, axis=1)
+                number = _order((worst >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+                floor = tl.where(worst < LOWEST + KEPT, float("-inf"), number)
     places = (rows.to(tl.int64) * tl.num_programs(1) + part)[:, None] * KEPT + tl.arange(0, KEPT)[None, :]
     tl.store(best_ptr + places, best, mask=(rows < N)[:, None])
 
@@ -307,15 +323,16 @@ class _Faces(NamedTuple):
     terms: torch.Tensor  # (4, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa) and its rounding error
 
     @classmethod
-    def prepare(cls, mu: torch.Tensor, kappa: torch.Tensor, dtype: torch.dtype) -> "_Faces":
+    def prepare(cls, mu: torch.Tensor, kappa: torch.Tensor, dtype: torch.dtype, score_of_padding: float) -> "_Faces":
         lengths, kappa = row_lengths(mu, kappa), kappa.double()
-        padding = -len(mu) % _BLOCK
+        padded = torch.zeros(4, triton.cdiv(len(mu), _BLOCK) * _BLOCK, device=mu.device)
+        padded[2, len(mu) :] = score_of_padding
         if dtype == torch.float32:
             mu, lengths = _split_rows(mu.to(dtype), lengths)
         unary = -phi(kappa, mu.shape[-1])
         head = unary.bfloat16().double()
-        terms = torch.stack((kappa / lengths, kappa.square(), head, unary - head)).float()
-        return cls(dense_rows(mu.to(dtype)) if mu.ndim == 2 else mu, torch.nn.functional.pad(terms, (0, padding), value=math.nan))
+        padded[:, : len(mu)] = torch.stack((kappa / lengths, kappa.square(), head, unary - head))
+        return cls(dense_rows(mu.to(dtype)) if mu.ndim == 2 else mu, padded)
 
 
 def _split_rows(mu: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -329,7 +346,13 @@ def _split_rows(mu: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _prepare(
-    mu1: torch.Tensor, kappa1: torch.Tensor, mu2: torch.Tensor, kappa2: torch.Tensor, block: int = _BLOCK
+    mu1: torch.Tensor,
+    kappa1: torch.Tensor,
+    mu2: torch.Tensor,
+    kappa2: torch.Tensor,
+    *,
+    score_of_padding: float = math.nan,
+    block: int = _BLOCK,
 ) -> tuple[_Faces, _Faces, dict[str, Any]]:
     """Returns both sets of faces, and the compile-time settings that the kernels share."""
     dtype = torch.promote_types(mu1.dtype, mu2.dtype)
@@ -340,11 +363,9 @@ def _prepare(
         SPLIT=dtype == torch.float32,
         BLOCK=block,
         BLOCK_D=_BLOCK_D[torch.bfloat16 if dtype == torch.bfloat16 else torch.float16],
-        num_warps=_NUM_WARPS,
-        num_stages=_NUM_STAGES,
-        enable_fp_fusion=False,
     )
-    return _Faces.prepare(mu1, kappa1, dtype), _Faces.prepare(mu2, kappa2, dtype), settings
+    first = _Faces.prepare(mu1, kappa1, dtype, score_of_padding)
+    return first, _Faces.prepare(mu2, kappa2, dtype, score_of_padding), settings
 
 
 def _pad_ids(ids: torch.Tensor) -> torch.Tensor:
@@ -376,6 +397,7 @@ def launch_matrix(
             constant,
             GROUP=_GROUP,
             **settings,
+            **_TILE_OPTIONS,
         )
 
 
@@ -417,6 +439,7 @@ def launch_histogram(
             BINS=bins,
             DISTINCT=distinct,
             **settings,
+            **_TILE_OPTIONS,
         )
 
 
@@ -427,7 +450,9 @@ def launch_top_k(
     one row.
     """
     n, m = len(mu1), len(mu2)
-    first, second, settings = _prepare(mu1, kappa1, mu2, kappa2, _KEPT_BLOCK)
+    first, second, settings = _prepare(
+        mu1, kappa1, mu2, kappa2, score_of_padding=-math.inf, block=_KEPT_BLOCK
+    )
     row_blocks, col_blocks = triton.cdiv(n, _KEPT_BLOCK), triton.cdiv(m, _KEPT_BLOCK)
     processors = torch.cuda.get_device_properties(mu1.device).multi_processor_count if mu1.is_cuda else 1
     blocks = triton.cdiv(col_blocks, min(col_blocks, triton.cdiv(_PROGRAMS * processors, row_blocks)))
@@ -447,6 +472,7 @@ def launch_top_k(
             blocks,
             KEPT=KEPT,
             **settings,
+            **_KEPT_OPTIONS,
         )
     best = torch.topk(kept, k, dim=1).values
     ordered = best >> 32

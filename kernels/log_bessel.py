@@ -9,8 +9,10 @@ is a product, and differentiating once more raises n by one.
 """
 
 import enum
+import functools
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import triton
@@ -21,7 +23,9 @@ from scf_fast.kernels._common import (
     check_floating,
     check_range,
     promoted_dtype,
+    refuse_repeated_forward_mode,
     slices,
+    transformed,
     use_triton,
 )
 from scf_fast.kernels._debye_series import debye_plan
@@ -166,6 +170,13 @@ def _log_bessel_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def _refuse_another_derivative(function: int) -> NoReturn:
+    name = Function(function).name.lower()
+    raise NotImplementedError(
+        f"{name} has derivatives up to the third, all that its kernels evaluate; differentiate less often"
+    )
+
+
 def _log_bessel_backward(ctx, grad_value, grad_slope):
     kappa, slope = ctx.saved_tensors
     order, function, derivative, triton_kernel, debug = ctx.settings
@@ -174,15 +185,47 @@ def _log_bessel_backward(ctx, grad_value, grad_slope):
         terms.append(grad_value * slope)
     if grad_slope is not None:
         if derivative == 2:  # the recurrences of the kernels end here; a Hessian of the loss needs no more
-            name = Function(function).name.lower()
-            raise NotImplementedError(
-                f"{name} has derivatives up to the third, all that its kernels evaluate; differentiate less often"
-            )
+            _refuse_another_derivative(function)
         terms.append(grad_slope * _log_bessel(kappa, order, function, derivative + 1, triton_kernel, debug)[1])
     return sum(terms).to(kappa.dtype) if terms else None, None, None, None, None, None
 
 
 _log_bessel.register_autograd(_log_bessel_backward, setup_context=_log_bessel_setup)
+
+
+class _TransformedDerivative(torch.autograd.Function):
+    """f^(n) for the transforms of ``torch.func`` and forward mode, n = 0 .. 3; its derivative is f^(n+1)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kappa, order, function, derivative, triton_kernel, debug):
+        first = min(derivative, 2)
+        return _log_bessel(kappa, order, function, first, triton_kernel, debug)[derivative - first]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        kappa, *ctx.settings = inputs
+        ctx.save_for_backward(kappa)
+        ctx.save_for_forward(kappa)
+
+    @staticmethod
+    def _slope(ctx):
+        (kappa,) = ctx.saved_tensors
+        order, function, derivative, triton_kernel, debug = ctx.settings
+        if derivative == 3:
+            _refuse_another_derivative(function)
+        return _TransformedDerivative.apply(kappa, order, function, derivative + 1, triton_kernel, debug)
+
+    @staticmethod
+    def backward(ctx, grad):
+        slope = _TransformedDerivative._slope(ctx)
+        return (grad * slope).to(ctx.saved_tensors[0].dtype), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        slope = _TransformedDerivative._slope(ctx)
+        return tangent.to(slope.dtype) * slope
 
 
 # ---- the inverse of A_d
@@ -270,14 +313,64 @@ def _inverse_backward(ctx, grad):
 _inverse.register_autograd(_inverse_backward, setup_context=_inverse_setup)
 
 
+class _TransformedInverse(torch.autograd.Function):
+    """A^(-1) for the transforms of ``torch.func`` and forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rho, order, triton_kernel, debug):
+        return _inverse(rho, order, triton_kernel, debug)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rho, *ctx.settings = inputs
+        ctx.rho_dtype = rho.dtype
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def _slope(ctx):
+        """Returns d rho / d kappa."""
+        (kappa,) = ctx.saved_tensors
+        order, triton_kernel, debug = ctx.settings
+        return _TransformedDerivative.apply(kappa, order, Function.PSI.value, 2, triton_kernel, debug)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad / _TransformedInverse._slope(ctx)).to(ctx.rho_dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        slope = _TransformedInverse._slope(ctx)
+        return tangent.to(slope.dtype) / slope
+
+
+def _map_over_elements(operator, info, in_dims, argument, *settings):
+    """The ``vmap`` rule of an operator whose results have the shape of its argument, element by element."""
+    outputs = operator(argument, *settings)
+    return outputs, in_dims[0] if isinstance(outputs, torch.Tensor) else (in_dims[0],) * len(outputs)
+
+
+_log_bessel.register_vmap(functools.partial(_map_over_elements, _log_bessel))
+_inverse.register_vmap(functools.partial(_map_over_elements, _inverse))
+
+
 # ---- public functions
 
 
 def _evaluate(
-    kappa: torch.Tensor, order: float, function: Function, derivative: int, backend: str, debug: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    kappa: torch.Tensor, order: float, function: Function, derivatives: tuple[int, ...], backend: str, debug: bool
+) -> tuple[torch.Tensor, ...]:
+    """Returns f^(n) for each n of ``derivatives``: one of them, or two in a row."""
     check_floating("kappa", kappa)
-    return _log_bessel(kappa, order, function.value, derivative, use_triton(backend, kappa), debug)
+    triton_kernel = use_triton(backend, kappa)
+    if transformed():
+        refuse_repeated_forward_mode()
+        settings = triton_kernel, debug
+        return tuple(_TransformedDerivative.apply(kappa, order, function.value, n, *settings) for n in derivatives)
+    pair = _log_bessel(kappa, order, function.value, derivatives[0], triton_kernel, debug)
+    return pair[: len(derivatives)]
 
 
 def _check_order(order: float) -> float:
@@ -308,7 +401,7 @@ def log_bessel_i(order: float, kappa: torch.Tensor, *, backend: str = "auto", de
     Raises:
         ValueError: order < 0, kappa negative or not floating point, or a backend that cannot run.
     """
-    return _evaluate(kappa, _check_order(order), Function.LOG_BESSEL_I, 0, backend, debug)[0]
+    return _evaluate(kappa, _check_order(order), Function.LOG_BESSEL_I, (0,), backend, debug)[0]
 
 
 def psi_and_ratio(
@@ -319,7 +412,8 @@ def psi_and_ratio(
     Arguments and errors are those of ``log_bessel_i``. Both results are finite and smooth at kappa = 0, and
     differentiable: psi three times, A twice.
     """
-    return _evaluate(kappa, _check_order(order), Function.PSI, 0, backend, debug)
+    psi, ratio = _evaluate(kappa, _check_order(order), Function.PSI, (0, 1), backend, debug)
+    return psi, ratio
 
 
 def log_vmf_normalizer(kappa: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
@@ -338,7 +432,7 @@ def log_vmf_normalizer(kappa: torch.Tensor, dim: int, *, backend: str = "auto", 
     Raises:
         ValueError: dim < 2, kappa negative or not floating point, or a backend that cannot run.
     """
-    return _evaluate(kappa, _order_in(dim), Function.LOG_VMF_NORMALIZER, 0, backend, debug)[0]
+    return _evaluate(kappa, _order_in(dim), Function.LOG_VMF_NORMALIZER, (0,), backend, debug)[0]
 
 
 def mean_resultant_length(kappa: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
@@ -349,7 +443,7 @@ def mean_resultant_length(kappa: torch.Tensor, dim: int, *, backend: str = "auto
     2 .. 8192 and kappa in 1e-6 .. 1e7; 0 and 1 at kappa = 0 and +inf. Differentiable twice, by forms of A' and A'' that
     do not cancel.
     """
-    return _evaluate(kappa, _order_in(dim), Function.PSI, 1, backend, debug)[0]
+    return _evaluate(kappa, _order_in(dim), Function.PSI, (1,), backend, debug)[0]
 
 
 def inverse_mean_resultant_length(
@@ -369,4 +463,7 @@ def inverse_mean_resultant_length(
         ValueError: dim < 2, rho outside [0, 1] or not floating point, or a backend that cannot run.
     """
     check_floating("rho", rho)
+    if transformed():
+        refuse_repeated_forward_mode()
+        return _TransformedInverse.apply(rho, _order_in(dim), use_triton(backend, rho), debug)
     return _inverse(rho, _order_in(dim), use_triton(backend, rho), debug)

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
+from scf_fast.kernels import _transforms
 from scf_fast.kernels._common import (
     DEFAULT_RADIUS,
     MAX_DIM,
@@ -34,6 +35,7 @@ from scf_fast.kernels._common import (
     check_radius,
     promoted_dtype,
     slices,
+    transformed,
     use_triton,
 )
 from scf_fast.kernels._debye_series import DebyePlan, debye_plan
@@ -347,6 +349,31 @@ def _backward(ctx, grad, *_):
 _scf_loss.register_autograd(_backward, setup_context=_setup)
 
 
+def _transformed_loss(
+    features: torch.Tensor,
+    log_kappa: torch.Tensor,
+    class_centers: torch.Tensor,
+    labels: torch.Tensor,
+    radius: float,
+    options: int,
+) -> torch.Tensor | tuple[torch.Tensor, SCFTerms]:
+    """Returns what ``scf_loss`` does, under a transform of ``torch.func`` or in forward mode."""
+    dim, dtype = features.shape[1], promoted_dtype(features, log_kappa, class_centers)
+    published = bool(options & Option.PUBLISHED)
+    rows, terms = _transforms.scf_loss_rows(
+        features,
+        log_kappa.clamp(max=_loss_plan(dim, radius, published, dtype).log_kappa_max),
+        class_centers,
+        labels,
+        _loss_constant(dim, radius),
+        PUBLISHED_EPSILON if published else None,
+    )
+    loss = rows.mean() if options & Option.MEAN else rows.sum() if options & Option.SUM else rows
+    if options & Option.TERMS:
+        return loss.to(dtype), SCFTerms(*(term.detach().to(dtype) for term in terms))
+    return loss.to(dtype)
+
+
 # ---- public function
 
 
@@ -460,5 +487,7 @@ def scf_loss(
         options |= Option.TRITON.value
     if debug:
         options |= Option.DEBUG.value
+    if transformed():
+        return _transformed_loss(features, log_kappa.reshape(-1), class_centers, labels, radius, options)
     loss, _, _, terms = _scf_loss(features, log_kappa.reshape(-1), class_centers, labels, float(radius), options)
     return (loss, SCFTerms(*terms.unbind(0))) if return_terms else loss

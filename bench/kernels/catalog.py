@@ -28,14 +28,16 @@ class Product:
     """The matrix product within a kernel.
 
     Attributes:
-        dtype: of its operands: "bfloat16", "tf32" or "float32" (outside of the tensor cores).
+        dtype: of its operands: "bfloat16" (or float16), "tf32" or "float32" (outside of the tensor cores).
         flop: of one unit; a multiplication and an addition count as two.
-        steps: turns of its loop for one tile.
+        inner: length of the dimension that is summed over.
+        step: the kernel's constant that says how much of it one turn of the loop takes.
     """
 
     dtype: str
     flop: float
-    steps: int
+    inner: int
+    step: str
 
 
 @dataclass(frozen=True)
@@ -241,8 +243,7 @@ def _margin_softmax_variants() -> Iterator[Variant]:
     ):
         operands = _name(dtype) if dtype != torch.float32 else "tf32" if precision == "high" else "float32"
         call = functools.partial(_margin_softmax, dtype, precision)
-        step = 64 if dtype.itemsize == 2 else 32
-        product = Product(operands, 2 * 512, 512 // step)
+        product = Product(operands, 2 * 512, 512, "STEP")
         for with_sum in (False, True):
             name = "margin statistics" + ", with the sum" * with_sum
             yield Variant(
@@ -273,7 +274,7 @@ def _margin_softmax_variants() -> Iterator[Variant]:
                     functools.partial(call, float(skip)),
                     "output",
                     _multiplied,
-                    product=Product(operands, 2 * BATCH, BATCH // step),  # as many rows, or classes, are summed
+                    product=Product(operands, 2 * BATCH, BATCH, "STEP"),  # as many rows, or classes, are summed
                     settings=(("SKIP", skip), ("ADD", add)),
                 )
         if precision == "highest":
@@ -339,9 +340,9 @@ def _scores_of_tiles(arguments: Arguments) -> float:
 def _similarity_variants() -> Iterator[Variant]:
     for dtype in (torch.bfloat16, torch.float32):
         single = dtype == torch.float32
-        operands = "tf32" if single else _name(dtype)
         label = f"{_name(dtype)}, d = 512"
-        product = Product(operands, (3 if single else 1) * 2 * 512, 512 // (16 if single else 64))
+        # float32 is three products of halves.
+        product = Product("bfloat16", (3 if single else 1) * 2 * 512, 512, "BLOCK_D")
         for name, kernel, call, tiles in (
             ("all pairs, matrix", "_matrix_kernel", functools.partial(_matrix, 512, dtype), 1),
             ("all pairs, histogram", "_histogram_kernel", functools.partial(_histogram, 512, dtype, True), 1),

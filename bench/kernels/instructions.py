@@ -73,7 +73,7 @@ def measure(variant: Variant, architecture: int) -> dict[str, Any]:
     counts = sass.count(
         compiled.sass,
         compiled.ptx,
-        sass.Turns(product.steps if product else 1, variant.turns),
+        sass.Turns(product.inner / launch.arguments[product.step] if product else 1, variant.turns),
         None if product is None else "fma" if product.dtype == "float32" else "tensor cores",
     )
     a_thread = variant.units(launch.arguments) / (32 * compiled.num_warps)  # units
@@ -99,7 +99,7 @@ def measure(variant: Variant, architecture: int) -> dict[str, Any]:
 
 def report(records: Sequence[dict[str, Any]]) -> str:
     """Returns the table as text."""
-    head = ["kernel", "sm", "a", "instructions", "beside", "in loop", *sass.CLASSES]
+    head = ["kernel", "sm", "per", "instructions", "beside", "in loop", *sass.CLASSES]
     head += ["registers", "spilled", "shared", "occupancy", "at most"]
     rows = []
     for record in records:

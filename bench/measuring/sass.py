@@ -80,9 +80,13 @@ def _target(instruction: Instruction) -> int | None:
 def find_loops(instructions: Sequence[Instruction], tensor_cores: bool = True) -> list[Loop]:
     """Returns the loops, the outer ones first; ``tensor_cores`` says which instructions make a loop a product."""
     spans: dict[int, int] = {}
+    ended = False
     for instruction in instructions:
+        ended |= instruction.text.startswith("EXIT")
         target = _target(instruction)
-        if target is not None and target <= instruction.address:
+        # Behind the end stand the slow ways of waits, which return by a plain branch to where they were left: no loop.
+        returns = ended and not instruction.text.startswith("@")
+        if target is not None and target <= instruction.address and not returns:
             spans[target] = max(instruction.address, spans.get(target, 0))
     products = [instruction.address for instruction in instructions if instruction.is_product(tensor_cores)]
     fewest = 1 if tensor_cores else _FEWEST_FFMA

@@ -158,7 +158,7 @@ def _instructions(records: list[dict[str, Any]]) -> list[str]:
         rows.append(
             [
                 work,
-                f"{shown['instructions']:,.4g} a {shown['unit']}",
+                f"{shown['instructions']:,.4g} per {shown['unit']}",
                 "" if shown["beside"] is None else f"{shown['beside']:,.4g}",
                 f"{shown['registers']}, {shown['occupancy']:.0%}",
                 *(f"{shares[chip]:.0%}" if chip in shares else None for chip in chips),

@@ -81,8 +81,7 @@ def test_report_shows_what_instructions_allow(tmp_path, suite_file, measured_on)
     out = tmp_path / "RESULTS.md"
     assert report.main(["--results", str(tmp_path / "results"), "--out", str(out)]) == 0
     page = out.read_text()
-    row = (
-        "| margin statistics, float32, d = 512 | 617.1 a cosine | 105.1 | 202, 12% | 83% | 83% | not measured | 100% |"
-    )
+    row = "| margin statistics, float32, d = 512 | 617.1 per cosine | 105.1 | 202, 12% | 83% | 83% | "
+    row += "not measured | 100% |"
     assert row in page
     assert "sm_89, sm_90; registers spill in margin statistics, float32, d = 512 on sm_89: 16 bytes." in page

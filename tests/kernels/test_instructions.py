@@ -69,7 +69,7 @@ def others(compile_for_gpus):
 def test_instructions_do_not_grow(work, counted, committed):
     known = committed[work]["instructions"]["90"]
     assert counted[work]["instructions"] <= GROWTH * known, (
-        f"{work}: {counted[work]['instructions']} a {counted[work]['unit']} instead of {known}; if that is meant, "
+        f"{work}: {counted[work]['instructions']} per {counted[work]['unit']} instead of {known}; if that is meant, "
         "run python -m bench.instructions --update"
     )
 

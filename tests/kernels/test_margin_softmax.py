@@ -210,7 +210,10 @@ def test_a_weight_that_is_not_a_number_is_not_skipped(triton_device, small_block
     e, w = e.detach(), w.detach()
     statistics = margin_softmax_statistics(e, w, labels, 64.0, backend="triton")
     for name in ("row", "target"):
-        weights = {"row": torch.full((70,), 1e-3, device=triton_device), "target": torch.zeros(70, device=triton_device)}
+        weights = {
+            "row": torch.full((70,), 1e-3, device=triton_device),
+            "target": torch.zeros(70, device=triton_device),
+        }
         weights[name][5] = math.nan
         centers = torch.zeros_like(w)
         gradient = gradient_of_embeddings(

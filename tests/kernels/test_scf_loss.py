@@ -49,7 +49,8 @@ def test_float32_against_float64(batch, dim, reduction, place, poisoned):
     result = value_and_gradients(partial(scf_loss, backend=backend, reduction=reduction), *data)
     torch.testing.assert_close(result[0], expected[0], rtol=1e-6, atol=0)
     for got, exact in zip(result[1:], expected[1:]):
-        assert (got - exact).norm() <= 3e-6 * exact.norm()
+        # Up to four roundings of 1 in the unit vectors, whose difference the gradients are: 0.05 at (1, 2).
+        assert (got - exact).norm() <= 5e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("dim", [2, 37, 512])

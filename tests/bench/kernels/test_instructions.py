@@ -55,7 +55,9 @@ def test_memory_sets_the_pace_of_few_instructions_and_issue_that_of_many():
 
 
 def test_a_product_is_set_against_the_tensor_cores():
-    (share,) = instructions.shares(variant(product=Product("bfloat16", 1024, 8)), 80, {"fp32": 100.0}).values()
+    (share,) = instructions.shares(
+        variant(product=Product("bfloat16", 1024, 512, "STEP")), 80, {"fp32": 100.0}
+    ).values()
     assert share == pytest.approx(1024 / 312e12 / (100 / (108 * 64 * 1.41e9)), abs=1e-3)
 
 
