@@ -157,13 +157,16 @@ class Approximation:
 def _cut_product(left: Array, right: Array, addend: Array, block: int, extra_bits: int) -> Array:
     """Returns left @ right + addend as tensor cores that cut add it up, a block of products after the other."""
     total = addend.astype(F64)
-    columns = np.swapaxes(right, -1, -2)
-    for k in range(0, left.shape[-1], block):
-        products = left[..., :, None, k : k + block] * columns[..., None, :, k : k + block]
-        terms = np.concatenate([products, total[..., None]], axis=-1)
-        largest = np.abs(terms).max(axis=-1, keepdims=True)
+    # One product of all elements after another: NumPy reduces a short axis slowly, and the arrays stay in cache.
+    rows, columns = np.moveaxis(left, -1, 0)[..., :, None], np.moveaxis(right, -2, 0)[..., None, :]
+    for start in range(0, left.shape[-1], block):
+        terms = [total, *(rows[k] * columns[k] for k in range(start, start + block))]
+        largest = np.abs(total)
+        for term in terms[1:]:
+            np.maximum(largest, np.abs(term), out=largest)
         unit = _last_place(largest, 24 + extra_bits)
-        total = np.where(np.isfinite(largest), np.trunc(terms / unit) * unit, terms).sum(axis=-1)
+        cut = sum(np.trunc(term * (1 / unit)) for term in terms) * unit
+        total = np.where(np.isfinite(largest), cut, sum(terms))
         unit = _last_place(total, 24)
         total = np.where(np.isfinite(total), np.trunc(total / unit) * unit, total)
     return total.astype(F32)

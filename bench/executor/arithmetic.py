@@ -59,10 +59,11 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     total = product + addend
     # Rounding the float64 sum once more is right unless it lies exactly between two float32 numbers, or float32 holds
     # fewer bits there.
-    between = (bits(total) & _BELOW_FLOAT32) == _HALF_OF_FLOAT32
-    tiny = np.abs(total) < _SMALLEST_NORMAL_FLOAT32
-    if between.any() or tiny.any():
-        total = round_to_odd(*two_sum(product, addend))
+    twice = (bits(total) & _BELOW_FLOAT32) == _HALF_OF_FLOAT32
+    twice |= (np.abs(total) < _SMALLEST_NORMAL_FLOAT32) & (total != 0)
+    if twice.any():
+        product, addend = (np.broadcast_to(x, total.shape)[twice] for x in (product, addend))
+        total[twice] = round_to_odd(*two_sum(product, addend))
     return total.astype(F32)
 
 
