@@ -110,7 +110,7 @@ def add_phi_kernel(square, first, first_tail, second, second_tail, PLAN: tl.cons
     The addends cancel most of phi in a score, so they enter before its smaller terms are rounded into the sum.
     """
     if PLAN.steps > 0:
-        phi, tail, _, _, _, _ = debye_kernel(tl.sqrt(square), PLAN)
+        phi, tail, _, _, _, _ = debye_kernel(tl.sqrt_rn(square), PLAN)
         return phi + first + second + (tail + (first_tail + second_tail))
     else:
         m: tl.constexpr = PLAN.order

@@ -21,9 +21,9 @@ _BLOCK_D = {torch.bfloat16: 64, torch.float16: 32}
 _GROUP = 8  # tiles of rows that share their columns in the second-level cache
 KEPT = 16  # best columns of a row that a program keeps in registers
 _KEPT_BLOCK = 64  # rows and columns of a tile that leaves registers for them
-# Launch options. Left alone, the assembler spills a few registers to have more programs at a time.
-_TILE_OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": 255, "enable_fp_fusion": False}
-_KEPT_OPTIONS = {**_TILE_OPTIONS, "num_warps": 4, "num_stages": 2}
+_TILE_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+# Unless told, the assembler spills a few registers to have more of these programs at a time (sm_120).
+_KEPT_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": False}
 _PROGRAMS = 8  # per multiprocessor, into which the columns are split where there are few rows
 _MOST_PROGRAMS = 65535  # along the second and third dimension of a launch
 
@@ -320,7 +320,9 @@ class _Faces(NamedTuple):
     """One of the two sets as the kernels take it."""
 
     mu: torch.Tensor  # (N, D) half precision, dense rows; or (N, 2, D) float16, a float32 row in two parts
-    terms: torch.Tensor  # (4, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa) and its rounding error
+    terms: (
+        torch.Tensor
+    )  # (4, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa) and its rounding error
 
     @classmethod
     def prepare(cls, mu: torch.Tensor, kappa: torch.Tensor, dtype: torch.dtype, score_of_padding: float) -> "_Faces":
@@ -450,9 +452,7 @@ def launch_top_k(
     one row.
     """
     n, m = len(mu1), len(mu2)
-    first, second, settings = _prepare(
-        mu1, kappa1, mu2, kappa2, score_of_padding=-math.inf, block=_KEPT_BLOCK
-    )
+    first, second, settings = _prepare(mu1, kappa1, mu2, kappa2, score_of_padding=-math.inf, block=_KEPT_BLOCK)
     row_blocks, col_blocks = triton.cdiv(n, _KEPT_BLOCK), triton.cdiv(m, _KEPT_BLOCK)
     processors = torch.cuda.get_device_properties(mu1.device).multi_processor_count if mu1.is_cuda else 1
     blocks = triton.cdiv(col_blocks, min(col_blocks, triton.cdiv(_PROGRAMS * processors, row_blocks)))

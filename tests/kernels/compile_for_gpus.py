@@ -141,7 +141,9 @@ def compile_margin_softmax(architecture: int, operand: str) -> list[dict[str, An
 
     def compile_tiles(kernel, **constants):
         of_kernel = {**types, "grad_ptr": operand} if kernel is kernels.cosine_gradient_kernel else types
-        options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=passes.MAX_REGISTERS)
+        options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        if kernel is kernels.product_kernel:
+            options["maxnreg"] = passes.PRODUCT_REGISTERS
         return compile_kernel(kernel, of_kernel, constants, architecture, aligned, **options)
 
     def compile_rows(kernel):
