@@ -50,7 +50,7 @@ def _fit(function: Callable[[np.ndarray], np.ndarray], degree: int, high: float)
 
 
 def _descending(polynomial: np.polynomial.Polynomial, factor: float = 1.0) -> tuple[float, ...]:
-    return tuple((factor * polynomial.coef[::-1]).tolist())
+    return tuple(factor * float(c) for c in polynomial.coef[::-1])
 
 
 @functools.lru_cache(maxsize=64)

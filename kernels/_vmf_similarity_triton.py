@@ -1,6 +1,11 @@
 """Triton kernels that compare all pairs of two sets, and their launches: ``vmf_similarity_tiles`` has the operators.
 
-A program computes a tile of cosines as a matrix product, then turns it into scores, strip by strip.
+A program computes a tile of products, then turns it into scores, strip by strip:
+``_dot_rows``, ``_products``: the tile. Half precision directions are multiplied as they are, float32 ones as sums of
+    two float16 numbers, in three products.
+``_scores``: the epilogue, by ``_phi_triton``.
+``_matrix_kernel``, ``_histogram_kernel``, ``_top_k_kernel``: what becomes of the scores.
+``_Faces``, ``launch_*``: the sets as the kernels take them, and the launches.
 """
 
 import math
@@ -228,7 +233,6 @@ def _histogram_kernel(
     terms1 = _load_terms(terms1_ptr, padded1, rows)
     ids1 = tl.load(ids1_ptr + rows)
     counts = tl.zeros((BINS,), tl.int32)
-    positions = ()
     for strip in tl.static_range(8):
         cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
         terms2 = _load_terms(terms2_ptr, padded2, cols)
@@ -240,13 +244,17 @@ def _histogram_kernel(
         genuine = ids1[:, None] == tl.load(ids2_ptr + cols)[None, :]
         one = tl.full(position.shape, 1, tl.int64)
         tl.atomic_add(counts_ptr + BINS + position, one, mask=counted & genuine, sem="relaxed")
-        positions = positions + (tl.where(counted & (genuine == 0), position, -1),)
-        if strip % 4 == 3:
-            joined = tl.ravel(
-                _join_halves(_join_halves(positions[0], positions[1]), _join_halves(positions[2], positions[3]))
-            )
-            counts += tl.histogram(joined, BINS, mask=joined >= 0)
-            positions = ()
+        impostors = tl.where(counted & (genuine == 0), position, -1)
+        # Four strips at a time: a histogram has a price of its own, and positions of all eight spill on sm_80.
+        if strip % 2 == 0:
+            left = impostors
+        else:
+            pair = _join_halves(left, impostors)
+            if strip % 4 == 1:
+                left_pair = pair
+            else:
+                joined = tl.ravel(_join_halves(left_pair, pair))
+                counts += tl.histogram(joined, BINS, mask=joined >= 0)
     tl.atomic_add(counts_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 

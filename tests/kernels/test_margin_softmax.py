@@ -31,7 +31,7 @@ def batch(b, c, d, seed=0, lean=1.0, device="cpu", dtype=torch.float32):
 
 
 def assert_matches_reference(inputs, rtol, scale=16.0, margins=ARCFACE, backend="auto", **options):
-    """Value, ``correct`` and both gradients; errors relative to the largest entry, those of the value also to a rounding
+    """Value, ``correct`` and both gradients; errors relative to the largest entry, and those of the value to a rounding
     of the largest logit: with one class, the sum of all cosines less the target's is nothing but rounding.
     """
     e, w, labels = inputs
