@@ -43,7 +43,8 @@ class _Tiles(NamedTuple):
 # cores unless TF32 is on.
 _HALF_TILES = _Tiles(rows=128, classes=128, width=64, num_warps=8, num_stages=3)
 _FLOAT_TILES = _Tiles(rows=64, classes=64, width=32, num_warps=4, num_stages=3)
-MAX_REGISTERS = 255  # said, because otherwise the assembler spills a few to have more programs at a time (sm_120)
+# Of a thread of the product kernel: unless told, the assembler spills a few to have more programs at a time (sm_120).
+PRODUCT_REGISTERS = 255
 # The classes of a block are split into independent partial sums until a launch has about this many programs: two for
 # each of 132 multiprocessors.
 _PROGRAMS = 264
@@ -78,15 +79,15 @@ class TritonMarginSoftmax:
         self.row_tiles = self.padded_batch // tiles.rows
         self.labels = self._pad(arguments.labels, -1)
         self.embeddings, self.embedding_norm = self._unit_rows(self.source, None, slice(0, self.batch), tiles.rows)
-        self.product_options = {
+        tile_options = {
             "WIDTH": self.width,
             "STEP": tiles.width,
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
-            "maxnreg": MAX_REGISTERS,
         }
-        self.cosine_options = {**self.product_options, "ROWS": tiles.rows, "CLASSES": tiles.classes}
+        self.cosine_options = {**tile_options, "ROWS": tiles.rows, "CLASSES": tiles.classes}
+        self.product_options = {**tile_options, "maxnreg": PRODUCT_REGISTERS}
 
     def _blocks(self) -> Iterator[slice]:
         least, most = _BLOCK_CLASSES

@@ -50,7 +50,7 @@ def _fit(function: Callable[[np.ndarray], np.ndarray], degree: int, high: float)
 
 
 def _descending(polynomial: np.polynomial.Polynomial, factor: float = 1.0) -> tuple[float, ...]:
-    return tuple((factor * polynomial.coef[::-1]).tolist())
+    return tuple(factor * float(c) for c in polynomial.coef[::-1])
 
 
 @functools.lru_cache(maxsize=64)
@@ -110,7 +110,7 @@ def add_phi_kernel(square, first, first_tail, second, second_tail, PLAN: tl.cons
     The addends cancel most of phi in a score, so they enter before its smaller terms are rounded into the sum.
     """
     if PLAN.steps > 0:
-        phi, tail, _, _, _, _ = debye_kernel(tl.sqrt(square), PLAN)
+        phi, tail, _, _, _, _ = debye_kernel(tl.sqrt_rn(square), PLAN)
         return phi + first + second + (tail + (first_tail + second_tail))
     else:
         m: tl.constexpr = PLAN.order

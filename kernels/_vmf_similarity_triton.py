@@ -1,6 +1,11 @@
 """Triton kernels that compare all pairs of two sets, and their launches: ``vmf_similarity_tiles`` has the operators.
 
-A program computes a tile of cosines as a matrix product, then turns it into scores, strip by strip.
+A program computes a tile of products, then turns it into scores, strip by strip:
+``_dot_rows``, ``_products``: the tile. Half precision directions are multiplied as they are, float32 ones as sums of
+    two float16 numbers, in three products.
+``_scores``: the epilogue, by ``_phi_triton``.
+``_matrix_kernel``, ``_histogram_kernel``, ``_top_k_kernel``: what becomes of the scores.
+``_Faces``, ``launch_*``: the sets as the kernels take them, and the launches.
 """
 
 import math
@@ -21,9 +26,9 @@ _BLOCK_D = {torch.bfloat16: 64, torch.float16: 32}
 _GROUP = 8  # tiles of rows that share their columns in the second-level cache
 KEPT = 16  # best columns of a row that a program keeps in registers
 _KEPT_BLOCK = 64  # rows and columns of a tile that leaves registers for them
-# Launch options. Left alone, the assembler spills a few registers to have more programs at a time.
-_TILE_OPTIONS = {"num_warps": 8, "num_stages": 3, "maxnreg": 255, "enable_fp_fusion": False}
-_KEPT_OPTIONS = {**_TILE_OPTIONS, "num_warps": 4, "num_stages": 2}
+_TILE_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+# Unless told, the assembler spills a few registers to have more of these programs at a time (sm_120).
+_KEPT_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": False}
 _PROGRAMS = 8  # per multiprocessor, into which the columns are split where there are few rows
 _MOST_PROGRAMS = 65535  # along the second and third dimension of a launch
 
@@ -228,7 +233,6 @@ def _histogram_kernel(
     terms1 = _load_terms(terms1_ptr, padded1, rows)
     ids1 = tl.load(ids1_ptr + rows)
     counts = tl.zeros((BINS,), tl.int32)
-    positions = ()
     for strip in tl.static_range(8):
         cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
         terms2 = _load_terms(terms2_ptr, padded2, cols)
@@ -240,13 +244,17 @@ def _histogram_kernel(
         genuine = ids1[:, None] == tl.load(ids2_ptr + cols)[None, :]
         one = tl.full(position.shape, 1, tl.int64)
         tl.atomic_add(counts_ptr + BINS + position, one, mask=counted & genuine, sem="relaxed")
-        positions = positions + (tl.where(counted & (genuine == 0), position, -1),)
-        if strip % 4 == 3:
-            joined = tl.ravel(
-                _join_halves(_join_halves(positions[0], positions[1]), _join_halves(positions[2], positions[3]))
-            )
-            counts += tl.histogram(joined, BINS, mask=joined >= 0)
-            positions = ()
+        impostors = tl.where(counted & (genuine == 0), position, -1)
+        # Four strips at a time: a histogram has a price of its own, and positions of all eight spill on sm_80.
+        if strip % 2 == 0:
+            left = impostors
+        else:
+            pair = _join_halves(left, impostors)
+            if strip % 4 == 1:
+                left_pair = pair
+            else:
+                joined = tl.ravel(_join_halves(left_pair, pair))
+                counts += tl.histogram(joined, BINS, mask=joined >= 0)
     tl.atomic_add(counts_ptr + tl.arange(0, BINS), counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
@@ -320,7 +328,9 @@ class _Faces(NamedTuple):
     """One of the two sets as the kernels take it."""
 
     mu: torch.Tensor  # (N, D) half precision, dense rows; or (N, 2, D) float16, a float32 row in two parts
-    terms: torch.Tensor  # (4, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa) and its rounding error
+    terms: (
+        torch.Tensor
+    )  # (4, N padded to whole tiles) float32: kappa / |mu|, kappa^2, -phi(kappa) and its rounding error
 
     @classmethod
     def prepare(cls, mu: torch.Tensor, kappa: torch.Tensor, dtype: torch.dtype, score_of_padding: float) -> "_Faces":
@@ -450,9 +460,7 @@ def launch_top_k(
     one row.
     """
     n, m = len(mu1), len(mu2)
-    first, second, settings = _prepare(
-        mu1, kappa1, mu2, kappa2, score_of_padding=-math.inf, block=_KEPT_BLOCK
-    )
+    first, second, settings = _prepare(mu1, kappa1, mu2, kappa2, score_of_padding=-math.inf, block=_KEPT_BLOCK)
     row_blocks, col_blocks = triton.cdiv(n, _KEPT_BLOCK), triton.cdiv(m, _KEPT_BLOCK)
     processors = torch.cuda.get_device_properties(mu1.device).multi_processor_count if mu1.is_cuda else 1
     blocks = triton.cdiv(col_blocks, min(col_blocks, triton.cdiv(_PROGRAMS * processors, row_blocks)))

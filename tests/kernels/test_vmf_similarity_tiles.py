@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from scf_fast.kernels import _vmf_similarity_triton
 from scf_fast.kernels.vmf_similarity import neutral_radius, vmf_similarity
@@ -42,11 +43,22 @@ def test_float32_arguments_cost_no_more_than_their_rounding(unit_rows):
     assert vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def rounding(kappa1, kappa2, radius, dim):
-    """Error that float32 arithmetic may leave in a score: 3e-7 of the greater kappa, and the rounding of a score of
-    this size.
+def rounding(mu1, kappa1, mu2, kappa2, radius):
+    """Error that float32 arithmetic may leave in a score: 3e-7 of the greater kappa, 4e-7 of a cosine, and the rounding
+    of a score of this size.
+
+    A cosine counts with the factor kappa1 kappa2 A(kt) / kt, no more than a kappa until the directions oppose each
+    other. A(kt) / kt is below 1 / (h + sqrt(h^2 + kt^2)), h = (D - 1) / 2 (Amos, 1974).
     """
-    return 3e-7 * torch.maximum(kappa1.double()[:, None], kappa2.double()) + 1.2e-7 * abs(dim * math.log(radius)) + 1e-5
+    kappa1, kappa2 = kappa1.double()[:, None], kappa2.double()
+    weighted1, weighted2 = (
+        kappa.view(-1, 1) * torch.nn.functional.normalize(mu.double(), dim=1)
+        for mu, kappa in ((mu1, kappa1), (mu2, kappa2))
+    )
+    half, kt = (mu1.shape[1] - 1) / 2, torch.cdist(weighted1, -weighted2, compute_mode="donot_use_mm_for_euclid_dist")
+    of_cosine = kappa1 * kappa2 / (half + (half**2 + kt.square()).sqrt())
+    of_score = 1.2e-7 * abs(mu1.shape[1] * math.log(radius)) + 1e-5
+    return 3e-7 * torch.maximum(kappa1, kappa2) + 4e-7 * of_cosine + of_score
 
 
 @pytest.mark.parametrize("dim", [2, 37, 512])
@@ -56,7 +68,7 @@ def test_triton_matrix_against_float64(triton_device, poisoned, dim, faces):
     mu1[0] = 0
     exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double())
     scores = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, backend="triton")
-    assert ((scores - exact).abs() <= rounding(kappa1, kappa2, 64.0, dim)).all()
+    assert ((scores - exact).abs() <= rounding(mu1, kappa1, mu2, kappa2, 64.0)).all()
 
 
 def test_triton_matrix_of_half_precision(triton_device, poisoned, faces):
@@ -68,7 +80,36 @@ def test_triton_matrix_of_half_precision(triton_device, poisoned, faces):
     exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), neutral_radius(40))
     scores = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, neutral_radius(40), backend="triton", dtype=torch.float16)
     assert scores.dtype == torch.float16
-    assert ((scores - exact).abs() <= rounding(kappa1, kappa2, 1.0, 40) + 1e-3 * exact.abs()).all()
+    assert ((scores - exact).abs() <= rounding(mu1, kappa1, mu2, kappa2, 1.0) + 1e-3 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_genuine_pairs_within_3e_7_of_kappa(triton_device, poisoned, dtype, unit_rows):
+    """Cosines of 0.95 in 512 dimensions: tensor cores cut sums instead of rounding them, and these have one sign."""
+    if dtype == torch.bfloat16 and isinstance(_vmf_similarity_triton._matrix_kernel, InterpretedFunction):
+        pytest.skip("the interpreter has no bf16 products")
+    center = unit_rows(1, 512, torch.float32, seed=3)
+    mu1, mu2 = (
+        (center + math.sqrt(1 / 0.95 - 1) * unit_rows(count, 512, torch.float32, seed)).to(triton_device, dtype)
+        for count, seed in ((20, 1), (9, 2))
+    )
+    kappa1, kappa2 = (1000 + torch.arange(count, device=triton_device) / 7 for count in (20, 9))
+    radius = neutral_radius(512)
+    exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), radius)
+    scores = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, radius, backend="triton")
+    assert ((scores - exact).abs() <= 3e-7 * torch.maximum(kappa1.double()[:, None], kappa2.double())).all()
+
+
+def test_float32_directions_of_any_length(triton_device, poisoned, unit_rows):
+    """Their two halves of float16 come from rows that are scaled first; a direction of no length gives NaN."""
+    mu, kappa = unit_rows(4, 40, torch.float32), torch.tensor([3.0, 50.0, 400.0, 7.0])
+    mu, kappa = mu.to(triton_device), kappa.to(triton_device)
+    lengths = torch.tensor([1e-30, 1e-4, 1e5, 1e30], device=triton_device)
+    expected = vmf_similarity_matrix(mu, kappa, mu, kappa, neutral_radius(40))
+    scores = vmf_similarity_matrix(lengths[:, None] * mu, kappa, mu, kappa, neutral_radius(40), backend="triton")
+    assert ((scores - expected).abs() <= 3e-7 * torch.maximum(kappa[:, None], kappa) + 1e-5).all()
+    mu[2] = 0
+    assert vmf_similarity_matrix(mu, kappa, mu, kappa, backend="triton")[2].isnan().all()
 
 
 @pytest.mark.parametrize("distinct", [False, True])
@@ -92,7 +133,7 @@ def test_histogram_counts_the_matrix(triton_device, distinct, backend, monkeypat
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64, device=triton_device)
     edges[0], edges[-1] = -math.inf, math.inf
     # Scores this close to an edge may be counted on either side of it; the bound of what float32 arithmetic does.
-    near = rounding(kappa1, kappa2, 2.0, 16)
+    near = rounding(mu1, kappa1, mu2, kappa2, 2.0).nan_to_num(0.0)
     for row, kind in zip(counts, (wanted & ~genuine, wanted & genuine)):
         assert row.sum() == kind.sum() > 0
         for bin, count in enumerate(row.tolist()):
@@ -125,7 +166,9 @@ def test_top_k_is_the_head_of_the_sorted_matrix(place, poisoned, monkeypatch, n,
     scores, indices = vmf_similarity_top_k(mu1, kappa1, mu2, kappa2, k, backend=place.backend)
     assert scores.dtype == torch.float32 and indices.dtype == torch.int64 and (scores.diff(dim=1) <= 0).all()
     assert all(len(set(row)) == k for row in indices.tolist())
-    error = rounding(kappa1, kappa2, 1.0, dim).amax(dim=1, keepdim=True)  # scores closer than this may change places
+    error = rounding(mu1, kappa1, mu2, kappa2, 1.0).amax(
+        dim=1, keepdim=True
+    )  # scores closer than this may change places
     found = exact.gather(1, indices)
     assert ((found - exact.sort(dim=1, descending=True).values[:, :k]).abs() <= 2 * error).all()
     expected = found - dim * math.log(64.0)
