@@ -54,22 +54,8 @@ _TRITON = [
 
 
 # What compiled kernels get wrong within the documented bounds of the instructions. A mark that no longer holds fails.
-KNOWN_FAULTS = {
-    "test_log_bessel.py::test_inverse[executed-8192-dtype0]": "1 - A off by 2.6e-6, 2e-6 is asked",
+KNOWN_FAULTS: dict[str, str] = {
     "test_compiled.py::test_worst_signs_of_the_inverse": "1 - A off by 2.2e-6, 2e-6 is asked",
-    "test_compiled.py::test_features_of_tiny_norm": "NaN for features of norm 1e-25, whose square is flushed to 0",
-    "test_compiled.py::test_log_kappa_of_minus_infinity_is_the_uniform_distribution": "NaN; the twin: kappa = 0",
-    **{
-        f"test_compiled.py::test_all_pairs_within_3e_7_of_the_larger_kappa[{dtype}-TensorCores.{cores}]": (
-            f"off by {error} of the larger kappa, 3e-7 is asked: the sum over 512 products is cut block by block"
-        )
-        for dtype, cores, error in (
-            ("dtype1", "A100", "7.0e-7"),
-            ("dtype1", "H100", "4.5e-7"),
-            ("dtype2", "A100", "2.0e-6"),
-            ("dtype2", "H100", "1.1e-6"),
-        )
-    },
 }
 
 
