@@ -140,12 +140,13 @@ def test_worst_signs_of_the_inverse(monkeypatch):
         return relative(complement, 1 - rho.double())
 
     signs, worst = {}, error({})
-    for site in programs[0][0].sites("rsqrt", "rcp", "div.full", "ex2", "lg2"):
+    sites = programs[0][0].sites("rsqrt", "rcp", "div.full", "ex2", "lg2")
+    for site in sites:
         for sign in ENDS:
             found = error(signs | {site: sign})
             if found > worst:
                 signs, worst = signs | {site: sign}, found
-    assert signs and worst <= 2e-6
+    assert sites and worst <= 1e-6
 
 
 # ---- SCF loss
@@ -191,7 +192,7 @@ def test_scf_loss_at_the_ends_of_the_bounds(dim, dtype, normalizer, mode):
     if normalizer == "exact":
         assert relative(loss, exact, dim / 4) <= 1e-6  # it crosses zero, where (d / 2) log kappa does not
         half = torch.maximum(exact_slope.abs(), 0.5 * kappa * (1 - cos)).clamp_min(1e-2 * kappa.clamp_max(dim))
-        unit = 1e-6 if dim > 2 else 5e-5  # where a recurrence magnifies the roundings of 1 - A
+        unit = 1e-6
         if dtype != torch.float32:
             unit = torch.finfo(dtype).eps  # the gradient has the type of log_kappa
         assert ((slope.double() - exact_slope).abs() / half).max() <= unit
