@@ -26,9 +26,8 @@ _BLOCK_D = {torch.bfloat16: 64, torch.float16: 32}
 _GROUP = 8  # tiles of rows that share their columns in the second-level cache
 KEPT = 16  # best columns of a row that a program keeps in registers
 _KEPT_BLOCK = 64  # rows and columns of a tile that leaves registers for them
-_TILE_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
-# Unless told, the assembler spills a few registers to have more of these programs at a time (sm_120).
-_KEPT_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": False}
+_MATRIX_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+_HISTOGRAM_OPTIONS = {**_MATRIX_OPTIONS, "num_stages": 2}  # three spill on sm_86 and sm_89
 _PROGRAMS = 8  # per multiprocessor, into which the columns are split where there are few rows
 _MOST_PROGRAMS = 65535  # along the second and third dimension of a launch
 
@@ -407,7 +406,7 @@ def launch_matrix(
             constant,
             GROUP=_GROUP,
             **settings,
-            **_TILE_OPTIONS,
+            **_MATRIX_OPTIONS,
         )
 
 
@@ -449,8 +448,16 @@ def launch_histogram(
             BINS=bins,
             DISTINCT=distinct,
             **settings,
-            **_TILE_OPTIONS,
+            **_HISTOGRAM_OPTIONS,
         )
+
+
+def top_k_options(major: int) -> dict[str, Any]:
+    """Returns the launch options of the top-k kernel for a compute capability."""
+    # Four warps reduce over rows in fewer instructions than eight. Triton 3.7 fails to compile them for sm_100: an
+    # assertion about layouts in tensor memory.
+    # Unless told, the assembler spills a few registers to have more programs at a time (sm_120).
+    return {"num_warps": 8 if major == 10 else 4, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": False}
 
 
 def launch_top_k(
@@ -480,7 +487,7 @@ def launch_top_k(
             blocks,
             KEPT=KEPT,
             **settings,
-            **_KEPT_OPTIONS,
+            **top_k_options(torch.cuda.get_device_capability(mu1.device)[0] if mu1.is_cuda else 0),
         )
     best = torch.topk(kept, k, dim=1).values
     ordered = best >> 32

@@ -179,16 +179,17 @@ def compile_similarity(name: str, pointer: str, dim: int, architecture: int) -> 
         BLOCK=tiles._BLOCK,
         BLOCK_D=tiles._BLOCK_D[torch.bfloat16 if pointer == "*bf16" else torch.float16],
     )
-    options = tiles._TILE_OPTIONS
+    options = tiles._MATRIX_OPTIONS
     if name in ("matrix", "histogram", "top_k") and pointer == "*fp32":
         types |= dict.fromkeys(("mu1_ptr", "mu2_ptr"), "*fp16")  # each number in two parts
     if name == "matrix":
         kernel, constants = tiles._matrix_kernel, dict(tile, GROUP=8)
     elif name == "histogram":
         kernel, constants = tiles._histogram_kernel, dict(tile, BINS=512, DISTINCT=True)
+        options = tiles._HISTOGRAM_OPTIONS
     elif name == "top_k":
         kernel, constants = tiles._top_k_kernel, dict(tile, KEPT=tiles.KEPT, BLOCK=tiles._KEPT_BLOCK)
-        options = tiles._KEPT_OPTIONS
+        options = tiles.top_k_options(architecture // 10)
     elif name == "pairs":
         kernel = pairs._pair_kernel
         types |= dict.fromkeys(("kappa1_ptr", "kappa2_ptr", "score_ptr"), pointer)
