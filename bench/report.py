@@ -17,6 +17,7 @@ from bench.reporting.device import EPOCHS, Device
 from bench.reporting.plots import draw
 from bench.reporting.tables import (
     decoding_table,
+    instructions_part,
     left_out,
     machine_table,
     memory_table,
@@ -65,6 +66,7 @@ def describe(device: Device, folder: Path, out: Path) -> str:
         "identities; decoding, checkpoints and evaluation are left out. The network that was measured is named.",
         projection_table(device),
         *scaling_part(device),
+        *instructions_part(device),
     ]
     parts += [f"![{path.stem}]({path.relative_to(out.parent).as_posix()})" for path in draw(device, folder)]
     return "\n\n".join([*parts, "### Files", file_table(device, out)])

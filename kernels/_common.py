@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
@@ -40,6 +41,29 @@ def use_triton(backend: str, tensor: torch.Tensor) -> bool:
             "or set TRITON_INTERPRET=1 before the first import to interpret the kernels on the CPU"
         )
     return backend == "triton"
+
+
+def forward_mode() -> bool:
+    """Returns whether tensors may carry tangents: within ``torch.func.jvp`` or ``forward_ad.dual_level``."""
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Returns whether the caller runs under a transform of ``torch.func``, or in forward mode: the operators would take
+    part in neither, see ``_transforms``. Not while PyTorch compiles or exports, which need the operators.
+    """
+    return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_mode())
+
+
+def refuse_repeated_forward_mode() -> None:
+    """Raises NotImplementedError within a ``torch.func.jvp`` of another: PyTorch 2.13 drops the outer tangent of a
+    ``torch.autograd.Function`` there, and the second derivative would be 0.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+        raise NotImplementedError(
+            "forward mode over forward mode has no second derivative here: take torch.func.hessian, or jacfwd of jacrev"
+        )
 
 
 def promoted_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -79,6 +103,19 @@ def check_radius(radius: float) -> None:
 
 
 # ---- rows
+
+_WARP_VALUES = 512  # of a row in each warp: 16 a thread
+_MAX_WARPS = 16  # leaves each thread 128 registers
+
+
+def row_tile(dim: int) -> tuple[int, int, int]:
+    """Returns the block width, the rows per program, and the warps of a kernel that computes much per row.
+
+    A warp has one row, or as many as give each thread one: what is computed per row is computed in every thread that
+    has a part of it.
+    """
+    block_d = triton.next_power_of_2(dim)
+    return block_d, max(1, 128 // block_d), min(_MAX_WARPS, max(1, block_d // _WARP_VALUES))
 
 
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,15 @@
-"""Debye's expansion in exact arithmetic: the coefficients of its polynomials, and the plan for evaluating one order in
-one precision. No tensors; ``debye`` has the formulas and does the evaluation.
+"""Debye's expansion in exact arithmetic: the coefficients of its polynomials, and the plans for evaluating one order in
+one precision. No tensors; ``debye`` and ``_debye_direct`` have the formulas and do the evaluation.
 """
 
 import functools
 import math
+import struct
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 _MAX_TERMS = 13
@@ -90,6 +93,27 @@ _NEXT_ZEROTH = [_largest(q_k, k) for k, q_k in enumerate(SERIES.zeroth, 1)]
 _NEXT_FIRST = [2 * _largest(r_k, k + 1) for k, r_k in enumerate(SERIES.first, 1)]
 
 
+class DirectPlan(NamedTuple):
+    """Constants of ``_debye_direct`` for one order v in float32; hashable, as those of ``DebyePlan``.
+
+    A grid number is a multiple of a power of two coarse enough that the kernel's sums of such numbers are exact.
+    """
+
+    order: float
+    order_squared: float
+    half_order_squared: float  # v^2 / 2
+    mantissa_bits: int  # of the float center / sqrt(2): mantissas from there to sqrt(2) center share an octave
+    center: float  # f0
+    atanh_slope: float  # 2 v + 1
+    octave: tuple[float, float]  # -(v + 1/2) log(2) / 2^23: a grid number times 2^-23, and the rest
+    constant: float  # grid number; the rest of it is in the last coefficient of phase
+    to_grid: float  # adding and subtracting it rounds to the grid
+    atanh: tuple[float, ...]  # (v + 1/2) ((log((1 + w) / (1 - w)) - 2 w) / w^3 as a polynomial of w^2)
+    order_and_half: float
+    phase: tuple[float, ...]  # G(t), the highest power first
+    first: tuple[float, ...]  # H(t)
+
+
 class DebyePlan(NamedTuple):
     """Constants of one order in one precision; hashable numbers, so that a kernel takes them as compile-time constants.
 
@@ -116,6 +140,7 @@ class DebyePlan(NamedTuple):
     half_ln2: tuple[float, float]  # grid pair
     sqrt_half_error: float  # log of the float next to sqrt(1/2), plus log(2) / 2
     atanh: tuple[float, ...]  # of log((1 + w) / (1 - w)) = 2 w + w^3 sum_j atanh_j w^(2 j), highest power first
+    direct: DirectPlan | None  # where ``_debye_direct`` evaluates psi, A and 1 - A in a kernel
 
 
 def _round(number: Fraction, bits: int) -> float:
@@ -205,4 +230,84 @@ def debye_plan(order: float, dtype: torch.dtype, constant: float = 0.0, compensa
         half_ln2=_round_to_grid_pair(_log(Fraction(2)) / 2, bits),
         sqrt_half_error=float(_log(sqrt_half) + _log(Fraction(2)) / 2),
         atanh=tuple(2.0 / (2 * j + 3) for j in reversed(range(atanh_terms))),
+        direct=_direct_plan(order, terms, constant)
+        if dtype == torch.float32 and compensated and steps == 0 and (2 * order).is_integer()
+        else None,
+    )
+
+
+# ---- the direct form
+
+# Errors of the polynomials, a fraction of float32's rounding: absolute in G, a term of psi, which counts relative to
+# max(1, |psi|); of H and that of atanh relative to A and to the logarithm.
+_PHASE_ERROR = 3e-8
+_FIT_ERROR = 1e-8
+
+
+def _fit(function: Callable[[np.ndarray], np.ndarray], high: float, tolerance: float) -> tuple[float, ...]:
+    """Returns the polynomial on [0, high] of the least degree that is within the tolerance, the highest power first."""
+    grid = np.linspace(0, high, 401)
+    exact = function(grid)
+    for degree in range(1, 16):
+        fit = np.polynomial.Chebyshev.interpolate(function, degree, domain=[0, high])
+        polynomial = fit.convert(kind=np.polynomial.Polynomial, domain=[-1, 1])
+        if np.abs(polynomial(grid) - exact).max() < tolerance:
+            return tuple(map(float, polynomial.coef[::-1]))
+    raise ArithmeticError(f"no polynomial of degree up to 15 is within {tolerance:g}")
+
+
+def _sum_series_of(polynomials: Sequence[Polynomial], order: float, t: np.ndarray) -> np.ndarray:
+    """Returns sum_k (t / v)^k f_k(t^2), k = 1, 2, .."""
+    terms = ((t / order) ** k * np.polyval([float(c) for c in f[::-1]], t * t) for k, f in enumerate(polynomials, 1))
+    return sum(terms, np.zeros_like(t))
+
+
+def _atanh_rest(square: np.ndarray) -> np.ndarray:
+    """Returns (log((1 + w) / (1 - w)) - 2 w) / w^3 for w^2 < 0.03."""
+    return sum((2 / (2 * j + 3) * square**j for j in range(12)), np.zeros_like(square))
+
+
+def _direct_plan(order: float, terms: int, constant: float) -> DirectPlan:
+    """Plans the direct form of an order v >= 15 whose double is an integer; ``constant`` is added to psi, and contains
+    -1/2 log(2 pi).
+    """
+    power = order + 0.5
+
+    def phase(t: np.ndarray) -> np.ndarray:
+        return 0.5 * np.log1p(t) + _sum_series_of(SERIES.zeroth[:terms], order, t)
+
+    def first(t: np.ndarray) -> np.ndarray:
+        return 0.5 + _sum_series_of(SERIES.first[:terms], order, t)
+
+    def psi(x: float) -> float:
+        return x - order - power * math.log(x) + phase(np.array(order / (x - order))).item() + constant
+
+    # psi rises with x from 2 v on; where it is positive throughout, nothing cancels and any center will do.
+    low, high = 2 * order, 2.0**40
+    while psi(low) < 0 and high - low > 1e-9 * low:
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if psi(middle) < 0 else (low, middle)
+    center = _round(Fraction(math.frexp(low)[0]), 24)
+    octave = -power * math.log(2)
+    rest = constant - order - power * math.log(center)
+    # x below 2^61 counts; w within (sqrt(2) - 1) / (sqrt(2) + 1) < 0.172 either way.
+    largest = 64 * abs(octave) + abs(rest) + 2 * power * 0.172
+    grid = 2.0 ** (math.ceil(math.log2(largest)) - 24)
+    octave_head, constant_head = (round(number / grid) * grid for number in (octave, rest))
+    *phases, last = _fit(phase, 1.0, _PHASE_ERROR)
+    square_of_w = ((math.sqrt(2) - 1) / (math.sqrt(2) + 1)) ** 2
+    return DirectPlan(
+        order=order,
+        order_squared=_round(Fraction(order) ** 2, 24),
+        half_order_squared=0.5 * order**2,
+        mantissa_bits=struct.unpack("<i", struct.pack("<f", center * math.sqrt(0.5)))[0],
+        center=center,
+        atanh_slope=2 * power,
+        octave=(octave_head / 2**23, (octave - octave_head) / 2**23),
+        constant=constant_head,
+        to_grid=1.5 * 2**23 * grid,
+        atanh=tuple(power * c for c in _fit(_atanh_rest, square_of_w, 2 * _FIT_ERROR / square_of_w)),
+        order_and_half=power,
+        phase=(*phases, last + (rest - constant_head)),
+        first=_fit(first, 1.0, _FIT_ERROR * order),
     )

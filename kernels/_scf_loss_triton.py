@@ -4,26 +4,53 @@ import torch
 import triton
 import triton.language as tl
 
-from scf_fast.kernels._common import as_compute, dense_rows
+from scf_fast.kernels._common import as_compute, dense_rows, row_tile
 from scf_fast.kernels._debye_series import DebyePlan
-from scf_fast.kernels._float_pairs import exp_kernel, two_sum_kernel
+from scf_fast.kernels._float_pairs import constant_like, exp_kernel, negative, residual_kernel
 from scf_fast.kernels.debye import debye_kernel
 
-_TILE_BYTES = 8192  # of a tile of rows; 4 warps hold two of them in 32 registers per thread
-# Of one number of each row of a tile, at most: what is computed per row takes registers in every thread.
-_ROW_BYTES = 16
-_MAX_WARPS = 16  # leaves each thread 128 registers
+# Sums of squares outside are recomputed from scaled rows.
+_SQUARE_MIN, _SQUARE_MAX = tl.constexpr(2.0**-80), tl.constexpr(2.0**80)
 
 
-def tile_shape(dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Returns the block width, the rows per program, and the warps."""
-    block_d = triton.next_power_of_2(dim)
-    tile = _TILE_BYTES // dtype.itemsize
-    return (
-        block_d,
-        min(_ROW_BYTES // dtype.itemsize, max(1, tile // block_d)),
-        min(_MAX_WARPS, max(4, 4 * block_d // tile)),
-    )
+@triton.jit
+def _rows_of_program(B, ROWS: tl.constexpr):
+    """Returns this program's rows, (ROWS,) int64, and which of them exist."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if ROWS == 1:  # a program a row: no mask is left in the compiled code
+        inside = tl.full((ROWS,), True, tl.int1)
+    else:
+        inside = rows < B
+    return rows, inside
+
+
+@triton.jit
+def _sum_of_squares(x):
+    """Returns the sum of x^2 along the rows. Groups of four that one thread holds are summed by fused multiply-adds,
+    which launches without contraction have to be given.
+    """
+    if x.shape[1] >= 4 and x.dtype == tl.float32:
+        left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
+        a, b = tl.split(left)
+        c, d = tl.split(right)
+        return tl.sum(tl.fma(a, a, tl.fma(b, b, tl.fma(c, c, d * d))), axis=1)
+    else:
+        return tl.sum(x * x, axis=1)
+
+
+@triton.jit
+def _inverse_root(x):
+    """Returns 1 / sqrt(x), to a rounding in float32."""
+    y = tl.rsqrt(x)
+    if x.dtype == tl.float32:
+        y = tl.fma(y, 0.5 * residual_kernel(x * y, y, constant_like(1.0, x)), y)
+    return y
+
+
+@triton.jit
+def _scale_for(square):
+    """Returns the power of two for rows whose sum of squares may have lost digits to underflow, or overflowed."""
+    return tl.where(square < _SQUARE_MIN, 2.0**70, tl.where(square > _SQUARE_MAX, 2.0**-70, 1.0)).to(square.dtype)
 
 
 @triton.jit
@@ -34,7 +61,7 @@ def _scf_loss_kernel(
     labels_ptr,  # (B,) int32 or int64
     loss_ptr,  # (B,) out
     slope_ptr,  # (B,) out: d loss / d log_kappa
-    coefficients_ptr,  # (3, B) out: a, b and c of the gradients
+    coefficients_ptr,  # (4, B) out: 1 / |feature|, 1 / |center|, kappa and kappa cos
     terms_ptr,  # (5, B) out: cos, kappa, l1, l2, l3
     features_stride,
     class_centers_stride,
@@ -56,12 +83,11 @@ def _scf_loss_kernel(
 
     Longer than 60 lines because everything that is computed per row follows from the same registers.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows, inside = _rows_of_program(B, ROWS)
     cols = tl.arange(0, BLOCK_D)
-    inside = rows < B
-    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0)
     known = (labels >= 0) & (labels < C)
-    labels = tl.where(known, labels, 0)
+    labels = tl.where(known, labels, 0).to(tl.int32).to(tl.int64)
     mask = inside[:, None] & (cols < D)[None, :]
     f = as_compute(tl.load(features_ptr + rows[:, None] * features_stride + cols[None, :], mask=mask, other=0.0), FP64)
     c = as_compute(
@@ -70,10 +96,22 @@ def _scf_loss_kernel(
     log_kappa = as_compute(tl.load(log_kappa_ptr + rows, mask=inside, other=0.0), FP64)
     log_kappa = tl.where(known, log_kappa, float("nan"))
 
-    f_inverse = tl.rsqrt(tl.where(inside, tl.sum(f * f, axis=1), 1.0))
-    c_inverse = tl.rsqrt(tl.where(inside, tl.sum(c * c, axis=1), 1.0))
-    difference = f * f_inverse[:, None] - c * c_inverse[:, None]
-    one_minus_cos = 0.5 * tl.sum(difference * difference, axis=1)
+    f_square, c_square = _sum_of_squares(f), _sum_of_squares(c)
+    f_scale, c_scale = _scale_for(f_square), _scale_for(c_square)
+    if tl.max((inside & (f_scale * c_scale != 1.0)).to(tl.int32), axis=0) > 0:
+        f *= f_scale[:, None]
+        c *= c_scale[:, None]
+        f_square, c_square = _sum_of_squares(f), _sum_of_squares(c)
+    f_inverse = _inverse_root(tl.where(inside, f_square, 1.0))
+    c_inverse = _inverse_root(tl.where(inside, c_square, 1.0))
+    # An error e of the ratio of lengths counts as (1 - cos) e + e^2 / 2.
+    ratio = f_square * f_inverse * c_inverse
+    difference = tl.fma(c, tl.broadcast_to(negative(ratio)[:, None], c.shape), f)
+    f_square_inverse = f_inverse * f_inverse
+    f_square_inverse = tl.fma(
+        f_square_inverse, residual_kernel(f_square, f_square_inverse, constant_like(1.0, f_square)), f_square_inverse
+    )
+    one_minus_cos = 0.5 * _sum_of_squares(difference) * f_square_inverse
     cos = 1.0 - one_minus_cos
 
     LOG_KAPPA_MAX: tl.constexpr = PLAN.log_kappa_max
@@ -83,39 +121,40 @@ def _scf_loss_kernel(
     kappa = growth
     if PUBLISHED:
         kappa = growth + EPSILON
-    psi, psi_tail, _, complement, _, _ = debye_kernel(kappa, PLAN, WITH_POWER=PUBLISHED)
-    phi, rest = two_sum_kernel(psi, -kappa)
-    phi += rest + psi_tail
+    phi, phi_tail, _, complement, _, _ = debye_kernel(kappa, PLAN, WITH_POWER=PUBLISHED, MINUS_KAPPA=True)
+    phi += phi_tail
     if PUBLISHED:
         scaled_bessel = tl.exp(phi)
         floored_bessel = scaled_bessel + EPSILON
         floored_kappa = kappa + EPSILON
         log_floored_bessel = tl.log(floored_bessel)
-        l2 = -ORDER * tl.log(floored_kappa)
+        l2 = tl.log(floored_kappa) * -ORDER
         l3 = log_floored_bessel + kappa
         loss = kappa * one_minus_cos + (l2 + (log_floored_bessel + CONSTANT))
         slope = growth * (
             one_minus_cos - ORDER / floored_kappa + scaled_bessel / floored_bessel * (ORDER / kappa - complement)
         )
     else:
-        l2 = -ORDER * log_kappa
+        l2 = log_kappa * -ORDER
         l3 = phi - CONSTANT + kappa - l2
         loss = kappa * one_minus_cos + phi
         slope = kappa * (one_minus_cos - complement)
     tl.store(loss_ptr + rows, loss, mask=inside)
     weight = kappa
     if MEAN:
-        slope = slope / B
-        weight = kappa / B
+        share = constant_like(1.0, kappa) / B  # a B of 1 is a constant
+        slope *= share
+        weight *= share
     tl.store(slope_ptr + rows, slope, mask=inside)
     if COEFFICIENTS:
-        tl.store(coefficients_ptr + rows, weight * cos * f_inverse * f_inverse, mask=inside)
-        tl.store(coefficients_ptr + B + rows, -weight * f_inverse * c_inverse, mask=inside)
-        tl.store(coefficients_ptr + 2 * B + rows, weight * cos * c_inverse * c_inverse, mask=inside)
+        tl.store(coefficients_ptr + rows, f_inverse * f_scale, mask=inside)
+        tl.store(coefficients_ptr + B + rows, c_inverse * c_scale, mask=inside)
+        tl.store(coefficients_ptr + 2 * B + rows, weight, mask=inside)
+        tl.store(coefficients_ptr + 3 * B + rows, weight * cos, mask=inside)
     if TERMS:
         tl.store(terms_ptr + rows, cos, mask=inside)
         tl.store(terms_ptr + B + rows, kappa, mask=inside)
-        tl.store(terms_ptr + 2 * B + rows, -kappa * cos, mask=inside)
+        tl.store(terms_ptr + 2 * B + rows, negative(kappa) * cos, mask=inside)
         tl.store(terms_ptr + 3 * B + rows, l2, mask=inside)
         tl.store(terms_ptr + 4 * B + rows, l3, mask=inside)
 
@@ -123,7 +162,7 @@ def _scf_loss_kernel(
 @triton.jit
 def _feature_gradient_kernel(
     grad_ptr,  # (B,), or a scalar with GRAD_STRIDE 0
-    coefficients_ptr,  # (3, B)
+    coefficients_ptr,  # (4, B), as above
     features_ptr,  # (B, D), rows of features_stride
     class_centers_ptr,  # (C, D), rows of class_centers_stride
     labels_ptr,  # (B,) int32 or int64
@@ -138,27 +177,30 @@ def _feature_gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad (a f + b c); one program per tile of rows."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """grad kappa / |f| (cos f / |f| - c / |c|); one program per tile of rows."""
+    rows, inside = _rows_of_program(B, ROWS)
     cols = tl.arange(0, BLOCK_D)
-    inside = rows < B
-    labels = tl.load(labels_ptr + rows, mask=inside, other=0).to(tl.int64)
-    labels = tl.where((labels >= 0) & (labels < C), labels, 0)  # the coefficients of an unknown class are NaN
+    labels = tl.load(labels_ptr + rows, mask=inside, other=0)
+    labels = tl.where((labels >= 0) & (labels < C), labels, 0).to(tl.int32).to(tl.int64)  # kappa of an unknown is NaN
     grad = tl.load(grad_ptr + rows * GRAD_STRIDE, mask=inside, other=0.0)
-    a = grad * tl.load(coefficients_ptr + rows, mask=inside, other=0.0)
-    b = grad * tl.load(coefficients_ptr + B + rows, mask=inside, other=0.0)
+    f_inverse = tl.load(coefficients_ptr + rows, mask=inside, other=0.0)
+    c_inverse = tl.load(coefficients_ptr + B + rows, mask=inside, other=0.0)
+    kappa = grad * tl.load(coefficients_ptr + 2 * B + rows, mask=inside, other=0.0)
+    kappa_cos = grad * tl.load(coefficients_ptr + 3 * B + rows, mask=inside, other=0.0)
     mask = inside[:, None] & (cols < D)[None, :]
     f = as_compute(tl.load(features_ptr + rows[:, None] * features_stride + cols[None, :], mask=mask, other=0.0), FP64)
     c = as_compute(
         tl.load(class_centers_ptr + labels[:, None] * class_centers_stride + cols[None, :], mask=mask, other=0.0), FP64
     )
-    tl.store(result_ptr + rows[:, None] * D + cols[None, :], a[:, None] * f + b[:, None] * c, mask=mask)
+    # One factor 1 / |f| last: its square overflows where |f| < 1e-19.
+    along = f * (kappa_cos * f_inverse)[:, None] - c * (kappa * c_inverse)[:, None]
+    tl.store(result_ptr + rows[:, None] * D + cols[None, :], along * f_inverse[:, None], mask=mask)
 
 
 @triton.jit
 def _class_center_gradient_kernel(
     grad_ptr,  # (B,), or a scalar with GRAD_STRIDE 0
-    coefficients_ptr,  # (3, B)
+    coefficients_ptr,  # (4, B), as above
     features_ptr,  # (B, D), rows of features_stride
     class_centers_ptr,  # (C, D), rows of class_centers_stride
     sorted_labels_ptr,  # (B,) int32 or int64
@@ -173,8 +215,8 @@ def _class_center_gradient_kernel(
     FP64: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum of grad (b f + c center) over the rows of one class, by the program at the first of them: one order of
-    summation, no atomics.
+    """Sum of grad kappa / |c| (cos c / |c| - f / |f|) over the rows of one class, by the program at the first of them:
+    one order of summation, no atomics.
     """
     position = tl.program_id(0)
     label = tl.load(sorted_labels_ptr + position).to(tl.int64)
@@ -190,10 +232,11 @@ def _class_center_gradient_kernel(
         while following == label:
             row = tl.load(order_ptr + position).to(tl.int64)
             grad = tl.load(grad_ptr + row * GRAD_STRIDE)
-            along_f = grad * tl.load(coefficients_ptr + B + row)
-            along_center = grad * tl.load(coefficients_ptr + 2 * B + row)
+            c_inverse = tl.load(coefficients_ptr + B + row)
+            along_f = grad * tl.load(coefficients_ptr + 2 * B + row) * tl.load(coefficients_ptr + row)
+            along_center = grad * tl.load(coefficients_ptr + 3 * B + row) * c_inverse
             f = as_compute(tl.load(features_ptr + row * features_stride + cols, mask=mask, other=0.0), FP64)
-            total += along_f * f + along_center * center
+            total += (along_center * center - along_f * f) * c_inverse
             position += 1
             following = tl.load(sorted_labels_ptr + position, mask=position < B, other=-1).to(tl.int64)
         tl.store(result_ptr + label * D + cols, total, mask=mask)
@@ -218,7 +261,7 @@ def launch_scf_loss(
     """Fills loss and slope, and coefficients and terms unless they are empty; at least one row."""
     features, class_centers = dense_rows(features), dense_rows(class_centers)
     batch, dim = features.shape
-    block_d, tile_rows, num_warps = tile_shape(dim, loss.dtype)
+    block_d, tile_rows, num_warps = row_tile(dim)
     with torch.cuda.device_of(features):
         _scf_loss_kernel[(triton.cdiv(batch, tile_rows),)](
             features,
@@ -262,7 +305,7 @@ def launch_gradients(
     features, class_centers = dense_rows(features), dense_rows(class_centers)
     labels, grad = labels.contiguous(), grad.contiguous()
     batch, dim = features.shape
-    block_d, tile_rows, num_warps = tile_shape(dim, coefficients.dtype)
+    block_d, tile_rows, num_warps = row_tile(dim)
     sizes = features.stride(0), class_centers.stride(0), batch, len(class_centers)
     settings = dict(
         GRAD_STRIDE=grad.ndim, D=dim, FP64=coefficients.dtype == torch.float64, BLOCK_D=block_d, num_warps=num_warps

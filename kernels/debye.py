@@ -31,12 +31,15 @@ import torch
 import triton
 import triton.language as tl
 
+from scf_fast.kernels._debye_direct import direct_kernel
 from scf_fast.kernels._debye_series import DebyePlan
 from scf_fast.kernels._float_pairs import (
     Pair,
     constant_like,
+    evaluate_polynomial_kernel,
     fast_two_sum,
     fast_two_sum_kernel,
+    negative,
     residual,
     residual_kernel,
     subtract_product,
@@ -223,18 +226,9 @@ def _reciprocal_kernel(x):
     if x.dtype == tl.float32:
         y = tl.rsqrt(x)
         y *= y
-        return tl.fma(y, tl.fma(-x, y, constant_like(1.0, x)), y)
+        return tl.fma(y, tl.fma(negative(x), y, constant_like(1.0, x)), y)
     else:
         return 1.0 / x
-
-
-@triton.jit
-def _evaluate_polynomial_kernel(COEFFICIENTS: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr, x):
-    """``_evaluate_polynomial`` in registers, with the COUNT coefficients from START on."""
-    value = tl.fma(x, constant_like(COEFFICIENTS[START], x), constant_like(COEFFICIENTS[START + 1], x))
-    for i in tl.static_range(2, COUNT):
-        value = tl.fma(value, x, constant_like(COEFFICIENTS[START + i], x))
-    return value
 
 
 @triton.jit
@@ -262,12 +256,12 @@ def _log_pair_kernel(x, x_tail, OFFSET: tl.constexpr, PLAN: tl.constexpr):
     inverse = _reciprocal_kernel(denominator)
     w = numerator * inverse
     square = w * w
-    w_tail = (tl.fma(-w, denominator_tail, residual_kernel(w, denominator, numerator)) + f_tail) * inverse
+    w_tail = (tl.fma(negative(w), denominator_tail, residual_kernel(w, denominator, numerator)) + f_tail) * inverse
     w_tail = tl.fma(w_tail, square, w_tail)
     head, rest = fast_two_sum_kernel(half_powers * PLAN.half_ln2[0] + OFFSET[0], 2.0 * w)
     tail = tl.fma(half_powers, constant_like(PLAN.half_ln2[1], f), constant_like(OFFSET[1], f))
     tail += rest + 2.0 * w_tail - tl.where(above, constant_like(PLAN.sqrt_half_error, f), 0.0)
-    head, rest = fast_two_sum_kernel(head, w * square * _evaluate_polynomial_kernel(ATANH, 0, len(ATANH), square))
+    head, rest = fast_two_sum_kernel(head, w * square * evaluate_polynomial_kernel(ATANH, 0, len(ATANH), square))
     return head, tail + rest
 
 
@@ -279,7 +273,7 @@ def _half_log_kernel(x, UP_TO_TWO: tl.constexpr):
     if UP_TO_TWO and x.dtype == tl.float32:
         w = (x - 1.5) * _reciprocal_kernel(x + 1.5)
         ATANH: tl.constexpr = (1 / 9, 1 / 7, 1 / 5, 1 / 3, 1.0)
-        return tl.fma(w, _evaluate_polynomial_kernel(ATANH, 0, 5, w * w), constant_like(0.2027325540540822, x))
+        return tl.fma(w, evaluate_polynomial_kernel(ATANH, 0, 5, w * w), constant_like(0.2027325540540822, x))
     else:
         return 0.5 * tl.log(x)
 
@@ -295,20 +289,23 @@ def _square_root_pair_kernel(kappa, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _phase_pair_kernel(kappa, s, s_tail, x, x_tail, PLAN: tl.constexpr, WITH_POWER: tl.constexpr):
-    """Returns s - (v + 1/2) log x [+ v log kappa] + constant in two floats."""
-    ORDER: tl.constexpr = PLAN.order  # a tuple has to be bound to a name before a function takes it as a constant
-    ORDER_AND_HALF: tl.constexpr = PLAN.order_and_half
+def _phase_pair_kernel(s, s_tail, x, x_tail, PLAN: tl.constexpr):
+    """Returns s - (v + 1/2) log x + constant in two floats."""
+    ORDER_AND_HALF: tl.constexpr = PLAN.order_and_half  # a tuple needs a name before a function takes it as a constant
     OFFSET: tl.constexpr = PLAN.offset
-    ZERO: tl.constexpr = (0.0, 0.0)
     logarithm, logarithm_tail = _log_pair_kernel(x, x_tail, OFFSET, PLAN)
-    head, tail = subtract_product_kernel(s, s_tail, ORDER_AND_HALF, logarithm, logarithm_tail)
-    if WITH_POWER:
-        tiny = kappa < 2.0**-100  # scaled up, so that a subnormal has its exponent in the exponent bits
-        power, power_tail = _log_pair_kernel(tl.where(tiny, kappa * 2.0**64, kappa), tl.zeros_like(kappa), ZERO, PLAN)
-        power -= tl.where(tiny, constant_like(128 * PLAN.half_ln2[0] + 128 * PLAN.half_ln2[1], kappa), 0.0)
-        head, tail = subtract_product_kernel(head, tail, ORDER, -power, -power_tail)
-    return head, tail
+    return subtract_product_kernel(s, s_tail, ORDER_AND_HALF, logarithm, logarithm_tail)
+
+
+@triton.jit
+def _add_power_kernel(head, tail, kappa, PLAN: tl.constexpr):
+    """Returns head + tail + v log kappa in two floats."""
+    ORDER: tl.constexpr = PLAN.order
+    ZERO: tl.constexpr = (0.0, 0.0)
+    tiny = kappa < 2.0**-100  # scaled up, so that a subnormal has its exponent in the exponent bits
+    power, power_tail = _log_pair_kernel(tl.where(tiny, kappa * 2.0**64, kappa), tl.zeros_like(kappa), ZERO, PLAN)
+    power -= tl.where(tiny, constant_like(128 * PLAN.half_ln2[0] + 128 * PLAN.half_ln2[1], kappa), 0.0)
+    return subtract_product_kernel(head, tail, ORDER, negative(power), negative(power_tail))
 
 
 @triton.jit
@@ -318,53 +315,61 @@ def _sum_series_kernel(SERIES: tl.constexpr, TERMS: tl.constexpr, LENGTH: tl.con
     """
     total = tl.zeros_like(x)
     for k in tl.static_range(TERMS - 1, -1, -1):
-        total = p * (total + _evaluate_polynomial_kernel(SERIES, k * LENGTH + k * (k - 1) // 2, LENGTH + k, x))
+        total = p * (total + evaluate_polynomial_kernel(SERIES, k * LENGTH + k * (k - 1) // 2, LENGTH + k, x))
     return total
 
 
 @triton.jit
-def debye_kernel(
-    kappa, PLAN: tl.constexpr, LOWEST: tl.constexpr = 0, HIGHEST: tl.constexpr = 1, WITH_POWER: tl.constexpr = False
-):
-    """Evaluates psi and its derivatives in registers.
+def _higher_derivatives_kernel(kappa, p, x_inverse, PLAN: tl.constexpr, HIGHEST: tl.constexpr):
+    """Returns A' and A'' of the expansion at the shifted order; what was not asked for is 0."""
+    SECOND: tl.constexpr = PLAN.second
+    THIRD: tl.constexpr = PLAN.third
+    TERMS: tl.constexpr = PLAN.terms
+    m: tl.constexpr = PLAN.shifted[0]
+    second, third = tl.zeros_like(p), tl.zeros_like(p)
+    if HIGHEST >= 2:
+        if kappa.dtype == tl.float32:  # a Newton step on the approximate root: p2 would have twice its error
+            s = tl.fma(kappa, kappa, constant_like(m * m, kappa)) * p
+            p = tl.fma(p, 0.5 * residual_kernel(s, p, constant_like(1.0, p)), p)
+        p2 = p * p
+        t2 = p2 * (m * m)
+        second = m * p * x_inverse + p2 * (0.5 - t2 + _sum_series_kernel(SECOND, TERMS, 3, p, t2))
+        if HIGHEST >= 3:
+            third = m * x_inverse * (p + x_inverse) + p2 * (1.0 - 4.0 * t2 + _sum_series_kernel(THIRD, TERMS, 3, p, t2))
+            third = negative(kappa) * p2 * third
+    return second, third
 
-    Longer than 60 lines for the reason that ``debye_torch`` gives.
 
-    Args:
-        kappa: float32 or float64 tensor, >= 0; anything else gives NaN.
-        PLAN: ``debye_plan`` of the order and the same dtype.
-        LOWEST, HIGHEST: derivatives of psi to evaluate, 0 to 3; A is always evaluated.
-        WITH_POWER: return log I_v = psi + v log kappa in place of psi (kappa > 0).
-    Returns:
-        psi and its tail (their sum is psi + constant, to more digits than one float holds), A, 1 - A, A', A'', as in
-        ``Debye``; what was not asked for is 0.
+@triton.jit
+def _shifted_kernel(kappa, PLAN: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
+    """``debye_kernel`` up to ``kappa_max`` in the general form: expansion at a shifted order, then recurrence.
+
+    The derivatives stay together because each step of the recurrence needs those of the step before.
     """
     ZEROTH: tl.constexpr = PLAN.zeroth
     FIRST: tl.constexpr = PLAN.first
-    SECOND: tl.constexpr = PLAN.second
-    THIRD: tl.constexpr = PLAN.third
     STEPS: tl.constexpr = PLAN.steps
     TERMS: tl.constexpr = PLAN.terms
     m: tl.constexpr = PLAN.shifted[0]
-    beyond = kappa
-    overflow = kappa > PLAN.kappa_max
-    kappa = tl.where(overflow, constant_like(PLAN.kappa_max, kappa), tl.where(kappa >= 0, kappa, float("nan")))
     p, s, s_tail = _square_root_pair_kernel(kappa, PLAN)
     x, x_tail = fast_two_sum_kernel(s, constant_like(m, s))
     x_tail += s_tail + PLAN.shifted[1]
     p2 = p * p
     x_inverse = _reciprocal_kernel(x)
     t2 = p2 * (m * m)
-    first = p2 * (0.5 + _sum_series_kernel(FIRST, TERMS, 2, p, t2))
+    series = _sum_series_kernel(FIRST, TERMS, 2, p, t2)
+    first = p2 * (0.5 + series)
     ratio = kappa * (x_inverse - first)
-    complement = (m + m * m * _reciprocal_kernel(s + kappa)) * x_inverse + kappa * first
+    gap = m * m * _reciprocal_kernel(s + kappa)  # s - kappa
+    if STEPS > 0:
+        # kappa (1 - rho_m) - (m + 1/2), small where A is close to 1: its recurrence passes an error on, while that of
+        # 1 - rho_m would magnify it by up to 2 N + 1.
+        excess_gap = gap - (m + gap) * (m + gap) * x_inverse - 0.5 * t2 + (1.0 - t2) * series
+    else:
+        complement = (m + gap) * x_inverse + kappa * first
     product = 1.0 + m * p
-    psi, psi_tail, second, third = tl.zeros_like(p), tl.zeros_like(p), tl.zeros_like(p), tl.zeros_like(p)
-    if HIGHEST >= 2:
-        second = m * p * x_inverse + p2 * (0.5 - t2 + _sum_series_kernel(SECOND, TERMS, 3, p, t2))
-    if HIGHEST >= 3:
-        third = m * x_inverse * (p + x_inverse) + p2 * (1.0 - 4.0 * t2 + _sum_series_kernel(THIRD, TERMS, 3, p, t2))
-        third = -kappa * p2 * third
+    psi, psi_tail = tl.zeros_like(p), tl.zeros_like(p)
+    second, third = _higher_derivatives_kernel(kappa, p, x_inverse, PLAN, HIGHEST)
     for i in tl.static_range(STEPS):
         excess = kappa * ratio
         inverse = _reciprocal_kernel(PLAN.lowered[i] + excess)
@@ -372,29 +377,71 @@ def debye_kernel(
             numerator = PLAN.lowered[i] - kappa * kappa * second
         if HIGHEST >= 3:
             slope = ratio + kappa * second
-            third = -inverse * inverse * (kappa * (2.0 * second + kappa * third) + 2.0 * numerator * slope * inverse)
+            third = kappa * (2.0 * second + kappa * third) + 2.0 * numerator * slope * inverse
+            third = negative(inverse) * inverse * third
         if HIGHEST >= 2:
             second = numerator * inverse * inverse
-        complement = (PLAN.lowered[i] - kappa * complement) * inverse
+        below = 0.5 * PLAN.lowered[i] - 0.5
+        excess_gap = negative(tl.fma(excess_gap, kappa - below, constant_like(below * below, kappa))) * inverse
         ratio = kappa * inverse
         if LOWEST == 0:
             factor = (2.0 * m + excess * PLAN.magnified[i]) * x_inverse
             product *= factor * factor
     if LOWEST == 0:
-        psi, psi_tail = _phase_pair_kernel(kappa, s, s_tail, x, x_tail, PLAN, WITH_POWER)
-        psi += beyond - kappa
+        psi, psi_tail = _phase_pair_kernel(s, s_tail, x, x_tail, PLAN)
         if STEPS > 0:  # the rounding of 1 / (m + s) is the same in every factor
             psi_tail += STEPS * (residual_kernel(x, x_inverse, constant_like(1.0, x)) - x_tail * x_inverse)
         psi_tail += _half_log_kernel(product, STEPS == 0) + _sum_series_kernel(ZEROTH, TERMS, 2, p, t2)
+    fine = ratio > 1.0 - _SMALL
+    if STEPS > 0:
+        complement = tl.where(fine, (excess_gap + PLAN.order_and_half[0]) * _reciprocal_kernel(kappa), 1.0 - ratio)
+    return psi, psi_tail, tl.where(fine, 1.0 - complement, ratio), complement, second, third
+
+
+@triton.jit
+def debye_kernel(
+    kappa,
+    PLAN: tl.constexpr,
+    LOWEST: tl.constexpr = 0,
+    HIGHEST: tl.constexpr = 1,
+    WITH_POWER: tl.constexpr = False,
+    MINUS_KAPPA: tl.constexpr = False,
+):
+    """Evaluates psi and its derivatives in registers.
+
+    Args:
+        kappa: float32 or float64 tensor, >= 0; anything else gives NaN.
+        PLAN: ``debye_plan`` of the order and the same dtype.
+        LOWEST, HIGHEST: derivatives of psi to evaluate, 0 to 3; A is always evaluated.
+        WITH_POWER: return log I_v = psi + v log kappa in place of psi (kappa > 0).
+        MINUS_KAPPA: subtract kappa (at most ``kappa_max``) from psi, before it is rounded.
+    Returns:
+        psi and its tail (their sum is psi + constant, to more digits than one float holds), A, 1 - A, A', A'', as in
+        ``Debye``; what was not asked for is 0.
+    """
+    # log I crosses zero elsewhere than psi, where the direct form has larger terms in the tail.
+    DIRECT: tl.constexpr = None if WITH_POWER else PLAN.direct
+    beyond = kappa
+    overflow = kappa > PLAN.kappa_max
+    kappa = tl.where(overflow, constant_like(PLAN.kappa_max, kappa), tl.where(kappa >= 0, kappa, float("nan")))
+    if DIRECT is not None:
+        x, phase, psi_tail, ratio, complement, p, x_inverse = direct_kernel(kappa, DIRECT)
+        if MINUS_KAPPA:
+            psi = phase + (x - kappa)
+        else:
+            psi, rest = fast_two_sum_kernel(x, phase)  # loses up to a rounding of psi where |phase| > x
+            psi_tail += rest
+        second, third = _higher_derivatives_kernel(kappa, p, x_inverse, PLAN, HIGHEST)
+    else:
+        psi, psi_tail, ratio, complement, second, third = _shifted_kernel(kappa, PLAN, LOWEST, HIGHEST)
+        if MINUS_KAPPA:
+            psi, rest = two_sum_kernel(psi, negative(kappa))
+            psi_tail += rest
+    if LOWEST == 0 and WITH_POWER:
+        psi, psi_tail = _add_power_kernel(psi, psi_tail, kappa, PLAN)
+    if LOWEST == 0 and not MINUS_KAPPA:
+        psi = tl.where(overflow, beyond, psi)
     if HIGHEST >= 2:
         second = tl.where(overflow, 0.0, second)
         third = tl.where(overflow, 0.0, third)
-    fine = complement < _SMALL
-    return (
-        psi,
-        psi_tail,
-        tl.where(fine, 1.0 - complement, ratio),
-        tl.where(fine, complement, 1.0 - ratio),
-        second,
-        third,
-    )
+    return psi, psi_tail, ratio, complement, second, third

@@ -9,27 +9,26 @@ is a product, and differentiating once more raises n by one.
 """
 
 import enum
+import functools
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
-import triton
-import triton.language as tl
 
 from scf_fast.kernels._common import (
-    as_compute,
     check_floating,
     check_range,
     promoted_dtype,
+    refuse_repeated_forward_mode,
     slices,
+    transformed,
     use_triton,
 )
 from scf_fast.kernels._debye_series import debye_plan
-from scf_fast.kernels.debye import debye_kernel, debye_torch
+from scf_fast.kernels._log_bessel_triton import launch_inverse, launch_log_bessel
+from scf_fast.kernels.debye import debye_torch
 
-# Elements per program: in float32 one 16-byte load per thread; neither spills registers.
-_BLOCK = {torch.float32: 512, torch.float64: 128}
-_NUM_WARPS = 4
 _TORCH_BLOCK = 1 << 14  # elements at a time in plain PyTorch: the float64 temporaries stay in cache
 # Halley's method from within 7 % (d = 2, the worst) leaves 3e-5 after one step and rounding after two, for every d in 2
 # .. 8192.
@@ -81,47 +80,6 @@ def _log_bessel_torch(
     return tuple(-f for f in results) if function == Function.LOG_VMF_NORMALIZER else tuple(results)
 
 
-@triton.jit
-def _log_bessel_kernel(
-    kappa_ptr,  # (count,)
-    value_ptr,  # (count,) out: f^(n)
-    slope_ptr,  # (count,) out: f^(n+1)
-    count,
-    PLAN: tl.constexpr,
-    NEGATE: tl.constexpr,
-    WITH_POWER: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    FP64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per block of elements; n = DERIVATIVE."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    kappa = as_compute(tl.load(kappa_ptr + at, mask=mask, other=1.0), FP64)
-    psi, psi_tail, first, _, second, third = debye_kernel(kappa, PLAN, DERIVATIVE, DERIVATIVE + 1, WITH_POWER)
-    if WITH_POWER and PLAN.order[0] > 0:
-        power = PLAN.order[0] / kappa
-        first += power
-        second -= power / kappa
-        third += 2.0 * power / kappa / kappa
-    if DERIVATIVE == 0:
-        value = psi + psi_tail
-        if WITH_POWER and PLAN.order[0] > 0:
-            value = tl.where(kappa == 0, float("-inf"), value)
-        slope = first
-    elif DERIVATIVE == 1:
-        value = first
-        slope = second
-    else:
-        value = second
-        slope = third
-    if NEGATE:
-        value = -value
-        slope = -slope
-    tl.store(value_ptr + at, value, mask=mask)
-    tl.store(slope_ptr + at, slope, mask=mask)
-
-
 @torch.library.custom_op("scf::log_bessel", mutates_args=())
 def _log_bessel(
     kappa: torch.Tensor, order: float, function: int, derivative: int, triton_kernel: bool, debug: bool
@@ -135,21 +93,15 @@ def _log_bessel(
     if not triton_kernel:
         _apply_in_blocks(lambda block: _log_bessel_torch(block, order, kind, derivative, dtype), kappa, value, slope)
     elif kappa.numel():
-        with torch.cuda.device_of(kappa):
-            _log_bessel_kernel[(triton.cdiv(kappa.numel(), _BLOCK[dtype]),)](
-                kappa.contiguous(),
-                value,
-                slope,
-                kappa.numel(),
-                PLAN=debye_plan(order, dtype, _constant_within(kind, order)),
-                NEGATE=kind == Function.LOG_VMF_NORMALIZER,
-                WITH_POWER=kind == Function.LOG_BESSEL_I,
-                DERIVATIVE=derivative,
-                FP64=dtype == torch.float64,
-                BLOCK=_BLOCK[dtype],
-                num_warps=_NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+        launch_log_bessel(
+            kappa,
+            value,
+            slope,
+            plan=debye_plan(order, dtype, _constant_within(kind, order)),
+            negate=kind == Function.LOG_VMF_NORMALIZER,
+            with_power=kind == Function.LOG_BESSEL_I,
+            derivative=derivative,
+        )
     return value, slope
 
 
@@ -165,6 +117,13 @@ def _log_bessel_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def _refuse_another_derivative(function: int) -> NoReturn:
+    name = Function(function).name.lower()
+    raise NotImplementedError(
+        f"{name} has derivatives up to the third, all that its kernels evaluate; differentiate less often"
+    )
+
+
 def _log_bessel_backward(ctx, grad_value, grad_slope):
     kappa, slope = ctx.saved_tensors
     order, function, derivative, triton_kernel, debug = ctx.settings
@@ -173,15 +132,47 @@ def _log_bessel_backward(ctx, grad_value, grad_slope):
         terms.append(grad_value * slope)
     if grad_slope is not None:
         if derivative == 2:  # the recurrences of the kernels end here; a Hessian of the loss needs no more
-            name = Function(function).name.lower()
-            raise NotImplementedError(
-                f"{name} has derivatives up to the third, all that its kernels evaluate; differentiate less often"
-            )
+            _refuse_another_derivative(function)
         terms.append(grad_slope * _log_bessel(kappa, order, function, derivative + 1, triton_kernel, debug)[1])
     return sum(terms).to(kappa.dtype) if terms else None, None, None, None, None, None
 
 
 _log_bessel.register_autograd(_log_bessel_backward, setup_context=_log_bessel_setup)
+
+
+class _TransformedDerivative(torch.autograd.Function):
+    """f^(n) for the transforms of ``torch.func`` and forward mode, n = 0 .. 3; its derivative is f^(n+1)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kappa, order, function, derivative, triton_kernel, debug):
+        first = min(derivative, 2)
+        return _log_bessel(kappa, order, function, first, triton_kernel, debug)[derivative - first]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        kappa, *ctx.settings = inputs
+        ctx.save_for_backward(kappa)
+        ctx.save_for_forward(kappa)
+
+    @staticmethod
+    def _slope(ctx):
+        (kappa,) = ctx.saved_tensors
+        order, function, derivative, triton_kernel, debug = ctx.settings
+        if derivative == 3:
+            _refuse_another_derivative(function)
+        return _TransformedDerivative.apply(kappa, order, function, derivative + 1, triton_kernel, debug)
+
+    @staticmethod
+    def backward(ctx, grad):
+        slope = _TransformedDerivative._slope(ctx)
+        return (grad * slope).to(ctx.saved_tensors[0].dtype), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        slope = _TransformedDerivative._slope(ctx)
+        return tangent.to(slope.dtype) * slope
 
 
 # ---- the inverse of A_d
@@ -199,31 +190,6 @@ def _inverse_torch(rho: torch.Tensor, order: float, dtype: torch.dtype) -> torch
     return kappa.masked_fill(rho == 1, math.inf)
 
 
-@triton.jit
-def _inverse_kernel(
-    rho_ptr,  # (count,)
-    kappa_ptr,  # (count,) out
-    count,
-    PLAN: tl.constexpr,
-    STEPS: tl.constexpr,
-    FP64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per block of elements, by Halley's method; A near 1 is compared by its complement, which holds the
-    digits.
-    """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    rho = as_compute(tl.load(rho_ptr + at, mask=mask, other=0.5), FP64)
-    one_minus_rho = 1.0 - rho
-    kappa = rho * (2.0 * PLAN.order[0] + 2.0 - rho * rho) / (one_minus_rho * (1.0 + rho))
-    for _iteration in range(STEPS):  # not `_`, whose type Triton 3.4 keeps through the loop
-        _, _, ratio, complement, second, third = debye_kernel(kappa, PLAN, 1, 3)
-        step = tl.where(rho < 0.5, ratio - rho, one_minus_rho - complement) / second
-        kappa = kappa - step / (1.0 - 0.5 * step * third / second)
-    tl.store(kappa_ptr + at, tl.where(rho == 1.0, float("inf"), kappa), mask=mask)
-
-
 @torch.library.custom_op("scf::inverse_mean_resultant_length", mutates_args=())
 def _inverse(rho: torch.Tensor, order: float, triton_kernel: bool, debug: bool) -> torch.Tensor:
     """Returns kappa with A(kappa) = rho."""
@@ -233,18 +199,7 @@ def _inverse(rho: torch.Tensor, order: float, triton_kernel: bool, debug: bool) 
     if not triton_kernel:
         _apply_in_blocks(lambda block: (_inverse_torch(block, order, dtype),), rho, kappa)
     elif rho.numel():
-        with torch.cuda.device_of(rho):
-            _inverse_kernel[(triton.cdiv(rho.numel(), _BLOCK[dtype]),)](
-                rho.contiguous(),
-                kappa,
-                rho.numel(),
-                PLAN=debye_plan(order, dtype),
-                STEPS=_HALLEY_STEPS,
-                FP64=dtype == torch.float64,
-                BLOCK=_BLOCK[dtype],
-                num_warps=_NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+        launch_inverse(rho, kappa, plan=debye_plan(order, dtype), steps=_HALLEY_STEPS)
     return kappa
 
 
@@ -269,14 +224,64 @@ def _inverse_backward(ctx, grad):
 _inverse.register_autograd(_inverse_backward, setup_context=_inverse_setup)
 
 
+class _TransformedInverse(torch.autograd.Function):
+    """A^(-1) for the transforms of ``torch.func`` and forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rho, order, triton_kernel, debug):
+        return _inverse(rho, order, triton_kernel, debug)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rho, *ctx.settings = inputs
+        ctx.rho_dtype = rho.dtype
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def _slope(ctx):
+        """Returns d rho / d kappa."""
+        (kappa,) = ctx.saved_tensors
+        order, triton_kernel, debug = ctx.settings
+        return _TransformedDerivative.apply(kappa, order, Function.PSI.value, 2, triton_kernel, debug)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad / _TransformedInverse._slope(ctx)).to(ctx.rho_dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        slope = _TransformedInverse._slope(ctx)
+        return tangent.to(slope.dtype) / slope
+
+
+def _map_over_elements(operator, info, in_dims, argument, *settings):
+    """The ``vmap`` rule of an operator whose results have the shape of its argument, element by element."""
+    outputs = operator(argument, *settings)
+    return outputs, in_dims[0] if isinstance(outputs, torch.Tensor) else (in_dims[0],) * len(outputs)
+
+
+_log_bessel.register_vmap(functools.partial(_map_over_elements, _log_bessel))
+_inverse.register_vmap(functools.partial(_map_over_elements, _inverse))
+
+
 # ---- public functions
 
 
 def _evaluate(
-    kappa: torch.Tensor, order: float, function: Function, derivative: int, backend: str, debug: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    kappa: torch.Tensor, order: float, function: Function, derivatives: tuple[int, ...], backend: str, debug: bool
+) -> tuple[torch.Tensor, ...]:
+    """Returns f^(n) for each n of ``derivatives``: one of them, or two in a row."""
     check_floating("kappa", kappa)
-    return _log_bessel(kappa, order, function.value, derivative, use_triton(backend, kappa), debug)
+    triton_kernel = use_triton(backend, kappa)
+    if transformed():
+        refuse_repeated_forward_mode()
+        settings = triton_kernel, debug
+        return tuple(_TransformedDerivative.apply(kappa, order, function.value, n, *settings) for n in derivatives)
+    pair = _log_bessel(kappa, order, function.value, derivatives[0], triton_kernel, debug)
+    return pair[: len(derivatives)]
 
 
 def _check_order(order: float) -> float:
@@ -307,7 +312,7 @@ def log_bessel_i(order: float, kappa: torch.Tensor, *, backend: str = "auto", de
     Raises:
         ValueError: order < 0, kappa negative or not floating point, or a backend that cannot run.
     """
-    return _evaluate(kappa, _check_order(order), Function.LOG_BESSEL_I, 0, backend, debug)[0]
+    return _evaluate(kappa, _check_order(order), Function.LOG_BESSEL_I, (0,), backend, debug)[0]
 
 
 def psi_and_ratio(
@@ -318,7 +323,8 @@ def psi_and_ratio(
     Arguments and errors are those of ``log_bessel_i``. Both results are finite and smooth at kappa = 0, and
     differentiable: psi three times, A twice.
     """
-    return _evaluate(kappa, _check_order(order), Function.PSI, 0, backend, debug)
+    psi, ratio = _evaluate(kappa, _check_order(order), Function.PSI, (0, 1), backend, debug)
+    return psi, ratio
 
 
 def log_vmf_normalizer(kappa: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
@@ -337,7 +343,7 @@ def log_vmf_normalizer(kappa: torch.Tensor, dim: int, *, backend: str = "auto", 
     Raises:
         ValueError: dim < 2, kappa negative or not floating point, or a backend that cannot run.
     """
-    return _evaluate(kappa, _order_in(dim), Function.LOG_VMF_NORMALIZER, 0, backend, debug)[0]
+    return _evaluate(kappa, _order_in(dim), Function.LOG_VMF_NORMALIZER, (0,), backend, debug)[0]
 
 
 def mean_resultant_length(kappa: torch.Tensor, dim: int, *, backend: str = "auto", debug: bool = False) -> torch.Tensor:
@@ -348,7 +354,7 @@ def mean_resultant_length(kappa: torch.Tensor, dim: int, *, backend: str = "auto
     2 .. 8192 and kappa in 1e-6 .. 1e7; 0 and 1 at kappa = 0 and +inf. Differentiable twice, by forms of A' and A'' that
     do not cancel.
     """
-    return _evaluate(kappa, _order_in(dim), Function.PSI, 1, backend, debug)[0]
+    return _evaluate(kappa, _order_in(dim), Function.PSI, (1,), backend, debug)[0]
 
 
 def inverse_mean_resultant_length(
@@ -368,4 +374,7 @@ def inverse_mean_resultant_length(
         ValueError: dim < 2, rho outside [0, 1] or not floating point, or a backend that cannot run.
     """
     check_floating("rho", rho)
+    if transformed():
+        refuse_repeated_forward_mode()
+        return _TransformedInverse.apply(rho, _order_in(dim), use_triton(backend, rho), debug)
     return _inverse(rho, _order_in(dim), use_triton(backend, rho), debug)

@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 import torch
 
-from scf_fast.kernels._common import check_floating, promoted_dtype, use_triton
+from scf_fast.kernels import _transforms
+from scf_fast.kernels._common import check_floating, promoted_dtype, transformed, use_triton
 from scf_fast.kernels._margin_softmax_arguments import (
     ConsumeCenters,
     FinishEmbeddings,
@@ -415,7 +416,7 @@ def margin_softmax_loss(
         compute_dtype, skip_below, backend: as in ``margin_softmax_statistics`` and ``margin_softmax_gradients``.
     Returns:
         (loss, correct): scalar float32 (float64) mean loss, and (B,) bool, True where the own class center is nearer
-        (without margin) than all others.
+        (without margin) than all others. Under ``torch.func`` and in forward mode all B x C cosines exist, in float64.
     Raises:
         ValueError: settings without meaning, or shapes and dtypes that do not fit.
         IndexError: a label outside [-1, C), on the CPU.
@@ -425,20 +426,23 @@ def margin_softmax_loss(
     compute_dtype, triton_kernel = _choose_implementation(embeddings, class_centers, compute_dtype, backend)
     num_classes = len(class_centers)
     outside = (labels < -1) | (labels >= num_classes)
-    if not labels.is_cuda and not torch.compiler.is_compiling() and outside.any():
+    if not (labels.is_cuda or torch.compiler.is_compiling() or transformed()) and outside.any():
         raise IndexError(f"labels must be in [0, {num_classes}), or -1 to be left out, got {labels[outside][0].item()}")
-    statistics = MarginSoftmaxStatistics(
-        *_statistics_op(
+    labels_here = labels.masked_fill(outside, -1)
+    if transformed():
+        fields = _transforms.margin_softmax_statistics(embeddings, class_centers, labels_here, scale)
+    else:
+        fields = _statistics_op(
             embeddings,
             class_centers,
-            labels.masked_fill(outside, -1),
+            labels_here,
             scale,
             compute_dtype,
             label_smoothing > 0,
             skip_below,
             triton_kernel,
         )
-    )
+    statistics = MarginSoftmaxStatistics(*fields)
     loss = margin_softmax_rows(statistics, num_classes, scale, margins, margin_gradient, label_smoothing)
     correct = (labels >= 0) & (statistics.target_cosine > statistics.nearest_other)
-    return mean_over_labeled(loss, labels, outside), correct
+    return mean_over_labeled(loss, labels, outside).to(promoted_dtype(embeddings, class_centers)), correct

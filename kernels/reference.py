@@ -41,6 +41,11 @@ def inverse_mean_resultant_length(rho: torch.Tensor, dim: int) -> torch.Tensor:
     return kappa
 
 
+def _directions(rows: torch.Tensor) -> torch.Tensor:
+    """Rows over their lengths, however small these are."""
+    return F.normalize(rows.double(), eps=0.0)
+
+
 def scf_loss(
     features: torch.Tensor,
     log_kappa: torch.Tensor,
@@ -50,7 +55,7 @@ def scf_loss(
 ) -> torch.Tensor:
     """SCF loss of each row, Li et al., CVPR 2021, Eq. (8)."""
     dim = features.shape[1]
-    cos = torch.cosine_similarity(features.double(), class_centers[labels].double())
+    cos = (_directions(features) * _directions(class_centers[labels])).sum(dim=1)
     kappa = log_kappa.double().exp()
     return -kappa * cos - log_vmf_normalizer(kappa, dim) + dim * math.log(radius)
 
@@ -65,7 +70,7 @@ def published_scf_loss(
     """SCF loss of each row as the published code computes it, its epsilon of 1e-6 included."""
     dim = features.shape[1]
     order = dim / 2 - 1
-    cos = torch.cosine_similarity(features.double(), class_centers[labels].double())
+    cos = (_directions(features) * _directions(class_centers[labels])).sum(dim=1)
     kappa = log_kappa.double().exp() + 1e-6
     scaled_bessel = torch.exp(psi(order, kappa) + order * torch.log(kappa) - kappa)
     l3 = torch.log(1e-6 + scaled_bessel) + kappa

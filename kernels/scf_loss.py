@@ -22,26 +22,25 @@ Its e swallows I_v exp(-kappa) wherever that is smaller, for d = 512 up to kappa
 import enum
 import functools
 import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, overload
 
 import torch
 
+from scf_fast.kernels import _transforms
 from scf_fast.kernels._common import (
     DEFAULT_RADIUS,
     MAX_DIM,
     check_floating,
     check_radius,
     promoted_dtype,
-    slices,
+    transformed,
     use_triton,
 )
 from scf_fast.kernels._debye_series import DebyePlan, debye_plan
+from scf_fast.kernels._scf_loss_torch import gradients_torch, scf_loss_torch
 from scf_fast.kernels._scf_loss_triton import launch_gradients, launch_scf_loss
-from scf_fast.kernels.debye import debye_torch
 
 PUBLISHED_EPSILON = 1e-6
-_TORCH_TILE = 1 << 17  # elements: a gathered chunk of class centers, 512 KB, stays in the second-level cache
 
 
 class SCFTerms(NamedTuple):
@@ -76,113 +75,12 @@ def _loss_constant(dim: int, radius: float) -> float:
     return dim / 2 * math.log(2 * math.pi) + dim * math.log(radius)
 
 
-def _loss_plan(dim: int, radius: float, published: bool, dtype: torch.dtype, compensated: bool = True) -> DebyePlan:
-    return debye_plan(dim / 2 - 1, dtype, 0.0 if published else _loss_constant(dim, radius), compensated)
-
-
-# ---- PyTorch
-
-
-def _gather_rows(
-    features: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Yields slices of rows with their features and class centers, a cache-sized tile at a time; the class centers lie
-    in a buffer that the next tile overwrites.
+def _loss_plan(dim: int, radius: float, published: bool, dtype: torch.dtype, in_triton: bool) -> DebyePlan:
+    """Returns the plan of psi. The radius enters here and nowhere else, as d log r within the constant that psi gets
+    before it is rounded.
     """
-    rows = max(1, _TORCH_TILE // features.shape[1])
-    buffer = torch.empty(
-        (min(rows, len(labels)), features.shape[1]), dtype=class_centers.dtype, device=class_centers.device
-    )
-    for chunk in slices(len(labels), rows):
-        own = torch.index_select(class_centers, 0, labels[chunk], out=buffer[: chunk.stop - chunk.start])
-        yield chunk, features[chunk].to(dtype), own.to(dtype)
-
-
-def _measure_rows(
-    features: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns |features|, |center| and 1 - cos of each row, measured in ``dtype`` and given in float64."""
-    norms = torch.empty((3, len(labels)), dtype=dtype, device=features.device)
-    feature_norm, center_norm, difference = norms
-    for chunk, f, c in _gather_rows(features, class_centers, labels, dtype):
-        torch.linalg.vector_norm(f, dim=1, out=feature_norm[chunk])
-        torch.linalg.vector_norm(c, dim=1, out=center_norm[chunk])
-        scaled = torch.addcmul(f, c, (feature_norm[chunk] / center_norm[chunk]).unsqueeze(1), value=-1)
-        torch.linalg.vector_norm(scaled, dim=1, out=difference[chunk])
-    feature_norm, center_norm, difference = norms.double()
-    return feature_norm, center_norm, 0.5 * (difference / feature_norm).square()
-
-
-def _scf_loss_torch(
-    features: torch.Tensor,
-    log_kappa: torch.Tensor,
-    class_centers: torch.Tensor,
-    labels: torch.Tensor,
-    loss: torch.Tensor,
-    slope: torch.Tensor,
-    coefficients: torch.Tensor,
-    terms: torch.Tensor,
-    *,
-    radius: float,
-    published: bool,
-    mean: bool,
-) -> None:
-    """Fills the outputs of ``_scf_loss`` to the accuracy of their dtype, coefficients and terms unless they are empty;
-    the CPU path.
-    """
-    dim, dtype = features.shape[1], loss.dtype
-    feature_norm, center_norm, one_minus_cos = _measure_rows(features, class_centers, labels, dtype)
-    plan = _loss_plan(dim, radius, published, dtype, compensated=dtype == torch.float64)
-    order = plan.order[0]
-    log_kappa = log_kappa.double().clamp(max=plan.log_kappa_max)
-    growth = log_kappa.exp()  # d kappa / d log_kappa
-    kappa = growth + PUBLISHED_EPSILON if published else growth
-    bessel = debye_torch(kappa, plan, with_power=published)
-    phi = (bessel.psi - kappa) + bessel.psi_tail
-    if published:
-        scaled_bessel = phi.exp()
-        floored_bessel = scaled_bessel + PUBLISHED_EPSILON
-        floored_kappa = kappa + PUBLISHED_EPSILON
-        l2, log_floored_bessel = -order * floored_kappa.log(), floored_bessel.log()
-        torch.add(kappa * one_minus_cos + l2, log_floored_bessel + _loss_constant(dim, radius), out=loss)
-        slopes = growth * (
-            one_minus_cos - order / floored_kappa + scaled_bessel / floored_bessel * (order / kappa - bessel.complement)
-        )
-    else:
-        torch.add(kappa * one_minus_cos, phi, out=loss)
-        slopes = kappa * (one_minus_cos - bessel.complement)
-    share = len(labels) if mean else 1
-    torch.div(slopes, share, out=slope)
-    if coefficients.numel() or terms.numel():
-        cos = 1 - one_minus_cos
-        pull = kappa * cos
-    if coefficients.numel():
-        rows = pull / feature_norm.square(), -kappa / (feature_norm * center_norm), pull / center_norm.square()
-        torch.div(torch.stack(rows), share, out=coefficients)
-    if terms.numel():
-        l2 = l2 if published else -order * log_kappa
-        l3 = log_floored_bessel + kappa if published else phi - _loss_constant(dim, radius) + kappa - l2
-        torch.stack((cos, kappa, -pull, l2, l3), out=terms)
-
-
-def _gradients_torch(
-    grad: torch.Tensor,
-    coefficients: torch.Tensor,
-    features: torch.Tensor,
-    class_centers: torch.Tensor,
-    labels: torch.Tensor,
-    grad_features: torch.Tensor,
-    grad_class_centers: torch.Tensor,
-) -> None:
-    """Fills whichever of the two gradients is not empty; the CPU path."""
-    for chunk, f, c in _gather_rows(features, class_centers, labels, coefficients.dtype):
-        along_f, across, along_c = (coefficients[:, chunk] * grad.expand(len(labels))[chunk]).unsqueeze(2)
-        if grad_features.numel():
-            torch.addcmul(across * c, f, along_f, out=grad_features[chunk])
-        if grad_class_centers.numel():
-            grad_class_centers.index_add_(
-                0, labels[chunk], torch.addcmul(across * f, c, along_c).to(grad_class_centers.dtype)
-            )
+    constant = 0.0 if published else _loss_constant(dim, radius)
+    return debye_plan(dim / 2 - 1, dtype, constant, compensated=in_triton or dtype == torch.float64)
 
 
 # ---- operators
@@ -199,27 +97,23 @@ def _scf_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the loss and what its backward pass needs; ``options`` are of ``Option``.
 
-    loss; d loss / d log_kappa (B,); coefficients a, b, c of d loss / d features = a features + b center and
-    d loss / d center = b features + c center, (3, B) or, not asked for, (3, 0); terms, (5, B) or (5, 0). The gradients
-    are those of the reduced loss.
+    loss; d loss / d log_kappa (B,); coefficients 1 / |features|, 1 / |center|, and for the reduced loss kappa and
+    kappa cos, (4, B) or, not asked for, (4, 0); terms, (5, B) or (5, 0).
     """
     published, mean = bool(options & Option.PUBLISHED), bool(options & Option.MEAN)
     batch, dim = features.shape
     if (options & Option.DEBUG or not labels.is_cuda) and batch:
         _check_labels(labels, len(class_centers))
     rows, slope, coefficients, terms = outputs = _allocate_outputs(features, log_kappa, class_centers, options)
-    if not options & Option.TRITON:
-        _scf_loss_torch(
-            features, log_kappa, class_centers, labels, *outputs, radius=radius, published=published, mean=mean
-        )
-    elif batch:
-        launch_scf_loss(
+    if batch:
+        fill_loss = launch_scf_loss if options & Option.TRITON else scf_loss_torch
+        fill_loss(
             features,
             log_kappa,
             class_centers,
             labels,
             *outputs,
-            plan=_loss_plan(dim, radius, published, rows.dtype),
+            plan=_loss_plan(dim, radius, published, rows.dtype, bool(options & Option.TRITON)),
             constant=_loss_constant(dim, radius),
             epsilon=PUBLISHED_EPSILON,
             published=published,
@@ -244,7 +138,7 @@ def _allocate_outputs(
     return (
         torch.empty(batch, dtype=dtype, device=device),
         torch.empty(batch, dtype=dtype, device=device),
-        torch.empty((3, batch if options & Option.COEFFICIENTS else 0), dtype=dtype, device=device),
+        torch.empty((4, batch if options & Option.COEFFICIENTS else 0), dtype=dtype, device=device),
         torch.empty((5, batch if options & Option.TERMS else 0), dtype=dtype, device=device),
     )
 
@@ -279,7 +173,7 @@ def _scf_loss_backward(
     )
     grad_class_centers = class_centers.new_zeros(class_centers.shape if for_class_centers else (0, dim))
     if batch and (for_features or for_class_centers):
-        fill_gradients = launch_gradients if triton_kernel else _gradients_torch
+        fill_gradients = launch_gradients if triton_kernel else gradients_torch
         fill_gradients(grad, coefficients, features, class_centers, labels, grad_features, grad_class_centers)
     return (grad * slope).to(log_kappa.dtype), grad_features, grad_class_centers
 
@@ -329,6 +223,31 @@ def _backward(ctx, grad, *_):
 
 
 _scf_loss.register_autograd(_backward, setup_context=_setup)
+
+
+def _transformed_loss(
+    features: torch.Tensor,
+    log_kappa: torch.Tensor,
+    class_centers: torch.Tensor,
+    labels: torch.Tensor,
+    radius: float,
+    options: int,
+) -> torch.Tensor | tuple[torch.Tensor, SCFTerms]:
+    """Returns what ``scf_loss`` does, under a transform of ``torch.func`` or in forward mode."""
+    dim, dtype = features.shape[1], promoted_dtype(features, log_kappa, class_centers)
+    published = bool(options & Option.PUBLISHED)
+    rows, terms = _transforms.scf_loss_rows(
+        features,
+        log_kappa.clamp(max=_loss_plan(dim, radius, published, dtype, False).log_kappa_max),
+        class_centers,
+        labels,
+        _loss_constant(dim, radius),
+        PUBLISHED_EPSILON if published else None,
+    )
+    loss = rows.mean() if options & Option.MEAN else rows.sum() if options & Option.SUM else rows
+    if options & Option.TERMS:
+        return loss.to(dtype), SCFTerms(*(term.detach().to(dtype) for term in terms))
+    return loss.to(dtype)
 
 
 # ---- public function
@@ -444,5 +363,7 @@ def scf_loss(
         options |= Option.TRITON.value
     if debug:
         options |= Option.DEBUG.value
+    if transformed():
+        return _transformed_loss(features, log_kappa.reshape(-1), class_centers, labels, radius, options)
     loss, _, _, terms = _scf_loss(features, log_kappa.reshape(-1), class_centers, labels, float(radius), options)
     return (loss, SCFTerms(*terms.unbind(0))) if return_terms else loss

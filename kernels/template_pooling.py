@@ -15,7 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-from scf_fast.kernels._common import MAX_DIM, as_compute, check_floating, dense_rows, promoted_dtype, use_triton
+from scf_fast.kernels import _transforms
+from scf_fast.kernels._common import (
+    MAX_DIM,
+    as_compute,
+    check_floating,
+    dense_rows,
+    promoted_dtype,
+    transformed,
+    use_triton,
+)
 
 _TILE = 4096  # elements of the images that a program reads at a time: enough loads in flight to hide their latency
 
@@ -177,4 +186,9 @@ def pool_templates(
         num_templates = int(template_ids.max()) + 1 if len(mu) else 0
     if num_templates < 1:
         raise ValueError(f"there must be at least one template, got {num_templates}; pass images or num_templates")
-    return _pool_templates(mu, kappa, template_ids, num_templates, use_triton(backend, mu))
+    triton_kernel = use_triton(backend, mu)
+    if transformed():
+        dtype = promoted_dtype(mu, kappa)
+        directions, kappas = _transforms.pool_templates(mu, kappa, template_ids, num_templates)
+        return directions.to(dtype), kappas.to(dtype)
+    return _pool_templates(mu, kappa, template_ids, num_templates, triton_kernel)

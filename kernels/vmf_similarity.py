@@ -19,12 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
+from scf_fast.kernels import _transforms
 from scf_fast.kernels._common import (
     DEFAULT_RADIUS,
     as_compute,
     check_radius,
     dense_rows,
     promoted_dtype,
+    row_tile,
+    transformed,
     use_triton,
 )
 from scf_fast.kernels._debye_series import debye_plan
@@ -38,8 +41,6 @@ from scf_fast.kernels._vmf_common import (
 )
 from scf_fast.kernels.debye import debye_kernel
 from scf_fast.kernels.log_bessel import log_vmf_normalizer, mean_resultant_length
-
-_PAIR_TILE = 1024  # elements of each of mu1 and mu2 that a program holds, as float64
 
 
 def neutral_radius(dim: int) -> float:
@@ -115,8 +116,7 @@ def _vmf_similarity(
     scores = torch.empty(batch, dtype=promoted_dtype(mu1, kappa1, mu2, kappa2), device=mu1.device)
     if batch:
         mu1, mu2 = dense_rows(mu1), dense_rows(mu2)
-        block_d = triton.next_power_of_2(dim)
-        tile_rows = max(1, _PAIR_TILE // block_d)
+        block_d, tile_rows, num_warps = row_tile(dim)
         with torch.cuda.device_of(mu1):
             _pair_kernel[(triton.cdiv(batch, tile_rows),)](
                 mu1,
@@ -132,7 +132,7 @@ def _vmf_similarity(
                 PLAN=debye_plan(dim / 2 - 1, torch.float64),
                 ROWS=tile_rows,
                 BLOCK_D=block_d,
-                num_warps=max(4, block_d // 512),
+                num_warps=num_warps,
                 enable_fp_fusion=False,
             )
     return scores
@@ -194,13 +194,16 @@ def vmf_similarity(
     Raises:
         ValueError: shapes, dtypes or radius are not as above, or the backend cannot run.
     """
-    check_faces(mu1, kappa1, mu2, kappa2, radius)
+    dtype = check_faces(mu1, kappa1, mu2, kappa2, radius)
     if mu1.shape != mu2.shape:
         raise ValueError(
             f"mu1 and mu2 must have one shape, got {tuple(mu1.shape)} and {tuple(mu2.shape)}; "
             "vmf_similarity_matrix compares all pairs"
         )
-    return _vmf_similarity(mu1, kappa1, mu2, kappa2, float(radius), use_triton(backend, mu1))
+    triton_kernel = use_triton(backend, mu1)
+    if transformed():
+        return _transforms.vmf_similarity(mu1, kappa1, mu2, kappa2, radius).to(dtype)
+    return _vmf_similarity(mu1, kappa1, mu2, kappa2, float(radius), triton_kernel)
 
 
 @torch.no_grad()

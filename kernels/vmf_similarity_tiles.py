@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from scf_fast.kernels._common import DEFAULT_RADIUS, promoted_dtype, slices, use_triton
+from scf_fast.kernels._common import DEFAULT_RADIUS, forward_mode, promoted_dtype, slices, use_triton
 from scf_fast.kernels._vmf_common import check_faces, phi, phi_of_square, score_constant, unit_rows
 from scf_fast.kernels._vmf_similarity_triton import KEPT, launch_histogram, launch_matrix, launch_top_k
 from scf_fast.kernels.vmf_similarity import neutral_radius
@@ -189,6 +189,10 @@ def _use_tiles(backend: str, dtype: torch.dtype, tensor: torch.Tensor) -> bool:
     """Returns whether the Triton kernels run. Their arithmetic is float32, so float64 arguments go to PyTorch's matrix
     product instead.
     """
+    if forward_mode():
+        raise NotImplementedError(
+            "the similarity of all pairs carries no derivative, in forward mode neither: use vmf_similarity"
+        )
     if dtype == torch.float64 and backend == "triton":
         raise ValueError(
             'backend="triton" compares all pairs in float32, got float64 arguments: convert them with .float(), or '

@@ -54,14 +54,21 @@ def run(command, timeout=240, **environment):
     return process.returncode, output
 
 
+# Files of half a minute and more of one core, longest first.
+_LONGEST = ("test_train.py", "test_step_guard.py", "test_wheel.py", "test_chaos.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Puts the files that launch processes first: they take longest, and one that comes last leaves a worker idle."""
-    launching = {
-        item.path
-        for item in items
-        if {"run_command", "run_ranks", "fork_ranks"} & set(getattr(item, "fixturenames", ()))
-    }
-    items.sort(key=lambda item: item.path not in launching)
+    """Puts the longest files first, and then the others that launch processes: a long one that comes last leaves the
+    other worker idle.
+    """
+    launching = {item.path for item in items if {"run_command", "start_ranks"} & set(getattr(item, "fixturenames", ()))}
+
+    def place(item):
+        longest = _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST)
+        return longest, item.path not in launching
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -69,31 +76,43 @@ def run_command():
     return run
 
 
+class Launch:
+    """A launch of forked ranks; with what a ``subprocess.Popen`` has to wait for it and to kill it."""
+
+    def __init__(self, ask, pid, log):
+        self._ask, self.pid, self.log, self.returncode = ask, pid, log, None
+
+    @property
+    def ranks(self):
+        """Their process ids."""
+        return [int(child) for child in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def poll(self):
+        return self._wait(0)
+
+    def wait(self, timeout=240):
+        if self._wait(timeout) is None:
+            raise subprocess.TimeoutExpired(self.log, timeout)
+        return self.returncode
+
+    def _wait(self, seconds):
+        if self.returncode is None:
+            self.returncode = self._ask({"wait": self.pid, "seconds": seconds})
+        return self.returncode
+
+
 @pytest.fixture(scope="session")
-def run_ranks():
-    """``run_ranks(world_size, script, *arguments)``: starts the ranks of one group, all of which must succeed; returns
-    what they have printed.
+def start_ranks(tmp_path_factory):
+    """``start_ranks(world_size, *command)``: starts a ``Launch`` of this many ranks without the time that one takes to
+    start (tests/rank_server.py).
+
+    ``command`` is a script or ``-m module``, and its arguments; ``world_size`` 0 is plain python, without a launcher.
+    The output is appended to ``log``; ``file_bytes`` limits the size of any file that is written.
     """
+    logs = tmp_path_factory.mktemp("ranks")
+    server = None
 
-    def launch(world_size, *command):
-        from scf_fast.distributed import free_port
-
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world_size]
-        status, output = run([*start, "--master_port", free_port(), *command], PYTHONPATH=str(ROOT))
-        assert status == 0, output
-        return output
-
-    return launch
-
-
-@pytest.fixture(scope="session")
-def fork_ranks(tmp_path_factory):
-    """``fork_ranks(world_size, *flags)``: trains as a launch of ``world_size`` ranks does, without the time that one
-    takes to start (tests/rank_server.py); ``module=`` names another command. Returns (exit status, output).
-    """
-    logs, server = tmp_path_factory.mktemp("ranks"), None
-
-    def launch(world_size, *arguments, module="scf_fast.train"):
+    def ask(request):
         nonlocal server
         if server is None:
             environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -106,14 +125,44 @@ def fork_ranks(tmp_path_factory):
                 start_new_session=True,
                 env={**os.environ, **environment, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)},
             )
-        log = logs / f"{len(list(logs.iterdir()))}.log"
-        log.touch()
-        request = {"ranks": world_size, "module": module, "arguments": list(map(str, arguments)), "log": str(log)}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        return int(server.stdout.readline()), log.read_text()
+        return json.loads(server.stdout.readline())
 
-    yield launch
+    def start(world_size, *command, log=None, file_bytes=None):
+        log = log or logs / f"{len(list(logs.iterdir()))}.log"
+        log.touch()
+        request = {"ranks": world_size, "command": list(map(str, command)), "log": str(log), "file_bytes": file_bytes}
+        return Launch(ask, ask(request), log)
+
+    yield start
     if server is not None:
-        os.killpg(server.pid, signal.SIGKILL)
+        server.stdin.close()  # it kills what is still running, and ends
         server.wait()
+
+
+@pytest.fixture(scope="session")
+def fork_ranks(start_ranks):
+    """``fork_ranks(world_size, *flags)``: trains as a launch of ``world_size`` ranks does, or with 0 as plain python
+    does; ``module=`` names another command. Returns (exit status, output).
+    """
+
+    def run_to_the_end(world_size, *arguments, module="scf_fast.train", **options):
+        launch = start_ranks(world_size, "-m", module, *arguments, **options)
+        return launch.wait(), launch.log.read_text()
+
+    return run_to_the_end
+
+
+@pytest.fixture(scope="session")
+def run_ranks(start_ranks):
+    """``run_ranks(world_size, script, *arguments)``: forks the ranks of one group, all of which must succeed; returns
+    what they have printed.
+    """
+
+    def run_to_the_end(world_size, *command):
+        launch = start_ranks(world_size, *command)
+        assert launch.wait() == 0, launch.log.read_text()
+        return launch.log.read_text()
+
+    return run_to_the_end

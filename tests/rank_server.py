@@ -1,13 +1,20 @@
-"""Starts the ranks of a launch by fork, from a process that has imported everything already.
+"""Starts commands and the ranks of launches by fork, from a process that has imported everything already.
 
 Four fifths of a small launch are the imports of its launcher and its ranks. Tests of what ranks do, not of how they are
-launched, start them here; the launchers themselves are tested with real launches. One JSON object a line comes in,
-{"ranks", "module", "arguments", "log"}; the exit status of the launch goes out. As under a launcher, a rank that fails
-ends the others.
+launched, start them here; the launchers themselves are tested with real launches. One JSON object a line comes in, one
+line of JSON goes out:
+
+    {"ranks", "command", "log", "file_bytes"}   ->   the launch's process id, which is its process group's too
+    {"wait", "seconds"}                         ->   the exit status of that launch, or null if it is still running
+
+``ranks`` 0 is plain python, without a launcher's variables. ``command`` is ``["-m", module, ...]`` or ``[path, ...]``;
+``file_bytes`` limits the size of any file it writes. As under a launcher, a rank that fails ends the others.
 """
 
+import functools
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -15,29 +22,27 @@ import time
 
 import deepspeed
 import nvidia.dali.fn
+import torch._dynamo
 import torch.utils.tensorboard
 
 from scf_fast import distributed, trainer
+from scf_fast.engine.deepspeed_internals import DeepSpeedInternals
 
-IMPORTED = deepspeed, nvidia.dali.fn, torch.utils.tensorboard, trainer
+IMPORTED = deepspeed, nvidia.dali.fn, torch.utils.tensorboard, torch._dynamo, trainer
+DeepSpeedInternals.leave_out_muon_compilation()
 GRACE = 10.0  # seconds between asking the other ranks to stop and killing them
 
 
-def run_rank(rank: int, request: dict, port: str) -> None:
-    """Becomes a rank of the launch; never returns."""
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    size = str(request["ranks"])
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1"
-    )
-    os.environ["MASTER_PORT"] = port
-    sys.argv = [request["module"], *request["arguments"]]
+def become(command: list[str]) -> None:
+    """Becomes ``python`` with this command line; never returns."""
     status = 1
     try:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        if command[0] == "-m":
+            sys.argv, sys.path[0] = command[1:], os.getcwd()
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = command, os.path.dirname(os.path.abspath(command[0]))
+            runpy.run_path(command[0], run_name="__main__")
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -49,14 +54,36 @@ def run_rank(rank: int, request: dict, port: str) -> None:
         os._exit(status)
 
 
-def run_launch(request: dict) -> int:
-    """Runs all ranks to their end and returns the status of the first that failed, or 0."""
-    port, ranks = str(distributed.free_port()), set()
-    for rank in range(request["ranks"]):
-        child = os.fork()
-        if child == 0:
-            run_rank(rank, request, port)
-        ranks.add(child)
+def fork(action) -> int:
+    """Returns the id of a new process that does this and nothing else."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(1)
+    return child
+
+
+def become_rank(rank: int, request: dict, port: str) -> None:
+    size = str(request["ranks"])
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    become(request["command"])
+
+
+def become_launch(request: dict) -> None:
+    """Becomes a process group of its own that ends with the status of the first rank that failed, or 0."""
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number, target in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
+        os.dup2(target, number)
+    if request["file_bytes"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
+    if not request["ranks"]:
+        become(request["command"])
+    port = str(distributed.free_port())
+    ranks = {fork(functools.partial(become_rank, rank, request, port)) for rank in range(request["ranks"])}
     first_failure, deadline = 0, None
     while ranks:
         child, wait_status = os.waitpid(-1, os.WNOHANG)
@@ -72,10 +99,45 @@ def run_launch(request: dict) -> int:
             first_failure, deadline = status, time.monotonic() + GRACE
             for rank in ranks:
                 os.kill(rank, signal.SIGTERM)
-    return first_failure
+    os._exit(first_failure & 0xFF)
+
+
+def wait(launch: int, seconds: float) -> int | None:
+    """Returns the exit status of a launch, or None where it is still running by then; kills what it has left behind."""
+    deadline = time.monotonic() + seconds
+    while True:
+        child, wait_status = os.waitpid(launch, os.WNOHANG)
+        if child:
+            kill(launch)
+            return os.waitstatus_to_exitcode(wait_status)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.02)
+
+
+def kill(launch: int) -> None:
+    try:
+        os.killpg(launch, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def serve() -> None:
+    answers, running = os.fdopen(os.dup(1), "w"), set()  # a copy: imports and commands may print
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = wait(request["wait"], request["seconds"])
+            if answer is not None:
+                running.discard(request["wait"])
+        else:
+            answer = fork(functools.partial(become_launch, request))
+            running.add(answer)
+        print(json.dumps(answer), file=answers, flush=True)
+    for launch in running:
+        kill(launch)
+    os._exit(0)  # DALI and DeepSpeed take seconds to tear down
 
 
 if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "w")  # imports and ranks may print
-    for line in sys.stdin:
-        print(run_launch(json.loads(line)), file=answers, flush=True)
+    serve()

@@ -1,8 +1,10 @@
 """The Markdown tables of the report. What no file holds is a cell that says "not measured"."""
 
 from collections import Counter
+from typing import Any
 
 from bench.measuring.case import LEFT_OUT
+from bench.measuring.chips import CHIPS
 from bench.measuring.results import Timing
 from bench.measuring.roofline import Machine
 from bench.measuring.tables import markdown_table
@@ -137,3 +139,46 @@ def projection_table(device: Device) -> str:
             for name, (images, identities) in DATA_SETS.items()
         ],
     )
+
+
+def instructions_part(device: Device) -> list[str]:
+    """Returns what the compiled kernels let expect, where they were counted on this machine."""
+    return [text for content in device.contents("instructions") for text in _instructions(content["records"])]
+
+
+def _instructions(records: list[dict[str, Any]]) -> list[str]:
+    by_work: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        by_work.setdefault(record["work"], {})[record["architecture"]] = record
+    chips = [chip.name for chip in CHIPS]
+    rows, spills = [], []
+    for work, by_architecture in by_work.items():
+        shares = {chip: share for record in by_architecture.values() for chip, share in record["possible"].items()}
+        shown = by_architecture.get(90) or next(iter(by_architecture.values()))
+        rows.append(
+            [
+                work,
+                f"{shown['instructions']:,.4g} per {shown['unit']}",
+                "" if shown["beside"] is None else f"{shown['beside']:,.4g}",
+                f"{shown['registers']}, {shown['occupancy']:.0%}",
+                *(f"{shares[chip]:.0%}" if chip in shares else None for chip in chips),
+            ]
+        )
+        spills += [
+            f"{work} on sm_{architecture}: {record['spilled']} bytes"
+            for architecture, record in by_architecture.items()
+            if record["spilled"]
+        ]
+    compiled_for = sorted({record["architecture"] for record in records})
+    return [
+        "### Predicted: what the kernels' instructions allow",
+        "Not measured but counted in the compiled kernels (`python -m bench.instructions`, which needs no GPU): a "
+        "thread's instructions for one unit, compiled for sm_90, all of them and without those that multiply in a "
+        "matrix product; registers and resident warps; and the share of its copy bandwidth (products: of its tensor "
+        "cores' rate, of its FMA rate for float32) that a GPU can reach at most if its schedulers issue in every "
+        "clock, each class of instructions runs at its rate and everything overlaps ([chips.py](measuring/chips.py)). "
+        "Loops that run as the data want count once.",
+        markdown_table(["kernel", "instructions", "beside the product", "registers, occupancy", *chips], rows),
+        f"Compiled for {', '.join(f'sm_{architecture}' for architecture in compiled_for)}; "
+        + (f"registers spill in {'; '.join(spills)}." if spills else "no registers spill."),
+    ]

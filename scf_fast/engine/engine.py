@@ -66,6 +66,7 @@ class Engine:
         if runtime.device.type == "cpu" and sum(weight.nbytes for weight in module.parameters()) < _LARGE_NETWORK:
             keep_freed_memory()  # in a larger network fragments would cost more memory than it saves time
         DeepSpeedInternals.leave_out_shared_memory_op()
+        DeepSpeedInternals.leave_out_muon_compilation()
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config, runtime, precision)
         )

@@ -2,11 +2,9 @@
 
 import io
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from scf_fast.evaluation.metrics import tar_at_far
@@ -14,6 +12,10 @@ from scf_fast.evaluation.quality import Rejection
 from scf_fast.evaluation.results import Quality, ScoreHistogram
 from scf_fast.pipelines.loading.decode import load_face
 from scf_fast.pipelines.sources.base import ImageSource
+
+if TYPE_CHECKING:  # imported where a figure is drawn: it takes half a second, and most ranks draw none
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY, _GREEN, _PURPLE, _RED = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63", "#7c5cbf", "#c23b4e"
 Style = dict[str, Any]  # keyword arguments of Axes.plot
@@ -27,8 +29,14 @@ _REJECTION_STYLES: dict[Quality, Style] = {
 Curves = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]  # by (what is compared, by which score): FAR, TAR
 
 
-def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: float = 4.4) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _new_figure(**options: Any) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
+def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: float = 4.4) -> "tuple[Figure, Axes]":
+    figure = _new_figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=12, fontweight="bold", loc="left")
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -38,7 +46,7 @@ def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: fl
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: "Figure") -> bytes:
     """Renders a figure: nearly all of the time that plotting takes."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
@@ -157,14 +165,14 @@ def plot_scores(title: str, histogram: ScoreHistogram) -> bytes:
     return _png(figure)
 
 
-def _show(axes: Axes, source: ImageSource, i: int, caption: str) -> None:
+def _show(axes: "Axes", source: ImageSource, i: int, caption: str) -> None:
     axes.imshow(Image.fromarray(load_face(source, int(i))))
     axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", fontsize=8)
 
 
-def _empty_grid(title: str, rows: int, columns: int, row_height: float) -> tuple[Figure, np.ndarray]:
+def _empty_grid(title: str, rows: int, columns: int, row_height: float) -> "tuple[Figure, np.ndarray]":
     """Returns a figure and its (rows, columns) axes without frames."""
-    figure = Figure(figsize=(1.15 * columns, row_height * rows + 0.4), layout="constrained")
+    figure = _new_figure(figsize=(1.15 * columns, row_height * rows + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:

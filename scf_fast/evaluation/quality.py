@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from scf_fast.errors import InputError
 from scf_fast.evaluation import metrics
@@ -66,6 +65,8 @@ def summarize_quality(embeddings: Embeddings, severity: np.ndarray | None) -> Qu
         p05, median, p95 = np.quantile(values, (0.05, 0.5, 0.95)).tolist()
         correlation = None
         if severity is not None and np.ptp(values) > 0 and np.ptp(severity) > 0:
+            from scipy.stats import spearmanr  # here: it takes a second to import
+
             correlation = float(spearmanr(values, severity).statistic)
         measures[measure] = QualityQuantiles(p05, median, p95, correlation)
     return QualityResult(measures)

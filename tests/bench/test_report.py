@@ -58,3 +58,30 @@ def test_report_has_tables_plots_and_empty_cells(tmp_path, suite_file, measured_
 def test_report_of_nothing_says_what_to_do(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path)]) == 2
     assert "bench.suite writes them" in capsys.readouterr().err
+
+
+def test_report_shows_what_instructions_allow(tmp_path, suite_file, measured_on):
+    """Counts of sm_90 stand in the table, shares of every chip beside them, and spills in one line."""
+    record = {
+        "work": "margin statistics, float32, d = 512",
+        "architecture": 90,
+        "unit": "cosine",
+        "instructions": 617.12,
+        "beside": 105.1,
+        "registers": 202,
+        "occupancy": 0.125,
+        "spilled": 0,
+        "possible": {"H200": 0.83, "H100": 0.83},
+    }
+    spilling = record | {"architecture": 89, "spilled": 16, "possible": {"RTX 4090": 1.0}}
+    folder = tmp_path / "results" / "cpu"
+    suite_file(folder / "scf_loss.json", spread=0)
+    content = {"section": "instructions", "environment": measured_on, "records": [spilling, record]}
+    (folder / "instructions.json").write_text(json.dumps(content))
+    out = tmp_path / "RESULTS.md"
+    assert report.main(["--results", str(tmp_path / "results"), "--out", str(out)]) == 0
+    page = out.read_text()
+    row = "| margin statistics, float32, d = 512 | 617.1 per cosine | 105.1 | 202, 12% | 83% | 83% | "
+    row += "not measured | 100% |"
+    assert row in page
+    assert "sm_89, sm_90; registers spill in margin statistics, float32, d = 512 on sm_89: 16 bytes." in page

@@ -1,7 +1,9 @@
 """Fixtures for the places where Triton kernels run: compiled on a CUDA device, interpreted on the CPU where there is
-none (see tests/conftest.py), or only compiled, for GPUs that need not be there.
+none (see tests/conftest.py), compiled for a GPU that need not be there and executed by ``bench.executor``, or only
+compiled.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,40 +14,86 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from bench.executor.approximation import Approximation, Mode, TensorCores
+from bench.executor.launcher import executing
+
 
 class Place(NamedTuple):
     backend: str
     device: str
 
 
-def _available(place: Place) -> Place:
+def _interpreted(place: Place) -> contextlib.AbstractContextManager[None]:
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run compiled here, not interpreted")
+    from scf_fast.kernels._common import INTERPRETED
+
+    assert INTERPRETED, "the kernels were imported before TRITON_INTERPRET=1 was set: set it for the whole run"
+    return contextlib.nullcontext()
+
+
+def _executed(place: Place) -> contextlib.AbstractContextManager[None]:
+    return executing(80, EXECUTED_AS)
+
+
+def _on_device(place: Place) -> contextlib.AbstractContextManager[None]:
     if place.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if place == Place("triton", "cpu"):
-        if torch.cuda.is_available():
-            pytest.skip("the kernels run compiled here, not interpreted")
-        from scf_fast.kernels._common import INTERPRETED
+    return contextlib.nullcontext()
 
-        assert INTERPRETED, "the kernels were imported before TRITON_INTERPRET=1 was set: set it for the whole run"
-    return place
 
+# Compiled for sm_80 and run by bench.executor: approximate instructions land anywhere within their documented bounds,
+# and tensor cores cut as an A100's do.
+EXECUTED_AS = Approximation(Mode.RANDOM, TensorCores.A100)
 
 _TRITON = [
-    pytest.param(Place("triton", "cpu"), id="interpreted"),
-    pytest.param(Place("triton", "cuda"), id="cuda", marks=pytest.mark.gpu),
+    pytest.param((Place("triton", "cpu"), _interpreted), id="interpreted"),
+    pytest.param((Place("triton", "cpu"), _executed), id="executed"),
+    pytest.param((Place("triton", "cuda"), _on_device), id="cuda", marks=pytest.mark.gpu),
 ]
+
+
+# What compiled kernels get wrong within the documented bounds of the instructions. A mark that no longer holds fails.
+KNOWN_FAULTS = {
+    "test_log_bessel.py::test_inverse[executed-8192-dtype0]": "1 - A off by 2.6e-6, 2e-6 is asked",
+    "test_compiled.py::test_worst_signs_of_the_inverse": "1 - A off by 2.2e-6, 2e-6 is asked",
+    "test_compiled.py::test_features_of_tiny_norm": "NaN for features of norm 1e-25, whose square is flushed to 0",
+    "test_compiled.py::test_log_kappa_of_minus_infinity_is_the_uniform_distribution": "NaN; the twin: kappa = 0",
+    **{
+        f"test_compiled.py::test_all_pairs_within_3e_7_of_the_larger_kappa[{dtype}-TensorCores.{cores}]": (
+            f"off by {error} of the larger kappa, 3e-7 is asked: the sum over 512 products is cut block by block"
+        )
+        for dtype, cores, error in (
+            ("dtype1", "A100", "7.0e-7"),
+            ("dtype1", "H100", "4.5e-7"),
+            ("dtype2", "A100", "2.0e-6"),
+            ("dtype2", "H100", "1.1e-6"),
+        )
+    },
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = item.nodeid.rpartition("/")[2]
+        if name in KNOWN_FAULTS:
+            item.add_marker(pytest.mark.xfail(strict=True, reason=KNOWN_FAULTS[name]))
 
 
 @pytest.fixture(params=_TRITON)
 def triton_device(request):
     """Device whose tensors backend="triton" takes."""
-    return _available(request.param).device
+    place, enter = request.param
+    with enter(place):
+        yield place.device
 
 
-@pytest.fixture(params=[pytest.param(Place("torch", "cpu"), id="torch"), *_TRITON])
+@pytest.fixture(params=[pytest.param((Place("torch", "cpu"), _on_device), id="torch"), *_TRITON])
 def place(request):
     """Backend and device of each implementation in turn."""
-    return _available(request.param)
+    place, enter = request.param
+    with enter(place):
+        yield place
 
 
 @pytest.fixture
@@ -62,23 +110,22 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def compile_for_gpus():
-    """``compile_for_gpus(family, calls)``: resources of the kernels, as ``compile_for_gpus.py`` finds them per call."""
-    script, root = Path(__file__).with_name("compile_for_gpus.py"), Path(__file__).resolve().parents[2]
+def compile_for_gpus(tmp_path_factory):
+    """``compile_for_gpus(kernels, architectures)``: records of ``bench.instructions``, in a process of their own, since
+    kernels that were imported for the interpreter cannot be compiled.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
-    def compile_family(family, calls):
-        child = subprocess.run(
-            [sys.executable, script, family, json.dumps(calls)],
-            env={**environment, "PYTHONPATH": str(root)},
-            cwd=root,
-            capture_output=True,
-            text=True,
-        )
+    def compile_kernels(works, architectures):
+        out = tmp_path_factory.mktemp("instructions")
+        command = [sys.executable, "-m", "bench.instructions", "--only", *works, "--out", out]
+        command += ["--architectures", ",".join(map(str, architectures))]
+        root = Path(__file__).resolve().parents[2]
+        child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
         assert child.returncode == 0, child.stderr[-4000:]
-        return json.loads(child.stdout.splitlines()[-1])
+        return json.loads((out / "instructions.json").read_text())["records"]
 
-    return compile_family
+    return compile_kernels
 
 
 @pytest.fixture(scope="session")

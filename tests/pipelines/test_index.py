@@ -6,29 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scf_fast.pipelines.formats.recordio import RecordWriter, write_property
 from scf_fast.pipelines.index import describe, main, open_source
 from scf_fast.pipelines.sampling.selection import PerIdentity
 from scf_fast.pipelines.sources.recordio import RecordIndex
-
-IMAGES = [bytes([i]) * (i + 1) for i in range(6)]
-LABELS = [2, 0, 1, 1, 0, 2]
-
-
-def write(folder, images=IMAGES, labels=LABELS, num_classes=3):
-    folder.mkdir(exist_ok=True)
-    with RecordWriter(folder / "train.rec", folder / "train.idx") as writer:
-        writer.write_header_record(len(images), 1)
-        for record_id, (image, label) in enumerate(zip(images, labels), start=1):
-            writer.write_image(record_id, label, image)
-        writer.write_identity_record(len(images) + 1, 1, len(images))
-    if num_classes:
-        write_property(folder, num_classes)
-    return folder
-
-
-def images_of(source):
-    return [source.encoded(i).tobytes() for i in range(len(source))]
 
 
 def test_missing_and_unknown_paths(tmp_path):
@@ -42,14 +22,17 @@ def test_missing_and_unknown_paths(tmp_path):
         open_source("")
 
 
-def test_several_sets_side_by_side(tmp_path):
-    write(tmp_path / "a", num_classes=5)
-    write(tmp_path / "b")
+def test_several_sets_side_by_side(tmp_path, records, images_of):
+    records.write(tmp_path / "a", num_classes=5)
+    records.write(tmp_path / "b")
     (tmp_path / "c" / "someone").mkdir(parents=True)
     (tmp_path / "c" / "someone" / "1.jpg").write_bytes(b"face")
     source = open_source([tmp_path / "a", tmp_path / "b" / "train.rec", str(tmp_path / "c")])
-    assert images_of(source) == [*IMAGES, *IMAGES, b"face"] and source.sizes == (6, 6, 1)
-    assert source.labels.tolist() == [*LABELS, *(label + 5 for label in LABELS), 8] and source.num_classes == 9
+    assert images_of(source) == [*records.images, *records.images, b"face"] and source.sizes == (6, 6, 1)
+    assert (
+        source.labels.tolist() == [*records.labels, *(label + 5 for label in records.labels), 8]
+        and source.num_classes == 9
+    )
     assert type(open_source([tmp_path / "a"])) is RecordIndex
     with pytest.raises(ValueError, match="at least one data set"):
         open_source([])
@@ -61,10 +44,10 @@ def jpeg(seed):
     return file.getvalue()
 
 
-def test_verify_records_broken_images_until_the_file_changes(tmp_path, capsys):
+def test_verify_records_broken_images_until_the_file_changes(tmp_path, capsys, records):
     images = [jpeg(i) for i in range(5)]
     images[2], images[4] = images[2][:900], b"no image"
-    write(tmp_path, images, LABELS[:5])
+    records.write(tmp_path, images, records.labels[:5])
     assert main([str(tmp_path)]) == 0
     report = capsys.readouterr().out
     for line in (
@@ -104,8 +87,8 @@ def test_report_on_labels_with_wide_gaps(tmp_path):
     assert PerIdentity(source.labels, 1).size == 2
 
 
-def test_report_on_a_wrong_idx(tmp_path, capsys):
-    write(tmp_path)
+def test_report_on_a_wrong_idx(tmp_path, capsys, records):
+    records.write(tmp_path)
     (tmp_path / "train.idx").write_text("1\t0\n2\t40\n")
     assert (
         main([str(tmp_path)]) == 0

@@ -1,23 +1,21 @@
 """Runs of both stages on a small synthetic data set, made once a session, and weight files of every family."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from scf_fast.distributed import launcher
 from scf_fast.networks.backbones import Backbone
 from scf_fast.weights.family_names import family_state
 
 
 @pytest.fixture(scope="session")
-def faces(tmp_path_factory, run_command):
+def faces(tmp_path_factory, fork_ranks):
     """A small synthetic data set."""
     root = tmp_path_factory.mktemp("faces") / "set"
     sizes = ["--identities", 8, "--images-per-identity", 16, "--eval-identities", 0]
-    status, output = run_command([sys.executable, "-m", "scf_fast.pipelines.synthetic", root, *sizes, "--seed", 3])
+    status, output = fork_ranks(0, root, *sizes, "--seed", 3, module="scf_fast.pipelines.synthetic")
     assert status == 0, output
     return root
 
@@ -36,24 +34,20 @@ def flags():
 
 
 @pytest.fixture(scope="session")
-def stage1(faces, tmp_path_factory, run_command):
-    """Output folder of a whole stage 1 on two ranks under the deepspeed launcher, and its log."""
+def stage1(faces, tmp_path_factory, fork_ranks):
+    """Output folder of a whole stage 1 on two ranks, and its log."""
     out = tmp_path_factory.mktemp("stage1") / "run"
-    status, output = run_command(
-        [*launcher(2), *_FLAGS["stage1"], "--zero_stage", 2, "--data", faces / "train", "--output_dir", out]
-    )
+    status, output = fork_ranks(2, *_FLAGS["stage1"], "--zero_stage", 2, "--data", faces / "train", "--output_dir", out)
     assert status == 0, output
     return out, output
 
 
 @pytest.fixture(scope="session")
-def stage2(faces, stage1, tmp_path_factory, run_command):
+def stage2(faces, stage1, tmp_path_factory, fork_ranks):
     """The same for stage 2, on the backbone of stage 1."""
     out = tmp_path_factory.mktemp("stage2") / "run"
     weights = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", stage1[0] / "fc.pth"]
-    status, output = run_command(
-        [*launcher(2), *_FLAGS["stage2"], *weights, "--data", faces / "train", "--output_dir", out]
-    )
+    status, output = fork_ranks(2, *_FLAGS["stage2"], *weights, "--data", faces / "train", "--output_dir", out)
     assert status == 0, output
     return out, output
 

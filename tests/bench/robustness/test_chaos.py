@@ -2,10 +2,25 @@
 
 import json
 
+import pytest
+
 from bench.robustness import chaos
+from bench.robustness.faults import Job
 
 
-def test_a_run_under_faults_ends_as_one_left_alone(tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def forked(monkeypatch, start_ranks):
+    """Jobs that start without a launcher."""
+
+    def start(job, ranks=2, zero_stage=2, file_bytes=None):
+        flags = ["--zero_stage", zero_stage, "--output_dir", job.out, "--resume"]
+        command = ["-m", "scf_fast.train", *job.arguments, *flags]
+        return start_ranks(ranks, *command, log=job.log, file_bytes=file_bytes)
+
+    monkeypatch.setattr(Job, "start", start)
+
+
+def test_a_run_under_faults_ends_as_one_left_alone(forked, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(chaos, "IMAGES_EACH", chaos.IMAGES_EACH // 2)
     monkeypatch.setattr(chaos, "STEPS", chaos.STEPS // 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -1,15 +1,37 @@
 """Two ranks send the bytes that the model computes, and the model agrees with cases worked out by hand."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from bench.training import scaling
+from bench.training import collectives, scaling
 from bench.training.collectives import on_the_wire
 from bench.training.scaling_model import GPUS, IDENTITIES, Assumptions, model, predicted, step_seconds
 
+RANK = """
+import sys
+from bench.training import collectives, scaling
 
-def test_two_ranks_send_what_the_model_says(tmp_path, capsys):
+collectives.OVERLAP_CLASSES, collectives.OVERLAP_ROUNDS = 100, 1
+scaling.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def forked(monkeypatch, tmp_path, run_ranks):
+    """Ranks that start without a launcher and time a small classifier."""
+
+    def run(command, **_):
+        start, worker = command.index("bench.scaling"), tmp_path / "rank.py"
+        worker.write_text(RANK)
+        run_ranks(int(command[command.index("--nproc_per_node") + 1]), worker, *command[start + 1 :])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(collectives, "subprocess", SimpleNamespace(run=run))
+
+
+def test_two_ranks_send_what_the_model_says(forked, tmp_path, capsys):
     assert scaling.main(["--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "scaling.json").read_text())
     for stage in ("stage 1", "stage 2"):

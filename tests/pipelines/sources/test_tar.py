@@ -26,12 +26,8 @@ def tar(path, members, format=tarfile.USTAR_FORMAT):
     return path
 
 
-def images_of(source):
-    return [source.encoded(i).tobytes() for i in range(len(source))]
-
-
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_images_and_labels(tmp_path, format):
+def test_images_and_labels(tmp_path, format, images_of):
     long = "deep/" * 30 + "x"  # 151 characters: a prefix in ustar, an extended header in the others
     uni = "gesichter/größe one" if format != tarfile.USTAR_FORMAT else "plain one"
     tar(
@@ -63,7 +59,7 @@ def test_images_and_labels(tmp_path, format):
     assert images_of(open_source(tmp_path / "b.tar")) == [b"fourth" * 200]
 
 
-def test_members_without_their_pair_are_skipped_and_counted(tmp_path, caplog):
+def test_members_without_their_pair_are_skipped_and_counted(tmp_path, caplog, images_of):
     tar(
         tmp_path / "a.tar",
         [
@@ -113,7 +109,7 @@ def test_labels_out_of_range(tmp_path, content):
         TarIndex.open(path)
 
 
-def test_members_lead_nowhere(tmp_path):
+def test_members_lead_nowhere(tmp_path, images_of):
     """Paths out of the folder are just names, links are no images, nothing is written."""
     with tarfile.open(tmp_path / "a.tar", "w") as shard:
         for name, kind in (
@@ -180,7 +176,7 @@ def test_other_files(tmp_path):
         TarIndex.open(tmp_path / "none")
 
 
-def test_many_shards_need_few_open_files(tmp_path, monkeypatch):
+def test_many_shards_need_few_open_files(tmp_path, monkeypatch, images_of):
     monkeypatch.setattr("scf_fast.pipelines.sources.packed._KEPT_OPEN", 2)
     for number in range(5):
         write_shard(tmp_path / f"{number}.tar", [("a", ".jpg", b"%d" % number, number)])

@@ -54,10 +54,6 @@ def example(**features):
     return field(1, b"".join(feature(name.replace("__", "/"), value) for name, value in features.items()))
 
 
-def images_of(source):
-    return [source.encoded(i).tobytes() for i in range(len(source))]
-
-
 def read_all(source):
     """What read() gives, None where it leaves the image to encoded()."""
     data, starts, lengths = source.read(np.arange(len(source)))
@@ -106,7 +102,7 @@ def listed(folder, lines=None, big=b"b" * 50_000):
     return folder / "train.txt"
 
 
-def test_shards_with_labels(tmp_path, caplog):
+def test_shards_with_labels(tmp_path, caplog, images_of):
     shard(tmp_path)
     shard(
         tmp_path,
@@ -139,7 +135,7 @@ def test_shards_with_labels(tmp_path, caplog):
         open_source(tmp_path)
 
 
-def test_other_forms_of_the_same_message(tmp_path):
+def test_other_forms_of_the_same_message(tmp_path, images_of):
     """What protobuf allows: numbers that are not packed, unknown fields of every type, a tag in more bytes than it
     needs.
     """
@@ -155,7 +151,7 @@ def test_other_forms_of_the_same_message(tmp_path):
     )
 
 
-def test_dali_reads_the_same(tmp_path):
+def test_dali_reads_the_same(tmp_path, images_of):
     """DALI is an oracle twice: on files written above, and on what convert writes."""
     pytest.importorskip("nvidia.dali")
     from nvidia.dali import fn, pipeline_def
@@ -204,7 +200,7 @@ def test_packed_record_is_the_described_one():
     assert pack_record(b"x", 0) == record(example(image=b"x", label=0))
 
 
-def test_list_of_tface(tmp_path):
+def test_list_of_tface(tmp_path, images_of):
     source = open_source(listed(tmp_path))
     assert isinstance(source, TFRecordList) and len(source) == 12 and source.num_classes == 5
     expected = {
@@ -237,7 +233,7 @@ def test_list_of_tface(tmp_path):
         source.check(i)
 
 
-def test_some_records_several_times(tmp_path):
+def test_some_records_several_times(tmp_path, images_of):
     """As after cleaning and oversampling: a list is all that changes."""
     source = open_source(listed(tmp_path, ["{3}0\n", "\n", "{0}2\r\n", "{0}1\n", "{2}1"]))
     contents = [f"TFR-a 0 {at}".encode() * 20 for at in (0, 0, 2, 3)]
@@ -320,7 +316,7 @@ def test_what_tface_has_no_labels_in(tmp_path):
         open_source(tmp_path / "TFR-a.index")
 
 
-def test_list_of_images_is_none_of_records(tmp_path):
+def test_list_of_images_is_none_of_records(tmp_path, images_of):
     (tmp_path / "a\t0\t1.jpg").write_bytes(b"face")
     (tmp_path / "list.txt").write_text("a\t0\t1.jpg\t5\n")
     assert images_of(open_source(tmp_path / "list.txt")) == [b"face"]
@@ -459,7 +455,7 @@ def test_faces_reach_the_batch(tmp_path, backend):
     assert torch.equal(batches[0].images, batches[1].images) and torch.equal(batches[0].labels, batches[1].labels)
 
 
-def test_converted_set_is_what_tface_trains_from(tmp_path):
+def test_converted_set_is_what_tface_trains_from(tmp_path, images_of):
     """Its index, from the parent folder; and the folder itself, with labels in the records."""
     faces, labels = [png(shade) for shade in range(5)], [2, 0, 2, 1, 0]
     convert(EncodedImages(faces, labels), tmp_path / "TFR-x", "tfrecord", shard_images=2)

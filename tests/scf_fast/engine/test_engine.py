@@ -4,6 +4,7 @@ PyTorch.
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from scf_fast.config import ConfidenceConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import deepspeed_config, load_deepspeed_config, resolve_precision
+from scf_fast.engine.deepspeed_internals import DeepSpeedInternals
 from scf_fast.engine.loss_scale import LossScaler
 from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 from scf_fast.kernels import scf_loss
@@ -263,6 +265,15 @@ def test_freed_memory_is_not_mapped_in_again():
         for how in ("keep", "give")
     )
     assert keep < give / 3
+
+
+def test_muon_is_imported_without_the_compiler(monkeypatch):
+    name = "deepspeed.runtime.zero.muon.original_muon"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    DeepSpeedInternals.leave_out_muon_compilation()
+    assert not hasattr(sys.modules[name].zeropower_via_newtonschulz5, "_torchdynamo_orig_callable")
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "0"
 
 
 def test_deepspeed_that_takes_steps_that_are_not_finite_is_refused(monkeypatch):

@@ -1,14 +1,12 @@
 import contextlib
 import logging
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
 
 from scf_fast.config import BackboneConfig
-from scf_fast.engine.optimizers import OptimizerRule, StepGate, build_optimizer
+from scf_fast.engine.optimizers import OptimizerRule, StepGate, build_optimizer, nvidia_apex_problem
 
 CPU = torch.device("cpu")
 
@@ -99,13 +97,15 @@ def test_named_implementation_that_is_absent_is_an_error_and_auto_says_what_it_t
         ({"apex/__init__.py": "", "apex/optimizers.py": "", "amp_C.py": ""}, "None"),
     ],
 )
-def test_the_unrelated_apex_is_not_mistaken_for_nvidias(tmp_path, files, expected):
+def test_the_unrelated_apex_is_not_mistaken_for_nvidias(tmp_path, files, expected, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "amp_C")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    code = textwrap.dedent("""
-        import sys; sys.path.insert(0, sys.argv[1])
-        from scf_fast.engine.optimizers import nvidia_apex_problem
-        print(nvidia_apex_problem())""")
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert expected in out.stdout
+    try:
+        assert expected in str(nvidia_apex_problem())
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "amp_C")]:
+            del sys.modules[name]

@@ -1,7 +1,6 @@
 """The store of embeddings: what is computed, by whom, how often, and what is refused."""
 
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -152,16 +151,12 @@ distributed.leave(0)
 """
 
 
-def test_ranks_share_the_work_and_settle_on_one_precision(run_command, tmp_path, files):
+def test_ranks_share_the_work_and_settle_on_one_precision(run_ranks, tmp_path, files):
     """bf16 that both ranks find accurate; that one of them refuses; float32 refused by one of them too. Then 11 images
     in parts of three.
     """
     (tmp_path / "ranks.py").write_text(RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    status, output = run_command(
-        [*launcher, tmp_path / "ranks.py", tmp_path, tmp_path / "store"], PYTHONPATH=os.getcwd()
-    )
-    assert status == 0, output
+    output = run_ranks(2, tmp_path / "ranks.py", tmp_path, tmp_path / "store")
     lines = dict(line.split(": ", 1) for line in output.splitlines() if line.startswith("rank "))
     verdicts = "['torch.bfloat16', 'torch.float32', {!r}]"
     assert (

@@ -1,7 +1,6 @@
 """The whole command on the synthetic data set's own files, by two ranks."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,15 +11,15 @@ from scf_fast.networks.confidence import build_confidence_net
 
 
 @pytest.fixture(scope="module")
-def data(run_command, tmp_path_factory):
+def data(fork_ranks, tmp_path_factory):
     root = tmp_path_factory.mktemp("synthetic") / "set"
     sizes = ["--identities", 1, "--images-per-identity", 1, "--eval-identities", 20]
-    status, output = run_command([sys.executable, "-m", "scf_fast.pipelines.synthetic", root, *sizes, "--seed", 5])
+    status, output = fork_ranks(0, root, *sizes, "--seed", 5, module="scf_fast.pipelines.synthetic")
     assert status == 0, output
     return root
 
 
-def test_two_ranks_report_on_the_synthetic_set(run_command, data, tmp_path):
+def test_two_ranks_report_on_the_synthetic_set(fork_ranks, data, tmp_path):
     torch.manual_seed(0)
     backbone = Backbone("ir_tiny", 24)
     save_model(
@@ -43,8 +42,7 @@ def test_two_ranks_report_on_the_synthetic_set(run_command, data, tmp_path):
         "--num-workers",
         0,
     ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    status, output = run_command([*launcher, "-m", "scf_fast.evaluation", *arguments])
+    status, output = fork_ranks(2, *arguments, module="scf_fast.evaluation")
     assert status == 0, output
     assert output.count("## Verification") == 1  # rank 0 alone reports
     results = json.loads((tmp_path / "out" / "results.json").read_text())

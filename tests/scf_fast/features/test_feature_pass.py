@@ -4,7 +4,6 @@ The pixels are normalized as stage 1 notes beside its backbone, so that training
 """
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -72,15 +71,13 @@ def test_class_centers_equal_a_plain_loop_and_fill_the_same_cache(cache, centers
 
 
 def test_stage_2_with_another_head_rate_radius_and_normalizer_computes_no_features(
-    cache, centers, faces, stage1, tmp_path, flags, run_command
+    cache, centers, faces, stage1, tmp_path, flags, fork_ranks
 ):
     head = ["--confidence_net", "mlp", "--lr", "1e-4", "--radius", 32, "--normalizer", "published"]
     inputs = ["--saved_bkb", stage1[0] / "backbone.pth", "--saved_fc", centers / "fc.pth", "--data", faces / "train"]
     cached = ["--feature_cache", cache, "--cache_dtype", "int8", "--precision", "auto"]
-    status, output = run_command(
-        [sys.executable, "train.py", *flags["stage2"], *head, *inputs, *cached]
-        + ["--output_dir", tmp_path / "run", "--max_steps", 2]
-    )
+    more = ["--output_dir", tmp_path / "run", "--max_steps", 2]
+    status, output = fork_ranks(0, *flags["stage2"], *head, *inputs, *cached, *more)
     assert status == 0 and "pixels: published, as noted in --saved_fc" in output, output
     assert "computed in fp32" in output and "frozen backbone" not in output, output
 

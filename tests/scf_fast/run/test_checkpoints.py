@@ -5,13 +5,12 @@ test_train.py.
 import json
 import resource
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from scf_fast.distributed import Runtime, launcher
+from scf_fast.distributed import Runtime
 from scf_fast.engine.partitions import shared_state
 from scf_fast.run.checkpoints import Checkpoints, newest_intact
 from scf_fast.run.reporting import StepLines, forget_after
@@ -133,7 +132,7 @@ def test_what_cannot_be_deleted_or_read_costs_no_other_checkpoint(folder, monkey
     assert sorted(path.parent.name for path in folder.glob("*/state.json")) == ["step00000008", "step00000012"]
 
 
-def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags, tmp_path, run_command, fork_ranks):
+def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags, tmp_path, fork_ranks):
     """Checkpoints in the background, of which none fits; then with room, to the same end as without any trouble."""
     command = [
         *flags["stage1"],
@@ -146,9 +145,7 @@ def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags,
         "--output_dir",
         tmp_path / "run",
     ]
-    status, output = run_command(
-        ["bash", "-c", 'ulimit -f 1000; exec "$@"', "limited", *launcher(2), *command, "--no_tensorboard"]
-    )
+    status, output = fork_ranks(2, *command, "--no_tensorboard", file_bytes=1_000_000)
     assert status == 1, output
     assert "checkpoint of step 4 could not be written" in output and "training goes on" in output
     assert "Traceback" not in output and "free some space and --resume" in output
@@ -165,10 +162,8 @@ def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags,
     )
 
 
-def test_keep_and_keep_best(faces, flags, tmp_path, run_command):
+def test_keep_and_keep_best(faces, flags, tmp_path, fork_ranks):
     command = [
-        sys.executable,
-        "train.py",
         *flags["stage1"],
         "--epochs",
         4,
@@ -186,7 +181,7 @@ def test_keep_and_keep_best(faces, flags, tmp_path, run_command):
         "--output_dir",
         tmp_path / "run",
     ]
-    status, output = run_command(command)
+    status, output = fork_ranks(0, *command)
     assert status == 0, output
     states = {
         path.parent.name: json.loads(path.read_text())

@@ -12,7 +12,6 @@ that is not its default, with its consequence.
 import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +24,6 @@ from torch import nn
 
 COMMITS = ("0428aba",)
 SCRIPTS = Path(__file__).resolve().parents[2] / "legacy"
-PYTHON = [sys.executable, "train.py"]
-TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py"]
 NO_GRADIENTS = ["--max_grad_clip", "1e-20"]  # the weight decay comes after it, and stays
 
 
@@ -144,12 +141,12 @@ def features_and_map(state, images):
     return norm(features, "output_layer.4"), x
 
 
-def test_stage_1_on_as_many_ranks_has_every_bit(old, tmp_path, run_command):
+def test_stage_1_on_as_many_ranks_has_every_bit(old, tmp_path, fork_ranks):
     """A run with nothing left to do writes its weights at once."""
     run, content, script = tmp_path / "run", old.content, old.script
     shutil.copytree(old.root / "stage1", run, ignore=shutil.ignore_patterns("*.pth"))
     more = ["--zero_stage", 2, "--max_steps", script.STEP]
-    status, output = run_command([*TWO_RANKS, *flags(old, "stage1"), "--output_dir", run, "--resume", *more])
+    status, output = fork_ranks(2, *flags(old, "stage1"), "--output_dir", run, "--resume", *more)
     assert status == 0, output
     assert "resumed at step 6 (epoch 2)" in output and "written by" not in output and "nothing to do" in output
     assert_same_bits(torch.load(run / "backbone.pth"), content.backbone)
@@ -158,11 +155,11 @@ def test_stage_1_on_as_many_ranks_has_every_bit(old, tmp_path, run_command):
     assert_has(fc, {"normalization": script.NORMALIZATION, "epoch": 1, "global_step": script.STEP - 1})
 
 
-def test_stage_1_goes_on_with_another_number_of_ranks(old, tmp_path, run_command):
+def test_stage_1_goes_on_with_another_number_of_ranks(old, tmp_path, fork_ranks):
     run, content, script = tmp_path / "run", old.content, old.script
     shutil.copytree(old.root / "stage1", run)
     more = [*NO_GRADIENTS, "--keep_checkpoints", 1, "--keep_best"]
-    status, output = run_command([*PYTHON, *flags(old, "stage1"), "--output_dir", run, "--resume", *more])
+    status, output = fork_ranks(0, *flags(old, "stage1"), "--output_dir", run, "--resume", *more)
     assert status == 0, output
     assert "resumed at step 6 (epoch 2), written by 2 ranks with ZeRO 2" in output
     assert "; 1 broken images;" in output  # noted in the index
@@ -193,13 +190,13 @@ def test_stage_1_goes_on_with_another_number_of_ranks(old, tmp_path, run_command
     assert sorted(path.name for path in (run / "checkpoints").glob("step*")) == ["step00000004", "step00000008"]
 
 
-def test_stage_2_goes_on_from_its_checkpoint_and_its_cache(old, tmp_path, run_command):
+def test_stage_2_goes_on_from_its_checkpoint_and_its_cache(old, tmp_path, fork_ranks):
     """On one rank: Adam, the rate of ReduceLROnPlateau, the net's statistics, and features in both orientations."""
     run, cache, content, script = tmp_path / "run", tmp_path / "cache", old.content, old.script
     shutil.copytree(old.root / "stage2", run)
     shutil.copytree(old.root / "cache_bf16", cache)
     more = [*NO_GRADIENTS, "--feature_cache", cache, "--published_checkpoints"]
-    status, output = run_command([*PYTHON, *flags(old, "stage2"), "--output_dir", run, "--resume", *more])
+    status, output = fork_ranks(0, *flags(old, "stage2"), "--output_dir", run, "--resume", *more)
     assert status == 0, output
     assert "resumed at step 6 (epoch 2), written by 2 ranks with ZeRO 2" in output
     assert "frozen backbone" not in output  # it has nothing to compute
@@ -248,11 +245,11 @@ def test_stage_2_goes_on_from_its_checkpoint_and_its_cache(old, tmp_path, run_co
     assert_same_records(cache, old.root / "cache_bf16")
 
 
-def test_stage_2_starts_from_old_weights_and_an_old_cache(old, tmp_path, run_command):
+def test_stage_2_starts_from_old_weights_and_an_old_cache(old, tmp_path, fork_ranks):
     cache, run, content = tmp_path / "cache", tmp_path / "run", old.content
     shutil.copytree(old.root / "cache_int8", cache)
     more = ["--max_steps", 1, "--feature_cache", cache, "--cache_dtype", "int8"]
-    status, output = run_command([*PYTHON, *flags(old, "stage2"), "--output_dir", run, *more])
+    status, output = fork_ranks(0, *flags(old, "stage2"), "--output_dir", run, *more)
     assert status == 0, output
     assert "pixels: insightface, as noted in --saved_fc" in output
     assert "frozen backbone" not in output
@@ -262,17 +259,17 @@ def test_stage_2_starts_from_old_weights_and_an_old_cache(old, tmp_path, run_com
     assert json_lines(run / "metrics.jsonl")[0]["cos_theta"] == pytest.approx(cosine, rel=1e-5)
     assert_same_bits(torch.load(run / "scf_model.pt")["backbone_state_dict"], content.backbone)
     assert_same_records(cache, old.root / "cache_int8")
-    status, output = run_command([sys.executable, "-m", "scf_fast.feature_cache", "verify", cache])
+    status, output = fork_ranks(0, "verify", cache, module="scf_fast.feature_cache")
     assert status == 0 and "128 intact records, 0 damaged" in output, output
 
 
-def test_an_old_model_embeds_images(old, tmp_path, run_command):
+def test_an_old_model_embeds_images(old, tmp_path, fork_ranks):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     for number, face in enumerate(pixels):
         Image.fromarray(face).save(tmp_path / f"{number}.png")
     out, faces = tmp_path / "out.npz", sorted(tmp_path.glob("*.png"))
     more = ["--model", old.root / "stage2" / "scf_model.pt", "--out", out, "--loader", "torch", "--num-workers", 0]
-    status, output = run_command([sys.executable, "-m", "scf_fast.embed", *faces, *more])
+    status, output = fork_ranks(0, *faces, *more, module="scf_fast.embed")
     assert status == 0, output
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).double() - 127.5) / 127.5
     with torch.no_grad():

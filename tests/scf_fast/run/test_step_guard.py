@@ -1,4 +1,4 @@
-"""Steps whose loss is not finite, and signals: real launches."""
+"""Steps whose loss is not finite, and signals."""
 
 import json
 import os
@@ -181,47 +181,67 @@ def ranks_of(process):
     return found
 
 
-def start_and_signal(command, folder, number, to_rank, after_steps):
-    """Launch, wait until so many steps are logged, signal one rank: (exit status, seconds that the end took,
-    output).
+def wait_for_steps(process, folder, count, log):
+    """Waits until a launch has logged this many steps."""
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def start_and_signal(flags, folder, number, after_steps):
+    """Launches under deepspeed, waits until so many steps are logged, signals rank 1: (exit status, seconds that the
+    end took, output).
     """
-    process = subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    log = folder.with_suffix(".log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [*launcher(2), *map(str, flags)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
     try:
-        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < after_steps:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.05)
+        wait_for_steps(process, folder, after_steps, log)
         began = time.monotonic()
-        os.kill(ranks_of(process)[to_rank], number)
-        output, _ = process.communicate(timeout=90)
-        return process.returncode, time.monotonic() - began, output
+        os.kill(ranks_of(process)[1], number)
+        return process.wait(90), time.monotonic() - began, log.read_text()
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+        process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(number, faces, flags, tmp_path):
-    command = [*flags["stage1"], "--epochs", 500, "--data", faces / "train", "--output_dir", tmp_path / "run"]
-    status, _, output = start_and_signal([*launcher(2), *command], tmp_path / "run", number, 1, 3)
+def assert_stopped_in_order(run, status, output):
     assert status == STOPPED, output
     assert "--resume continues" in output
-    saved = (tmp_path / "run" / "checkpoints" / "latest").read_text()
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    saved = (run / "checkpoints" / "latest").read_text()
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "stopped" and saved == f"step{events[-1]['step']:08d}" and events[-1]["step"] < 200
     assert "Traceback" not in output
 
 
-def test_a_rank_that_dies_ends_the_job_soon(faces, flags, tmp_path):
-    command = [*flags["stage1"], "--epochs", 500, "--data", faces / "train", "--output_dir", tmp_path / "run"]
-    status, seconds, output = start_and_signal([*launcher(2), *command], tmp_path / "run", signal.SIGKILL, 1, 2)
+@pytest.fixture
+def endless(faces, flags, tmp_path):
+    """Flags of a run that does not end by itself."""
+    return [*flags["stage1"], "--epochs", 500, "--data", faces / "train", "--output_dir", tmp_path / "run"]
+
+
+def test_sigterm_to_one_rank_stops_all_after_a_checkpoint(endless, tmp_path):
+    status, _, output = start_and_signal(endless, tmp_path / "run", signal.SIGTERM, 3)
+    assert_stopped_in_order(tmp_path / "run", status, output)
+
+
+def test_sigusr1_to_one_rank_does_too(endless, tmp_path, start_ranks):
+    launch = start_ranks(2, "-m", "scf_fast.train", *endless)
+    wait_for_steps(launch, tmp_path / "run", 3, launch.log)
+    os.kill(launch.ranks[1], signal.SIGUSR1)
+    assert_stopped_in_order(tmp_path / "run", launch.wait(90), launch.log.read_text())
+
+
+def test_a_rank_that_dies_ends_the_job_soon(endless, tmp_path):
+    status, seconds, output = start_and_signal(endless, tmp_path / "run", signal.SIGKILL, 2)
     assert status != 0 and seconds < 60, (status, seconds, output)

@@ -216,10 +216,10 @@ def test_the_published_command_trains_resumes_and_leaves_published_files(tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(whole(images), parts(images)))
 
 
-def test_finetuning_trains_both_by_plain_python(tmp_path, run_command):
+def test_finetuning_trains_both_by_plain_python(tmp_path, fork_ranks):
     folder = published_run(tmp_path)
     flags = ["--finetune_bkb", "--no_cuda", "--eval_batch_size", 1, "--confidence_net", "conv", "--zero_stage", 0]
-    status, output = run_command([sys.executable, "train.py", *command(folder, 1), *flags])
+    status, output = fork_ranks(0, *command(folder, 1), *flags)
     assert status == 0, output
     assert "plain python trains on one GPU, the first of 0,1" in output and "--eval_batch_size has no effect" in output
     checkpoint, before = torch.load(folder / "out" / "ckpts" / "ckpt_e1.pt"), torch.load(folder / "B.pth")

@@ -1,0 +1,389 @@
+"""Every kernel of kernels/ as the public functions launch it, with what one program computes.
+
+The tests that compile kernels and ``bench.kernels.instructions`` go through this one list. float16 is left out where
+bfloat16 is there: but for the type of a conversion or a product the code is the same.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.measuring.compilation import Launch, record_launches
+from scf_fast import kernels
+from scf_fast.kernels.log_bessel import Function, _log_bessel
+
+Arguments = Mapping[str, Any]  # of a launch: its kernel's parameters and the options of its compilation
+
+BATCH, CLASSES = 1024, 4096
+# Sets of faces are of any size, batches mostly multiples of 16, for which Triton compiles shorter addresses.
+PROBES, GALLERY = 1000, 1500
+TILES = 16  # that a program of the statistics or of top-k goes through; hundreds where there are many classes
+
+
+@dataclass(frozen=True)
+class Product:
+    """The matrix product within a kernel.
+
+    Attributes:
+        dtype: of its operands: "bfloat16" (or float16), "tf32" or "float32" (outside of the tensor cores).
+        flop: of one unit; a multiplication and an addition count as two.
+        inner: length of the dimension that is summed over.
+        step: the kernel's constant that says how much of it one turn of the loop takes.
+    """
+
+    dtype: str
+    flop: float
+    inner: int
+    step: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel in one of the forms in which it is launched.
+
+    Attributes:
+        work: what it computes, with types and width.
+        kernel: name of the kernel function.
+        launch: calls a public function on CPU tensors, which launches the kernel.
+        unit: what is counted, such as "element" or "score".
+        units: how many of them one program computes, from the launch's arguments.
+        nbytes: of one unit, read and written once; None where a matrix product sets the pace.
+        product: the matrix product, if there is one.
+        turns: of its outermost loops that hold no product themselves: over tiles, images or splits.
+        settings: constants by which its launch is known among others of the same kernel.
+    """
+
+    work: str
+    kernel: str
+    launch: Callable[[], object]
+    unit: str
+    units: Callable[[Arguments], float]
+    nbytes: float | None = None
+    product: Product | None = None
+    turns: float = 1.0
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def record(self) -> Launch:
+        """Returns the launch.
+
+        Raises:
+            LookupError: the public function does not launch such a kernel.
+        """
+        for launch in record_launches(self.launch):
+            arguments = launch.arguments
+            if launch.name == self.kernel and all(arguments[name] == value for name, value in self.settings):
+                return launch
+        raise LookupError(f"{self.work}: no launch of {self.kernel} with {dict(self.settings)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _block(arguments: Arguments) -> float:
+    return arguments["BLOCK"]
+
+
+def _rows_of_d(arguments: Arguments) -> float:
+    """Returns the elements of the rows that a program computes."""
+    return arguments.get("ROWS", 1) * arguments["D"]
+
+
+def _rows_of_d_by_16(arguments: Arguments) -> float:
+    """Returns how often a program has 16 elements of each of its two inputs: what a thread holds at d = 512."""
+    return _rows_of_d(arguments) / 16
+
+
+# ---- log-Bessel family
+
+
+_LOG_BESSEL = {
+    "psi and A": (Function.PSI, 0),
+    "log I and its slope": (Function.LOG_BESSEL_I, 0),
+    "log C and A": (Function.LOG_VMF_NORMALIZER, 0),
+    "A and A'": (Function.PSI, 1),
+    "A' and A''": (Function.PSI, 2),
+}
+"""{what is computed: (function, derivative)}"""
+
+
+def _log_bessel_variants() -> Iterator[Variant]:
+    for dtype in (torch.float32, torch.float64):
+        for dim in (2, 512):
+            kappa = torch.ones(1 << 14, dtype=dtype)
+            for shown, (function, derivative) in _LOG_BESSEL.items():
+                yield Variant(
+                    f"{shown}, {_name(dtype)}, d = {dim}",
+                    "_log_bessel_kernel",
+                    functools.partial(_log_bessel, kappa, dim / 2 - 1, int(function), derivative, True, False),
+                    "element",
+                    _block,
+                    nbytes=3 * dtype.itemsize,
+                )
+            yield Variant(
+                f"inverse of A, {_name(dtype)}, d = {dim}",
+                "_inverse_kernel",
+                functools.partial(kernels.inverse_mean_resultant_length, 0.5 * kappa, dim, backend="triton"),
+                "element",
+                _block,
+                nbytes=2 * dtype.itemsize,
+                turns=2,
+            )
+
+
+# ---- SCF loss
+
+
+def _scf_loss(dim: int, dtype: torch.dtype, finetune: bool, centers: bool = False, **options: Any) -> None:
+    batch = BATCH if dim <= 1024 else 64
+    features = torch.zeros(batch, dim, dtype=dtype, requires_grad=finetune)
+    class_centers = torch.zeros(CLASSES if dim <= 1024 else 64, dim, dtype=dtype, requires_grad=centers)
+    log_kappa = torch.zeros(batch, requires_grad=True)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    result = kernels.scf_loss(features, log_kappa, class_centers, labels, backend="triton", **options)
+    loss = result[0] if isinstance(result, tuple) else result
+    loss.backward()
+
+
+def _scf_loss_variants() -> Iterator[Variant]:
+    for dim, dtype in (
+        (512, torch.float32),
+        (512, torch.bfloat16),
+        (512, torch.float64),
+        (8192, torch.float32),
+    ):
+        label, size = f"{_name(dtype)}, d = {dim}", dtype.itemsize
+        for normalizer, finetune, shown in (
+            ("exact", True, "SCF loss with coefficients and terms"),
+            ("exact", False, "SCF loss"),
+            ("published", True, "published SCF loss with coefficients and terms"),
+        ):
+            yield Variant(
+                f"{shown}, {label}",
+                "_scf_loss_kernel",
+                functools.partial(_scf_loss, dim, dtype, finetune, normalizer=normalizer, return_terms=finetune),
+                "16 features",
+                _rows_of_d_by_16,
+                nbytes=2 * 16 * size,
+            )
+        yield Variant(
+            f"gradient of features, {label}",
+            "_feature_gradient_kernel",
+            functools.partial(_scf_loss, dim, dtype, True),
+            "element",
+            _rows_of_d,
+            nbytes=3 * size,
+        )
+        yield Variant(
+            f"gradient of class centers, a row a class, {label}",
+            "_class_center_gradient_kernel",
+            functools.partial(_scf_loss, dim, dtype, True, True),
+            "element",
+            _rows_of_d,
+            nbytes=3 * size,
+        )
+
+
+# ---- margin softmax
+
+
+def _margin_softmax(dtype: torch.dtype, precision: str, skip_below: float) -> None:
+    embeddings = torch.zeros(BATCH, 512, dtype=dtype)
+    class_centers = torch.zeros(CLASSES, 512, dtype=dtype)
+    labels, row = torch.zeros(BATCH, dtype=torch.int64), torch.zeros(BATCH)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for uniform in (False, True):
+            kernels.margin_softmax_statistics(
+                embeddings, class_centers, labels, with_cosine_sum=uniform, compute_dtype=dtype, backend="triton"
+            )
+            kernels.margin_softmax_gradients(
+                embeddings,
+                class_centers,
+                labels,
+                row,
+                row,
+                row,
+                row if uniform else None,
+                finish=lambda gradient: None,
+                consume=lambda start, stop, gradient: None,
+                compute_dtype=dtype,
+                skip_below=skip_below,
+                backend="triton",
+            )
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _cosines(arguments: Arguments) -> float:
+    return arguments["ROWS"] * arguments["CLASSES"]
+
+
+def _cosines_of_tiles(arguments: Arguments) -> float:
+    return TILES * _cosines(arguments)
+
+
+def _multiplied(arguments: Arguments) -> float:
+    return arguments["ROWS"] * arguments["COLUMNS"]
+
+
+def _width(arguments: Arguments) -> float:
+    return arguments["WIDTH"]
+
+
+def _margin_softmax_variants() -> Iterator[Variant]:
+    for dtype, precision in (
+        (torch.bfloat16, "highest"),
+        (torch.float32, "high"),
+        (torch.float32, "highest"),
+    ):
+        operands = _name(dtype) if dtype != torch.float32 else "tf32" if precision == "high" else "float32"
+        call = functools.partial(_margin_softmax, dtype, precision)
+        product = Product(operands, 2 * 512, 512, "STEP")
+        for with_sum in (False, True):
+            name = "margin statistics" + ", with the sum" * with_sum
+            yield Variant(
+                f"{name}, {operands}, d = 512",
+                "statistics_kernel",
+                functools.partial(call, 0.0),
+                "cosine",
+                _cosines_of_tiles,
+                product=product,
+                turns=TILES,
+                settings=(("WITH_SUM", with_sum),),
+            )
+        for skip in (False, True):
+            suffix = f"{', skipping' * skip}, {operands}, d = 512"
+            yield Variant(
+                f"gradient of cosines{suffix}",
+                "cosine_gradient_kernel",
+                functools.partial(call, float(skip)),
+                "cosine",
+                _cosines,
+                product=product,
+                settings=(("SKIP", skip), ("UNIFORM", False)),
+            )
+            for add, name in ((True, "embeddings"), (False, "class centers")):
+                yield Variant(
+                    f"gradient of {name} by product{suffix}",
+                    "product_kernel",
+                    functools.partial(call, float(skip)),
+                    "output",
+                    _multiplied,
+                    product=Product(operands, 2 * BATCH, BATCH, "STEP"),  # as many rows, or classes, are summed
+                    settings=(("SKIP", skip), ("ADD", add)),
+                )
+        if precision == "highest":
+            yield Variant(
+                f"unit rows, {operands}, d = 512",
+                "unit_rows_kernel",
+                functools.partial(call, 0.0),
+                "element",
+                _width,
+                nbytes=2 * dtype.itemsize,
+            )
+            yield Variant(
+                f"gradient through the norm, {operands}, d = 512",
+                "through_norm_kernel",
+                functools.partial(call, 0.0),
+                "element",
+                _width,
+                nbytes=8 + dtype.itemsize,
+            )
+
+
+# ---- similarity and pooling
+
+
+def _faces(count: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(count, dim, dtype=dtype), torch.ones(count, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def _matrix(dim: int, dtype: torch.dtype) -> None:
+    kernels.vmf_similarity_matrix(*_faces(PROBES, dim, dtype), *_faces(GALLERY, dim, dtype), backend="triton")
+
+
+def _top_k(dim: int, dtype: torch.dtype) -> None:
+    kernels.vmf_similarity_top_k(*_faces(PROBES, dim, dtype), *_faces(GALLERY, dim, dtype), 16, backend="triton")
+
+
+def _histogram(dim: int, dtype: torch.dtype, distinct: bool) -> None:
+    mu, kappa = _faces(PROBES, dim, dtype)
+    ids = torch.zeros(PROBES, dtype=torch.int64)
+    kernels.vmf_similarity_histogram(mu, kappa, ids, mu, kappa, ids, -1.0, 1.0, distinct=distinct, backend="triton")
+
+
+def _pairs(dim: int, dtype: torch.dtype) -> None:
+    faces = _faces(PROBES, dim, dtype)
+    kernels.vmf_similarity(*faces, *faces, backend="triton")
+
+
+def _pool(dim: int, dtype: torch.dtype, weighted: bool) -> None:
+    mu, kappa = _faces(PROBES, dim, dtype)
+    kernels.pool_templates(
+        mu, kappa if weighted else None, torch.zeros(PROBES, dtype=torch.int64), 100, backend="triton"
+    )
+
+
+def _scores(arguments: Arguments) -> float:
+    return arguments["BLOCK"] ** 2
+
+
+def _scores_of_tiles(arguments: Arguments) -> float:
+    return TILES * _scores(arguments)
+
+
+def _similarity_variants() -> Iterator[Variant]:
+    for dtype in (torch.bfloat16, torch.float32):
+        single = dtype == torch.float32
+        label = f"{_name(dtype)}, d = 512"
+        # float32 is three products of halves.
+        product = Product("bfloat16", (3 if single else 1) * 2 * 512, 512, "BLOCK_D")
+        for name, kernel, call, tiles in (
+            ("all pairs, matrix", "_matrix_kernel", functools.partial(_matrix, 512, dtype), 1),
+            ("all pairs, histogram", "_histogram_kernel", functools.partial(_histogram, 512, dtype, True), 1),
+            ("all pairs, top-k", "_top_k_kernel", functools.partial(_top_k, 512, dtype), TILES),
+        ):
+            yield Variant(
+                f"{name}, {label}",
+                kernel,
+                call,
+                "score",
+                _scores_of_tiles if tiles > 1 else _scores,
+                product=product,
+                turns=tiles,
+            )
+    for dim, dtype in ((512, torch.float32), (512, torch.bfloat16), (512, torch.float64), (8192, torch.float32)):
+        yield Variant(
+            f"pairs, {_name(dtype)}, d = {dim}",
+            "_pair_kernel",
+            functools.partial(_pairs, dim, dtype),
+            "16 elements",
+            _rows_of_d_by_16,
+            nbytes=2 * 16 * dtype.itemsize,
+        )
+    for dim, dtype in ((512, torch.float32), (512, torch.bfloat16), (512, torch.float64), (8192, torch.float32)):
+        for weighted in (True, False):
+            yield Variant(
+                f"pooling, {'kappa' if weighted else 'equal'} weights, {_name(dtype)}, d = {dim}",
+                "_pool_kernel",
+                functools.partial(_pool, dim, dtype, weighted),
+                "element",
+                _rows_of_d,
+                nbytes=dtype.itemsize,
+            )
+
+
+@functools.lru_cache(maxsize=1)
+def variants() -> tuple[Variant, ...]:
+    """Returns every kernel in every form that counts."""
+    return (
+        *_log_bessel_variants(),
+        *_scf_loss_variants(),
+        *_margin_softmax_variants(),
+        *_similarity_variants(),
+    )
