@@ -26,9 +26,10 @@ _BLOCK_D = {torch.bfloat16: 64, torch.float16: 32}
 _GROUP = 8  # tiles of rows that share their columns in the second-level cache
 KEPT = 16  # best columns of a row that a program keeps in registers
 _KEPT_BLOCK = 64  # rows and columns of a tile that leaves registers for them
-_TILE_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+_MATRIX_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+_HISTOGRAM_OPTIONS = {**_MATRIX_OPTIONS, "num_stages": 2}  # three spill on sm_86 and sm_89
 # Unless told, the assembler spills a few registers to have more of these programs at a time (sm_120).
-_KEPT_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": False}
+_TOP_K_OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255, "enable_fp_fusion": False}
 _PROGRAMS = 8  # per multiprocessor, into which the columns are split where there are few rows
 _MOST_PROGRAMS = 65535  # along the second and third dimension of a launch
 
@@ -309,8 +310,9 @@ def _top_k_kernel(
         for strip in tl.static_range(4):
             cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
             scores = _scores(strips[strip], terms1, _load_terms(terms2_ptr, padded2, cols), PLAN)
-            highest = tl.max(tl.where(scores == scores, scores, float("inf")), axis=1)
-            if tl.max((highest >= floor).to(tl.int32), axis=0) > 0:
+            # Not by rows first: Triton 3.7 fails to compile that for sm_100 with four warps. False for NaN.
+            below = scores < floor[:, None]
+            if tl.min(below.to(tl.int32)) == 0:
                 numbers = tl.where(scores == scores, scores, float("nan"))  # one NaN, above all numbers
                 keys = (_order(numbers.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (0x7FFFFFFF - cols)[None, :]
                 better, worst = tl.max(keys, axis=1), tl.min(best, axis=1)
@@ -407,7 +409,7 @@ def launch_matrix(
             constant,
             GROUP=_GROUP,
             **settings,
-            **_TILE_OPTIONS,
+            **_MATRIX_OPTIONS,
         )
 
 
@@ -449,7 +451,7 @@ def launch_histogram(
             BINS=bins,
             DISTINCT=distinct,
             **settings,
-            **_TILE_OPTIONS,
+            **_HISTOGRAM_OPTIONS,
         )
 
 
@@ -480,7 +482,7 @@ def launch_top_k(
             blocks,
             KEPT=KEPT,
             **settings,
-            **_KEPT_OPTIONS,
+            **_TOP_K_OPTIONS,
         )
     best = torch.topk(kept, k, dim=1).values
     ordered = best >> 32
