@@ -26,14 +26,17 @@ def _rows_of_program(B, ROWS: tl.constexpr):
 
 @triton.jit
 def _sum_of_squares(x):
-    """Returns the sum of x^2 along the rows. Groups of four that one thread holds are summed by fused multiply-adds,
-    which launches without contraction have to be given.
+    """Returns the sum of x^2 along the rows. Groups of four that one thread holds, and pairs at d = 2, are summed by
+    fused multiply-adds, which launches without contraction have to be given.
     """
     if x.shape[1] >= 4 and x.dtype == tl.float32:
         left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
         a, b = tl.split(left)
         c, d = tl.split(right)
         return tl.sum(tl.fma(a, a, tl.fma(b, b, tl.fma(c, c, d * d))), axis=1)
+    elif x.shape[1] == 2 and x.dtype == tl.float32:
+        a, b = tl.split(x)
+        return tl.fma(a, a, b * b)
     else:
         return tl.sum(x * x, axis=1)
 
