@@ -5,15 +5,17 @@ The kernels are compiled for sm_80 and executed by ``bench.executor`` on the CPU
 instruction correctly rounded, at the upper end of its documented bound, at the lower end, and anywhere within. Exact
 values are those of the float64 PyTorch path, which the first part compares with 60-digit arithmetic.
 
-    family          log C, A, 1 - A, A', log I of float32 kappa; relative, log C and log I to at least 1
-    SCF loss        relative to max(|loss|, kappa (1 - cos), 1); its slope in log kappa, to the larger of kappa (1 - cos)
-                    and kappa (1 - A); coefficients of the backward pass, each to its size, kappa cos to kappa
-    all pairs       relative to the larger kappa of the pair, beyond the rounding of the score
+    family      log C, A, 1 - A, A', log I of float32 kappa; relative, log C and log I to at least 1
+    SCF loss    relative to max(|loss|, kappa (1 - cos), 1); its slope in log kappa, to the larger of kappa (1 - cos)
+                and kappa (1 - A); coefficients of the backward pass, each to its size, kappa cos to kappa; with the
+                published normalizer, whose terms cancel, loss and slope relative to its largest term
+    all pairs   at the neutral radius, cosines >= 0; relative to the larger kappa of the pair, and to at least
+                max(2, d / 64): below, what terms of the size of 1 and of d round off remains
 """
 
 import enum
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,16 +28,18 @@ from scf_fast.kernels import log_bessel_i
 from scf_fast.kernels._debye_series import debye_plan
 from scf_fast.kernels.debye import debye_kernel, debye_torch
 from scf_fast.kernels.log_bessel import Function, _log_bessel
-from scf_fast.kernels.scf_loss import Option, _scf_loss
+from scf_fast.kernels.scf_loss import Option, _loss_constant, _scf_loss
+from scf_fast.kernels.vmf_similarity import neutral_radius
 from scf_fast.kernels.vmf_similarity_tiles import vmf_similarity_matrix
 
 ARCHITECTURE = 80
 DIMS = (2, 3, 8, 16, 30, 32, 64, 128, 512, 2048, 8192)
 COUNT = 4000  # values of kappa
+RADIUS = 64.0
 LOSS_ELEMENTS = 1 << 18  # of all rows of features; at most COUNT rows, at least 64
-PAIR_DIMS = (2, 8, 32, 128, 512, 2048)
+PAIR_DIMS = (2, 32, 128, 512)
 PAIR_ROWS = 48  # of each of the two sets
-PAIR_KAPPAS = (0.1, 1e4)
+PAIR_KAPPAS = (1e-2, 1e5)
 _BLOCK = 512
 _INPUTS = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,9 +79,7 @@ class Bound(NamedTuple):
     from_dim: int = 2
 
     def covers(self, error: Error) -> bool:
-        return (
-            error.table is self.table and error.column.startswith(self.column) and error.dim >= self.from_dim
-        )
+        return error.table is self.table and error.column.startswith(self.column) and error.dim >= self.from_dim
 
 
 BOUNDS = (
@@ -181,12 +183,15 @@ def family_errors(dim: int, count: int) -> Iterator[Error]:
 
 
 class Batch(NamedTuple):
-    """Arguments of the SCF loss."""
+    """Arguments of the SCF loss, but for the radius."""
 
     features: torch.Tensor
     log_kappa: torch.Tensor
     class_centers: torch.Tensor
     labels: torch.Tensor
+
+    def double(self) -> "Batch":
+        return Batch(self.features.double(), self.log_kappa.double(), self.class_centers.double(), self.labels)
 
 
 def batch_of(dim: int, count: int, dtype: torch.dtype) -> Batch:
@@ -204,7 +209,7 @@ def batch_of(dim: int, count: int, dtype: torch.dtype) -> Batch:
 
 
 def _loss(batch: Batch, options: Option) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _scf_loss(*batch, 64.0, int(options | Option.COEFFICIENTS | Option.TERMS))
+    return _scf_loss(*batch, RADIUS, int(options | Option.COEFFICIENTS | Option.TERMS))
 
 
 def loss_errors(dim: int, count: int) -> Iterator[Error]:
@@ -213,28 +218,43 @@ def loss_errors(dim: int, count: int) -> Iterator[Error]:
         table = Table.PUBLISHED if options else Table.LOSS
         for name, dtype in _INPUTS.items():
             batch = batch_of(dim, count, dtype)
-            exact = _loss(Batch(*(x.double() for x in batch[:3]), batch.labels), options)
+            exact = _loss(batch.double(), options)
+            sizes = _sizes(exact, dim, bool(options))
             for mode in Mode:
                 with executing(ARCHITECTURE, Approximation(mode)):
                     results = _loss(batch, options | Option.TRITON)
-                for quantity, error in _parts(results, exact).items():
+                for quantity, error in _parts(results, exact, sizes).items():
                     yield largest(table, f"{quantity} {name}", dim, mode.value, error, exact[2][2])
             if dtype == torch.float32:
-                for quantity, error in _parts(_loss(batch, options), exact).items():
+                for quantity, error in _parts(_loss(batch, options), exact, sizes).items():
                     yield largest(Table.TORCH, f"{quantity} {normalizer}", dim, "", error, exact[2][2])
 
 
-def _parts(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the error of each row, by quantity."""
+class Sizes(NamedTuple):
+    """What errors of a row are taken relative to."""
+
+    loss: torch.Tensor
+    slope: torch.Tensor
+    coefficients: torch.Tensor  # (4, B)
+
+
+def _sizes(exact: Sequence[torch.Tensor], dim: int, published: bool) -> Sizes:
+    """Returns the largest terms of exact results. The published formula has larger ones, which cancel."""
     loss, slope, coefficients, terms = exact
     kappa, one_minus_cos = coefficients[2], 1 - terms[0]
-    half = torch.maximum(kappa * one_minus_cos, (kappa * one_minus_cos - slope).abs())
-    sizes = torch.stack([coefficients[0], coefficients[1], kappa, kappa])
-    return {
-        "loss": (results[0] - loss).abs() / torch.maximum(loss.abs(), kappa * one_minus_cos).clamp(min=1),
-        "slope": (results[1] - slope).abs() / half,
-        "coefficients": ((results[2] - coefficients) / sizes).abs().amax(dim=0),
-    }
+    loss_size = torch.maximum(loss.abs(), kappa * one_minus_cos).clamp(min=1)
+    slope_size = torch.maximum(kappa * one_minus_cos, (kappa * one_minus_cos - slope).abs())
+    if published:
+        loss_size = torch.maximum(loss_size, terms[3].abs()).clamp(min=_loss_constant(dim, RADIUS))
+        slope_size = slope_size.clamp(min=dim / 2 - 1)
+    return Sizes(loss_size, slope_size, torch.stack([coefficients[0], coefficients[1], kappa, kappa]))
+
+
+def _parts(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Returns the error of each row, by quantity."""
+    names = "loss", "slope", "coefficients"
+    errors = [(result - value).abs() / size for result, value, size in zip(results, exact, sizes)]
+    return dict(zip(names, [*errors[:2], errors[2].amax(dim=0)]))
 
 
 # ---- all pairs
@@ -261,16 +281,19 @@ def pair_errors(dim: int) -> Iterator[Error]:
     """Measures the similarity of all pairs whose directions do not oppose each other."""
     for name, dtype in _INPUTS.items():
         first, second = faces_of(dim, dtype)
-        doubled = [x.double() for x in (*first, *second)]
-        exact = vmf_similarity_matrix(*doubled, 1.0, backend="torch")
-        cos = torch.nn.functional.normalize(doubled[0], dim=1) @ torch.nn.functional.normalize(doubled[2], dim=1).T
-        larger = torch.maximum(doubled[1][:, None], doubled[3])
+        mu1, kappa1, mu2, kappa2 = (x.double() for x in (*first, *second))
+        radius = neutral_radius(dim)  # the constant of another would be rounded into the scores
+        exact = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, radius, backend="torch")
+        cos = torch.nn.functional.normalize(mu1, dim=1) @ torch.nn.functional.normalize(mu2, dim=1).T
+        larger = torch.maximum(kappa1[:, None], kappa2)
+        size = larger.clamp(min=max(2.0, dim / 64))
         for cores in (TensorCores.EXACT, TensorCores.A100, TensorCores.H100):
             for mode in Mode:
                 with executing(ARCHITECTURE, Approximation(mode, cores)):
-                    scores = vmf_similarity_matrix(*first, *second, 1.0, backend="triton")
-                beyond_rounding = ((scores - exact).abs() - 2.0**-24 * exact.abs()).clamp(min=0)
-                error = torch.where(cos >= 0, beyond_rounding / larger, 0.0)
+                    scores = vmf_similarity_matrix(
+                        first.mu, first.kappa, second.mu, second.kappa, radius, backend="triton"
+                    )
+                error = torch.where(cos >= 0, (scores - exact).abs() / size, 0.0)
                 yield largest(Table.PAIRS, f"{name} {cores.value}", dim, mode.value, error, larger)
 
 
@@ -295,6 +318,11 @@ def report(errors: Sequence[Error]) -> str:
         ]
         parts += [f"{table.value}", text_table(["d", *columns], rows), ""]
     return "\n".join(parts)
+
+
+def as_json(errors: Sequence[Error]) -> list[dict[str, Any]]:
+    """Returns the errors for a JSON file."""
+    return [{**error._asdict(), "table": error.table.name.lower()} for error in errors]
 
 
 def failures(errors: Sequence[Error]) -> list[str]:
