@@ -26,14 +26,17 @@ def _rows_of_program(B, ROWS: tl.constexpr):
 
 @triton.jit
 def _sum_of_squares(x):
-    """Returns the sum of x^2 along the rows. Groups of four that one thread holds are summed by fused multiply-adds,
-    which launches without contraction have to be given.
+    """Returns the sum of x^2 along the rows. Groups of four that one thread holds, and pairs at d = 2, are summed by
+    fused multiply-adds, which launches without contraction have to be given.
     """
     if x.shape[1] >= 4 and x.dtype == tl.float32:
         left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
         a, b = tl.split(left)
         c, d = tl.split(right)
         return tl.sum(tl.fma(a, a, tl.fma(b, b, tl.fma(c, c, d * d))), axis=1)
+    elif x.shape[1] == 2 and x.dtype == tl.float32:
+        a, b = tl.split(x)
+        return tl.fma(a, a, b * b)
     else:
         return tl.sum(x * x, axis=1)
 
@@ -104,14 +107,15 @@ def _scf_loss_kernel(
         f_square, c_square = _sum_of_squares(f), _sum_of_squares(c)
     f_inverse = _inverse_root(tl.where(inside, f_square, 1.0))
     c_inverse = _inverse_root(tl.where(inside, c_square, 1.0))
-    # An error e of the ratio of lengths counts as (1 - cos) e + e^2 / 2.
+    # |f - r c|^2 / (|f|^2 + r^2 |c|^2) is 1 - cos for r = |f| / |c|; an error e of r counts as cos e^2 / 2.
     ratio = f_square * f_inverse * c_inverse
     difference = tl.fma(c, tl.broadcast_to(negative(ratio)[:, None], c.shape), f)
-    f_square_inverse = f_inverse * f_inverse
-    f_square_inverse = tl.fma(
-        f_square_inverse, residual_kernel(f_square, f_square_inverse, constant_like(1.0, f_square)), f_square_inverse
+    squares = tl.fma(ratio * c_square, ratio, f_square)
+    squares_inverse = 0.5 * f_inverse * f_inverse
+    squares_inverse = tl.fma(
+        squares_inverse, residual_kernel(squares, squares_inverse, constant_like(1.0, squares)), squares_inverse
     )
-    one_minus_cos = 0.5 * _sum_of_squares(difference) * f_square_inverse
+    one_minus_cos = _sum_of_squares(difference) * squares_inverse
     cos = 1.0 - one_minus_cos
 
     LOG_KAPPA_MAX: tl.constexpr = PLAN.log_kappa_max

@@ -215,7 +215,9 @@ def debye_torch(
 
 # ---- Triton, float32 or float64 by the type of kappa; launch with enable_fp_fusion=False (see _float_pairs)
 
-_SMALL = tl.constexpr(_SMALL_COMPLEMENT)
+# Below it 1 - A comes from its own recurrence, in float32 to 6e-7 at d = 2 and 3e-7 at d >= 3; 1 - A of a rounded A
+# would have 2.5e-6 where it is 1/16.
+_SMALL = tl.constexpr(3 / 8)
 _UP = tl.constexpr(_QUARTER_UP)
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 

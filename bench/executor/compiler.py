@@ -8,6 +8,8 @@ process. Results lie in a folder for each state of the kernels' sources, under `
 import functools
 import gzip
 import hashlib
+import importlib
+import inspect
 import json
 import os
 import pickle
@@ -58,7 +60,8 @@ class CompileError(RuntimeError):
 
 def compile_kernel(request: KernelRequest) -> CompiledKernel:
     """Returns the kernel's PTX, from disk if it was compiled before."""
-    digest = hashlib.sha256(repr(request).encode()).hexdigest()[:32]
+    source = Path(inspect.getfile(importlib.import_module(request.module))).read_bytes()  # it may lie beside kernels/
+    digest = hashlib.sha256(repr(request).encode() + source).hexdigest()[:32]
     path = _folder() / f"{request.kernel.strip('_')}-{digest}.json.gz"
     try:
         return CompiledKernel(**json.loads(gzip.decompress(path.read_bytes())))

@@ -4,7 +4,10 @@
 
 Exact values are those of tests/kernels/reference.json (40 kappas from 1e-6 to 1e7 for each dimension). The float32
 columns cover DENSE_COUNT further kappas, where the float64 kernel serves as exact: its own columns show how good it is.
-Errors of log I_v and log C_d are relative to max(1, |exact|), those of A_d and its derivative to the exact value.
+Errors of log I_v and log C_d are relative to max(1, |exact|), those of A_d, 1 - A_d and A_d' to the exact value.
+
+On a CPU these are the PyTorch path, on a GPU the Triton kernels as that GPU runs them. Tables of the kernels as
+compiled, executed on the CPU in every mode of ``compiled_accuracy``, follow; status 1 if one of its bounds fails.
 """
 
 import argparse
@@ -21,6 +24,8 @@ import torch
 from mpmath import mp, mpf
 
 from bench.baselines.published_normalizer import OFFSET, published_log_bessel_i
+from bench.kernels import compiled_accuracy
+from bench.kernels.compiled_accuracy import complement_of_mean_resultant_length
 from bench.measuring.environment import DEVICE, RESULTS, ROOT, device_slug, environment
 from bench.measuring.results import write_json
 from bench.measuring.tables import text_table
@@ -74,6 +79,7 @@ QUANTITIES = (
     ),
     Quantity("A_d", mean_resultant_length, lambda entry: mpf(entry["A"]), 0.0),
     Quantity("A_d'", derivative_of_mean_resultant_length, lambda entry: mpf(entry["A_prime"]), 0.0),
+    Quantity("1 - A_d", complement_of_mean_resultant_length, lambda entry: 1 - mpf(entry["A"]), 0.0),  # PyTorch's alone
 )
 
 
@@ -367,16 +373,21 @@ def _plot_optimal_kappa(axes: "Axes", entries: list[Entry], device: torch.device
     axes.legend(loc="upper left")
 
 
-def measure(device: torch.device | str, out: Path) -> None:
-    """Measures all errors, prints them, and writes the JSON file and the plot."""
+def measure(device: torch.device | str, out: Path) -> int:
+    """Measures all errors, prints them, and writes the JSON file and the plot; returns 1 if a bound fails."""
     reference = load_reference()
     ours = {dim: our_errors(dim, entries, device) for dim, entries in reference.items()}
     others = {dim: other_errors(dim, device) for dim in reference}
-    print(report(ours, others))
+    print(report(ours, others), flush=True)
+    compiled = compiled_accuracy.measure()
+    failed = compiled_accuracy.failures(compiled)
+    print("", compiled_accuracy.report(compiled), *(failed or ["All bounds hold."]), sep="\n")
     path = out / f"accuracy-{device_slug(device)}.json"
-    write_json(path, {"environment": environment(device), "kappa_range": KAPPA_RANGE, "ours": ours, "others": others})
+    content = {"environment": environment(device), "kappa_range": KAPPA_RANGE, "ours": ours, "others": others}
+    write_json(path, {**content, "compiled": compiled_accuracy.as_json(compiled), "failed": failed})
     plot(out / "accuracy.png", reference[PLOT_DIM], others[PLOT_DIM], device)
     print(f"\nWritten: {path}, {out / 'accuracy.png'}")
+    return int(bool(failed))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
