@@ -43,8 +43,10 @@ class _Tiles(NamedTuple):
 # cores unless TF32 is on.
 _HALF_TILES = _Tiles(rows=128, classes=128, width=64, num_warps=8, num_stages=3)
 _FLOAT_TILES = _Tiles(rows=64, classes=64, width=32, num_warps=4, num_stages=3)
-# Of a thread of the product kernel: unless told, the assembler spills a few to have more programs at a time (sm_120).
-PRODUCT_REGISTERS = 255
+# Registers of a thread: unless told, the assembler spills a few to have more programs at a time, the products' on sm_120,
+# those of float32 statistics on sm_86 and sm_89, of float32 cosine gradients on sm_80.
+PRODUCT_REGISTERS = STATISTICS_REGISTERS = 255
+GRADIENT_REGISTERS = 168
 # The classes of a block are split into independent partial sums until a launch has about this many programs: two for
 # each of 132 multiprocessors.
 _PROGRAMS = 264
@@ -86,7 +88,10 @@ class TritonMarginSoftmax:
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
         }
-        self.cosine_options = {**tile_options, "ROWS": tiles.rows, "CLASSES": tiles.classes}
+        cosine_options = {**tile_options, "ROWS": tiles.rows, "CLASSES": tiles.classes}
+        single = self.compute_dtype == torch.float32
+        self.statistics_options = {**cosine_options, "maxnreg": STATISTICS_REGISTERS if single else None}
+        self.gradient_options = {**cosine_options, "maxnreg": GRADIENT_REGISTERS if single else None}
         self.product_options = {**tile_options, "maxnreg": PRODUCT_REGISTERS}
 
     def _blocks(self) -> Iterator[slice]:
@@ -143,7 +148,7 @@ class TritonMarginSoftmax:
                 block.stop - block.start,
                 self.scale * _LOG2_E,
                 WITH_SUM=with_cosine_sum,
-                **self.cosine_options,
+                **self.statistics_options,
             )
         log_sum_exp = torch.logsumexp(top * self.scale + torch.log(total), dim=0)[: self.batch]
         sums = torch.zeros_like(log_sum_exp) if cosine_sum is None else cosine_sum.sum(dim=0)[: self.batch]
@@ -219,7 +224,7 @@ class TritonMarginSoftmax:
             skip_below,
             UNIFORM=scaled.uniform is not None,
             SKIP=skip,
-            **self.cosine_options,
+            **self.gradient_options,
         )
         return grad, used
 
