@@ -244,7 +244,7 @@ _PHASE_ERROR = 3e-8
 _FIT_ERROR = 1e-8
 
 
-def _fit(function: Callable[[np.ndarray], np.ndarray], high: float, tolerance: float) -> tuple[float, ...]:
+def fit_polynomial(function: Callable[[np.ndarray], np.ndarray], high: float, tolerance: float) -> tuple[float, ...]:
     """Returns the polynomial on [0, high] of the least degree that is within the tolerance, the highest power first."""
     grid = np.linspace(0, high, 401)
     exact = function(grid)
@@ -294,7 +294,7 @@ def _direct_plan(order: float, terms: int, constant: float) -> DirectPlan:
     largest = 64 * abs(octave) + abs(rest) + 2 * power * 0.172
     grid = 2.0 ** (math.ceil(math.log2(largest)) - 24)
     octave_head, constant_head = (round(number / grid) * grid for number in (octave, rest))
-    *phases, last = _fit(phase, 1.0, _PHASE_ERROR)
+    *phases, last = fit_polynomial(phase, 1.0, _PHASE_ERROR)
     square_of_w = ((math.sqrt(2) - 1) / (math.sqrt(2) + 1)) ** 2
     return DirectPlan(
         order=order,
@@ -306,8 +306,8 @@ def _direct_plan(order: float, terms: int, constant: float) -> DirectPlan:
         octave=(octave_head / 2**23, (octave - octave_head) / 2**23),
         constant=constant_head,
         to_grid=1.5 * 2**23 * grid,
-        atanh=tuple(power * c for c in _fit(_atanh_rest, square_of_w, 2 * _FIT_ERROR / square_of_w)),
+        atanh=tuple(power * c for c in fit_polynomial(_atanh_rest, square_of_w, 2 * _FIT_ERROR / square_of_w)),
         order_and_half=power,
         phase=(*phases, last + (rest - constant_head)),
-        first=_fit(first, 1.0, _FIT_ERROR * order),
+        first=fit_polynomial(first, 1.0, _FIT_ERROR * order),
     )

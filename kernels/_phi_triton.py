@@ -13,7 +13,6 @@ is one polynomial. Orders that need the recurrence go through ``debye_kernel``.
 import functools
 import math
 import struct
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +21,13 @@ import triton
 import triton.language as tl
 
 from scf_fast.kernels._common import INTERPRETED
-from scf_fast.kernels._debye_series import DebyePlan
-from scf_fast.kernels._float_pairs import constant_like, residual_kernel
+from scf_fast.kernels._debye_series import DebyePlan, fit_polynomial
+from scf_fast.kernels._float_pairs import constant_like, evaluate_polynomial_kernel, negative, residual_kernel
 from scf_fast.kernels._vmf_common import fold_series, phi_plan
 from scf_fast.kernels.debye import debye_kernel
 
 _PHASE_ERROR = 2e-7  # of G, in nats
+_LOGARITHM_ERROR = 2e-9  # of log((1 + w) / (1 - w)) / w, which is at least 2
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
@@ -43,16 +43,6 @@ class PhiPlan(NamedTuple):
     phase_constant: float  # G(0)
 
 
-def _fit(function: Callable[[np.ndarray], np.ndarray], degree: int, high: float) -> np.polynomial.Polynomial:
-    """Returns the polynomial that interpolates a function at Chebyshev's points of [0, high]."""
-    chebyshev = np.polynomial.Chebyshev.interpolate(function, degree, domain=[0.0, high])
-    return chebyshev.convert(kind=np.polynomial.Polynomial)
-
-
-def _descending(polynomial: np.polynomial.Polynomial, factor: float = 1.0) -> tuple[float, ...]:
-    return tuple(factor * float(c) for c in polynomial.coef[::-1])
-
-
 @functools.lru_cache(maxsize=64)
 def phi_kernel_plan(dim: int) -> PhiPlan | DebyePlan:
     """Returns the plan that ``add_phi_kernel`` takes for one dimension."""
@@ -66,22 +56,18 @@ def phi_kernel_plan(dim: int) -> PhiPlan | DebyePlan:
         return 0.5 * np.log((1 + t) / 2) + series(t) - series(1.0)
 
     def logarithm(square: np.ndarray) -> np.ndarray:
-        w = np.sqrt(square)
-        return np.log((1 + w) / (1 - w)) / w
+        return sum((2 / (2 * j + 1) * square**j for j in range(12)), np.zeros_like(square))
 
-    grid = np.linspace(0.0, 1.0, 401)
-    fits = (_fit(phase, degree, 1.0) for degree in range(4, 16))
-    fitted = next(fit for fit in fits if np.abs(fit(grid) - phase(grid)).max() < _PHASE_ERROR)
-    phase_coefficients = _descending(fitted)
+    *phase_coefficients, phase_constant = fit_polynomial(phase, 1.0, _PHASE_ERROR)
     largest = (math.sqrt(2.0) - 1) / (math.sqrt(2.0) + 1)  # w at the ends of an octave
     return PhiPlan(
         steps=0,
         order=m,
         low_bits=struct.unpack("<i", struct.pack("<f", m * math.sqrt(2.0)))[0],
         octave=(m + 0.5) * math.log(2.0) / 2**23,
-        logarithm=_descending(_fit(logarithm, 3, largest**2), m + 0.5),  # to 1e-9
-        phase=phase_coefficients[:-1],
-        phase_constant=phase_coefficients[-1],
+        logarithm=tuple((m + 0.5) * c for c in fit_polynomial(logarithm, largest**2, _LOGARITHM_ERROR)),
+        phase=tuple(phase_coefficients),
+        phase_constant=phase_constant,
     )
 
 
@@ -92,15 +78,6 @@ def _reciprocal_kernel(x):
         return 1.0 / x
     else:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _polynomial_kernel(COEFFICIENTS: tl.constexpr, x):
-    """Evaluates a polynomial, the highest power first."""
-    value = constant_like(COEFFICIENTS[0], x)
-    for i in tl.static_range(1, len(COEFFICIENTS)):
-        value = tl.fma(value, x, constant_like(COEFFICIENTS[i], x))
-    return value
 
 
 @triton.jit
@@ -131,6 +108,8 @@ def add_phi_kernel(square, first, first_tail, second, second_tail, PLAN: tl.cons
         w = numerator * _reciprocal_kernel(numerator + 4.0 * m)
         total = u + first + second
         total = tl.fma(octave_bits.to(tl.float32), constant_like(-PLAN.octave, u), total)
-        total = tl.fma(w * -1.0, _polynomial_kernel(LOGARITHM, w * w), total)
+        total = tl.fma(negative(w), evaluate_polynomial_kernel(LOGARITHM, 0, len(LOGARITHM), w * w), total)
         tail = tl.fma(residual_kernel(u, x, square), slope, second_tail)
-        return total + (tl.fma(_polynomial_kernel(PHASE, t), t, first_tail + PLAN.phase_constant) + tail)
+        return total + (
+            tl.fma(evaluate_polynomial_kernel(PHASE, 0, len(PHASE), t), t, first_tail + PLAN.phase_constant) + tail
+        )

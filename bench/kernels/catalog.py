@@ -344,9 +344,9 @@ def _similarity_variants() -> Iterator[Variant]:
         # float32 is three products of halves.
         product = Product("bfloat16", (3 if single else 1) * 2 * 512, 512, "BLOCK_D")
         for name, kernel, call, tiles in (
-            ("all pairs, matrix", "_matrix_kernel", functools.partial(_matrix, 512, dtype), 1),
-            ("all pairs, histogram", "_histogram_kernel", functools.partial(_histogram, 512, dtype, True), 1),
-            ("all pairs, top-k", "_top_k_kernel", functools.partial(_top_k, 512, dtype), TILES),
+            ("all pairs, matrix", "matrix_kernel", functools.partial(_matrix, 512, dtype), 1),
+            ("all pairs, histogram", "histogram_kernel", functools.partial(_histogram, 512, dtype, True), 1),
+            ("all pairs, top-k", "top_k_kernel", functools.partial(_top_k, 512, dtype), TILES),
         ):
             yield Variant(
                 f"{name}, {label}",

@@ -10,8 +10,8 @@ Columns of the table:
                     the data want counts once
     beside          without those that multiply in a matrix product (HMMA, HGMMA, UTCHMMA; FFMA in the loop of a
                     float32 product)
-    in loop         of these, the ones in the product's loop: copies, addresses and, for tf32x3, the splits of floats;
-                    empty where ptxas has unrolled that loop whole
+    in loop         of these, the ones in the product's loop, such as copies and addresses; empty where ptxas has
+                    unrolled that loop whole
     mufu .. integer by the unit that executes them; "integer" has comparisons, selections and moves too
     spilled         bytes of a thread's registers that do not fit and go through memory
     occupancy       resident warps, of those that a multiprocessor can hold

@@ -9,6 +9,7 @@ import scipy.special
 import torch
 
 from scf_fast.kernels import (
+    _common,
     inverse_mean_resultant_length,
     log_bessel_i,
     log_vmf_normalizer,
@@ -236,7 +237,8 @@ def test_triton_gradients(name, triton_device):
     x = arguments(name, (2,), torch.float64, triton_device).requires_grad_()
     function = partial(FUNCTIONS[name], dim=64, backend="triton")
     assert torch.autograd.gradcheck(function, x, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, x, fast_mode=True)
+    if not _common.INTERPRETED:  # which takes ten times as long, and registers the same derivatives
+        assert torch.autograd.gradgradcheck(function, x, fast_mode=True)
 
 
 def test_the_fourth_derivative_is_refused():

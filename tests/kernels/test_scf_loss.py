@@ -39,7 +39,7 @@ def doubled(features, log_kappa, class_centers, labels):
     return *(t.cpu().double() for t in (features, log_kappa, class_centers)), labels.cpu()
 
 
-@pytest.mark.parametrize(("batch", "dim"), [(1, 2), (5, 3), (6, 37), (33, 512), (3, 1024), (2, 8192)])
+@pytest.mark.parametrize(("batch", "dim"), [(1, 2), (5, 3), (6, 37), (9, 512), (3, 1024), (2, 8192)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_float32_against_float64(batch, dim, reduction, place, poisoned):
     backend, device = place
@@ -107,7 +107,7 @@ def published_with_scipy(features, log_kappa, class_centers, labels, radius=RADI
 @pytest.mark.parametrize("dim", [2, 8, 128, 512])
 def test_published_against_scipy(dim, dtype, place, poisoned):
     backend, device = place
-    batch = 24
+    batch = 9
     features, _, class_centers, labels = inputs(batch, dim, dtype=dtype, device=device, spread=3.0)
     log_kappa = torch.linspace(0, math.log(1e5), batch, dtype=dtype, device=device).unsqueeze(1).requires_grad_()
     loss, terms = scf_loss(
@@ -220,7 +220,7 @@ def test_gradients_only_where_asked(place, poisoned):
 def test_same_bits_every_time(place):
     """Many rows share a class: their gradients are added in one order."""
     backend, device = place
-    features, log_kappa, class_centers, labels = inputs(64, 37, classes=3, device=device)
+    features, log_kappa, class_centers, labels = inputs(24, 37, classes=3, device=device)
     class_centers.requires_grad_()
     first, second = (
         torch.autograd.grad(scf_loss(features, log_kappa, class_centers, labels, backend=backend), class_centers)[0]

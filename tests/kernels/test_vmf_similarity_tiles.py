@@ -86,7 +86,7 @@ def test_triton_matrix_of_half_precision(triton_device, poisoned, faces):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_genuine_pairs_within_3e_7_of_kappa(triton_device, poisoned, dtype, unit_rows):
     """Cosines of 0.95 in 512 dimensions: tensor cores cut sums instead of rounding them, and these have one sign."""
-    if dtype == torch.bfloat16 and isinstance(_vmf_similarity_triton._matrix_kernel, InterpretedFunction):
+    if dtype == torch.bfloat16 and isinstance(_vmf_similarity_triton.matrix_kernel, InterpretedFunction):
         pytest.skip("the interpreter has no bf16 products")
     center = unit_rows(1, 512, torch.float32, seed=3)
     mu1, mu2 = (
