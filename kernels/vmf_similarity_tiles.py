@@ -226,8 +226,9 @@ def vmf_similarity_matrix(
         backend: "auto" runs Triton for CUDA tensors that are not float64 and PyTorch for others; "triton" or "torch"
             insists.
     Returns:
-        (N, M) log likelihood (nats). From Triton, float32 arithmetic: within about 3e-7 of the larger kappa, and the
-        rounding of the result, unless directions oppose each other: then the error of the cosine, 4e-7, counts with the
+        (N, M) log likelihood (nats). From Triton, float32 arithmetic: within 3e-7 of the larger kappa, or of
+        max(2, D / 64) where that is larger (``python -m bench.accuracy``), and the rounding of a constant that radius
+        adds, unless directions oppose each other: then the error of the cosine, 4e-7, counts with the
         factor kappa1 kappa2 / max(kt, D). Kappa up to 1e18. Carries no gradient. Deterministic.
     Raises:
         ValueError: shapes, dtypes or radius are not as above, or the backend cannot run.
