@@ -43,7 +43,7 @@ class _Tiles(NamedTuple):
 # cores unless TF32 is on.
 _HALF_TILES = _Tiles(rows=128, classes=128, width=64, num_warps=8, num_stages=3)
 _FLOAT_TILES = _Tiles(rows=64, classes=64, width=32, num_warps=4, num_stages=3)
-# Registers of a thread: unless told, the assembler spills a few to have more programs at a time, the products' on sm_120,
+# Registers of a thread: unless told, the assembler spills a few to have more programs at a time, products on sm_120,
 # those of float32 statistics on sm_86 and sm_89, of float32 cosine gradients on sm_80.
 PRODUCT_REGISTERS = STATISTICS_REGISTERS = 255
 GRADIENT_REGISTERS = 168

@@ -40,6 +40,7 @@ SPILLING_SOON = [  # products of float32, and quick to compile; the others with 
     "margin statistics, float32, d = 512",
     "margin statistics, with the sum, float32, d = 512",
     "gradient of embeddings by product, skipping, float32, d = 512",
+    "gradient of cosines, skipping, tf32, d = 512",
 ]
 OTHER_ARCHITECTURES = [80, 86, 89, 100, 120]
 _LEAST_SHARED = 163 * 1024  # bytes that a program may have on sm_80, the least of those with whole tensor cores
