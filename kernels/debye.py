@@ -15,12 +15,13 @@ brought down by the stable recurrence (DLMF 10.29.1), with rho_j = I_(j+1) / I_j
     rho_(j-1) = kappa / E_j          psi_(j-1) = psi_j + log E_j          E_j = 2 j + kappa rho_j
 
 The derivatives are those of the expansion itself, so every term keeps its leading factor: A is exact to rounding as
-kappa -> 0, and 1 - A and A' do not cancel as kappa -> inf (coming down N steps costs those two up to 2 N + 1 roundings
-a step: two digits at d = 2, none from d = 64). What does cancel is psi: at large orders it crosses zero between terms
-of thousands. Those terms (the square root, the logarithm, their product with v) are carried in two floats; the rest
-needs no such care.
+kappa -> 0, and 1 - A and A' do not cancel as kappa -> inf (coming down N steps costs A', and in PyTorch 1 - A, up to
+2 N + 1 roundings a step: two digits at d = 2, none from d = 64). What does cancel is psi: at large orders it crosses
+zero between terms of thousands. Those (the square root, the logarithm, their product with v) are carried in two floats;
+the rest needs no such care.
 
-``debye_torch`` evaluates this in PyTorch, ``debye_kernel`` in the registers of a Triton kernel.
+``debye_torch`` evaluates this in PyTorch, ``debye_kernel`` in the registers of a Triton kernel. At float32 orders that
+need no recurrence (d >= 30 in whole numbers) the kernel takes the shorter form of ``_debye_direct``.
 """
 
 import math
