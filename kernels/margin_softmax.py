@@ -19,7 +19,8 @@ backward pass takes the log-sum-exp over all ranks and recomputes the cosines of
 
 Cosines and sums are float32 (float64 for float64 input); the unit rows that enter the matrix products are rounded to
 ``compute_dtype``. Only the target's cosine is computed separately, from unrounded rows. Every sum has a fixed order:
-equal input gives equal bits.
+equal input gives equal bits. Below: margins and rows, operators, public functions; the passes themselves lie in
+``_margin_softmax_torch``, ``_margin_softmax_triton`` and ``_margin_softmax_kernels``.
 """
 
 import math
