@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bench.executor.arithmetic import F32, F64, I64, U64, Array, float32_spacing
+from bench.executor.errors import UnknownInstructionError
 from bench.executor.program import Instruction
 
 _PRODUCT_BOUND = 2.0**-23  # of the largest term, for every block of products; assumed
@@ -124,7 +125,7 @@ class Approximation:
             exact = np.log2(x)
             bound = 2.0**-22 * np.where((x > 0.5) & (x < 2), 1.0, np.abs(exact))
         else:
-            raise NotImplementedError(instruction.opcode)
+            raise UnknownInstructionError(instruction.opcode)
         return self.within(exact, np.where(np.isfinite(exact), bound, 0.0), instruction)
 
     def off_by_steps(self, exact: Array, instruction: Instruction) -> Array:

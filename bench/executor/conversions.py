@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from bench.executor.arithmetic import F32, F64, U16, U32, Array, bits
+from bench.executor.errors import UnknownInstructionError
 from bench.executor.floats import bfloat16_bits, from_bfloat16
 from bench.executor.integers import Read, pack_halves
 from bench.executor.program import FLOAT_TYPES, INTEGER_TYPES, Instruction
@@ -23,18 +24,18 @@ def convert(instruction: Instruction, read: Read) -> Array:
     target, source = modifiers[-2:]
     if target in ("bf16", "bf16x2", "f16x2"):
         if source != "f32" or "rn" not in modifiers:
-            raise NotImplementedError(instruction.opcode)
+            raise UnknownInstructionError(instruction.opcode)
         halves = [_to_half(read(x, F32), target) for x in sources]
         return halves[0] if len(halves) == 1 else pack_halves(halves[1], halves[0])
     if target == "tf32":
         if modifiers[0] != "rna":
-            raise NotImplementedError(instruction.opcode)
+            raise UnknownInstructionError(instruction.opcode)
         values = read(sources[0], F32)
         rounded = bits(values) + U32(0x1000) & U32(0xFFFFE000)
         return np.where(np.isfinite(values), rounded, bits(values))
     if source == "bf16":
         if target != "f32":
-            raise NotImplementedError(instruction.opcode)
+            raise UnknownInstructionError(instruction.opcode)
         return from_bfloat16(read(sources[0], U16))
     values = read(sources[0], _TYPES[source])
     if source in (*FLOAT_TYPES, "f16") and target in INTEGER_TYPES:

@@ -19,3 +19,9 @@ class UnwrittenRegisterError(ExecutionError):
 
 class ConvergenceError(ExecutionError):
     """Threads that an instruction needs together do not reach it together."""
+
+
+class UnknownInstructionError(NotImplementedError):
+    """The executor does not know an instruction: it has those that Triton emits for the project's kernels, and says so
+    rather than guess where a new kernel or another Triton has one more.
+    """

@@ -4,6 +4,7 @@ import numpy as np
 
 from bench.executor.approximation import Approximation
 from bench.executor.arithmetic import F32, F64, I64, U32, U64, Array, bits, fma32, fma64, two_product
+from bench.executor.errors import UnknownInstructionError
 from bench.executor.integers import COMPARISONS
 from bench.executor.program import Instruction
 
@@ -68,7 +69,7 @@ def _arithmetic(instruction: Instruction, x: list[Array], double: bool) -> Array
 def _approximate_float64(instruction: Instruction, x: Array, approximation: Approximation) -> Array:
     base = instruction.base
     if base not in ("rcp", "rsqrt"):
-        raise NotImplementedError(instruction.opcode)
+        raise UnknownInstructionError(instruction.opcode)
     if "ftz" in instruction.modifiers:  # of the upper half of the operand, and into the upper half of the result
         high = ((bits(x) >> U64(32)) << U64(32)).view(F64)
         y = 1 / high if base == "rcp" else 1 / np.sqrt(high)
@@ -76,7 +77,7 @@ def _approximate_float64(instruction: Instruction, x: Array, approximation: Appr
         word = word + approximation.steps(y, instruction) * (np.isfinite(y) & (y != 0))
         return np.ascontiguousarray(word.astype(U64) << U64(32)).view(F64)
     if base == "rcp":
-        raise NotImplementedError(instruction.opcode)
+        raise UnknownInstructionError(instruction.opcode)
     y = 1 / np.sqrt(x)  # off by two roundings: one step of Newton's method gives the exact result to a rounding
     square, square_tail = two_product(y, y)
     product, tail = two_product(square, x)

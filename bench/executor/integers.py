@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from bench.executor.arithmetic import I32, I64, U16, U32, U64, Array
+from bench.executor.errors import UnknownInstructionError
 from bench.executor.program import Instruction, Operand, number_type
 
 Read = Callable[[Operand, Any], Array]
@@ -68,7 +69,7 @@ def integer_instruction(instruction: Instruction, read: Read) -> Array:
         return _logic_of_three(x[0], x[1], x[2], int(x[3][0]))
     if base == "prmt":
         return _permute_bytes(x[0], x[1], x[2])
-    raise NotImplementedError(instruction.opcode)
+    raise UnknownInstructionError(instruction.opcode)
 
 
 def _shift(base: str, value: Array, count: Array) -> Array:
@@ -84,7 +85,7 @@ def _shift(base: str, value: Array, count: Array) -> Array:
 def _extract_bits(value: Array, start: Array, length: Array) -> Array:
     start, length = start & U32(255), length & U32(255)
     if (start + length > 8 * value.itemsize).any() or (length == 0).any():
-        raise NotImplementedError("bfe beyond the register, or of no bits")
+        raise UnknownInstructionError("bfe beyond the register, or of no bits")
     size = U32(8 * value.itemsize)
     left = (size - start - length).astype(value.dtype)
     return (value << left) >> (size - length).astype(value.dtype)  # signed types repeat the highest bit

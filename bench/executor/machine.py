@@ -12,7 +12,7 @@ import numpy as np
 from bench.executor.approximation import Approximation
 from bench.executor.arithmetic import F32, F64, I32, I64, U16, U32, U64, Array
 from bench.executor.conversions import convert
-from bench.executor.errors import ConvergenceError, ExecutionError, RaceError
+from bench.executor.errors import ConvergenceError, ExecutionError, RaceError, UnknownInstructionError
 from bench.executor.floats import compare_floats, float_instruction, from_bfloat16
 from bench.executor.integers import compare_integers, integer_instruction, pack_halves, unpack_halves
 from bench.executor.memory import GLOBAL_BASE, GlobalMemory, SharedMemory
@@ -125,7 +125,7 @@ class _Batch:
                         places = np.where(taken, target, np.where(places == at, at + 1, places))
                     continue
                 _HANDLERS.get(instruction.base, _Batch._arithmetic)(self, instruction, guard)
-            except (ExecutionError, NotImplementedError) as error:
+            except (ExecutionError, UnknownInstructionError) as error:
                 raise type(error)(f"{error}: {self.program.name}, {instruction}") from None
             if places is None:
                 at += 1
@@ -218,14 +218,14 @@ class _Batch:
         elif kind in INTEGER_TYPES:
             result = integer_instruction(instruction, self.read)
         else:
-            raise NotImplementedError(instruction.opcode)
+            raise UnknownInstructionError(instruction.opcode)
         self.write(target, result, mask)
 
     # ---- between the lanes of a warp
 
     def _vote(self, instruction: Instruction, mask: Mask) -> None:
         if instruction.modifiers[1] != "ballot":
-            raise NotImplementedError(instruction.opcode)
+            raise UnknownInstructionError(instruction.opcode)
         votes = self._spread(self.read(instruction.operands[1], bool)) & self._lanes(mask)
         ballots = (votes.reshape(-1, 32) << np.arange(32, dtype=U32)).sum(axis=1, dtype=U32)
         self.write(instruction.operands[0], np.repeat(ballots, 32), mask)
@@ -240,7 +240,7 @@ class _Batch:
         self._check_whole_warps(mask)
         target, value, distance, clamp, *_ = instruction.operands
         if not np.isin(self.read(clamp, U32), (0, 31)).all():
-            raise NotImplementedError("shfl within parts of a warp")
+            raise UnknownInstructionError("shfl within parts of a warp")
         values, lane = self._spread(self.read(value, U32)), self.lane_in_warp
         by = self._spread(self.read(distance, U32)).astype(I64)
         source = {"bfly": lane ^ by, "idx": by, "down": lane + by, "up": lane - by}[instruction.modifiers[1]]
@@ -324,7 +324,7 @@ class _Batch:
     def _atomic(self, instruction: Instruction, mask: Mask) -> None:
         operation, kind = instruction.modifiers[-2:]
         if operation != "add" or kind not in ("u32", "s32", "u64"):
-            raise NotImplementedError(instruction.opcode)
+            raise UnknownInstructionError(instruction.opcode)
         target, address, operand = ("_", *instruction.operands)[-3:]
         space, active = _space(instruction), self._lanes(mask)
         dtype = unsigned(np.dtype(INTEGER_TYPES[kind]).itemsize)
@@ -335,7 +335,7 @@ class _Batch:
     def _copy(self, instruction: Instruction, mask: Mask) -> None:
         """``cp.async`` and what belongs to it."""
         if instruction.modifiers[0] != "async" or "bulk" in instruction.modifiers:
-            raise NotImplementedError(instruction.opcode)
+            raise UnknownInstructionError(instruction.opcode)
         active, operands = self._lanes(mask), instruction.operands
         if "commit_group" in instruction.modifiers:
             self.shared.commit(active)

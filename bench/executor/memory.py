@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.executor.arithmetic import I64, U8, Array
-from bench.executor.errors import MemoryAccessError, RaceError
+from bench.executor.errors import MemoryAccessError, RaceError, UnknownInstructionError
 from bench.executor.program import unsigned
 
 GLOBAL_BASE = 0x7000_0000_0000  # address of the first byte of global memory
@@ -163,7 +163,7 @@ class SharedMemory:
         """Starts a copy of the lane's ``given`` bytes from global memory, and of zeros up to ``size``."""
         lanes = np.flatnonzero(active)
         if ((given[lanes] != 0) & (given[lanes] != size)).any():
-            raise NotImplementedError("cp.async of a part")
+            raise UnknownInstructionError("cp.async of a part")
         if len(lanes):
             self._check_race(target[lanes], self.warp[lanes], size, "copy")
             _words(self.data, size)[target[lanes] // size] = np.full(size, 255, U8).view(unsigned(size))

@@ -7,6 +7,7 @@ import numpy as np
 
 from bench.executor.approximation import Approximation
 from bench.executor.arithmetic import F32, F64, U16, U32, Array
+from bench.executor.errors import UnknownInstructionError
 from bench.executor.floats import from_bfloat16
 from bench.executor.integers import Read
 from bench.executor.program import Instruction
@@ -26,7 +27,7 @@ def multiply_matrices(
     kind = modifiers[-2]
     shape = next(x for x in modifiers if re.fullmatch(r"m\d+n\d+k\d+", x))
     if modifiers[-4:] != ("f32", kind, kind, "f32") or kind not in _SUPPORTED.get(shape, ()):
-        raise NotImplementedError(instruction.opcode)
+        raise UnknownInstructionError(instruction.opcode)
     target, *sources = instruction.operands
     warps = lanes // 32
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.executor.arithmetic import F32, F64, I16, I32, I64, U16, U32, U64
+from bench.executor.errors import UnknownInstructionError
 
 FLOAT_TYPES: dict[str, type[Any]] = {"f32": F32, "f64": F64}
 INTEGER_TYPES: dict[str, type[Any]] = {
@@ -66,7 +67,7 @@ def number_type(name: str) -> type[Any]:
     """Returns the NumPy type of a PTX type."""
     dtype = INTEGER_TYPES.get(name) or FLOAT_TYPES.get(name)
     if dtype is None:
-        raise NotImplementedError(f"numbers of type {name}")
+        raise UnknownInstructionError(f"numbers of type {name}")
     return dtype
 
 
@@ -92,7 +93,7 @@ class Program:
             raise ValueError("no .reqntid in this PTX: the number of threads is unknown")
         self.threads = int(threads[1])
         if re.search(r"^\s*\.shared\s+[^;]*?\b\w+\[\d+\]", body, re.M):
-            raise NotImplementedError("static shared memory")
+            raise UnknownInstructionError("static shared memory")
         self.labels: dict[str, int] = {}
         self.instructions = self._parse(body)
 
@@ -111,7 +112,7 @@ class Program:
                 continue
             parts = _STATEMENT.fullmatch(statement)
             if parts is None:
-                raise NotImplementedError(statement)
+                raise UnknownInstructionError(statement)
             negated, predicate, opcode, rest = parts.groups()
             base, *modifiers = opcode.split(".")
             instructions.append(

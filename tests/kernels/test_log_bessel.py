@@ -145,7 +145,11 @@ def test_inverse(dim, dtype, place):
     # Near 1 that says little: there 1 - rho holds the digits, and has to equal 1 - A.
     near = rho > 0.5
     complement = debye_torch(kappa[near].cpu().double(), debye_plan(dim / 2 - 1, torch.float64)).complement.to(device)
-    tolerance = {torch.float32: 2e-6, torch.float64: 2e-14}[dtype] * (50 if dim < 32 else 1)  # as for A'
+    tolerance = {torch.float32: 2e-6, torch.float64: 2e-14}[dtype]
+    if dim < 32 and (
+        dtype == torch.float64 or backend == "torch"
+    ):  # where the exact 1 - A has as many roundings, as A'
+        tolerance *= 50
     assert ((complement / (1 - rho.double()[near]) - 1).abs() <= tolerance).all()
 
 
