@@ -100,7 +100,8 @@ class SCF(nn.Module):
 
 def _load_confidence_net(state: StateDict, backbone: Backbone, source: str) -> ConfidenceNet:
     architecture = backbone.architecture
-    net = build_confidence_net(identify_confidence_net(state), architecture.widths[-1], architecture.map_size)
+    shape = identify_confidence_net(state)
+    net = build_confidence_net(shape.name, architecture.widths[-1], architecture.map_size, outputs=shape.outputs)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:

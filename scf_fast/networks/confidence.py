@@ -1,12 +1,14 @@
-"""Confidence networks: last feature map of the backbone -> log kappa.
+"""Confidence networks: last feature map of the backbone -> log kappa or log variance.
 
-    convf (B, C, H, W) -> log_kappa (B,)
+    convf (B, C, H, W) -> (B,), or (B, d) for a variance in each dimension
 
-Both end in the published code's floor, log_kappa = log(1e-6 + exp(raw)), so kappa never falls below 1e-6.
+All end in the floor of the published codes, log(1e-6 + exp(raw)), so neither kappa nor a variance falls below 1e-6.
 """
 
+import abc
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,47 +16,63 @@ from torch import nn
 
 DEFAULT_RADIUS = 64.0  # of the sphere, in the published command line and in TFace; their files do not say it
 LOG_KAPPA_FLOOR = math.log(1e-6)  # the published epsilon; it moves kappa by 1e-6, so it matters only for kappa << 1
+PFE_HIDDEN = 512  # width of PFE's hidden layer, that of its embedding
 
 
 def _floor(raw: torch.Tensor) -> torch.Tensor:
-    """log(1e-6 + exp(raw)) in float32, without the overflow that exp alone has beyond 88."""
-    raw = raw.float().squeeze(-1)
+    """log(1e-6 + exp(raw)) in float32, without the overflow that exp alone has beyond 88. A single output loses its
+    axis.
+    """
+    raw = raw.float()
+    raw = raw.squeeze(-1) if raw.shape[-1] == 1 else raw
     return torch.logaddexp(raw, raw.new_full((), LOG_KAPPA_FLOOR))
 
 
-class ConfidenceNet(nn.Module):
-    """A network that predicts log kappa; made from the channels and the side of the backbone's last feature map."""
+class ConfidenceNet(nn.Module, abc.ABC):
+    """A network that predicts log kappa, log variance, or d of these.
 
-    _log_kappa: nn.Sequential  # the last layers, under the published code's name
+    Args:
+        channels, map_size: of the backbone's last feature map, (B, channels, map_size, map_size).
+        outputs: values for each image.
+    """
 
-    def __init__(self, channels: int, map_size: int):
+    def __init__(self, channels: int, map_size: int, outputs: int = 1):
         super().__init__()
 
-    def start_at(self, kappa: float) -> None:
-        """Sets the last bias so that training starts near this concentration."""
+    @abc.abstractmethod
+    def start_at(self, value: float) -> None:
+        """Makes training start near this kappa or variance, in all outputs."""
+
+
+class _Head(ConfidenceNet):
+    """A network whose last layers have the published code's name."""
+
+    _log_kappa: nn.Sequential
+
+    def start_at(self, value: float) -> None:
         last = self._log_kappa[-1]
         assert isinstance(last, nn.Linear)
-        nn.init.constant_(last.bias, math.log(kappa))
+        nn.init.constant_(last.bias, math.log(value))
 
 
-class MLPConfidence(ConfidenceNet):
-    """The published network: N - N/2 - N/4 - 1 with ReLU on the flattened map, N = C * H * W. Keys
+class MLPConfidence(_Head):
+    """The published network: N - N/2 - N/4 - outputs with ReLU on the flattened map, N = C * H * W. Keys
     ``_log_kappa.{0,2,4}``.
     """
 
-    def __init__(self, channels: int, map_size: int):
-        super().__init__(channels, map_size)
+    def __init__(self, channels: int, map_size: int, outputs: int = 1):
+        super().__init__(channels, map_size, outputs)
         width = channels * map_size**2
         self._log_kappa = nn.Sequential(
             nn.Linear(width, width // 2),
             nn.ReLU(inplace=True),
             nn.Linear(width // 2, width // 4),
             nn.ReLU(inplace=True),
-            nn.Linear(width // 4, 1),
+            nn.Linear(width // 4, outputs),
         )
 
     def forward(self, convf: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) or (B, C*H*W) -> (B,) float32 log kappa."""
+        """(B, C, H, W) or (B, C*H*W) -> (B,) or (B, outputs) float32."""
         return _floor(self._log_kappa(convf.flatten(1)))
 
 
@@ -99,16 +117,16 @@ class _Convolution(nn.Conv2d):
         return F.linear(_Patches.apply(x.to(dtype)).flatten(3), weight.flatten(1)).permute(0, 3, 1, 2)
 
 
-class ConvConfidence(ConfidenceNet):
-    """TFace's network: three unpadded 3x3 convolutions on the map, average pool, C - C/2 - C/4 - 1. Keys ``conv_.N``,
-    ``_log_kappa.N``.
+class ConvConfidence(_Head):
+    """TFace's network: three unpadded 3x3 convolutions on the map, average pool, C - C/2 - C/4 - outputs. Keys
+    ``conv_.N``, ``_log_kappa.N``.
 
     Raises:
         ValueError: the map is too small for three such convolutions.
     """
 
-    def __init__(self, channels: int, map_size: int):
-        super().__init__(channels, map_size)
+    def __init__(self, channels: int, map_size: int, outputs: int = 1):
+        super().__init__(channels, map_size, outputs)
         if map_size < 7:
             raise ValueError(
                 f"the convolutional confidence net needs a feature map of at least 7 x 7, got {map_size} x "
@@ -129,37 +147,88 @@ class ConvConfidence(ConfidenceNet):
             nn.ReLU(inplace=True),
             nn.Linear(channels // 2, channels // 4),
             nn.ReLU(inplace=True),
-            nn.Linear(channels // 4, 1),
+            nn.Linear(channels // 4, outputs),
         )
 
     def forward(self, convf: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B,) float32 log kappa."""
+        """(B, C, H, W) -> (B,) or (B, outputs) float32."""
         return _floor(self._log_kappa(self.conv_(convf).flatten(1)))
 
 
-CONFIDENCE_NETS: dict[str, type[ConfidenceNet]] = {"mlp": MLPConfidence, "conv": ConvConfidence}
+class PFEConfidence(ConfidenceNet):
+    """PFE's uncertainty module: Linear(N, hidden) - BatchNorm - ReLU - Linear(hidden, outputs) - BatchNorm without
+    affine parameters on the flattened map, N = C * H * W, then one scale and one shift for all outputs.
+
+    Both linear layers lack the bias that the BatchNorm after them takes away. Source: Shi and Jain, ICCV 2019,
+    section 4.3, and its code.
+    """
+
+    def __init__(self, channels: int, map_size: int, outputs: int = 1, hidden: int = PFE_HIDDEN):
+        super().__init__(channels, map_size, outputs)
+        self.fc1 = nn.Linear(channels * map_size**2, hidden, bias=False)
+        self.bn1 = nn.BatchNorm1d(hidden)
+        self.fc2 = nn.Linear(hidden, outputs, bias=False)
+        self.bn2 = nn.BatchNorm1d(outputs, affine=False)
+        self.scale = nn.Parameter(torch.tensor([1e-4]))
+        self.shift = nn.Parameter(torch.tensor([-7.0]))
+
+    def start_at(self, value: float) -> None:
+        nn.init.constant_(self.shift, math.log(value))
+
+    def forward(self, convf: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) or (B, C*H*W) -> (B,) or (B, outputs) float32."""
+        hidden = F.relu(self.bn1(self.fc1(convf.flatten(1))))
+        return _floor(self.scale * self.bn2(self.fc2(hidden)) + self.shift)
 
 
-def build_confidence_net(name: str, channels: int, map_size: int, initial_kappa: float | None = None) -> ConfidenceNet:
+CONFIDENCE_NETS: dict[str, type[ConfidenceNet]] = {"mlp": MLPConfidence, "conv": ConvConfidence, "pfe": PFEConfidence}
+
+
+class ConfidenceNetShape(NamedTuple):
+    """What a state_dict tells of its confidence net."""
+
+    name: str  # a key of CONFIDENCE_NETS
+    inputs: int  # values that its first linear layer takes
+    outputs: int  # for each image
+
+
+def build_confidence_net(
+    name: str, channels: int, map_size: int, initial_kappa: float | None = None, *, outputs: int = 1
+) -> ConfidenceNet:
     """Returns an untrained confidence net.
 
     Args:
         name: a key of :data:`CONFIDENCE_NETS`.
         channels, map_size: of the backbone's last feature map, (B, channels, map_size, map_size).
-        initial_kappa: the concentration that training starts near; None leaves PyTorch's initialization.
+        initial_kappa: the concentration (of a net for variances: the variance) that training starts near; None leaves
+            the net's own initialization.
+        outputs: values for each image: 1, or d for a variance in each dimension.
     """
-    net = CONFIDENCE_NETS[name](channels, map_size)
+    net = CONFIDENCE_NETS[name](channels, map_size, outputs)
     if initial_kappa is not None:
         net.start_at(initial_kappa)
     return net
 
 
-def identify_confidence_net(state_dict: dict[str, torch.Tensor]) -> str:
-    """Returns the key of :data:`CONFIDENCE_NETS` that a state_dict belongs to, by its names.
+def is_confidence_net(names: Iterable[str]) -> bool:
+    """Returns whether the names of a state_dict are those of a confidence net."""
+    names = set(names)
+    return "_log_kappa.0.weight" in names or names >= {"fc1.weight", "fc2.weight", "scale", "shift"}
+
+
+def identify_confidence_net(state_dict: dict[str, torch.Tensor]) -> ConfidenceNetShape:
+    """Returns the kind and the size of the net that a state_dict belongs to, by its names.
 
     Raises:
         ValueError: its names are those of no confidence net.
     """
-    if "_log_kappa.0.weight" not in state_dict:
+    if not is_confidence_net(state_dict):
         raise ValueError(f"no confidence net: must have '_log_kappa.0.weight', got keys like {list(state_dict)[:3]}")
-    return "conv" if "conv_.0.weight" in state_dict else "mlp"
+    if "fc1.weight" in state_dict:
+        return ConfidenceNetShape("pfe", state_dict["fc1.weight"].shape[1], len(state_dict["fc2.weight"]))
+    last = state_dict.get("_log_kappa.4.weight")
+    return ConfidenceNetShape(
+        "conv" if "conv_.0.weight" in state_dict else "mlp",
+        state_dict["_log_kappa.0.weight"].shape[1],
+        1 if last is None else len(last),
+    )

@@ -11,6 +11,7 @@ from scf_fast.errors import InputError
 from scf_fast.networks.backbones import BACKBONES, Architecture
 from scf_fast.networks.confidence import DEFAULT_RADIUS, identify_confidence_net
 from scf_fast.networks.precision import dtype_name
+from scf_fast.objectives import Objective
 from scf_fast.weights.family_names import StateDict, identify_backbone
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: values that are not trained
@@ -37,6 +38,7 @@ _FACT_TYPES: dict[str, type | tuple[type, ...]] = {
     "radius": (int, float),
     "normalization": str,
     "normalizer": str,
+    "objective": str,
 }
 
 
@@ -49,6 +51,8 @@ class Facts:
         radius: of the sphere that the confidence net was trained for.
         normalization: of the pixels, a name that scf_fast.pipelines.loading.base.Preprocessing knows.
         normalizer: of the SCF loss, ``"exact"`` or ``"published"``.
+        objective: that the confidence net was trained for, a value of scf_fast.objectives.Objective. Files of other
+            programs and older ones of this program do not state it: they are SCF.
     """
 
     epoch: int | None = None
@@ -56,6 +60,7 @@ class Facts:
     radius: float | None = None
     normalization: str | None = None
     normalizer: str | None = None
+    objective: str | None = None
 
     @classmethod
     def found_in(cls, entry: Mapping[str, object]) -> "Facts":
@@ -165,6 +170,23 @@ class Weights:
         return DEFAULT_RADIUS if self.facts.radius is None else self.facts.radius
 
     @property
+    def objective(self) -> Objective:
+        """What the confidence net was trained for: as the file states it, else SCF.
+
+        Raises:
+            InputError: the file states an objective that this version does not know.
+        """
+        name = self.facts.objective
+        try:
+            return Objective.SCF if name is None else Objective(name)
+        except ValueError:
+            raise InputError(
+                f"{self.source}: was trained for the objective {name!r}, which this version does not know (it knows "
+                f"{', '.join(objective.value for objective in Objective)}); use the version that wrote the file, or a "
+                "newer one"
+            ) from None
+
+    @property
     def normalization(self) -> str:
         """Pixel convention: as the file states it, else the one that the backbone's family is trained with."""
         return self.facts.normalization or self.architecture.normalization
@@ -187,8 +209,10 @@ class Weights:
             )
         if self.confidence_net is not None:
             net = self.confidence_net
+            shape = identify_confidence_net(net)
+            width = f", {shape.outputs} outputs" if shape.outputs > 1 else ""
             lines.append(
-                f"confidence net {identify_confidence_net(net)} on {net['_log_kappa.0.weight'].shape[1]} values, "
+                f"confidence net {shape.name} on {shape.inputs} values{width}, "
                 f"{sum(value.numel() for value in net.values()) / 1e6:.1f} M values, {_dtypes(net.values())}"
             )
         return lines

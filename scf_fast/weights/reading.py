@@ -14,6 +14,7 @@ import torch
 
 from scf_fast.command import split_paths
 from scf_fast.errors import InputError
+from scf_fast.networks.confidence import is_confidence_net
 from scf_fast.weights.contents import STATISTICS, Facts, Part, Weights
 from scf_fast.weights.family_names import StateDict, native_state
 from scf_fast.weights.files import BACKBONE_FILE, CENTERS_FILE, MODEL_FILE, load_tensor_file
@@ -198,7 +199,7 @@ def _add(state: StateDict, weights: Weights) -> None:
     """
     value: StateDict | torch.Tensor
     centers = _class_centers_in(state)
-    if "_log_kappa.0.weight" in state:
+    if is_confidence_net(state):
         part, value = Part.CONFIDENCE_NET, state
     elif "output_layer.3.weight" in state or {"fc.weight", "layer1.0.conv1.weight"} <= state.keys():
         part, value = Part.BACKBONE, native_state(state)

@@ -154,7 +154,7 @@ def _require_family(weights: Weights, family: str) -> None:
 def _require_net(weights: Weights, layout: str, net: str) -> None:
     if weights.confidence_net is None:
         return
-    name = identify_confidence_net(weights.confidence_net)
+    name = identify_confidence_net(weights.confidence_net).name
     if name != net:
         raise InputError(
             f"{weights.source}: the confidence net {name} cannot be written for {layout}, which has {net} alone; use "

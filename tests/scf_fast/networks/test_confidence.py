@@ -20,7 +20,7 @@ def test_mlp_is_the_published_network():
     convf = torch.randn(5, 8, 7, 7)
     expected = torch.log(1e-6 + torch.exp(theirs(convf.view(5, -1)))).squeeze(1)
     torch.testing.assert_close(net(convf), expected, rtol=1e-5, atol=1e-6)
-    assert identify_confidence_net(net.state_dict()) == "mlp"
+    assert identify_confidence_net(net.state_dict()) == ("mlp", 392, 1)
 
 
 def test_published_mlp_size():
@@ -48,7 +48,7 @@ def test_conv_has_tface_parameter_names_and_shapes():
         "_log_kappa.4.weight": (1, 128),
         "_log_kappa.4.bias": (1,),
     }
-    assert identify_confidence_net(state) == "conv"
+    assert identify_confidence_net(state) == ("conv", 512, 1)
     assert build_confidence_net("conv", 16, 7)(torch.randn(3, 16, 7, 7)).shape == (3,)
 
 
@@ -91,3 +91,30 @@ def test_errors():
 
 def test_the_default_radius_is_that_of_the_kernels():
     assert inspect.signature(scf_loss).parameters["radius"].default == DEFAULT_RADIUS
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv", "pfe"])
+@pytest.mark.parametrize("outputs", [1, 24])
+def test_the_shape_of_every_net_is_read_off_its_weights(net, outputs):
+    built = build_confidence_net(net, 8, 7, 1e-3, outputs=outputs)
+    inputs = 8 if net == "conv" else 8 * 49
+    assert identify_confidence_net(built.state_dict()) == (net, inputs, outputs)
+    result = built(torch.randn(3, 8, 7, 7))
+    assert result.shape == ((3,) if outputs == 1 else (3, outputs)) and result.dtype == torch.float32
+
+
+@pytest.mark.parametrize("outputs", [1, 24])
+def test_pfe_net_is_the_published_module(outputs):
+    """Of Shi and Jain: fc - BN - ReLU - fc - BN, a shared scale of 1e-4 and shift of -7, log(1e-6 + exp(.))."""
+    torch.manual_seed(1)
+    net, convf = build_confidence_net("pfe", 4, 7, outputs=outputs), torch.randn(6, 4, 7, 7)
+    state = net.state_dict()
+    hidden = convf.flatten(1).double() @ state["fc1.weight"].double().T
+    hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt()
+    raw = hidden.clamp(min=0) @ state["fc2.weight"].double().T
+    raw = (raw - raw.mean(0)) / (raw.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = torch.log(1e-6 + torch.exp(1e-4 * raw - 7))
+    expected = expected.squeeze(1) if outputs == 1 else expected
+    torch.testing.assert_close(net(convf).double(), expected, rtol=1e-6, atol=1e-6)
+    net.start_at(2e-3)
+    torch.testing.assert_close(net(convf).exp(), torch.full_like(net(convf), 2e-3), rtol=2e-3, atol=0)
