@@ -1,0 +1,160 @@
+"""Steps of stage 2 with the full-size backbone, the published way under each of its settings and ours, in turns."""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.measuring.environment import DEVICE, environment
+from bench.measuring.results import write_json
+from bench.measuring.samples import Samples
+from bench.measuring.timing import interleaved_seconds
+from bench.training.stage2_steps import (
+    CLASSES,
+    Z_DIM,
+    Step,
+    cached_features,
+    make_backbone,
+    our_backbone,
+    our_step,
+    published_step,
+)
+from scf_fast.networks.backbones import Backbone
+
+NETWORK, BATCH, ROUNDS = "ir_100", 1024, 5
+TINY_NETWORK, TINY_BATCH, TINY_ROUNDS = "ir_tiny", 4, 1
+
+
+def with_tf32(step: Step, allowed: bool) -> Step:
+    """Returns the step with TF32 allowed in products and convolutions, or in neither: PyTorch's own default allows it
+    in convolutions alone.
+    """
+
+    def call(images: torch.Tensor, labels: torch.Tensor) -> None:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+        try:
+            step(images, labels)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+    return call
+
+
+def through_backbone(step: Step, backbone: torch.nn.Module) -> Step:
+    """Returns the published step as its code is written: nothing stops the gradient, so the backward pass goes through
+    the backbone too, though no optimizer takes what it computes.
+    """
+
+    def call(images: torch.Tensor, labels: torch.Tensor) -> None:
+        backbone.requires_grad_(True)
+        try:
+            step(images, labels)
+        finally:
+            backbone.requires_grad_(False)
+            backbone.zero_grad(set_to_none=True)
+
+    return call
+
+
+def fits(step: Step, buffer: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Returns whether one step fits into the device's memory."""
+    try:
+        step(*buffer)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure(out: Path, tiny: bool) -> int:
+    """Measures each way and writes ``first_gpu_stage2.json`` after each step of the work."""
+    network, batch, rounds = (TINY_NETWORK, TINY_BATCH, TINY_ROUNDS) if tiny else (NETWORK, BATCH, ROUNDS)
+    without = "compile" if tiny else None  # the compiler takes longer than everything else
+    options = argparse.Namespace(confidence_net="conv")
+    records: list[dict[str, Any]] = []
+    content: dict[str, Any] = {
+        "section": "first_gpu_stage2",
+        "environment": environment(DEVICE),
+        "records": records,
+        "left_out": {},
+        "complete": False,
+    }
+    backbone = make_backbone(network)
+    centers = torch.randn(CLASSES, Z_DIM, device=DEVICE)
+
+    def buffers_of(size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [
+            (torch.randn(size, 3, 112, 112, device=DEVICE), torch.randint(CLASSES, (size,), device=DEVICE))
+            for _ in range(3)
+        ]
+
+    def record(seconds: dict[str, list[float]], size: int) -> None:
+        work = f"stage 2 step, {network}, conv, B = {size}"
+        for way, samples in seconds.items():
+            summary = Samples.summarize(samples)
+            records.append(
+                {
+                    "work": work,
+                    "way": way,
+                    "seconds": summary.as_dict(),
+                    "median_seconds": summary.median,
+                    "per_second": size / summary.median,
+                    "unit": "images",
+                }
+            )
+        write_json(out / "first_gpu_stage2.json", content)
+
+    with tempfile.TemporaryDirectory() as folder:
+        cached = cached_features(backbone, batch, Path(folder) / "cache")
+        # What compiles comes last: it may be all that time allows.
+        makers: list[tuple[str, Callable[[], Step]]] = [
+            ("published", lambda: with_tf32(published_step(options, backbone, centers, autocast=False), False)),
+            ("cached", lambda: our_step(options, backbone, centers, cached, bf16=True)),
+            ("published, TF32", lambda: with_tf32(published_step(options, backbone, centers, autocast=False), True)),
+            ("published, autocast", lambda: published_step(options, backbone, centers, autocast=True)),
+            ("ours", lambda: our_step(options, backbone, centers, our_backbone(backbone, without), bf16=True)),
+        ]
+        buffers = buffers_of(batch)
+        steps = {}
+        for way, make in makers:
+            step = make()
+            if fits(step, buffers[0]):
+                steps[way] = step
+                record(interleaved_seconds({way: step}, buffers, DEVICE, 1), batch)
+            else:
+                content["left_out"][way] = f"B = {batch} does not fit into the device's memory"
+        first = len(records)
+        seconds = interleaved_seconds(steps, buffers, DEVICE, rounds)
+        del records[:first]
+        record(seconds, batch)
+    del buffers
+    _measure_through_backbone(options, backbone, centers, batch, buffers_of, record)
+    content["complete"] = True
+    write_json(out / "first_gpu_stage2.json", content)
+    return 0
+
+
+def _measure_through_backbone(
+    options: argparse.Namespace,
+    backbone: Backbone,
+    centers: torch.Tensor,
+    batch: int,
+    buffers_of: Callable[[int], list[tuple[torch.Tensor, torch.Tensor]]],
+    record: Callable[[dict[str, list[float]], int], None],
+) -> None:
+    """Measures the published step with its backward pass through the backbone, at the largest batch that fits."""
+    while batch >= 1:
+        buffers = buffers_of(batch)
+        step = through_backbone(with_tf32(published_step(options, backbone, centers, autocast=False), False), backbone)
+        if fits(step, buffers[0]):
+            name = "published, backward through the backbone"
+            record(interleaved_seconds({name: step}, buffers, DEVICE, 2), batch)
+            return
+        del buffers, step
+        batch //= 2
