@@ -50,7 +50,7 @@ GRADIENT_REGISTERS = 168
 # The classes of a block are split into independent partial sums until a launch has about this many programs: two for
 # each of 132 multiprocessors.
 _PROGRAMS = 264
-_SPLITS = 64  # at most
+_GRADIENT_SPLITS = 64  # at most: each is a (padded batch, D) gradient of its own
 
 
 class _ScaledGradients(NamedTuple):
@@ -128,15 +128,21 @@ class TritonMarginSoftmax:
         )
         return unit, inverse_norm
 
+    def _statistics_splits(self) -> int:
+        """Returns into how many partial sums, of three values a row, the classes of a block are split; one that has no
+        tile of classes would be of no use.
+        """
+        largest_block = max((block.stop - block.start for block in self._blocks()), default=0)
+        return max(1, min(_PROGRAMS // self.row_tiles, triton.cdiv(largest_block, self.tiles.classes)))
+
     def statistics(self, with_cosine_sum: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        splits = max(1, min(_SPLITS, _PROGRAMS // self.row_tiles))
-        shape = (splits, self.padded_batch)
+        shape = (self._statistics_splits(), self.padded_batch)
         top = torch.full(shape, -math.inf, dtype=torch.float32, device=self.device)
         total = torch.zeros_like(top)
         cosine_sum = torch.zeros_like(top) if with_cosine_sum else None
         for block in self._blocks():
             centers, _ = self._unit_rows(self.class_centers, self.class_rows, block, self.tiles.classes)
-            statistics_kernel[(self.row_tiles, splits)](
+            statistics_kernel[(self.row_tiles, shape[0])](
                 self.embeddings,
                 centers,
                 self.labels,
@@ -164,7 +170,7 @@ class TritonMarginSoftmax:
     ) -> None:
         scaled = self._scale_gradients(grads, log_sum_exp)
         columns = 128 if self.width % 128 == 0 and self.compute_dtype != torch.float32 else 64
-        splits = max(1, min(_SPLITS, _PROGRAMS // (self.row_tiles * (self.width // columns))))
+        splits = max(1, min(_GRADIENT_SPLITS, _PROGRAMS // (self.row_tiles * (self.width // columns))))
         grad_embeddings = torch.zeros((splits, self.padded_batch, self.width), dtype=torch.float32, device=self.device)
         for block in self._blocks():
             centers, inverse_norm = self._unit_rows(self.class_centers, self.class_rows, block, self.tiles.classes)

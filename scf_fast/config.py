@@ -143,9 +143,10 @@ class Config:
     loader: str = option(
         "auto", "decoder: dali where installed, else torch", choices=("auto", "dali", "torch"), group="input"
     )
-    num_workers: int = option(
-        2,
-        "decoding threads (DALI, at least one) or processes (torch; 0: none but the rank's own) a rank",
+    num_workers: int | None = option(
+        None,
+        "decoding threads (DALI, at least one) or processes (torch; 0: none but the rank's own) a rank; default: one "
+        "less than it has CPU cores, 1 to 16",
         group="input",
     )
     flip: bool = option(True, "random horizontal flip", group="input", identity=True)
@@ -312,11 +313,11 @@ class Config:
                 "max_steps",
                 "max_images_per_identity",
                 "images_per_identity",
-                "num_workers",
             ),
             lambda value: value >= 0,
             "0 or more",
         )
+        self._require(self.num_workers is None or self.num_workers >= 0, "num_workers", "0 or more")
         self._require_each(("lr", "gamma", "power"), lambda value: value > 0, "positive")
         self._check_combinations()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from scf_fast.config import Config
-from scf_fast.distributed import Runtime
+from scf_fast.distributed import Runtime, decoding_workers
 from scf_fast.errors import InputError
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
@@ -80,6 +80,6 @@ def image_loader(config: Config, source: ImageSource, sampler: Sampler, runtime:
         device=runtime.device,
         dtype=torch.float32,
         backend=config.loader,
-        num_workers=config.num_workers,
+        num_workers=decoding_workers(config.num_workers),
         on_broken=config.on_broken,
     )

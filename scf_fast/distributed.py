@@ -19,6 +19,7 @@ import torch.distributed as dist
 from scf_fast.errors import InputError
 
 _GROUP_TIMEOUT = datetime.timedelta(minutes=30)  # of a collective whose other ranks do not come
+_MOST_WORKERS = 16
 _Value = TypeVar("_Value")
 STOPPED = 75  # exit status of a rank that a signal has stopped, after its checkpoint: EX_TEMPFAIL, "try again later"
 
@@ -41,6 +42,27 @@ def environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def ranks_on_this_machine() -> int:
+    """Returns how many ranks the launcher has started on this machine."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun's, and deepspeed's
+        if name in os.environ:
+            return int(os.environ[name])
+    return environment()[1]
+
+
+def cores_per_rank() -> int:
+    """Returns this rank's part of the CPU cores that it may run on, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_on_this_machine())
+
+
+def decoding_workers(wanted: int | None) -> int:
+    """Returns the number of a rank's decoding threads or processes: the one wanted, or one less than it has cores.
+
+    The main thread needs that core. More than 16 workers decode more than a GPU takes, even on a CPU.
+    """
+    return min(_MOST_WORKERS, max(1, cores_per_rank() - 1)) if wanted is None else wanted
+
+
 def free_port() -> int:
     """Returns a TCP port that nothing listens on now, so that two launches on one machine do not meet."""
     with socket.socket() as s:
@@ -59,8 +81,7 @@ def start() -> Runtime:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             # The deepspeed launcher sets no limit, and every rank would take every core.
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+            torch.set_num_threads(cores_per_rank())
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "99"
     )  # or the profiler's library reports its start and stop on every rank

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scf_fast.distributed import all_ranks_agree
+from scf_fast.distributed import all_ranks_agree, decoding_workers
 from scf_fast.errors import InputError
 from scf_fast.model import SCF
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
@@ -26,7 +26,7 @@ class Decoding:
     """How images are read and decoded; see :func:`scf_fast.pipelines.loader.make_loader`."""
 
     backend: str = "auto"  # "dali", "torch", or "auto": DALI where it is installed
-    num_workers: int = 2  # threads of DALI, processes of PyTorch
+    num_workers: int | None = None  # threads of DALI, processes of PyTorch; None: by the CPU cores of a rank
 
 
 DEFAULT_DECODING = Decoding()
@@ -271,7 +271,7 @@ def load_batches(
         preprocessing,
         device=embedder.device,
         backend=decoding.backend,
-        num_workers=decoding.num_workers,
+        num_workers=decoding_workers(decoding.num_workers),
     ) as loader:
         for images, _, indices in loader.batches(epoch=0):
             yield indices, images

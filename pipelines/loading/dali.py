@@ -8,15 +8,18 @@ On a CPU the pipeline ends in normalized images: a table of the 256 quotients gi
 ``Preprocessing.normalize``, in DALI's threads and in one pass. On a GPU, with augmentation, or where DALI lacks the
 type, it ends in uint8, which keeps its buffers small.
 
-When DALI cannot decode one image, it gives up the whole pipeline and does not say which image it was. So the reader
-threads look at every image first (is it complete, of a kind that DALI reads as Pillow does); they find nearly all
-broken ones. For the rest, the images that were under way when DALI gave up are decoded again one by one, and a new
-pipeline goes on without the broken ones.
+When DALI cannot decode one image, it gives up the whole pipeline and does not say which image of which batch it was. So
+the reader threads look at every image first (is it complete, of a kind that DALI reads as Pillow does); they find
+nearly all broken ones. For the rest, the batches that were under way when DALI gave up are searched: Pillow finds what
+is broken, and bisection finds what DALI alone refuses, which it is given as pixels from then on. A new pipeline goes on
+without those. Where no image is at fault, as when the device is out of memory, the iteration ends with DALI's message.
 """
 
 import functools
 import gc
+import io
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,12 +30,13 @@ import torch
 from nvidia.dali import __version__ as dali_version
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, Pipeline
+from PIL import Image
 
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.base import Decoded, Loader, Preprocessing, Request
 from scf_fast.pipelines.loading.broken import BrokenImages
-from scf_fast.pipelines.loading.decode import load_encoded, load_face, read_headers
+from scf_fast.pipelines.loading.decode import is_packed, load_encoded, load_face, read_headers
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 
@@ -41,6 +45,7 @@ if tuple(map(int, dali_version.split(".")[:2])) < (2, 2):
         f"DALI 2.2 or newer is needed, this is {dali_version}, which does not turn every JPEG upright as its EXIF says"
     )
 
+_LOG = logging.getLogger(__name__)
 _ALL_VALUES = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1)
 _DTYPES = {torch.float32: types.DALIDataType.FLOAT, torch.float16: types.DALIDataType.FLOAT16}
 _Fed = tuple[list[np.ndarray], np.ndarray, np.ndarray]  # encoded images, flips, and whether to resize, of a batch
@@ -84,13 +89,9 @@ class _Read(NamedTuple):
         """Returns what the pipeline takes of it."""
         return self.encoded, self.request.flips.astype(np.int32), self.resized
 
-
-class _UnderWay(NamedTuple):
-    """One image that the pipeline was given."""
-
-    position: int  # in the source
-    encoded: np.ndarray  # (bytes,) uint8
-    resized: bool
+    def rows(self, start: int, stop: int) -> _Fed:
+        """Returns what a pipeline takes of some of its images, none mirrored."""
+        return self.encoded[start:stop], np.zeros(stop - start, dtype=np.int32), self.resized[start:stop]
 
 
 class DaliLoader(Loader):
@@ -119,17 +120,23 @@ class DaliLoader(Loader):
 
     def close(self) -> None:
         super().close()
-        self._pipeline = None
-        # Errors leave cycles that hold pipelines; a process forked later that collected one would wait for its threads
-        # forever.
-        gc.collect()
+        self._drop_pipeline()
         self._readers.shutdown()
+
+    def _drop_pipeline(self) -> None:
+        """Gives up the pipeline and its memory.
+
+        Errors leave cycles that hold pipelines: their memory is missing on the device, and a process forked later that
+        collected one would wait for its threads forever.
+        """
+        self._pipeline = None
+        gc.collect()
 
     def _decode(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
         self._rewind()
         reading: deque[Future[_Read]] = deque()
         decoding: deque[_Read] = deque()
-        failure: InputError | None = None
+        failure: Exception | None = None  # of a reader
         reads = (self._readers.submit(self._read, request) for request in requests)
 
         def feed() -> _Fed:
@@ -138,34 +145,40 @@ class DaliLoader(Loader):
             if not reading or failure is not None:
                 raise StopIteration
             try:
-                read = reading.popleft().result()
-            except InputError as error:  # its turn comes when the batches before it have been delivered
+                read = reading[0].result()
+            except Exception as error:  # its turn comes when the batches before it have been delivered
                 failure = error
                 raise StopIteration from None
+            reading.popleft()  # not before: if earlier batches are decoded once more, a failed one must follow again
             decoding.append(read)
             return read.fed()
 
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             while True:
                 self._feed = feed
                 if self._pipeline is None:
                     self._pipeline = self._build()
+                refusal: str | None = None
+                # The consumer's stream of the moment. The outputs are bound to it, so their memory is freed in its
+                # order.
+                stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
                 try:
-                    (faces,) = self._pipeline.run(stream)  # bound to this stream, so its buffer is freed in its order
+                    (faces,) = self._pipeline.run(stream)
                 except StopIteration:
                     break
-                except RuntimeError:
-                    self._pipeline = None  # its state is undefined now
-                    if not self._find_undecodable(decoding):
-                        raise
+                except RuntimeError as error:
+                    refusal = str(error)
+                except Exception:
+                    self._drop_pipeline()
+                    raise
+                if refusal is not None:
+                    # Outside of the handler, since the error holds the pipeline, and this its memory on the device.
+                    self._drop_pipeline()
+                    self._search(decoding, refusal)
                     reading.extendleft(self._readers.submit(self._read, read.request) for read in reversed(decoding))
                     decoding.clear()
                     failure = None
                     continue
-                except Exception:
-                    self._pipeline = None
-                    raise
                 yield Decoded(torch.from_dlpack(faces.as_tensor()), decoding.popleft().shown)
             if failure is not None:
                 raise failure
@@ -173,7 +186,9 @@ class DaliLoader(Loader):
             for waiting in reading:
                 waiting.cancel()
 
-    def _build(self, batch_size: int | None = None, feed: Callable[[], _Fed] | None = None) -> Pipeline:
+    def _build(
+        self, batch_size: int | None = None, feed: Callable[[], _Fed] | None = None, prefetch: int | None = None
+    ) -> Pipeline:
         """Builds a pipeline for this rank's share of a batch that calls ``self._feed``, unless told otherwise."""
         gpu = self._device.type == "cuda"
         device_id = self._device.index
@@ -188,7 +203,7 @@ class DaliLoader(Loader):
             batch_size=batch_size or self._sampler.global_batch_size // self._sampler.world_size,
             num_threads=self._num_workers,
             device_id=device_id if gpu else None,
-            prefetch_queue_depth=self._prefetch,
+            prefetch_queue_depth=prefetch or self._prefetch,
             exec_dynamic=True,
         )
 
@@ -212,25 +227,52 @@ class DaliLoader(Loader):
         """Loads image j for ``load_encoded``; ``read`` is the file of image i where that was read already."""
         return load_encoded(self._source, j, j in self._converted, read if j == i else None)
 
-    def _find_undecodable(self, decoding: Sequence[_Read]) -> bool:
-        """Finds the images that DALI cannot decode among those under way. Returns whether there are any.
+    def _search(self, decoding: Sequence[_Read], refusal: str) -> None:
+        """Finds the images that made DALI give up among those under way, and sees to it that they do not again.
 
+        Each call that returns has found an image that was not known before, so there is an end to them.
+
+        Args:
+            decoding: the batches that DALI was given.
+            refusal: its message.
         Raises:
-            InputError: one is broken and broken images are not to be replaced.
+            InputError: an image is broken and broken images are not to be replaced; or no image is at fault.
         """
-        under_way = [
-            _UnderWay(*image) for read in decoding for image in zip(read.shown.tolist(), read.encoded, read.resized)
-        ]
-        errors = list(self._readers.map(self._decoding_error, (image.position for image in under_way)))
-        found = {image.position: str(error) for image, error in zip(under_way, errors) if error is not None}
+        shown = list(dict.fromkeys(itertools.chain.from_iterable(read.shown.tolist() for read in decoding)))
+        errors = list(self._readers.map(self._decoding_error, shown))
+        found = {i: str(error) for i, error in zip(shown, errors) if error is not None}
         if found:
             if not self.broken.replaces:
                 raise InputError(next(iter(found.values())))
             self.broken.add(found)
+            return
+        if self._is_refused(_PROBE):
+            raise _decoder_failure(refusal)
+        refused = {i for read in decoding for i in self._refused(read, 0, len(read.encoded))}
+        if not refused:
+            raise _decoder_failure(refusal)
+        for i in sorted(refused - self._converted):
+            self._converted.add(i)
+            _LOG.warning("DALI refuses an image that Pillow decodes, and gets its pixels: %s", self._source.name(i))
+
+    def _refused(self, read: _Read, start: int, stop: int) -> list[int]:
+        """Returns the positions of the images that DALI refuses among rows start to stop of a batch, by bisection;
+        without those that it was given as pixels, which is nothing that it could refuse.
+        """
+        if not self._is_refused(read.rows(start, stop)):
+            return []
+        if stop - start == 1:
+            return [] if is_packed(read.encoded[start]) else [int(read.shown[start])]
+        middle = (start + stop) // 2
+        return self._refused(read, start, middle) + self._refused(read, middle, stop)
+
+    def _is_refused(self, fed: _Fed) -> bool:
+        """Tells whether DALI cannot decode a batch, in a pipeline of its own: one that has failed is of no more use."""
+        try:
+            self._build(len(fed[0]), lambda: fed, prefetch=1).run()
+        except RuntimeError:
             return True
-        refused = {image.position for image in under_way if not self._decodes(image)}
-        self._converted |= refused
-        return bool(refused)
+        return False
 
     def _decoding_error(self, i: int) -> InputError | None:
         """Returns the error of decoding image i by Pillow."""
@@ -239,15 +281,6 @@ class DaliLoader(Loader):
         except InputError as error:
             return error
         return None
-
-    def _decodes(self, image: _UnderWay) -> bool:
-        """Tells whether DALI can decode an image, tried on its own."""
-        fed = [image.encoded], np.zeros(1, dtype=np.int32), np.array([image.resized])
-        try:
-            self._build(1, lambda: fed).run()
-        except RuntimeError:
-            return False
-        return True
 
     def _rewind(self) -> None:
         """Readies the pipeline for another iteration: takes out what was decoded ahead for one left half way."""
@@ -259,9 +292,32 @@ class DaliLoader(Loader):
                 self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
+            return
         except RuntimeError:  # a broken image in a batch that is no longer wanted
-            self._pipeline = None
+            pass
+        self._drop_pipeline()
 
 
 def _exhausted() -> _Fed:
     raise StopIteration
+
+
+def _probe() -> _Fed:
+    """Returns a batch of one image that every decoder reads: a gray face, in JPEG."""
+    file = io.BytesIO()
+    Image.new("RGB", (FACE_SIZE, FACE_SIZE), (128, 128, 128)).save(file, "JPEG")
+    return [np.frombuffer(file.getvalue(), dtype=np.uint8)], np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool)
+
+
+_PROBE = _probe()
+
+
+def _decoder_failure(refusal: str) -> InputError:
+    """Returns the error of a decoder that fails whatever the images."""
+    lines = [line for line in map(str.strip, refusal.splitlines()) if line]
+    noise = ("Critical error in pipeline", "Current pipeline object is no longer valid", "which was used", 'File "')
+    message = " ".join(line for line in lines if not line.startswith(noise))
+    return InputError(
+        f"DALI cannot decode, and no image is at fault: {message or 'it does not say why'}; if memory is short, take "
+        "smaller batches or end what else runs on the device; backend='torch' decodes without DALI"
+    )

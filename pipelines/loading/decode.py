@@ -139,6 +139,11 @@ def pack_face(face: np.ndarray) -> np.ndarray:
     return np.frombuffer(_PPM_HEADER + face.tobytes(), dtype=np.uint8)
 
 
+def is_packed(encoded: np.ndarray) -> bool:
+    """Tells whether an image that :func:`load_encoded` returned is a file that :func:`pack_face` made."""
+    return encoded[: len(_PPM_HEADER)].tobytes() == _PPM_HEADER
+
+
 def _named(source: ImageSource, i: int, function: Callable[[np.ndarray], _Result], encoded: np.ndarray) -> _Result:
     """Calls function(encoded); its InputError gets the name of image i."""
     try:

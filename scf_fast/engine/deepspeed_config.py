@@ -10,7 +10,7 @@ import torch
 from scf_fast.config import Config
 from scf_fast.distributed import Runtime
 from scf_fast.errors import InputError
-from scf_fast.networks.precision import PRECISION_DTYPES, dtype_name
+from scf_fast.networks.precision import PRECISION_DTYPES, check_precision, dtype_name, has_bf16
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typing error would silently train something else.
 _KNOWN_KEYS = frozenset(
@@ -37,11 +37,15 @@ _OUR_KEYS = {
 
 
 def resolve_precision(config: Config, device: torch.device) -> str:
-    """Returns the precision of a run: ``"fp32"``, ``"bf16"`` or ``"fp16"``."""
+    """Returns the precision of a run: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+
+    Raises:
+        InputError: the device does not have the one that was asked for.
+    """
+    check_precision(config.precision, device)
     if config.precision != "auto":
         return config.precision
-    # Older GPUs emulate bf16, slower than float32.
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
 
 
 def load_deepspeed_config(path: str) -> dict[str, Any]:

@@ -116,6 +116,21 @@ class SqueezeExcitation(nn.Module):
         return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
 
 
+class Subsampling(nn.Module):
+    """Every ``stride``-th row and column, the shortcut without weights; for a stride of 1 the map itself.
+
+    The published code has ``MaxPool2d(1, stride)`` here, which gives the same bits and keeps an int64 index of every
+    value for the backward pass: 26.5 of 72.8 MB an image in ir_100.
+    """
+
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
+
+
 class IRUnit(nn.Module):
     """BN - conv3x3 [- BN] - PReLU - conv3x3(stride) - BN [- SE], added to the shortcut."""
 
@@ -128,7 +143,7 @@ class IRUnit(nn.Module):
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
         else:
-            self.shortcut_layer = nn.MaxPool2d(1, stride)
+            self.shortcut_layer = Subsampling(stride)
         layers: list[nn.Module] = [
             nn.BatchNorm2d(in_channels),
             nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False),

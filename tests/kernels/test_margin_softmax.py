@@ -7,6 +7,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from scf_fast.kernels import _margin_softmax_torch, _margin_softmax_triton, reference
 from scf_fast.kernels import margin_softmax as module
+from scf_fast.kernels._margin_softmax_arguments import MarginSoftmaxArguments
 from scf_fast.kernels.margin_softmax import (
     MarginSoftmaxStatistics,
     margin_softmax_gradients,
@@ -94,6 +95,30 @@ def test_no_loss_without_labels_and_none_without_other_classes(place):
         and (empty.nearest_other == -math.inf).all()
         and not empty.target_cosine.any()
     )
+
+
+@pytest.mark.parametrize(
+    "rows, classes, programs", [(128, 100_000, 264), (256, 100_000, 264), (1024, 100_000, 264), (128, 300, 3)]
+)
+def test_statistics_fill_the_chip_at_every_batch(monkeypatch, rows, classes, programs):
+    """Two programs for each of 132 multiprocessors, and none without a tile of classes; on tensors without memory."""
+    grids = {"unit_rows_kernel": [], "statistics_kernel": []}
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: grids[self.name].append(grid)
+
+    for name in grids:
+        monkeypatch.setattr(_margin_softmax_triton, name, Kernel(name))
+    e, w = (torch.empty(n, 512, device="meta") for n in (rows, classes))
+    arguments = MarginSoftmaxArguments(
+        e, w, torch.zeros(rows, dtype=torch.int64, device="meta"), None, 64.0, torch.bfloat16
+    )
+    _margin_softmax_triton.TritonMarginSoftmax(arguments).statistics(False)
+    assert {math.prod(grid) for grid in grids["statistics_kernel"]} == {programs}
 
 
 def gradient_of_embeddings(*arguments, **options):

@@ -217,7 +217,9 @@ def test_broken_images_are_replaced_counted_and_named(source, backend, prefetch,
         )
         assert backend == "torch" or loader._converted == {14}
         assert all(message.startswith(f"image {i} cannot be decoded") for i, message in loader.broken.found.items())
-    named = sorted(int(record.args[0].split()[1]) for record in caplog.records)
+    named = sorted(
+        int(record.args[0].split()[1]) for record in caplog.records if record.message.startswith("broken image")
+    )
     assert named == sorted(replaced)  # once each
     for epoch, batches in enumerate(epochs):
         asked = np.concatenate([sampler.indices(epoch, batch) for batch in range(6)])
@@ -242,7 +244,7 @@ def test_what_is_known_to_be_broken_is_not_tried(source, backend, caplog):
         assert len(loader.broken) == 6 and not loader.broken.found
     assert (
         torch.cat([batch.indices for batch in batches]).tolist() == [replaced.get(i, i) for i in range(24)]
-        and not caplog.records
+        and "broken" not in caplog.text
     )
 
 

@@ -315,9 +315,17 @@ if __name__ == "__main__":
     work(Path(sys.argv[1]))
 
 
-@pytest.mark.parametrize("has_bf16, expected", [(True, "bf16"), (False, "fp32")])
-def test_emulated_bf16_is_not_taken(has_bf16, expected, monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_bf16
-    )
+@pytest.mark.parametrize("capability, expected", [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp32")])
+def test_emulated_bf16_is_not_taken(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert resolve_precision(make_config(precision="auto"), torch.device("cuda")) == expected
+    if expected == "bf16":
+        assert resolve_precision(make_config(precision="bf16"), torch.device("cuda")) == "bf16"
+    else:
+        with pytest.raises(
+            ValueError, match=r"Tesla T4 with 7\.5, which would emulate .* take --precision fp16 or fp32"
+        ):
+            resolve_precision(make_config(precision="bf16"), torch.device("cuda"))
+    assert resolve_precision(make_config(precision="fp16"), torch.device("cuda")) == "fp16"
+    assert resolve_precision(make_config(precision="bf16"), torch.device("cpu")) == "bf16"

@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from scf_fast.networks.backbones import BACKBONES, Backbone
+from scf_fast.networks.backbones import BACKBONES, FAMILIES, Backbone, IRUnit
 from scf_fast.weights.family_names import family_state, identify_backbone, native_state
 
 
@@ -21,7 +23,7 @@ class Gate(nn.Module):
         return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
 
 
-class IRUnit(nn.Module):
+class Unit(nn.Module):
     """The IR unit of the published code and, with a BatchNorm in the middle and another name for the gate, of TFace."""
 
     def __init__(self, i, o, stride, se, tface):
@@ -56,7 +58,7 @@ class IRNet(nn.Module):
         body, i = [], 64
         for o, n in zip((64, 128, 256, 512), units):
             for k in range(n):
-                body.append(IRUnit(i, o, 2 if k == 0 else 1, se, tface))
+                body.append(Unit(i, o, 2 if k == 0 else 1, se, tface))
                 i = o
         self.body = nn.Sequential(*body)
         self.output_layer = nn.Sequential(
@@ -172,6 +174,72 @@ def test_initialization_and_dropout_of_each_family(name, convolution, linear, dr
     assert net.output_layer[1].p == dropout and Backbone(name, 32, dropout=0.25).output_layer[1].p == 0.25
     trained = {key for key, parameter in net.named_parameters() if parameter.requires_grad}
     assert ("output_layer.4.weight" in trained, "output_layer.4.bias" in trained) == (False, name == "iresnet_small")
+
+
+@pytest.mark.parametrize("name", ["ir_small", "ir_se_small", "iresnet_small"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_shortcuts_have_the_bits_of_the_published_pooling(name, layout):
+    """Outputs and all gradients, with units of both strides; and the pooling, as the published code has it."""
+    torch.manual_seed(0)
+    ours = Backbone(name, 8, dropout=0.0)
+    theirs = copy.deepcopy(ours)
+    strides = set()
+    for unit in theirs.body:
+        if not isinstance(unit.shortcut_layer, nn.Sequential):
+            strides.add(unit.stride)
+            unit.shortcut_layer = nn.MaxPool2d(1, unit.stride)
+    assert 1 in strides
+    images = torch.randn(3, 3, 112, 112).to(memory_format=layout)
+    results = []
+    for net in (ours, theirs):
+        x = images.clone().requires_grad_()
+        features, convf = net(x)
+        (features.square().sum() + convf.sin().sum()).backward()
+        results.append([features, convf, x.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
+        assert convf.is_contiguous(memory_format=layout)
+    assert all(map(torch.equal, *results))
+
+
+def test_strided_shortcut_has_the_bits_of_the_published_pooling():
+    torch.manual_seed(0)
+    ours = IRUnit(8, 8, 2, FAMILIES["published"], squeeze_excitation=False)
+    theirs = copy.deepcopy(ours)
+    theirs.shortcut_layer = nn.MaxPool2d(1, 2)
+    for size in (14, 7):
+        x = torch.randn(3, 8, size, size).to(memory_format=torch.channels_last)
+        results = []
+        for unit in (ours, theirs):
+            given = x.clone().requires_grad_()
+            y = unit(given)
+            y.sin().sum().backward()
+            results.append([y, given.grad])
+            assert y.is_contiguous(memory_format=torch.channels_last)
+        assert all(map(torch.equal, *results))
+
+
+def saved_bytes(net, *shape):
+    """Bytes that autograd keeps of a forward pass, weights excepted."""
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = net(torch.randn(*shape, requires_grad=True))
+    del result
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_unit_keeps_its_maps_for_the_backward_pass_and_nothing_else(stride):
+    """The inputs of BN, convolution, PReLU, convolution and BN; an index of each value would be two maps more."""
+    unit = IRUnit(16, 16, stride, FAMILIES["published"], squeeze_excitation=False)
+    kept = saved_bytes(unit, 4, 16, 28, 28)
+    maps = 4 + 1 / stride**2
+    assert maps <= kept / (4 * 4 * 16 * 28 * 28) < maps + 0.02
 
 
 def test_ir_100_has_the_published_size_and_cost():

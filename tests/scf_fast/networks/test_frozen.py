@@ -94,12 +94,18 @@ def test_damaged_weights_are_an_error(backbone):
         FrozenBackbone(backbone, "cpu", ("fp32",))(torch.randn(2, 3, 112, 112))
 
 
-def test_order_of_precisions():
+def test_order_of_precisions(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert frozen_precisions("auto", cuda) == ("fp16", "bf16", "fp32")
     assert frozen_precisions("bf16", cuda) == ("bf16", "fp32")
     assert frozen_precisions("fp32", cpu) == ("fp32",)
     assert frozen_precisions("auto", cpu)[-1] == "fp32"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    assert frozen_precisions("auto", cuda) == ("fp16", "fp32")
+    with pytest.raises(ValueError, match=r"Tesla V100 with 7\.0, which would emulate"):
+        frozen_precisions("bf16", cuda)
 
 
 class Compiled(nn.Module):
@@ -139,3 +145,24 @@ def test_float32_is_no_tf32(monkeypatch):
     network = FrozenBackbone(lively(Backbone("ir_tiny", 8)))
     network(torch.randn(2, 3, 112, 112))
     assert seen and not any(seen) and torch.backends.cudnn.allow_tf32
+
+
+def test_cudnn_measures_its_algorithms_once_the_precision_is_chosen(monkeypatch):
+    """And only there: the setting of everything else stays, and ranks that choose a precision come to the same bits."""
+    seen = []
+    forward = FoldedBackbone.forward
+
+    def noted(network, images):
+        seen.append(torch.backends.cudnn.benchmark)
+        return forward(network, images)
+
+    monkeypatch.setattr(FoldedBackbone, "forward", noted)
+    network = FrozenBackbone(lively(Backbone("ir_tiny", 8)))
+    images = torch.randn(2, 3, 112, 112)
+    network.choose(images)
+    assert seen == [False]
+    network(images)
+    assert seen == [False, True] and not torch.backends.cudnn.benchmark
+    with pytest.raises(RuntimeError):
+        network(images[:, :1])
+    assert not torch.backends.cudnn.benchmark
