@@ -33,21 +33,29 @@ class Comparison:
         Raises:
             InputError: a model cannot be read or used, or an image cannot be decoded.
         """
+        return {name: reports[0] for name, reports in self.measure_groups([self.evaluations]).items()}
+
+    def measure_groups(self, groups: list[list[Evaluation]]) -> dict[str, list[ModelReport]]:
+        """Does what :meth:`measure` does for several groups of evaluations, each with a report of its own."""
         rank, world_size = distributed.environment()
         if world_size == 1:
-            return {name: self._measure_model(name, path, 0, 1) for name, path in self.models.items()}
+            return {name: self._measure_model(name, path, groups, 0, 1) for name, path in self.models.items()}
         distributed.start()
         try:
-            reports = {name: self._measure_model(name, path, rank, world_size) for name, path in self.models.items()}
+            reports = {
+                name: self._measure_model(name, path, groups, rank, world_size) for name, path in self.models.items()
+            }
         finally:
             distributed.finish()
         return reports if rank == 0 else {}
 
-    def _measure_model(self, name: str, path: str, rank: int, world_size: int) -> ModelReport:
-        """Fills the model's store on all ranks, and measures it on rank 0."""
+    def _measure_model(
+        self, name: str, path: str, groups: list[list[Evaluation]], rank: int, world_size: int
+    ) -> list[ModelReport]:
+        """Fills the model's store on all ranks, and measures each group on rank 0."""
         started = time.perf_counter()
         embedder = open_embedder(path, self.inference)
-        if not embedder.gives_kappa and any(evaluation.needs_kappa for evaluation in self.evaluations):
+        if not embedder.gives_kappa and any(evaluation.needs_kappa for group in groups for evaluation in group):
             raise InputError(f"--score vmf needs kappa, and --model {path} is a backbone alone; take --score cosine")
         store = EmbeddingStore(
             embedder,
@@ -57,24 +65,28 @@ class Comparison:
             rank=rank,
             world_size=world_size,
         )
-        for evaluation in self.evaluations:
-            for source in evaluation.sources:
-                store.fill(source.images, source.name if len(self.models) == 1 else f"{name}: {source.name}")
+        for source in (source for group in groups for evaluation in group for source in evaluation.sources):
+            store.fill(source.images, source.name if len(self.models) == 1 else f"{name}: {source.name}")
         if world_size > 1:
             dist.barrier()
-        measured = measure_all(self.evaluations if rank == 0 else [], store)
-        if not embedder.gives_kappa:
-            note = f"{name} is a backbone alone ({embedder.normalization} pixels), so what needs κ is left out."
-            measured.notes.insert(0, note)
-        return ModelReport(path, measured, time.perf_counter() - started)
+        reports = []
+        for group in groups:
+            measured = measure_all(group if rank == 0 else [], store)
+            if not embedder.gives_kappa:
+                note = f"{name} is a backbone alone ({embedder.normalization} pixels), so what needs κ is left out."
+                measured.notes.insert(0, note)
+            reports.append(ModelReport(path, measured, time.perf_counter() - started))
+            started = time.perf_counter()
+        return reports
 
 
-def name_models(specs: list[str]) -> dict[str, str]:
+def name_models(specs: list[str], flag: str = "--model") -> dict[str, str]:
     """Returns weight files by the name of the model.
 
     Args:
         specs: ``PATH`` or ``NAME=PATH``; without a name the path's last folder or file is the name. A path is what
             :meth:`scf_fast.model.SCF.from_checkpoint` takes.
+        flag: that they are from, for messages.
     Raises:
         InputError: two models have the same name.
     """
@@ -84,7 +96,7 @@ def name_models(specs: list[str]) -> dict[str, str]:
         if not equals or os.path.exists(spec):
             name, path = Path(split_paths(spec)[0]).resolve().name, spec
         if name in models:
-            raise InputError(f"two models are named {name}; give them names, as in --model first=PATH second=PATH")
+            raise InputError(f"two models are named {name}; give them names, as in {flag} first=PATH second=PATH")
         models[name] = path
     return models
 
