@@ -1,14 +1,16 @@
-"""Computes direction mu and concentration kappa of images: ``python -m scf_fast.embed IMAGES... --model M --out FILE``.
+"""Computes directions and confidences of images: ``python -m scf_fast.embed IMAGES... --model M --out FILE``.
 
 The images are aligned faces; those of another size than 112 x 112 are resized whole. OUT.npz holds mu (N, d) float32,
-kappa (N,) float32 and path (N,); OUT.parquet holds the same columns and needs the extra ``embed`` (pyarrow). A backbone
-alone gives no kappa.
+the confidence (N,) float32 and path (N,); OUT.parquet holds the same columns and needs the extra ``embed`` (pyarrow).
+The confidence of SCF and PFE-v is kappa; that of SCF-G and PFE-G is precision, 1 / variance (over several dimensions
+the mean), beside log_variance (N,) or (N, d) float32. A backbone alone gives no confidence.
 """
 
 import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +19,7 @@ from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
 from scf_fast.inference import Embedder, Embeddings, InferenceOptions, embed_batches, open_embedder
 from scf_fast.inference_arguments import add_inference_arguments, find_images, inference_options
+from scf_fast.model import confidence_of
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.sources.base import ImageFiles
 
@@ -27,7 +30,7 @@ def embed_images(embedder: Embedder, source: ImageFiles, options: InferenceOptio
     Raises:
         InputError: an image cannot be decoded, or gives unusable numbers; the message names it.
     """
-    embeddings = Embeddings.allocate(len(source), embedder.embedding_dim, embedder.gives_kappa)
+    embeddings = Embeddings.allocate(len(source), embedder.embedding_dim, embedder.outputs, embedder.density)
     batches = np.split(np.arange(len(source)), range(options.batch_size, len(source), options.batch_size))
     with tqdm(total=len(source), desc="embedding", unit=" images", mininterval=1) as progress:
         for indices, batch in embed_batches(embedder, source, batches, options.decoding):
@@ -38,10 +41,15 @@ def embed_images(embedder: Embedder, source: ImageFiles, options: InferenceOptio
 
 
 def write_embeddings(path: Path, embeddings: Embeddings, image_paths: list[Path]) -> None:
-    """Writes mu, kappa if there is one, and the paths, in the format of the suffix: .npz or .parquet."""
+    """Writes mu, the confidence and log variances if there are any, and the paths, in the format of the suffix: .npz or
+    .parquet.
+    """
     columns = {"mu": embeddings.mu.numpy()}
-    if embeddings.log_kappa is not None:
-        columns["kappa"] = embeddings.log_kappa.exp().numpy()
+    if embeddings.prediction is not None:
+        confidence = confidence_of(embeddings.prediction, embeddings.density)
+        columns[embeddings.density.confidence_name] = confidence.numpy()
+    if embeddings.log_variance is not None:
+        columns["log_variance"] = embeddings.log_variance.numpy()
     columns["path"] = np.array(list(map(str, image_paths)))
     with atomic_output(path) as file:
         if path.suffix == ".npz":
@@ -50,11 +58,14 @@ def write_embeddings(path: Path, embeddings: Embeddings, image_paths: list[Path]
         import pyarrow
         import pyarrow.parquet
 
-        mu = columns.pop("mu")
-        directions = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(mu.ravel()), mu.shape[1])
-        pyarrow.parquet.write_table(
-            pyarrow.table({"path": columns.pop("path").tolist(), **columns, "mu": directions}), file
-        )
+        def column(values: np.ndarray) -> Any:
+            if values.ndim == 1:
+                return values
+            return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
+
+        paths, mu = columns.pop("path").tolist(), columns.pop("mu")
+        others = {name: column(values) for name, values in columns.items()}
+        pyarrow.parquet.write_table(pyarrow.table({"path": paths, **others, "mu": column(mu)}), file)
 
 
 def _check_output(path: Path) -> None:
@@ -99,7 +110,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     embeddings = embed_images(embedder, ImageFiles(paths), options)
     images_per_second = len(paths) / (time.perf_counter() - began)
     write_embeddings(arguments.out, embeddings, paths)
-    without = "" if embedder.gives_kappa else f"; no kappa: {arguments.model} is a backbone alone"
+    without = "" if embedder.objective is not None else f"; no kappa: {arguments.model} is a backbone alone"
     print(f"{arguments.out}: {len(paths)} images, {images_per_second:.0f} images/s{without}")
 
 

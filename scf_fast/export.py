@@ -1,9 +1,9 @@
 """Exports a model in a format of other programs: ``python -m scf_fast.export MODEL OUT.onnx|OUT.pt2|OUT.safetensors``.
 
-    .onnx         images -> mu (B, d), kappa (B,); any batch size; opset 18 unless asked otherwise; needs the extra
-                  `export`
+    .onnx         images -> mu (B, d) and confidence (B,), named kappa or, of Gaussians, precision (1 / variance); any
+                  batch size; opset 18 unless asked otherwise; needs the extra `export`
     .pt2          the same as a program of torch.export: torch.export.load(OUT).module()(images)
-    .safetensors  the weights with radius and pixel convention, as SCF.from_checkpoint reads them
+    .safetensors  the weights with objective, radius and pixel convention, as SCF.from_checkpoint reads them
 
 A backbone alone has one output, its features (B, d), unnormalized, as insightface's own tools take them.
 Images are (B, 3, 112, 112) float32 RGB, scaled as the model says, or, with --preprocess, (B, 112, 112, 3) uint8 RGB.
@@ -30,7 +30,7 @@ from torch import nn
 from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
 from scf_fast.inference_arguments import add_normalization_argument
-from scf_fast.model import SCF
+from scf_fast.model import SCF, confidence_of
 from scf_fast.networks.frozen import FoldedBackbone
 from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.formats.atomic_file import publish
@@ -38,16 +38,16 @@ from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.weights.contents import Facts, Weights
 from scf_fast.weights.writing import write_weights
 
-TOLERANCE = 1e-4  # of mu absolutely; of kappa, or of the length of features, relatively
+TOLERANCE = 1e-4  # of mu absolutely; of the confidence, or of the length of features, relatively
 _OPSET = 18
 _ONE_FILE = 2_000_000_000  # bytes of weights: a protobuf message, and so an .onnx file, ends at 2^31
 _CHECKED_BATCHES = (1, 5)
-Output = tuple[torch.Tensor, torch.Tensor] | torch.Tensor  # mu (B, d) and kappa (B,); or features (B, d)
+Output = tuple[torch.Tensor, torch.Tensor] | torch.Tensor  # mu (B, d) and confidence (B,); or features (B, d)
 Program = Callable[[torch.Tensor], Output]
 
 
 class ServedModel(nn.Module):
-    """The program that is exported: images -> (mu, kappa), or the features of a backbone alone.
+    """The program that is exported: images -> (mu, confidence), or the features of a backbone alone.
 
     Its backbone is folded; preprocessing is inside where it is asked for.
 
@@ -59,6 +59,7 @@ class ServedModel(nn.Module):
     def __init__(self, model: SCF, preprocess: bool = False):
         super().__init__()
         self.backbone, self.confidence_net = FoldedBackbone(model.backbone), model.confidence_net
+        self._density = model.density
         self._preprocessing = Preprocessing(model.normalization) if preprocess else None
         self.eval()
 
@@ -66,12 +67,14 @@ class ServedModel(nn.Module):
         if self._preprocessing is not None:
             images = self._preprocessing.normalize(images)
         features, convf = self.backbone(images)
-        return features if self.confidence_net is None else (F.normalize(features), self.confidence_net(convf).exp())
+        if self.confidence_net is None:
+            return features
+        return F.normalize(features), confidence_of(self.confidence_net(convf), self._density)
 
 
 def output_names(model: SCF) -> list[str]:
     """Returns the names of a program's outputs."""
-    return ["features"] if model.confidence_net is None else ["mu", "kappa"]
+    return ["features"] if model.confidence_net is None else ["mu", model.density.confidence_name]
 
 
 def export(model: SCF, out: Path, *, preprocess: bool = False, opset: int = _OPSET) -> None:
@@ -167,6 +170,8 @@ def _write_onnx(model: SCF, path: Path, preprocess: bool, opset: int) -> None:
     )
     assert program is not None  # as dynamo=True has it
     facts = {"radius": model.radius, "normalization": "none: uint8 RGB" if preprocess else model.normalization}
+    if model.confidence_net is not None:
+        facts["objective"] = model.objective.value
     program.model.metadata_props["scf_fast"] = json.dumps(facts)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     program.save(str(path), external_data=weights > _ONE_FILE)
@@ -192,7 +197,11 @@ def _write_weights(model: SCF, path: Path, preprocess: bool, opset: int) -> None
         str(path),
         backbone=model.backbone.state_dict(),
         confidence_net=net_state,
-        facts=Facts(radius=model.radius, normalization=model.normalization),
+        facts=Facts(
+            radius=model.radius,
+            normalization=model.normalization,
+            objective=None if model.confidence_net is None else model.objective.value,
+        ),
     )
     write_weights(weights, path, "safetensors")
 
@@ -222,7 +231,7 @@ def _expected_program(model: SCF) -> Program:
 
 
 def _direction_and_size(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns mu and kappa; of features, their directions and lengths."""
+    """Returns mu and confidence; of features, their directions and lengths."""
     if isinstance(output, torch.Tensor):
         return F.normalize(output), torch.linalg.vector_norm(output, dim=1)
     return output

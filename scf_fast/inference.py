@@ -1,8 +1,8 @@
-"""Inference with a trained model: images -> features and log kappa, in batches of any image source."""
+"""Inference with a trained model: images -> features and log kappa or log variance, in batches of any image source."""
 
 import os
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from scf_fast.distributed import all_ranks_agree
 from scf_fast.errors import InputError
-from scf_fast.model import SCF
+from scf_fast.model import SCF, confidence_of
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
+from scf_fast.objectives import Density, Objective
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.sampling.sampler import Sampler
@@ -49,12 +50,19 @@ class Embeddings:
     """Outputs of a model for N images."""
 
     features: torch.Tensor  # (N, D) float32, unnormalized
-    log_kappa: torch.Tensor | None  # (N,) float32; None from a backbone alone
+    # float32, (N,) log kappa, or (N,) or (N, D) log variances, as `density` says; None from a backbone alone
+    prediction: torch.Tensor | None = None
+    density: Density = Density.VMF
 
     @classmethod
-    def allocate(cls, count: int, embedding_dim: int, with_kappa: bool) -> "Embeddings":
-        """Returns uninitialized embeddings on the CPU, for :meth:`write_rows` to fill."""
-        return cls(torch.empty(count, embedding_dim), torch.empty(count) if with_kappa else None)
+    def allocate(cls, count: int, embedding_dim: int, outputs: int, density: Density = Density.VMF) -> "Embeddings":
+        """Returns uninitialized embeddings on the CPU, for :meth:`write_rows` to fill.
+
+        Args:
+            outputs: values that the confidence net predicts for each image; 0 without one.
+        """
+        shape = (count,) if outputs == 1 else (count, outputs)
+        return cls(torch.empty(count, embedding_dim), torch.empty(shape) if outputs else None, density)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -62,12 +70,14 @@ class Embeddings:
     def write_rows(self, rows: slice | torch.Tensor, values: "Embeddings") -> None:
         """Overwrites some rows: a slice of them, or (B,) int64 indices."""
         self.features[rows] = values.features
-        if self.log_kappa is not None and values.log_kappa is not None:
-            self.log_kappa[rows] = values.log_kappa
+        if self.prediction is not None and values.prediction is not None:
+            self.prediction[rows] = values.prediction
 
     def cpu(self) -> "Embeddings":
         """Returns the same embeddings on the CPU."""
-        return Embeddings(self.features.cpu(), None if self.log_kappa is None else self.log_kappa.cpu())
+        return replace(
+            self, features=self.features.cpu(), prediction=None if self.prediction is None else self.prediction.cpu()
+        )
 
     def check_usable(self, source: ImageSource, first: int = 0) -> None:
         """Checks that a distribution can be made of every row.
@@ -76,17 +86,22 @@ class Embeddings:
             source: where the images are from.
             first: the source's image that row 0 belongs to; the others follow in order.
         Raises:
-            InputError: a feature vector is not finite or all zero, or kappa is not finite and positive in float32; the
-                message names the first such image.
+            InputError: a feature vector is not finite or all zero, or kappa or a variance is not finite and positive in
+                float32, nor the variance's inverse; the message names the first such image.
         """
         usable = self.features.isfinite().all(dim=1) & self.features.any(dim=1)
-        if self.log_kappa is not None:
-            kappa = self.log_kappa.exp()
-            usable &= kappa.isfinite() & (kappa > 0)
+        if self.prediction is not None:
+            # Gaussians need the inverse of the variance too.
+            signs = (1, -1) if self.density is Density.GAUSSIAN else (1,)
+            for sign in signs:
+                values = (sign * self.prediction).exp()
+                good = values.isfinite() & (values > 0)
+                usable &= good if good.ndim == 1 else good.all(dim=1)
         if not usable.all():
             bad = (~usable).nonzero()[:, 0].tolist()
+            parameter = "kappa" if self.density is Density.VMF else "variances"
             raise InputError(
-                f"features must be finite and not zero, and kappa finite and positive; those of {len(bad)} of "
+                f"features must be finite and not zero, and {parameter} finite and positive; those of {len(bad)} of "
                 f"{len(self)} images are not, the first {source.name(first + bad[0])}; look at that image, and check "
                 "whether the model's training diverged"
             )
@@ -96,10 +111,25 @@ class Embeddings:
         """(N, D) float32 unit directions."""
         return F.normalize(self.features)
 
+    @property
+    def log_kappa(self) -> torch.Tensor | None:
+        """(N,) float32, or None: of a backbone alone, and of Gaussians."""
+        return self.prediction if self.density is Density.VMF else None
+
+    @property
+    def log_variance(self) -> torch.Tensor | None:
+        """(N,) or (N, D) float32, or None: of a backbone alone, and of von Mises-Fisher distributions."""
+        return self.prediction if self.density is Density.GAUSSIAN else None
+
     @cached_property
+    def confidence(self) -> np.ndarray | None:
+        """(N,) float64, kappa or 1 / variance as in scf_fast.model.confidence_of, or None."""
+        return None if self.prediction is None else confidence_of(self.prediction.double(), self.density).numpy()
+
+    @property
     def kappa(self) -> np.ndarray | None:
-        """(N,) float64, or None."""
-        return None if self.log_kappa is None else self.log_kappa.double().exp().numpy()
+        """(N,) float64, or None as for :attr:`log_kappa`."""
+        return self.confidence if self.density is Density.VMF else None
 
     @cached_property
     def feature_norm(self) -> np.ndarray:
@@ -115,11 +145,13 @@ class Embedder:
         device: where to run.
         precision: of the backbone: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: half precision on a GPU, where
             :meth:`settle` finds it accurate, and float32 on a CPU. The confidence net runs in float32.
-        flip: embed the mirror image too, as insightface's protocols do: the features are added, the two log kappa
-            averaged.
+        flip: embed the mirror image too, as insightface's protocols do: the features are added, and the two log kappa
+            or log variances averaged, so that kappa and 1 / variance are geometric means.
     Attributes:
         radius, normalization, embedding_dim: the model's.
-        gives_kappa: True if the model has a confidence net.
+        objective: the model's; None of a backbone alone, which gives no confidence.
+        density: whose parameter it predicts.
+        outputs: values that it predicts for each image; 0 without a confidence net.
         key: digest of everything here that decides the numbers.
     Raises:
         InputError: the weights are not finite.
@@ -129,7 +161,11 @@ class Embedder:
         self.device, self.flip = torch.device(device), flip
         self.radius, self.normalization, self.embedding_dim = model.radius, model.normalization, model.embedding_dim
         _check_finite(model)
-        self.key = digest_weights(model.state_dict(), f"{model.normalization} {precision} {self.device.type} {flip}")
+        # The density decides what a prediction is; it is left out where it was before there were several, so that what
+        # was stored then is still found.
+        density = "" if model.density is Density.VMF else f" {model.density.value}"
+        context = f"{model.normalization} {precision} {self.device.type} {flip}{density}"
+        self.key = digest_weights(model.state_dict(), context)
         self._precisions = (
             ("fp32",)
             if precision == "auto" and self.device.type == "cpu"
@@ -138,7 +174,9 @@ class Embedder:
         self._model_backbone = model.backbone
         self._backbone: FrozenBackbone | None = None
         self._confidence_net = None if model.confidence_net is None else model.confidence_net.to(self.device)
-        self.gives_kappa = self._confidence_net is not None
+        self.outputs = model.outputs
+        self.objective: Objective | None = None if self._confidence_net is None else model.objective
+        self.density = model.density
         self._batch_size = 0
 
     @property
@@ -194,19 +232,19 @@ class Embedder:
         if not self.flip:
             return found
         mirrored = self._embed(images.flip(3))
-        log_kappa = None
-        if found.log_kappa is not None and mirrored.log_kappa is not None:
-            log_kappa = (found.log_kappa + mirrored.log_kappa) / 2
-        return Embeddings(found.features + mirrored.features, log_kappa)
+        prediction = None
+        if found.prediction is not None and mirrored.prediction is not None:
+            prediction = (found.prediction + mirrored.prediction) / 2
+        return Embeddings(found.features + mirrored.features, prediction, self.density)
 
     @full_float32()
     def _embed(self, images: torch.Tensor) -> Embeddings:
         assert self._backbone is not None
         count, self._batch_size = len(images), max(self._batch_size, len(images))
         features, convf = self._backbone(self._pad(images))
-        log_kappa = None if self._confidence_net is None else self._confidence_net(convf[:count].float())
+        prediction = None if self._confidence_net is None else self._confidence_net(convf[:count].float())
         # A copy: the next call may write over the compiled backbone's output.
-        return Embeddings(features[:count].to(torch.float32, copy=True), log_kappa)
+        return Embeddings(features[:count].to(torch.float32, copy=True), prediction, self.density)
 
 
 def _check_finite(model: SCF) -> None:

@@ -17,7 +17,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--flip",
         action="store_true",
-        help="embed mirror images too, as insightface does: features are added, log kappa is averaged",
+        help="embed mirror images too, as insightface does: features are added, log kappa or log variance is averaged",
     )
     parser.add_argument("--device", type=usable_device, help="default: this rank's GPU where there is one, else cpu")
     parser.add_argument(

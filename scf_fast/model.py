@@ -1,4 +1,4 @@
-"""A trained SCF model: image -> direction mu and concentration kappa."""
+"""A trained model: image -> direction mu and confidence, the concentration kappa or the precision 1 / variance."""
 
 from pathlib import Path
 
@@ -9,10 +9,26 @@ from torch import nn
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import DEFAULT_RADIUS, ConfidenceNet, build_confidence_net, identify_confidence_net
+from scf_fast.objectives import Density, Objective
 from scf_fast.weights.contents import Facts, Weights
 from scf_fast.weights.family_names import StateDict
 from scf_fast.weights.reading import read_noted_facts, read_weights
 from scf_fast.weights.writing import write_weights
+
+
+def confidence_of(prediction: torch.Tensor, density: Density) -> torch.Tensor:
+    """Returns (N,) confidences in the dtype of what a confidence net predicts.
+
+    Args:
+        prediction: (N,) log kappa; or (N,) or (N, D) log variances of a Gaussian.
+    Returns:
+        kappa; or 1 / variance, of several variances the inverse of their harmonic mean, which is the mean of
+        1 / variance over the dimensions.
+    """
+    if density is Density.VMF:
+        return prediction.exp()
+    precision = prediction.neg().exp()
+    return precision if precision.ndim == 1 else precision.mean(dim=1)
 
 
 class SCF(nn.Module):
@@ -21,13 +37,20 @@ class SCF(nn.Module):
         model = SCF.from_checkpoint("run/scf_model.pt")
         mu, kappa = model(images)  # images: (B, 3, 112, 112) RGB, scaled as model.normalization says
 
-    Without a confidence net there is no kappa: methods return None in its place.
+    The second value is the confidence under the density of the model's objective: kappa, or 1 / variance. Without a
+    confidence net there is none: methods return None in its place.
 
+    Args:
+        confidence_net: predicts log kappa (B,), or log variances (B,) or (B, d), as the objective's density has it.
+        others: see Attributes.
     Attributes:
-        radius: r of the sphere that the confidence net was trained for.
+        radius: r of the sphere that the confidence net was trained for; without meaning for Gaussians.
         normalization: pixel convention, ``"insightface"`` or ``"published"`` (see
             ``scf_fast.pipelines.loading.base.Preprocessing``).
         embedding_dim: width d of the features.
+        objective: what the confidence net was trained for; without meaning for a backbone alone.
+    Raises:
+        ValueError: the confidence net does not give the values that the objective's density has.
     """
 
     def __init__(
@@ -36,11 +59,30 @@ class SCF(nn.Module):
         confidence_net: ConfidenceNet | None,
         radius: float = DEFAULT_RADIUS,
         normalization: str = "insightface",
+        objective: Objective = Objective.SCF,
     ):
         super().__init__()
         self.backbone, self.confidence_net = backbone, confidence_net
         self.radius, self.normalization, self.embedding_dim = radius, normalization, backbone.z_dim
+        self.objective = objective
+        allowed = {0, 1} if objective.density is Density.VMF else {0, 1, backbone.z_dim}
+        if self.outputs not in allowed:
+            raise ValueError(
+                f"the confidence net of a model of {objective.title} must have 1 output"
+                f"{'' if objective.density is Density.VMF else f' or {backbone.z_dim}, one for each dimension'}, got "
+                f"{self.outputs}; its file states another objective than it was trained for, or none"
+            )
         self.eval()
+
+    @property
+    def density(self) -> Density:
+        """The density whose parameter the confidence net predicts."""
+        return self.objective.density
+
+    @property
+    def outputs(self) -> int:
+        """Values that the confidence net predicts for each image: 1, or d; 0 of a backbone alone."""
+        return 0 if self.confidence_net is None else identify_confidence_net(self.confidence_net.state_dict()).outputs
 
     @classmethod
     def from_checkpoint(
@@ -65,7 +107,8 @@ class SCF(nn.Module):
                 insightface.
         Raises:
             InputError: backbone or confidence net is missing or does not fit the other, an argument contradicts the
-                file, or the ``fc.pth`` beside it cannot be read.
+                file, the file states an objective that this version does not know or that the confidence net does
+                not fit, or the ``fc.pth`` beside it cannot be read.
         """
         weights = read_weights(path, "model")
         given = Facts(radius=radius, normalization=normalization)
@@ -84,18 +127,41 @@ class SCF(nn.Module):
         net = None
         if not backbone_alone or weights.confidence_net is not None:
             net = _load_confidence_net(weights.require_confidence_net(), backbone, f"model {path}")
-        return cls(backbone, net, weights.radius, weights.normalization).to(device)
+        try:
+            return cls(backbone, net, weights.radius, weights.normalization, weights.objective).to(device)
+        except ValueError as error:
+            raise InputError(f"model {path}: {error}") from None
 
     @torch.no_grad()
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, 3, 112, 112) normalized RGB -> unnormalized features (B, d) and log kappa (B,), both float32."""
+        """(B, 3, 112, 112) normalized RGB -> unnormalized features (B, d) and what the confidence net predicts: log
+        kappa (B,), or log variances (B,) or (B, d). Both are float32.
+        """
         features, convf = self.backbone(images)
         return features.float(), None if self.confidence_net is None else self.confidence_net(convf).float()
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, 3, 112, 112) normalized RGB -> unit directions mu (B, d) and kappa (B,), both float32."""
-        features, log_kappa = self.embed(images)
-        return F.normalize(features), None if log_kappa is None else log_kappa.exp()
+        """(B, 3, 112, 112) normalized RGB -> unit directions mu (B, d) and confidences (B,), kappa or 1 / variance, see
+        :func:`confidence_of`. Both are float32.
+        """
+        features, prediction = self.embed(images)
+        return F.normalize(features), None if prediction is None else confidence_of(prediction, self.density)
+
+    def log_variance(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 112, 112) normalized RGB -> natural logarithms of the variances, (B,) or (B, d) float32.
+
+        Raises:
+            ValueError: the model's density is not Gaussian.
+        """
+        if self.confidence_net is None or self.density is not Density.GAUSSIAN:
+            found = "a backbone alone" if self.confidence_net is None else f"of {self.objective.title}"
+            raise ValueError(
+                f"log_variance needs a model of a Gaussian objective, and this one is {found}; call the model for mu "
+                "and its confidence"
+            )
+        _, prediction = self.embed(images)
+        assert prediction is not None
+        return prediction
 
 
 def _load_confidence_net(state: StateDict, backbone: Backbone, source: str) -> ConfidenceNet:
@@ -119,13 +185,16 @@ def save_model(
     radius: float,
     normalization: str,
     normalizer: str | None = None,
+    objective: Objective | None = None,
     epoch: int | None = None,
     global_step: int | None = None,
 ) -> None:
     """Writes one file with everything that :meth:`SCF.from_checkpoint` needs.
 
     Args:
+        objective: that the confidence net was trained for; None counts as SCF.
         normalizer, epoch, global_step: how it was trained, where that is known; for people.
     """
-    facts = Facts(epoch, global_step, radius, normalization, normalizer)
+    stated = None if objective is None else objective.value
+    facts = Facts(epoch, global_step, radius, normalization, normalizer, stated)
     write_weights(Weights(str(path), backbone_state, confidence_net=confidence_state, facts=facts), path)

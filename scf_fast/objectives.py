@@ -17,6 +17,11 @@ class Density(enum.Enum):
     VMF = "vmf"  # concentration kappa on the sphere
     GAUSSIAN = "gaussian"  # variance sigma^2, one for all dimensions or one for each
 
+    @property
+    def confidence_name(self) -> str:
+        """Name of an image's confidence in files: kappa, or precision, which is 1 / variance."""
+        return "kappa" if self is Density.VMF else "precision"
+
 
 class Objective(enum.Enum):
     """What a confidence net is trained for; the value is the name in files and options."""

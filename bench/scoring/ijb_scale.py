@@ -26,6 +26,7 @@ from bench.measuring.timing import synchronize
 from scf_fast.command import Parser, run
 from scf_fast.evaluation import metrics, protocols
 from scf_fast.evaluation.embeddings import Embeddings
+from scf_fast.evaluation.likelihoods import COSINE, Faces, Likelihood, Similarity, likelihood_of
 from scf_fast.evaluation.results import Score
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery, TemplateProtocol
 
@@ -97,34 +98,27 @@ class Stopwatch:
 
 
 def time_searches(
-    watch: Stopwatch, pooling: protocols.Pooling, protocol: TemplateProtocol, galleries: list[Gallery]
+    watch: Stopwatch, pooled: Faces, protocol: TemplateProtocol, galleries: list[Gallery], likelihood: Likelihood
 ) -> None:
     """Times the 1:N part: both galleries by either score, and the histogram over both."""
 
-    def search(score: Score) -> list:
+    def search(similarity: Similarity) -> list:
         return [
-            protocols.summarize_searches(protocols.search_templates(pooling, protocol, gallery, RADIUS, score))
+            protocols.summarize_searches(protocols.search_templates(pooled, protocol, gallery, similarity))
             for gallery in galleries
         ]
 
-    for score in Score:
-        watch.time(f"search both galleries, {score.value}", functools.partial(search, score))
+    for similarity in COSINE, likelihood:
+        watch.time(f"search both galleries, {similarity.score.value}", functools.partial(search, similarity))
     ids, subjects = (
         np.concatenate([getattr(gallery, part) for gallery in galleries])
         for part in ("gallery_ids", "gallery_subjects")
     )
     enrolled, probes = protocols.template_rows(protocol, ids), protocols.template_rows(protocol, galleries[0].probe_ids)
-    directions, kappas = pooling
-    assert kappas is not None  # the weights are kappa
     watch.time(
         "histogram of all searches",
-        lambda: protocols.score_histogram(
-            directions[enrolled],
-            kappas[enrolled],
-            subjects,
-            directions[probes],
-            kappas[probes],
-            galleries[0].probe_subjects,
+        lambda: likelihood.count_comparisons(
+            pooled.select(enrolled), subjects, pooled.select(probes), galleries[0].probe_subjects
         ),
     )
 
@@ -133,17 +127,14 @@ def measure(share: float, out: Path | None) -> None:
     """Times every step of the protocol, ours first, and writes the numbers."""
     torch.manual_seed(0)
     embeddings, protocol, galleries = make(share, np.random.default_rng(0))
-    kappa = embeddings.kappa
-    assert kappa is not None  # ``make`` gives it
+    kappa, likelihood = embeddings.kappa, likelihood_of(embeddings, RADIUS)
+    assert kappa is not None and likelihood is not None  # ``make`` gives them
     before, watch = peak_gib(), Stopwatch()
-    directions, kappas = watch.time(
-        "pool by kappa", lambda: protocols.pool_protocol(embeddings, protocol, kappa, DEVICE)
-    )
-    pooling = protocols.Pooling(directions, kappas)
+    pooled = watch.time("pool by kappa", lambda: protocols.pool_by_confidence(embeddings, protocol, likelihood, DEVICE))
     scores = watch.time(
-        "score pairs, cosine and Eqn (13)", lambda: protocols.score_templates(pooling, protocol, RADIUS)
+        "score pairs, cosine and Eqn (13)", lambda: protocols.score_templates(pooled, protocol, likelihood)
     )
-    both = scores.by_score().values()
+    both = scores.values()
     tars = watch.time(
         "TAR at FAR, both scores", lambda: [protocols.tar_table(values, protocol.pair_labels) for values in both]
     )
@@ -151,18 +142,18 @@ def measure(share: float, out: Path | None) -> None:
         "equal error rate, both scores",
         lambda: [metrics.equal_error_rate(values, protocol.pair_labels) for values in both],
     )
-    time_searches(watch, pooling, protocol, galleries)
+    time_searches(watch, pooled, protocol, galleries, likelihood)
     ours, peak = sum(watch.seconds.values()), peak_gib()
     weighted = embeddings.mu.numpy() * kappa.astype(np.float32)[:, None]
     looped = watch.time(
         "scripts: pool in a loop", lambda: pool_by_loop(weighted, protocol.template_ids, protocol.media_ids)
     )
-    assert np.abs(looped - directions.cpu().numpy()).max() < 1e-5
+    assert np.abs(looped - pooled.mu.cpu().numpy()).max() < 1e-5
     cosines = watch.time(
         "scripts: score pairs, cosine",
         lambda: cosine_in_chunks(looped.astype(np.float64), *protocol.pair_template_ids.T),
     )
-    assert np.abs(cosines - scores.cosine).max() < 1e-5
+    assert np.abs(cosines - scores[Score.COSINE]).max() < 1e-5
     print(
         f"ours: {ours:.1f} s, peak {peak:.2f} GiB ({before:.2f} of them the embeddings); TAR {tars[0]} by cosine, "
         f"{tars[1]} by Eqn (13)"

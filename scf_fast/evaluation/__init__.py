@@ -1,12 +1,13 @@
-"""Evaluation of trained SCF models: verification, template pooling, identification and rejection by kappa.
+"""Evaluation of trained models: verification, template pooling, identification and rejection by confidence.
 
 __main__     the command: python -m scf_fast.evaluation verify|ijb|identify|risk|report
 comparison   several models on the same evaluations, by all ranks
 evaluate     the evaluations: what each embeds and measures
 datasets     files on disk -> checked data sets
 alignment    loose crops and their landmarks -> aligned faces
-embeddings   images -> features and kappa, kept on disk
-pair_scores  cosine and Eqn (13) of many pairs
+embeddings   images -> features and log kappa or log variance, kept on disk
+likelihoods  cosine, and the score and pooling of each density
+pair_scores  the scores of many pairs
 protocols    verification, templates, identification
 quality      error versus reject, quality and known degradation
 metrics      rates and curves over plain arrays

@@ -30,6 +30,7 @@ what another has left. Under `torchrun` or `deepspeed` the ranks share the work.
 go into a report folder: report.html (one file, needs no network), report.md and results.json. Tables always go to
 standard output.
 """
+_LIKELIHOOD = "auto"  # of --score
 # Flags that decide the numbers, in the order that results.json keeps them in.
 _DECIDING = (
     "data",
@@ -67,7 +68,7 @@ def _open_identify(options: argparse.Namespace) -> list[Evaluation]:
 def _open_risk(options: argparse.Namespace) -> list[Evaluation]:
     if options.far is not None and not 0 <= options.far < 1:
         raise InputError(f"--far must lie in [0, 1), got {options.far}")
-    score = Score(options.score)
+    score = None if options.score == _LIKELIHOOD else Score(options.score)
     if datasets.is_template_set(options.data):
         return [Risk(datasets.open_template_set(options.data, options.align), options.far, score)]
     sets = list(datasets.open_pair_sets([options.data]).values())
@@ -88,10 +89,10 @@ _OPENERS: dict[str, Callable[[argparse.Namespace], list[Evaluation]]] = {
     "report": _open_report,
 }
 _SUMMARIES = {
-    "verify": "10-fold accuracy, EER, AUC and TAR at FAR of verification sets, by cosine and by Eqn (13)",
+    "verify": "10-fold accuracy, EER, AUC and TAR at FAR of verification sets, by cosine and by likelihood",
     "ijb": "IJB-B and IJB-C: templates pooled every way, 1:1 and 1:N",
     "identify": "closed- and open-set search of probes in a gallery",
-    "risk": "error versus reject by kappa, feature norm, detector score, at random and by an oracle",
+    "risk": "error versus reject by confidence, feature norm, detector score, at random and by an oracle",
     "report": "everything that a folder allows, with figures",
     "table": "the published table: backbones and + PFE-G, + PFE-v, + SCF-G, + SCF on each, side by side",
 }
@@ -101,7 +102,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m scf_fast.evaluation",
         epilog=_EPILOG,
-        description="Verification, templates, identification and rejection with SCF models: what kappa is for.",
+        description="Verification, templates, identification and rejection: what a confidence is for. Likelihood and "
+        "confidence are Eqn (13) and kappa for models of SCF and PFE-v, the mutual likelihood score and 1 / variance "
+        "for those of SCF-G and PFE-G.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     subparsers = {}
@@ -140,8 +143,8 @@ def _add_common_arguments(parser: argparse.ArgumentParser, out_required: bool, w
             required=True,
             nargs="+",
             metavar="[NAME=]M",
-            help="output folder of a run, or weight files of any family, also of a backbone alone: then what needs "
-            "kappa is left out; several models are shown side by side",
+            help="output folder of a run, or weight files of any family, also of a backbone alone: then what needs a "
+            "confidence is left out; several models are shown side by side",
         )
     parser.add_argument("--out", type=Path, required=out_required, help="report folder")
     parser.add_argument("--overwrite", action="store_true", help="replace another report in OUT")
@@ -188,8 +191,9 @@ def _add_risk_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--score",
         default=Score.COSINE.value,
-        choices=[score.value for score in Score],
-        help="vmf is Eqn (13) (default: %(default)s)",
+        choices=[*(score.value for score in Score), _LIKELIHOOD],
+        help="vmf is Eqn (13), for SCF and PFE-v; mls the mutual likelihood score, for SCF-G and PFE-G; auto the one "
+        "that the model has (default: %(default)s)",
     )
 
 

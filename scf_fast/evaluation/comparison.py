@@ -13,7 +13,9 @@ from scf_fast.errors import InputError
 from scf_fast.evaluation.embeddings import EmbeddingStore
 from scf_fast.evaluation.evaluate import Evaluation, measure_all
 from scf_fast.evaluation.report import ModelReport
+from scf_fast.evaluation.results import DENSITY_MEASURES, Score
 from scf_fast.inference import InferenceOptions, open_embedder
+from scf_fast.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Comparison:
         """Fills the model's store on all ranks, and measures each group on rank 0."""
         started = time.perf_counter()
         embedder = open_embedder(path, self.inference)
-        if not embedder.gives_kappa and any(evaluation.needs_kappa for group in groups for evaluation in group):
-            raise InputError(f"--score vmf needs kappa, and --model {path} is a backbone alone; take --score cosine")
+        for evaluation in (evaluation for group in groups for evaluation in group):
+            _check_score(evaluation.score, embedder.objective, path)
         store = EmbeddingStore(
             embedder,
             _beside(path) / "evaluation_features" if self.cache is None else self.cache,
@@ -72,12 +74,33 @@ class Comparison:
         reports = []
         for group in groups:
             measured = measure_all(group if rank == 0 else [], store)
-            if not embedder.gives_kappa:
+            if embedder.objective is not None:
+                measured.results.objective = embedder.objective
+            else:
                 note = f"{name} is a backbone alone ({embedder.normalization} pixels), so what needs κ is left out."
                 measured.notes.insert(0, note)
             reports.append(ModelReport(path, measured, time.perf_counter() - started))
             started = time.perf_counter()
         return reports
+
+
+_NEEDS = {Score.VMF: "kappa", Score.MLS: "variances", None: "a confidence"}  # by a score, or that of the density
+
+
+def _check_score(score: Score | None, objective: Objective | None, path: str) -> None:
+    """
+    Raises:
+        InputError: a model of the objective, or a backbone alone, does not have the score, or one at all where it is
+            None.
+    """
+    own = None if objective is None else DENSITY_MEASURES[objective.density].score
+    if score is Score.COSINE or (own is not None and score in (None, own)):
+        return
+    asked = "auto" if score is None else score.value
+    has, others = "is a backbone alone", "cosine"
+    if objective is not None and own is not None:
+        has, others = f"is one of {objective.title}", f"{own.value}, auto or cosine"
+    raise InputError(f"--score {asked} needs {_NEEDS[score]}, and --model {path} {has}; take --score {others}")
 
 
 def name_models(specs: list[str], flag: str = "--model") -> dict[str, str]:

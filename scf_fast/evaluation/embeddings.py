@@ -10,11 +10,13 @@ from tqdm import tqdm
 from scf_fast.distributed import all_ranks_agree
 from scf_fast.inference import DEFAULT_DECODING, Decoding, Embedder, Embeddings, embed_batches, load_batches
 from scf_fast.networks.frozen import CHECK_IMAGES
+from scf_fast.objectives import Density
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.sources.digest import content_digest
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
+_PREDICTION_KEYS = {Density.VMF: "log_kappa", Density.GAUSSIAN: "log_variance"}  # beside "features"
 _PIXELS = 2  # counts the changes in how files become pixels; stored embeddings of an earlier count are not used
 
 
@@ -23,8 +25,8 @@ class EmbeddingStore:
 
     Args:
         embedder: the model.
-        folder: made if missing. A data set takes 4 (D + 1) bytes an image, without kappa 4 D, in a subfolder named by
-            a digest of model, settings and data.
+        folder: made if missing. A data set takes 4 (D + 1) bytes an image, with a variance in each dimension 8 D and
+            of a backbone alone 4 D, in a subfolder named by a digest of model, settings and data.
         batch_size: images at once.
         decoding: how they are read.
         rank, world_size: this process, and how many processes share the work.
@@ -87,12 +89,11 @@ class EmbeddingStore:
                     done += len(batch)
                     progress.update(len(batch))
                 embeddings.check_usable(source, part.start)
+                arrays = {"features": embeddings.features.numpy()}
+                if embeddings.prediction is not None:
+                    arrays[_PREDICTION_KEYS[embeddings.density]] = embeddings.prediction.numpy()
                 with atomic_output(_path(folder, part)) as file:
-                    features, log_kappa = embeddings.features.numpy(), embeddings.log_kappa
-                    if log_kappa is None:
-                        np.savez(file, features=features)
-                    else:
-                        np.savez(file, features=features, log_kappa=log_kappa.numpy())
+                    np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy 2 types its own keywords there
 
     def load(self, source: ImageSource, description: str) -> Embeddings:
         """Reads all embeddings of a source; fills the store first where this process is the only one."""
@@ -100,16 +101,18 @@ class EmbeddingStore:
             self.fill(source, description)
         folder = self._data_folder(source)
         embeddings = self._allocate(len(source))
+        density = embeddings.density
         for part in _parts(source):
             with np.load(_path(folder, part)) as stored:
-                log_kappa = torch.from_numpy(stored["log_kappa"]) if self.embedder.gives_kappa else None
+                prediction = torch.from_numpy(stored[_PREDICTION_KEYS[density]]) if self.embedder.outputs else None
                 embeddings.write_rows(
-                    slice(part.start, part.stop), Embeddings(torch.from_numpy(stored["features"]), log_kappa)
+                    slice(part.start, part.stop), Embeddings(torch.from_numpy(stored["features"]), prediction, density)
                 )
         return embeddings
 
     def _allocate(self, count: int) -> Embeddings:
-        return Embeddings.allocate(count, self.embedder.embedding_dim, self.embedder.gives_kappa)
+        embedder = self.embedder
+        return Embeddings.allocate(count, embedder.embedding_dim, embedder.outputs, embedder.density)
 
     def _data_folder(self, source: ImageSource) -> Path:
         return self._folder / content_digest(source, f"{self.embedder.key} {_PIXELS}")[:24]

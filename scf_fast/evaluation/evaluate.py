@@ -11,8 +11,8 @@ from scf_fast.errors import InputError
 from scf_fast.evaluation import datasets, plots, protocols, quality
 from scf_fast.evaluation.datasets import PairSet, Subjects, TemplateSet
 from scf_fast.evaluation.embeddings import EmbeddingStore
+from scf_fast.evaluation.likelihoods import COSINE, Faces, Likelihood, Similarity, likelihood_of
 from scf_fast.evaluation.pair_scores import PairScores
-from scf_fast.evaluation.protocols import Pooling
 from scf_fast.evaluation.results import (
     REJECTED_FRACTIONS,
     BySet,
@@ -33,8 +33,11 @@ from scf_fast.evaluation.results import (
 )
 from scf_fast.inference import Embeddings
 from scf_fast.kernels import pool_templates
+from scf_fast.objectives import Density
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery
 from scf_fast.pipelines.sources.base import ImageSource
+
+_HISTOGRAMS = {Density.VMF: FigureKind.HISTOGRAM, Density.GAUSSIAN: FigureKind.PRECISION_HISTOGRAM}
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,12 @@ class Evaluation(abc.ABC):
 
     Attributes:
         sources: everything it embeds.
-        needs_kappa: True if nothing is left of it without kappa; otherwise only what needs kappa is left out.
+        score: without which nothing is left of it; None: the likelihood of the model's density. Otherwise only what
+            needs a confidence is left out for a backbone alone.
     """
 
     sources: list[NamedSource]
-    needs_kappa = False
+    score: Score | None = Score.COSINE
 
     @abc.abstractmethod
     def measure(self, store: EmbeddingStore) -> Measured:
@@ -70,7 +74,7 @@ def measure_all(evaluations: list[Evaluation], store: EmbeddingStore) -> Measure
 
 
 class Verification(Evaluation):
-    """Accuracy, TAR at FAR, equal error rate and area under the ROC of pair sets, by cosine and by Eqn (13).
+    """Accuracy, TAR at FAR, equal error rate and area under the ROC of pair sets, by cosine and by likelihood.
 
     The set named 'clean', or else the first one, gives the numbers at the top of "verification".
     """
@@ -83,11 +87,11 @@ class Verification(Evaluation):
     def measure(self, store: EmbeddingStore) -> Measured:
         summaries, curves = {}, {}
         for name, pairs in self._sets.items():
-            scores = protocols.score_verification_set(
-                store.load(pairs.source, name), store.embedder.radius, store.embedder.device
-            )
+            embeddings = store.load(pairs.source, name)
+            likelihood = likelihood_of(embeddings, store.embedder.radius)
+            scores = protocols.score_verification_set(embeddings, likelihood, store.embedder.device)
             summaries[name] = protocols.summarize_verification(scores, pairs.same)
-            for score, values in scores.by_score().items():
+            for score, values in scores.items():
                 curves[name, score.label] = plots.roc_points(values, pairs.same)
         drawn = {f"pairs-{name}.txt": pairs for name, pairs in self._sets.items() if pairs.drawn}
         return Measured(
@@ -102,7 +106,7 @@ class Verification(Evaluation):
 
 
 class Templates(Evaluation):
-    """1:1 and, where the protocol has the files, 1:N of template sets, pooled every way, by cosine and by Eqn (13)."""
+    """1:1 and, where the protocol has the files, 1:N of template sets, pooled every way, by cosine and likelihood."""
 
     def __init__(self, sets: dict[str, TemplateSet]):
         self._sets = sets
@@ -114,7 +118,8 @@ class Templates(Evaluation):
         notes: list[str] = []
         for number, (name, templates) in enumerate(self._sets.items()):
             embeddings = store.load(templates.source, name)
-            found = _match_templates(embeddings, templates, store.embedder.radius, store.embedder.device)
+            likelihood = likelihood_of(embeddings, store.embedder.radius)
+            found = _match_templates(embeddings, templates, likelihood, store.embedder.device)
             one_to_one[name] = _template_result(templates, found.tar_at_far)
             if found.histogram is not None:
                 png = plots.plot_scores(f"All comparisons of 1:N, {name}", found.histogram)
@@ -155,20 +160,23 @@ class _TemplateMatches:
 
 
 def _match_templates(
-    embeddings: Embeddings, templates: TemplateSet, radius: float, device: torch.device
+    embeddings: Embeddings, templates: TemplateSet, likelihood: Likelihood | None, device: torch.device
 ) -> _TemplateMatches:
     """Compares the templates of a set every way, 1:1 and, where there are galleries, 1:N."""
     protocol, same = templates.protocol, templates.protocol.pair_labels
     tar_at_far, curves, searches, histogram = {}, {}, {}, None
-    for weighting, pooling in protocols.pool_every_way(embeddings, protocol, device):
-        for score, values in protocols.score_templates(pooling, protocol, radius).by_score().items():
+    similarities: dict[Score, Similarity] = {Score.COSINE: COSINE}
+    if likelihood is not None:
+        similarities[likelihood.score] = likelihood
+    for weighting, pooled in protocols.pool_every_way(embeddings, protocol, likelihood, device):
+        for score, values in protocols.score_templates(pooled, protocol, likelihood).items():
             matcher = Matcher(weighting, score)
             tar_at_far[matcher] = protocols.tar_table(values, same)
             curves[weighting.label, score.label] = plots.roc_points(values, same)
             if templates.galleries:
-                searches[matcher] = _search_galleries(pooling, templates, radius, score)
-        if templates.galleries and weighting is Weighting.KAPPA_IMAGES:
-            histogram = _histogram_of_comparisons(pooling, templates)
+                searches[matcher] = _search_galleries(pooled, templates, similarities[score])
+        if templates.galleries and likelihood is not None and weighting is likelihood.measures.every_image:
+            histogram = _histogram_of_comparisons(pooled, templates, likelihood)
     return _TemplateMatches(tar_at_far, curves, searches, histogram)
 
 
@@ -194,31 +202,23 @@ def _merge(galleries: list[Gallery]) -> Gallery:
     )
 
 
-def _histogram_of_comparisons(pooling: Pooling, templates: TemplateSet) -> ScoreHistogram:
+def _histogram_of_comparisons(pooled: Faces, templates: TemplateSet, likelihood: Likelihood) -> ScoreHistogram:
     """Counts the scores of every probe with every enrolled template, in all galleries."""
-    assert pooling.kappas is not None
     everybody = _merge(templates.galleries)
     enrolled = protocols.template_rows(templates.protocol, everybody.gallery_ids)
     probes = protocols.template_rows(templates.protocol, everybody.probe_ids)
-    return protocols.score_histogram(
-        pooling.directions[enrolled],
-        pooling.kappas[enrolled],
-        everybody.gallery_subjects,
-        pooling.directions[probes],
-        pooling.kappas[probes],
-        everybody.probe_subjects,
+    return likelihood.count_comparisons(
+        pooled.select(enrolled), everybody.gallery_subjects, pooled.select(probes), everybody.probe_subjects
     )
 
 
-def _search_galleries(pooling: Pooling, templates: TemplateSet, radius: float, score: Score) -> SearchResult:
+def _search_galleries(pooled: Faces, templates: TemplateSet, similarity: Similarity) -> SearchResult:
     """Computes rank rates in all galleries together, as insightface's protocol has them, and TPIR at FPIR as the mean
     over the galleries; in each, the probes whose subject is enrolled in another have no mate.
     """
 
     def search_one(gallery: Gallery) -> SearchResult:
-        return protocols.summarize_searches(
-            protocols.search_templates(pooling, templates.protocol, gallery, radius, score)
-        )
+        return protocols.summarize_searches(protocols.search_templates(pooled, templates.protocol, gallery, similarity))
 
     galleries = templates.galleries
     together = search_one(_merge(galleries))
@@ -251,29 +251,24 @@ class Identification(Evaluation):
         # A number for every subject, enrolled or not.
         numbers = np.unique(np.concatenate([subjects, self._probe.names]), return_inverse=True)[1]
         numbers, probe_subjects = np.split(numbers, [len(subjects)])
-        device, radius = store.embedder.device, store.embedder.radius
-        probe_mu = probes.mu.to(device)
+        device, index = store.embedder.device, torch.from_numpy(row)
+        likelihood = likelihood_of(gallery, store.embedder.radius)
+        searched = protocols.faces_of(probes, likelihood).to(device).as_float32()
 
-        def enroll(weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            directions, lengths = pool_templates(gallery.mu, weights, torch.from_numpy(row), len(subjects))
-            return directions.to(device), lengths.to(device)
-
-        def search_by_cosine(directions: torch.Tensor) -> SearchResult:
+        def search(enrolled: Faces, similarity: Similarity) -> SearchResult:
             return protocols.summarize_searches(
-                protocols.search(directions, None, numbers, probe_mu, None, probe_subjects)
+                protocols.search(enrolled, numbers, searched, probe_subjects, similarity)
             )
 
-        directions, _ = enroll(None)
-        found = {Matcher(Weighting.AVERAGE, Score.COSINE): search_by_cosine(directions)}
+        average = Faces(pool_templates(gallery.mu, None, index, len(subjects))[0]).to(device)
+        found = {Matcher(Weighting.AVERAGE, Score.COSINE): search(average, COSINE)}
         histogram, figures = None, []
-        if gallery.kappa is not None and probes.kappa is not None:
-            directions, kappas = enroll(torch.from_numpy(gallery.kappa).float())
-            probe_kappa = torch.from_numpy(probes.kappa).float().to(device)
-            found[Matcher(Weighting.KAPPA, Score.COSINE)] = search_by_cosine(directions)
-            found[Matcher(Weighting.KAPPA, Score.VMF)] = protocols.summarize_searches(
-                protocols.search(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects, radius)
-            )
-            histogram = protocols.score_histogram(directions, kappas, numbers, probe_mu, probe_kappa, probe_subjects)
+        if likelihood is not None:
+            enrolled = likelihood.pool(likelihood.faces_of(gallery), index, len(subjects)).to(device)
+            for similarity in COSINE, likelihood:
+                matcher = Matcher(likelihood.measures.by_media, similarity.score)
+                found[matcher] = search(enrolled, similarity)
+            histogram = likelihood.count_comparisons(enrolled, numbers, searched, probe_subjects)
             figures.append(ReportFigure(FigureKind.SCORES, plots.plot_scores("All comparisons of 1:N", histogram)))
         result = IdentificationResult(["gallery"], len(subjects), len(probes), found, histogram)
         return Measured(Results(identification=BySet("gallery", {"gallery": result})), figures)
@@ -292,30 +287,34 @@ class Risk(Evaluation):
     """Error versus reject on one set, score and threshold fixed on all its pairs; and the quality of its images.
 
     Args:
-        data: pairs of images, or of templates: these have the kappa of Eqn (14), the mean feature norm and the mean
-            detector score. Without a kappa templates are averages.
+        data: pairs of images, or of templates: these have the confidence that comes of pooling by it, the mean feature
+            norm and the mean detector score. Without a confidence templates are averages.
         far: false accept rate of the threshold; None puts it at equal error rates.
-        score: decides which pairs are accepted.
+        score: decides which pairs are accepted; None: the likelihood of the model's density.
     """
 
-    def __init__(self, data: PairSet | TemplateSet, far: float | None = None, score: Score = Score.COSINE):
-        self._data, self._far, self._score = data, far, score
-        self.needs_kappa = score is Score.VMF
+    def __init__(self, data: PairSet | TemplateSet, far: float | None = None, score: Score | None = Score.COSINE):
+        self._data, self._far, self.score = data, far, score
         self.sources = [NamedSource(data.source, data.name)]
 
     def measure(self, store: EmbeddingStore) -> Measured:
         data = self._data
         embeddings = store.load(data.source, data.name)
-        radius, device = store.embedder.radius, store.embedder.device
+        likelihood, device = likelihood_of(embeddings, store.embedder.radius), store.embedder.device
+        score = self.score
+        if score is None:
+            assert likelihood is not None  # as the attribute `score` demands
+            score = likelihood.score
         if isinstance(data, PairSet):
-            judged = _judge_pairs(data, embeddings, radius, device)
+            judged = _judge_pairs(data, embeddings, likelihood, device)
         else:
-            judged = _judge_templates(data, embeddings, radius, device, self._score)
-        values = judged.scores.by_score()[self._score]
+            # The length of a sum over media is no concentration that a likelihood could take.
+            judged = _judge_templates(data, embeddings, likelihood, device, by_media=score is Score.COSINE)
+        values = judged.scores[score]
         rejection = quality.reject_by_quality(values, judged.same, judged.quality, self._far)
         result = RejectionResult(
             name=data.name,
-            score=self._score,
+            score=score,
             threshold=rejection.threshold,
             far=rejection.far,
             areas={order: curve.area for order, curve in rejection.curves.items()},
@@ -325,52 +324,56 @@ class Risk(Evaluation):
             },
             images=quality.summarize_quality(embeddings, data.severity),
         )
-        figures = [ReportFigure(FigureKind.REJECT, plots.plot_rejection(rejection, self._score.label))]
+        figures = [ReportFigure(FigureKind.REJECT, plots.plot_rejection(rejection, score.label))]
         figures += self._quality_figures(embeddings, judged, result)
         if isinstance(data, PairSet):
-            png = plots.plot_pairs(data.source, values, judged.same, embeddings.kappa, self._score.label)
+            shown = plots.Confidence.of(embeddings)
+            png = plots.plot_pairs(data.source, values, judged.same, shown, score.label)
             figures.append(ReportFigure(FigureKind.PAIRS, png))
         return Measured(Results(rejection=result), figures)
 
     def _quality_figures(
         self, embeddings: Embeddings, judged: _JudgedPairs, result: RejectionResult
     ) -> list[ReportFigure]:
-        """Draws the figures that need kappa."""
-        if embeddings.kappa is None:
+        """Draws the figures that need a confidence."""
+        shown = plots.Confidence.of(embeddings)
+        if shown is None:
             return []
         source, severity = self._data.source, self._data.severity
-        figures = [
-            ReportFigure(FigureKind.HISTOGRAM, plots.plot_kappa_histogram(judged.quality[Quality.KAPPA], judged.same)),
-            ReportFigure(FigureKind.FACES, plots.plot_faces(source, embeddings.kappa, severity)),
-        ]
+        pngs = {
+            _HISTOGRAMS[embeddings.density]: plots.plot_confidence_histogram(
+                plots.Confidence(judged.quality[shown.quality], shown.quality), judged.same
+            ),
+            FigureKind.FACES: plots.plot_faces(source, shown, severity),
+        }
         if severity is not None:
-            correlation = result.images.measures[Quality.KAPPA].severity_spearman
-            png = plots.plot_severity(embeddings.kappa, severity, correlation)
-            figures.append(ReportFigure(FigureKind.SEVERITY, png))
-        return figures
+            correlation = result.images.measures[shown.quality].severity_spearman
+            pngs[FigureKind.SEVERITY] = plots.plot_severity(shown, severity, correlation)
+        return [ReportFigure(kind, png, confidence=shown.quality) for kind, png in pngs.items()]
 
 
-def _judge_pairs(data: PairSet, embeddings: Embeddings, radius: float, device: torch.device) -> _JudgedPairs:
-    scores = protocols.score_verification_set(embeddings, radius, device)
+def _judge_pairs(
+    data: PairSet, embeddings: Embeddings, likelihood: Likelihood | None, device: torch.device
+) -> _JudgedPairs:
+    scores = protocols.score_verification_set(embeddings, likelihood, device)
     lower = {measure: quality.lower_of_pair(values) for measure, values in quality.image_quality(embeddings).items()}
     return _JudgedPairs(scores, data.same, lower)
 
 
 def _judge_templates(
-    data: TemplateSet, embeddings: Embeddings, radius: float, device: torch.device, score: Score
+    data: TemplateSet, embeddings: Embeddings, likelihood: Likelihood | None, device: torch.device, by_media: bool
 ) -> _JudgedPairs:
     protocol = data.protocol
-    weights = np.ones(len(protocol.names)) if embeddings.kappa is None else embeddings.kappa
-    # The length of a sum over media is no concentration that Eqn (13) could take.
-    by_media = score is Score.COSINE
-    directions, kappas = protocols.pool_protocol(embeddings, protocol, weights, device, by_media)
-    pooling = Pooling(directions, None if embeddings.kappa is None else kappas)
+    if likelihood is None:
+        pooled = protocols.pool_protocol(embeddings, protocol, np.ones(len(protocol.names)), device)
+    else:
+        pooled = protocols.pool_by_confidence(embeddings, protocol, likelihood, device, by_media)
     rows = protocols.template_rows(protocol, protocol.pair_template_ids).numpy()
     lower = {
         measure: values[rows].min(axis=1)
-        for measure, values in protocols.template_quality(embeddings, protocol).items()
+        for measure, values in protocols.template_quality(embeddings, protocol, likelihood).items()
     }
-    return _JudgedPairs(protocols.score_templates(pooling, protocol, radius), protocol.pair_labels, lower)
+    return _JudgedPairs(protocols.score_templates(pooled, protocol, likelihood), protocol.pair_labels, lower)
 
 
 def all_evaluations(data: Path) -> list[Evaluation]:

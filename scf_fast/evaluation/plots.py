@@ -2,14 +2,15 @@
 
 import io
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from scf_fast.evaluation.metrics import tar_at_far
 from scf_fast.evaluation.quality import Rejection
-from scf_fast.evaluation.results import Quality, ScoreHistogram
+from scf_fast.evaluation.results import DENSITY_MEASURES, Quality, Score, ScoreHistogram
+from scf_fast.inference import Embeddings
 from scf_fast.pipelines.loading.decode import load_face
 from scf_fast.pipelines.sources.base import ImageSource
 
@@ -21,12 +22,31 @@ _BLUE, _ORANGE, _GREY, _GREEN, _PURPLE, _RED = "#2f6db3", "#e07b28", "#8a8f98", 
 Style = dict[str, Any]  # keyword arguments of Axes.plot
 _REJECTION_STYLES: dict[Quality, Style] = {
     Quality.KAPPA: {"color": _ORANGE, "lw": 2.2},
+    Quality.PRECISION: {"color": _ORANGE, "lw": 2.2},
     Quality.FEATURE_NORM: {"color": _BLUE, "lw": 1.6},
     Quality.DETECTOR: {"color": _PURPLE, "lw": 1.6},
     Quality.RANDOM: {"color": _GREY, "lw": 1.6},
     Quality.ORACLE: {"color": _GREEN, "lw": 1.2, "ls": ":"},
 }
 Curves = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]  # by (what is compared, by which score): FAR, TAR
+
+
+class Confidence(NamedTuple):
+    """Confidences of images or pairs, with the measure that they are of."""
+
+    values: np.ndarray  # (N,) float64
+    quality: Quality
+
+    @classmethod
+    def of(cls, embeddings: Embeddings) -> "Confidence | None":
+        """Returns those of images; None without any."""
+        values = embeddings.confidence
+        return None if values is None else cls(values, DENSITY_MEASURES[embeddings.density].quality)
+
+    @property
+    def label(self) -> str:
+        """Name in figures."""
+        return self.quality.label
 
 
 def _new_figure(**options: Any) -> "Figure":
@@ -112,19 +132,19 @@ def plot_rejection(rejection: Rejection, score: str) -> bytes:
     return _png(figure)
 
 
-def plot_severity(kappa: np.ndarray, severity: np.ndarray, correlation: float | None) -> bytes:
-    """Plots kappa of each image over its known degradation severity, with the median and the middle 80 % of twenty
-    equal groups.
+def plot_severity(confidence: Confidence, severity: np.ndarray, correlation: float | None) -> bytes:
+    """Plots the confidence of each image over its known degradation severity, with the median and the middle 80 % of
+    twenty equal groups.
     """
-    figure, axes = _figure(
-        "κ against degradation" if correlation is None else f"κ against degradation (Spearman {correlation:.3f})",
-        "known severity",
-        "κ",
-    )
-    axes.scatter(severity, kappa, s=5, alpha=0.25, color=_BLUE, lw=0, rasterized=True)
+    title = f"{confidence.label} against degradation"
+    if correlation is not None:
+        title += f" (Spearman {correlation:.3f})"
+    figure, axes = _figure(title, "known severity", confidence.label)
+    values = confidence.values
+    axes.scatter(severity, values, s=5, alpha=0.25, color=_BLUE, lw=0, rasterized=True)
     groups = np.array_split(np.argsort(severity, kind="stable"), min(20, len(severity)))
     center = [np.median(severity[group]) for group in groups]
-    low, middle, high = np.transpose([np.quantile(kappa[group], (0.1, 0.5, 0.9)) for group in groups])
+    low, middle, high = np.transpose([np.quantile(values[group], (0.1, 0.5, 0.9)) for group in groups])
     axes.fill_between(center, low, high, color=_ORANGE, alpha=0.2, lw=0, label="10–90 %")
     axes.plot(center, middle, color=_ORANGE, lw=2.2, label="median")
     axes.set_yscale("log")
@@ -132,27 +152,31 @@ def plot_severity(kappa: np.ndarray, severity: np.ndarray, correlation: float | 
     return _png(figure)
 
 
-def plot_kappa_histogram(kappa: np.ndarray, same: np.ndarray) -> bytes:
-    """Plots the distribution of each pair's lower kappa, (P,): the share of genuine and of impostor pairs in each
+def plot_confidence_histogram(confidence: Confidence, same: np.ndarray) -> bytes:
+    """Plots the distribution of each pair's lower confidence, (P,): the share of genuine and of impostor pairs in each
     bin.
     """
-    figure, axes = _figure("Lower κ of a pair", "κ", "share of pairs")
-    positive = kappa[kappa > 0]  # a logarithmic axis has no place for 0
+    figure, axes = _figure(f"Lower {confidence.label} of a pair", confidence.label, "share of pairs")
+    values = confidence.values
+    positive = values[values > 0]  # a logarithmic axis has no place for 0
     edges = np.geomspace(positive.min(), positive.max() * (1 + 1e-9), 41).tolist() if len(positive) else 1
     for label, part, color in ("genuine", same, _BLUE), ("impostor", ~same, _ORANGE):
         weights = np.full(np.count_nonzero(part), 1 / np.count_nonzero(part))
-        axes.hist(kappa[part], bins=edges, weights=weights, histtype="stepfilled", alpha=0.35, color=color, label=label)
-        axes.hist(kappa[part], bins=edges, weights=weights, histtype="step", color=color, lw=1.4)
+        shown = values[part]
+        axes.hist(shown, bins=edges, weights=weights, histtype="stepfilled", alpha=0.35, color=color, label=label)
+        axes.hist(shown, bins=edges, weights=weights, histtype="step", color=color, lw=1.4)
     axes.set_xscale("log")
     axes.legend(frameon=False)
     return _png(figure)
 
 
 def plot_scores(title: str, histogram: ScoreHistogram) -> bytes:
-    """Plots the distribution of Eqn (13): the share of genuine and of impostor comparisons in each bin, on a
+    """Plots the distribution of a likelihood: the share of genuine and of impostor comparisons in each bin, on a
     logarithmic axis.
     """
-    figure, axes = _figure(title, "Eqn (13) against chance [nats]", "share of comparisons")
+    against_chance = histogram.score is Score.VMF  # there is no uniform Gaussian that a score could be held against
+    xlabel = f"{histogram.score.label}{' against chance' if against_chance else ''} [nats]"
+    figure, axes = _figure(title, xlabel, "share of comparisons")
     edges = histogram.edges[::4]  # wider bins, or few genuine comparisons look like a comb
     for label, counts, color in ("genuine", histogram.genuine, _BLUE), ("impostor", histogram.impostor, _ORANGE):
         total = counts.sum()
@@ -160,7 +184,8 @@ def plot_scores(title: str, histogram: ScoreHistogram) -> bytes:
         axes.stairs(share, edges, color=color, alpha=0.35, fill=True)
         axes.stairs(share, edges, color=color, lw=1.4, label=f"{label} ({total:,})")
     axes.set_yscale("log")
-    axes.axvline(0, color=_GREY, lw=1, ls=":")
+    if against_chance:
+        axes.axvline(0, color=_GREY, lw=1, ls=":")
     axes.legend(frameon=False)
     return _png(figure)
 
@@ -181,25 +206,30 @@ def _empty_grid(title: str, rows: int, columns: int, row_height: float) -> "tupl
 
 
 def plot_faces(
-    source: ImageSource, kappa: np.ndarray, severity: np.ndarray | None, columns: int = 10, rows: int = 2
+    source: ImageSource, confidence: Confidence, severity: np.ndarray | None, columns: int = 10, rows: int = 2
 ) -> bytes:
-    """Shows faces at evenly spaced ranks of kappa, from the lowest to the highest, with kappa (and the known severity)
-    under each.
+    """Shows faces at evenly spaced ranks of confidence, from the lowest to the highest, with the confidence (and the
+    known severity) under each.
     """
-    order = np.argsort(kappa, kind="stable")
+    order = np.argsort(confidence.values, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, columns * rows).round().astype(int))]
-    figure, grid = _empty_grid("Faces by κ, lowest to highest", rows, columns, 1.6)
+    figure, grid = _empty_grid(f"Faces by {confidence.label}, lowest to highest", rows, columns, 1.6)
     for axes, i in zip(grid.flat, chosen):
         known = "" if severity is None else f"\nseverity {severity[i]:.2f}"
-        _show(axes, source, i, f"κ {kappa[i]:.3g}{known}")
+        _show(axes, source, i, f"{confidence.label} {confidence.values[i]:.3g}{known}")
     return _png(figure)
 
 
 def plot_pairs(
-    source: ImageSource, scores: np.ndarray, same: np.ndarray, kappa: np.ndarray | None, score: str, columns: int = 5
+    source: ImageSource,
+    scores: np.ndarray,
+    same: np.ndarray,
+    confidence: Confidence | None,
+    score: str,
+    columns: int = 5,
 ) -> bytes:
-    """Shows the best and worst pairs of either kind: two faces side by side, kappa under each (if it is not None) and
-    the score above both.
+    """Shows the best and worst pairs of either kind: two faces side by side, the confidence under each (if it is not
+    None) and the score above both.
     """
     order = np.argsort(scores, kind="stable")
     genuine, impostor = order[same[order]], order[~same[order]]
@@ -213,7 +243,8 @@ def plot_pairs(
     for row, (kind, pairs) in zip(grid, kinds.items()):
         for column, pair in enumerate(pairs[:columns]):
             for axes, i in zip(row[2 * column :], (2 * pair, 2 * pair + 1)):
-                _show(axes, source, i, "" if kappa is None else f"κ {kappa[i]:.3g}")
+                caption = "" if confidence is None else f"{confidence.label} {confidence.values[i]:.3g}"
+                _show(axes, source, i, caption)
             row[2 * column].set_title(
                 f"{kind}: {scores[pair]:.3f}" if column == 0 else f"{scores[pair]:.3f}", fontsize=8, loc="left"
             )

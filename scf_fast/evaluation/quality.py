@@ -10,7 +10,7 @@ import numpy as np
 
 from scf_fast.errors import InputError
 from scf_fast.evaluation import metrics
-from scf_fast.evaluation.results import Quality, QualityQuantiles, QualityResult
+from scf_fast.evaluation.results import DENSITY_MEASURES, Quality, QualityQuantiles, QualityResult
 from scf_fast.inference import Embeddings
 
 
@@ -44,9 +44,11 @@ def reject_by_quality(
 
 
 def image_quality(embeddings: Embeddings) -> dict[Quality, np.ndarray]:
-    """Returns (N,) of each measure that there is: kappa, where the model gives it, and the feature norm."""
-    kappa = {} if embeddings.kappa is None else {Quality.KAPPA: embeddings.kappa}
-    return kappa | {Quality.FEATURE_NORM: embeddings.feature_norm}
+    """Returns (N,) of each measure that there is: the confidence, where the model gives one, and the feature norm."""
+    quality = {}
+    if embeddings.confidence is not None:
+        quality[DENSITY_MEASURES[embeddings.density].quality] = embeddings.confidence
+    return quality | {Quality.FEATURE_NORM: embeddings.feature_norm}
 
 
 def lower_of_pair(quality: np.ndarray) -> np.ndarray:
@@ -55,7 +57,7 @@ def lower_of_pair(quality: np.ndarray) -> np.ndarray:
 
 
 def summarize_quality(embeddings: Embeddings, severity: np.ndarray | None) -> QualityResult:
-    """Computes quantiles of kappa and of the feature norm, and their rank correlation with known severity.
+    """Computes quantiles of the confidence and of the feature norm, and their rank correlation with known severity.
 
     Args:
         severity: (N,) known degradation of the images, or None.

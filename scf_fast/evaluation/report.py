@@ -72,7 +72,7 @@ class Report:
             for figure in model.measured.figures:
                 file_name = f"model{number}-{figure.file_name}" if several else figure.file_name
                 write_bytes(out / file_name, figure.png)
-                links.append(f"![{figure.kind.title}{f', {name}' if several else ''}]({file_name})")
+                links.append(f"![{figure.title}{f', {name}' if several else ''}]({file_name})")
             for file_name, text in model.measured.files.items():
                 write_text(out / file_name, text)
         title = f"Evaluation of {', '.join(self.models)}"

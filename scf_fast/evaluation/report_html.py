@@ -97,5 +97,5 @@ def _figure_html(figure: ReportFigure, model: str) -> str:
     kind = " class=wide" if figure.kind.is_wide else ""
     caption = f"<figcaption>{html.escape(model)}</figcaption>" if model else ""
     data = base64.b64encode(figure.png).decode()
-    image = f"<img alt='{html.escape(figure.kind.title)}' src='data:image/png;base64,{data}'>"
+    image = f"<img alt='{html.escape(figure.title)}' src='data:image/png;base64,{data}'>"
     return f"<figure{kind}>{image}{caption}</figure>"

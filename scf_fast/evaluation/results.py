@@ -10,6 +10,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from scf_fast.objectives import Density, Objective
+
 REJECTED_FRACTIONS = (0.0, 0.1, 0.2, 0.5)  # of the pairs, at which results.json and the table give the error
 Rates = dict[str, float]  # by a rate written as '1e-03', or by a rank
 
@@ -18,17 +20,21 @@ class Score(enum.Enum):
     """A similarity of two faces; the value is what ``--score`` calls it."""
 
     COSINE = "cosine"
-    VMF = "vmf"
+    VMF = "vmf"  # Eqn (13), Li et al., CVPR 2021
+    MLS = "mls"  # Eqn (3), Shi and Jain, ICCV 2019
 
     @property
     def label(self) -> str:
         """Name in tables and figures."""
-        return "cosine" if self is Score.COSINE else "Eqn (13)"
+        return _SCORE_LABELS[self]
 
     @property
     def suffix(self) -> str:
         """End of this score's keys in results.json."""
-        return "" if self is Score.COSINE else "_vmf"
+        return "" if self is Score.COSINE else f"_{self.value}"
+
+
+_SCORE_LABELS = {Score.COSINE: "cosine", Score.VMF: "Eqn (13)", Score.MLS: "mutual likelihood"}
 
 
 class Weighting(enum.Enum):
@@ -40,6 +46,8 @@ class Weighting(enum.Enum):
     NORM_DETECTOR = "norm_detector"
     KAPPA = "kappa"
     KAPPA_IMAGES = "kappa_images"
+    PRECISION = "precision"
+    PRECISION_IMAGES = "precision_images"
 
     @property
     def label(self) -> str:
@@ -54,6 +62,8 @@ _WEIGHTING_LABELS = {
     Weighting.NORM_DETECTOR: "norm × detector",
     Weighting.KAPPA: "κ, Eqn (14)",
     Weighting.KAPPA_IMAGES: "κ, Eqn (14), every image",
+    Weighting.PRECISION: "1/σ², fusion",
+    Weighting.PRECISION_IMAGES: "1/σ², fusion, every image",
 }
 
 
@@ -77,6 +87,7 @@ class Quality(enum.Enum):
     """A measure that images or pairs are ranked by; the value is the key in results.json."""
 
     KAPPA = "kappa"
+    PRECISION = "precision"  # 1 / variance; over several dimensions the mean
     FEATURE_NORM = "feature_norm"
     DETECTOR = "detector"
     RANDOM = "random"
@@ -90,10 +101,37 @@ class Quality(enum.Enum):
 
 _QUALITY_LABELS = {
     Quality.KAPPA: "κ",
+    Quality.PRECISION: "1/σ²",
     Quality.FEATURE_NORM: "feature norm",
     Quality.DETECTOR: "detector score",
     Quality.RANDOM: "random",
     Quality.ORACLE: "oracle",
+}
+
+
+@dataclass(frozen=True)
+class DensityMeasures:
+    """What is measured of the models of one density, beside what every backbone has."""
+
+    score: Score  # the likelihood
+    by_media: Weighting  # by confidence, the images of a medium averaged first
+    every_image: Weighting  # by confidence, over all images
+    quality: Quality  # the confidence
+
+    @property
+    def pooled(self) -> Matcher:
+        """The cosine of templates pooled by confidence, a row of the published table."""
+        return Matcher(self.by_media, Score.COSINE)
+
+    @property
+    def likelihood(self) -> Matcher:
+        """The likelihood of templates pooled as its derivation has it."""
+        return Matcher(self.every_image, self.score)
+
+
+DENSITY_MEASURES = {
+    Density.VMF: DensityMeasures(Score.VMF, Weighting.KAPPA, Weighting.KAPPA_IMAGES, Quality.KAPPA),
+    Density.GAUSSIAN: DensityMeasures(Score.MLS, Weighting.PRECISION, Weighting.PRECISION_IMAGES, Quality.PRECISION),
 }
 
 
@@ -136,7 +174,7 @@ class PairMeasures:
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """Verification of P pairs of images; without kappa by cosine alone."""
+    """Verification of P pairs of images; without a confidence by cosine alone."""
 
     pairs: int
     by_score: dict[Score, PairMeasures]
@@ -189,11 +227,12 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class ScoreHistogram:
-    """Eqn (13) of every probe with every gallery entry, as log likelihood ratio against chance (nats)."""
+    """Likelihoods of every probe with every gallery entry (nats); Eqn (13) as log likelihood ratio against chance."""
 
     edges: np.ndarray  # (B + 1,) float64
     impostor: np.ndarray  # (B,) int64 comparisons of two subjects
     genuine: np.ndarray  # (B,) int64 comparisons of one
+    score: Score = Score.VMF
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -201,6 +240,7 @@ class ScoreHistogram:
             "high": float(self.edges[-1]),
             "genuine": self.genuine.tolist(),
             "impostor": self.impostor.tolist(),
+            "score": self.score.label,
         }
 
 
@@ -212,7 +252,7 @@ class IdentificationResult:
     enrolled: int  # subjects
     searches: int
     by_matcher: dict[Matcher, SearchResult]
-    comparisons: ScoreHistogram | None  # None without kappa
+    comparisons: ScoreHistogram | None  # None without a confidence
 
     def as_json(self) -> dict[str, Any]:
         return (
@@ -270,23 +310,30 @@ class RejectionResult:
 
 @dataclass
 class Results:
-    """Everything measured of one model; a section that was not measured is None."""
+    """Everything measured of one model; a section that was not measured is None.
+
+    Attributes:
+        objective: of the model; without meaning for a backbone alone.
+    """
 
     verification: BySet[VerificationResult] | None = None
     templates: BySet[TemplateResult] | None = None
     template_quality: BySet[QualityResult] | None = None
     identification: BySet[IdentificationResult] | None = None
     rejection: RejectionResult | None = None
+    objective: Objective = Objective.SCF
 
     def add(self, other: "Results") -> None:
         """Takes over the sections that the other has."""
         for section in fields(self):
-            if getattr(other, section.name) is not None:
+            if section.name != "objective" and getattr(other, section.name) is not None:
                 setattr(self, section.name, getattr(other, section.name))
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the model's entry in results.json."""
+        """Returns the model's entry in results.json; an entry without "objective" is of SCF, or of a backbone alone."""
         result: dict[str, Any] = {}
+        if self.objective is not Objective.SCF:
+            result["objective"] = self.objective.value
         if self.verification is not None:
             result["verification"] = self.verification.as_json("set")
         if self.templates is not None:
@@ -310,13 +357,9 @@ class FigureKind(enum.Enum):
     REJECT = "reject"
     SEVERITY = "severity"
     HISTOGRAM = "kappa_histogram"
+    PRECISION_HISTOGRAM = "precision_histogram"
     FACES = "faces"
     PAIRS = "pairs"
-
-    @property
-    def title(self) -> str:
-        """Title in the report."""
-        return _FIGURE_TITLES[self]
 
     @property
     def is_wide(self) -> bool:
@@ -330,9 +373,10 @@ _FIGURE_TITLES = {
     FigureKind.TEMPLATES: "Template verification ROC",
     FigureKind.SCORES: "Scores of all comparisons",
     FigureKind.REJECT: "Error versus reject",
-    FigureKind.SEVERITY: "κ against known severity",
-    FigureKind.HISTOGRAM: "κ of genuine and impostor pairs",
-    FigureKind.FACES: "Faces by κ",
+    FigureKind.SEVERITY: "{} against known severity",
+    FigureKind.HISTOGRAM: "{} of genuine and impostor pairs",
+    FigureKind.PRECISION_HISTOGRAM: "{} of genuine and impostor pairs",
+    FigureKind.FACES: "Faces by {}",
     FigureKind.PAIRS: "Best and worst pairs",
 }
 FIGURE_FILE = re.compile(rf"(model\d+-)?({'|'.join(kind.value for kind in FigureKind)})(-\d+)?\.png")
@@ -345,6 +389,12 @@ class ReportFigure:
     kind: FigureKind
     png: bytes
     number: int = 0  # of the data set, where there may be several figures of a kind
+    confidence: Quality = Quality.KAPPA  # that it shows, if it shows one
+
+    @property
+    def title(self) -> str:
+        """Title in the report."""
+        return _FIGURE_TITLES[self.kind].format(self.confidence.label)
 
     @property
     def file_name(self) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from scf_fast.evaluation.results import (
+    DENSITY_MEASURES,
     MATCHERS,
     REJECTED_FRACTIONS,
     BySet,
@@ -20,12 +21,14 @@ from scf_fast.evaluation.results import (
     TemplateResult,
     Weighting,
 )
+from scf_fast.objectives import Density
 
 _PUBLISHED_FARS = ("1e-05", "1e-04")  # of the table in the paper's repository
 Models = dict[str, Results]  # by the name of the model
 Rows = list[list[str]]
 T = TypeVar("T")
 _LATEX = {**{character: f"\\{character}" for character in "&%$#_{}"}, "–": "--", "κ": r"$\kappa$", "±": r"$\pm$"}
+_POOLING = {Density.VMF: "Eqn (14)", Density.GAUSSIAN: "PFE's fusion"}
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def _template_tables(models: Models) -> list[Table]:
     sections = _sets_of(models, lambda results: results.templates)
     by_protocol = _by_set(sections)
     tables = [_template_table(models, protocol, found) for protocol, found in by_protocol.items()]
-    return tables + _published_tables(sections, list(by_protocol))
+    return tables + _published_tables(models, sections, list(by_protocol))
 
 
 def _template_table(models: Models, protocol: str, found: dict[str, TemplateResult]) -> Table:
@@ -204,9 +207,14 @@ def _template_table(models: Models, protocol: str, found: dict[str, TemplateResu
     )
 
 
-def _published_tables(sections: dict[str, dict[str, TemplateResult]], protocols: list[str]) -> list[Table]:
-    """Compares average pooling with SCF's in the layout of the paper's repository: one column for each protocol and
-    false accept rate, in percent; no table where none of its rates was measured.
+def _published_tables(
+    models: Models, sections: dict[str, dict[str, TemplateResult]], protocols: list[str]
+) -> list[Table]:
+    """Compares average pooling with that by confidence in the layout of the paper's repository: one column for each
+    protocol and false accept rate, in percent; no table where none of its rates was measured.
+
+    Args:
+        models, sections: all models, and the results of those that have templates.
     """
     average = Matcher(Weighting.AVERAGE, Score.COSINE)
     columns = [
@@ -217,25 +225,27 @@ def _published_tables(sections: dict[str, dict[str, TemplateResult]], protocols:
     ]
     if not columns:
         return []
-    methods = (
-        ("", average),
-        ("+ SCF", Matcher(Weighting.KAPPA, Score.COSINE)),
-        ("+ SCF, Eqn (13)", Matcher(Weighting.KAPPA_IMAGES, Score.VMF)),
-    )
     rows = []
+    described = []
     for name, sets in sections.items():
-        for label, matcher in methods:
+        objective = models[name].objective
+        measures, addition = DENSITY_MEASURES[objective.density], f"+ {objective.title}"
+        with_score = f"{addition}, {measures.score.label}"
+        for label, matcher in ((name, average), (addition, measures.pooled), (with_score, measures.likelihood)):
             if any(matcher in result.tar_at_far for result in sets.values()):
                 rates = {protocol: result.tar_at_far.get(matcher, {}) for protocol, result in sets.items()}
                 cells = [_percent(rates.get(protocol, {}).get(far)) for protocol, far in columns]
-                rows.append([label or name, *cells])
+                rows.append([label, *cells])
+        described.append(
+            f"{addition}: of media averaged with {measures.quality.label} as weight, {_POOLING[objective.density]}; "
+            f"{measures.score.label} takes {measures.quality.label} summed over every image"
+        )
     return [
         Table(
             "Templates as in the published table",
             ["TAR [%]", *(f"{protocol} {float(far):.0e}" for protocol, far in columns)],
             rows,
-            "The cosine of averaged media; + SCF: of media averaged with κ as weight, Eqn (14); Eqn (13) takes κ "
-            "summed over every image.",
+            f"The cosine of averaged media; {'; '.join(dict.fromkeys(described))}.",
         )
     ]
 
@@ -305,12 +315,15 @@ def _rejection_table(models: Models) -> Table:
     rows = {name: [row(result, order) for order in result.errors] for name, result in found.items()}
     one = next(iter(found.values()))
     operating_point = "the equal error rate" if one.far is None else f"FAR {one.far:g}"
-    thresholds = ", ".join(f"{result.threshold:.4f}" for result in found.values())
+    thresholds: dict[Score, list[str]] = {}
+    for result in found.values():
+        thresholds.setdefault(result.score, []).append(f"{result.threshold:.4f}")
+    accepted = ", ".join(f"{score.label} {', '.join(values)}" for score, values in thresholds.items())
     return Table(
         "Error versus reject",
         *_with_model_column(
             models, ["rejected by", "area", *(f"error at {fraction:.0%}" for fraction in REJECTED_FRACTIONS)], rows
         ),
-        f"Pairs of {one.name}, those whose lower quality is least rejected first; accepted above {one.score.label} "
-        f"{thresholds}, {operating_point} on all of them, throughout.",
+        f"Pairs of {one.name}, those whose lower quality is least rejected first; accepted above {accepted}, "
+        f"{operating_point} on all of them, throughout.",
     )

@@ -211,8 +211,9 @@ class Weights:
             net = self.confidence_net
             shape = identify_confidence_net(net)
             width = f", {shape.outputs} outputs" if shape.outputs > 1 else ""
+            trained_for = "" if self.facts.objective is None else f" for {self.facts.objective}"
             lines.append(
-                f"confidence net {shape.name} on {shape.inputs} values{width}, "
+                f"confidence net {shape.name}{trained_for} on {shape.inputs} values{width}, "
                 f"{sum(value.numel() for value in net.values()) / 1e6:.1f} M values, {_dtypes(net.values())}"
             )
         return lines

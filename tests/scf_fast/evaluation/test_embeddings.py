@@ -11,6 +11,7 @@ from scf_fast.evaluation import embeddings as module
 from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.embeddings import EmbeddingStore
 from scf_fast.inference import Decoding, Embeddings
+from scf_fast.objectives import Density
 from scf_fast.pipelines.face_template import TEMPLATE
 from scf_fast.pipelines.sources.base import EncodedImages, ImageFiles
 
@@ -20,7 +21,7 @@ class Counting:
 
     radius, embedding_dim, normalization, device, key = 64.0, 3, "insightface", torch.device("cpu"), "counting"
 
-    is_settled = gives_kappa = True
+    is_settled, outputs, density = True, 1, Density.VMF
 
     def __init__(self):
         self.seen = 0
@@ -57,7 +58,7 @@ def expected_features():
 
 def test_a_backbone_alone_has_features_and_no_kappa(tmp_path, files):
     class Alone(Counting):
-        gives_kappa = False
+        outputs = 0
 
         def __call__(self, images):
             return Embeddings(super().__call__(images).features, None)

@@ -3,8 +3,9 @@ import pytest
 import torch
 from scipy.stats import vonmises_fisher
 
-from scf_fast.evaluation import metrics, pair_scores, protocols
-from scf_fast.evaluation.pair_scores import PairScores, score_pairs
+from scf_fast.evaluation import likelihoods, metrics, pair_scores, protocols
+from scf_fast.evaluation.likelihoods import COSINE, Faces, VMFLikelihood
+from scf_fast.evaluation.pair_scores import score_pairs
 from scf_fast.evaluation.results import Quality, Score, SearchResult, Weighting
 from scf_fast.inference import Embeddings
 from scf_fast.kernels import neutral_radius, pool_templates, vmf_similarity
@@ -21,12 +22,15 @@ def random_embeddings(count, dim=8, seed=0):
 def test_pairs_are_scored_alike_in_pieces(monkeypatch, cells):
     e = random_embeddings(10)
     first, second = torch.tensor([0, 3, 3, 9, 2, 5, 7]), torch.tensor([1, 4, 3, 0, 8, 6, 7])
-    monkeypatch.setitem(pair_scores._PAIRS_AT_ONCE, "cpu", 3)
-    monkeypatch.setattr(pair_scores, "_SCORES_AT_ONCE", 14)  # two rows of seven columns; then two pairs
+    monkeypatch.setitem(likelihoods.PAIRS_AT_ONCE, "cpu", 3)
+    monkeypatch.setattr(pair_scores, "_SCORES_AT_ONCE", 14)  # two rows of seven columns
+    monkeypatch.setattr(likelihoods, "_SCORES_AT_ONCE", 2)
     monkeypatch.setattr(pair_scores, "_CELLS_PER_PAIR", cells)
-    kappas = torch.from_numpy(e.kappa)
-    cosines, vmfs = score_pairs(e.mu, kappas, first, second, radius=32.0)
-    assert score_pairs(e.mu, None, first, second, radius=32.0).vmf is None
+    kappas, likelihood = torch.from_numpy(e.kappa), VMFLikelihood(32.0)
+    faces = likelihood.faces_of(e)
+    cosines, vmfs = score_pairs(faces, first, second, likelihood).values()
+    for scores in score_pairs(faces, first, second), score_pairs(Faces(e.mu), first, second, likelihood):
+        assert scores.keys() == {Score.COSINE}
     f = e.features.double().numpy()
     for i, j, cosine, vmf in zip(first.tolist(), second.tolist(), cosines, vmfs, strict=True):
         # mu is float32: its rounding, not the score's arithmetic, is what the tolerance covers.
@@ -40,14 +44,14 @@ def test_pairs_are_scored_alike_in_pieces(monkeypatch, cells):
         )
         assert vmf == pytest.approx(expected.item(), abs=1e-3)
     assert cosines[2] == pytest.approx(1, abs=1e-12)
-    assert score_pairs(e.mu, kappas, first[:0], second[:0], radius=32.0).vmf.shape == (0,)
+    assert score_pairs(faces, first[:0], second[:0], likelihood)[Score.VMF].shape == (0,)
 
 
 def test_a_set_pairs_its_neighboring_images():
     e = random_embeddings(6)
-    scores = protocols.score_verification_set(e, radius=64.0)
+    scores = protocols.score_verification_set(e, VMFLikelihood(64.0))
     f = torch.nn.functional.normalize(e.features.double()).numpy()
-    np.testing.assert_allclose(scores.cosine, (f[0::2] * f[1::2]).sum(axis=1), atol=3e-7)
+    np.testing.assert_allclose(scores[Score.COSINE], (f[0::2] * f[1::2]).sum(axis=1), atol=3e-7)
 
 
 def random_protocol(
@@ -82,7 +86,7 @@ def loop_over_templates(e, protocol, weights, by_media=True):
 
 
 def test_templates_against_a_loop():
-    protocol, e = random_protocol(), random_embeddings(40)
+    protocol, e, likelihood = random_protocol(), random_embeddings(40), VMFLikelihood(64.0)
     expected_weights = {
         Weighting.AVERAGE: np.ones(40),
         Weighting.NORM: e.feature_norm,
@@ -91,22 +95,22 @@ def test_templates_against_a_loop():
         Weighting.KAPPA_IMAGES: e.kappa,
         Weighting.KAPPA: e.kappa,
     }
-    pooled = dict(protocols.pool_every_way(e, protocol))
+    pooled = dict(protocols.pool_every_way(e, protocol, likelihood))
     assert pooled.keys() == expected_weights.keys()
     for weighting, weights in expected_weights.items():
         by_media = weighting is not Weighting.KAPPA_IMAGES
         pooling, expected = pooled[weighting], loop_over_templates(e, protocol, weights, by_media)
-        scores = protocols.score_templates(pooling, protocol, radius=64.0)
+        scores = protocols.score_templates(pooling, protocol, likelihood)
         np.testing.assert_allclose(
-            scores.cosine, [expected[a][0] @ expected[b][0] for a, b in protocol.pair_template_ids], atol=1e-6
+            scores[Score.COSINE], [expected[a][0] @ expected[b][0] for a, b in protocol.pair_template_ids], atol=1e-6
         )
-        assert (scores.vmf is None) == (weighting not in (Weighting.KAPPA, Weighting.KAPPA_IMAGES))
-    for (a, b), score in zip(protocol.pair_template_ids.tolist(), scores.vmf):
+        assert (Score.VMF in scores) == (weighting in (Weighting.KAPPA, Weighting.KAPPA_IMAGES))
+    for (a, b), score in zip(protocol.pair_template_ids.tolist(), scores[Score.VMF]):
         (mu1, kappa1), (mu2, kappa2) = (
             (torch.tensor(mu)[None], torch.tensor([kappa])) for mu, kappa in (expected[a], expected[b])
         )
         assert score == pytest.approx(vmf_similarity(mu1, kappa1, mu2, kappa2).item(), abs=1e-4)
-    quality = protocols.template_quality(e, protocol)
+    quality = protocols.template_quality(e, protocol, likelihood)
     for row, template in enumerate(protocols.template_ids(protocol).tolist()):
         members = protocol.template_ids == template
         assert quality[Quality.KAPPA][row] == pytest.approx(expected[template][1], rel=1e-6)
@@ -134,7 +138,8 @@ def test_eqn_13_is_best_at_the_concentration_that_made_the_images():
     same = first % subjects == second % subjects
 
     def separation(factor):
-        cosine, vmf = score_pairs(directions, factor * kappas, torch.from_numpy(first), torch.from_numpy(second), 64.0)
+        faces, pairs = Faces(directions, factor * kappas), map(torch.from_numpy, (first, second))
+        cosine, vmf = score_pairs(faces, *pairs, VMFLikelihood(64.0)).values()
         return metrics.area_under_roc(cosine, same), metrics.area_under_roc(vmf, same)
 
     cosine, exact = separation(1.0)
@@ -143,8 +148,8 @@ def test_eqn_13_is_best_at_the_concentration_that_made_the_images():
 
 def test_equal_detector_scores_are_left_out():
     protocol, e = random_protocol()._replace(detector_score=np.ones(40)), random_embeddings(40)
-    assert protocols.pooling_weights(e, protocol).keys() == {Weighting.AVERAGE, Weighting.NORM, Weighting.KAPPA}
-    assert protocols.template_quality(e, protocol).keys() == {Quality.KAPPA, Quality.FEATURE_NORM}
+    assert protocols.pooling_weights(e, protocol).keys() == {Weighting.AVERAGE, Weighting.NORM}
+    assert protocols.template_quality(e, protocol, VMFLikelihood(64.0)).keys() == {Quality.KAPPA, Quality.FEATURE_NORM}
 
 
 def test_a_confident_frame_outweighs_blurred_ones():
@@ -161,8 +166,8 @@ def test_a_confident_frame_outweighs_blurred_ones():
         None,
     )
     scores = {
-        weighting: protocols.score_templates(pooling, protocol, radius=64.0).cosine
-        for weighting, pooling in protocols.pool_every_way(e, protocol)
+        weighting: protocols.score_templates(pooling, protocol, None)[Score.COSINE]
+        for weighting, pooling in protocols.pool_every_way(e, protocol, VMFLikelihood(64.0))
     }
     assert scores[Weighting.AVERAGE] == pytest.approx(1 / np.sqrt(5)) and scores[Weighting.KAPPA] > 0.9999
 
@@ -175,17 +180,18 @@ def all_scores(probes, gallery, radius):
     return vmf_similarity(*pairs, radius).reshape(40, 15)
 
 
-@pytest.mark.parametrize("score", list(Score))
-def test_search_against_brute_force(monkeypatch, score):
-    monkeypatch.setattr(protocols, "_SCORES_AT_ONCE", 45)  # three probes at a time
+@pytest.mark.parametrize("similarity", [COSINE, VMFLikelihood(64.0)], ids=["cosine", "vmf"])
+def test_search_against_brute_force(monkeypatch, similarity):
+    monkeypatch.setattr(likelihoods, "_SCORES_AT_ONCE", 45)  # three probes at a time
     rng = np.random.default_rng(0)
     gallery_subjects, probe_subjects = rng.permutation(100)[:15], rng.integers(0, 100, 40)
     gallery, probes = random_embeddings(15, seed=1), random_embeddings(40, seed=2)
-    kappas = [torch.from_numpy(e.kappa) if score is Score.VMF else None for e in (gallery, probes)]
-    faces = gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects
-    searches, shallow = protocols.search(*faces, radius=64.0, depth=15), protocols.search(*faces, radius=64.0, depth=3)
+    sets = [VMFLikelihood(64.0).faces_of(e) for e in (gallery, probes)]
+    searches, shallow = (
+        protocols.search(sets[0], gallery_subjects, sets[1], probe_subjects, similarity, depth) for depth in (15, 3)
+    )
     assert 0 < searches.mated.sum() < 40
-    if score is Score.COSINE:
+    if similarity is COSINE:
         scores = probes.mu.double() @ gallery.mu.double().T
     else:
         scores = all_scores(probes, gallery, 64.0)
@@ -204,7 +210,7 @@ def test_search_against_brute_force(monkeypatch, score):
 
 def test_a_gallery_of_one():
     gallery, probes = random_embeddings(1, seed=1), random_embeddings(2, seed=2)
-    searches = protocols.search(gallery.mu, None, np.array([7]), probes.mu, None, np.array([7, 8]))
+    searches = protocols.search(Faces(gallery.mu), np.array([7]), Faces(probes.mu), np.array([7, 8]), COSINE)
     assert (
         searches.mate_rank.tolist() == [1, 0]
         and searches.best_other[0] == -np.inf
@@ -216,8 +222,10 @@ def test_score_histogram_counts_every_comparison():
     rng = np.random.default_rng(0)
     gallery_subjects, probe_subjects = rng.permutation(30)[:15], rng.integers(0, 30, 40)
     gallery, probes = random_embeddings(15, seed=1), random_embeddings(40, seed=2)
-    kappas = torch.from_numpy(gallery.kappa), torch.from_numpy(probes.kappa)
-    histogram = protocols.score_histogram(gallery.mu, kappas[0], gallery_subjects, probes.mu, kappas[1], probe_subjects)
+    likelihood = VMFLikelihood(64.0)
+    histogram = likelihood.count_comparisons(
+        likelihood.faces_of(gallery), gallery_subjects, likelihood.faces_of(probes), probe_subjects
+    )
     radius = neutral_radius(8)
     scores = all_scores(probes, gallery, radius).numpy()
     same = probe_subjects[:, None] == gallery_subjects
@@ -240,7 +248,7 @@ def test_summary_of_a_verification_set():
     same = np.arange(40) % 2 == 0
     cosine = np.where(same, 0.8, 0.1)
     cosine[[1, 2]] = 0.9, 0.05  # one impostor above every genuine pair, one genuine pair below every impostor
-    scores = PairScores(cosine, np.where(same, -1000.0, -1200.0))
+    scores = {Score.COSINE: cosine, Score.VMF: np.where(same, -1000.0, -1200.0)}
     summary = protocols.summarize_verification(scores, same).as_json()
     assert summary["pairs"] == 40
     assert (
