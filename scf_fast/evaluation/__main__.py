@@ -33,6 +33,8 @@ standard output.
 _LIKELIHOOD = "auto"  # of --score
 # Flags that decide the numbers, in the order that results.json keeps them in.
 _DECIDING = (
+    "backbone",
+    "models",
     "data",
     "pairs",
     "seed",
@@ -227,9 +229,11 @@ def _add_table_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _request(options: argparse.Namespace, models: dict[str, str]) -> Request:
+def _request(options: argparse.Namespace, models: dict[str, str] | None = None) -> Request:
     """Returns what decides the numbers, as results.json keeps it."""
-    request: Request = {"command": options.command, "model": list(models.values())}
+    request: Request = {"command": options.command}
+    if models is not None:
+        request["model"] = list(models.values())
     for flag in _DECIDING:
         if hasattr(options, flag) and not (flag == "normalization" and options.normalization is None):
             value = getattr(options, flag)
@@ -240,19 +244,14 @@ def _request(options: argparse.Namespace, models: dict[str, str]) -> Request:
 
 
 def _write_table(options: argparse.Namespace) -> None:
-    systems = match_systems(options.backbone, options.models)
-    request = _request(options, {})
-    request["model"] = {
-        name: {"backbone" if system is None else system.value: path for system, path in paths.items()}
-        for name, paths in systems.items()
-    }
+    request = _request(options)
     if options.out is not None:
         check_folder(options.out, request, options.overwrite)
     if options.with_published:
-        check_published(list(systems))
-    blocks, reports = measure_systems(
-        systems, open_evaluations(options.data), inference_options(options), options.cache
-    )
+        check_published(list(name_models(options.backbone, "--backbone")))
+    data = open_evaluations(options.data)
+    systems = match_systems(options.backbone, options.models, options.normalization)
+    blocks, reports = measure_systems(systems, data, inference_options(options), options.cache)
     if not reports:  # another rank reports
         return
     report = Report(request, reports, make_system_tables(blocks, options.with_published))

@@ -37,50 +37,70 @@ class Comparison:
         """
         return {name: reports[0] for name, reports in self.measure_groups([self.evaluations]).items()}
 
-    def measure_groups(self, groups: list[list[Evaluation]]) -> dict[str, list[ModelReport]]:
-        """Does what :meth:`measure` does for several groups of evaluations, each with a report of its own."""
+    def measure_groups(
+        self, groups: list[list[Evaluation]], one_backbone: list[list[str]] | None = None
+    ) -> dict[str, list[ModelReport]]:
+        """Does what :meth:`measure` does for several groups of evaluations, each with a report of its own.
+
+        Args:
+            one_backbone: names of models with the same backbone and pixel convention: it then runs once for all of
+                them. By default each model is taken to have its own.
+        """
         rank, world_size = distributed.environment()
-        if world_size == 1:
-            return {name: self._measure_model(name, path, groups, 0, 1) for name, path in self.models.items()}
-        distributed.start()
+        sharing = one_backbone or [[name] for name in self.models]
+        if world_size > 1:
+            distributed.start()
         try:
-            reports = {
-                name: self._measure_model(name, path, groups, rank, world_size) for name, path in self.models.items()
-            }
+            reports: dict[str, list[ModelReport]] = {}
+            for names in sharing:
+                reports |= self._measure_models(names, groups, rank, world_size)
         finally:
-            distributed.finish()
+            if world_size > 1:
+                distributed.finish()
         return reports if rank == 0 else {}
 
-    def _measure_model(
-        self, name: str, path: str, groups: list[list[Evaluation]], rank: int, world_size: int
-    ) -> list[ModelReport]:
-        """Fills the model's store on all ranks, and measures each group on rank 0."""
+    def _measure_models(
+        self, names: list[str], groups: list[list[Evaluation]], rank: int, world_size: int
+    ) -> dict[str, list[ModelReport]]:
+        """Fills the stores of models on one backbone on all ranks, and measures each group on rank 0."""
+        stores: dict[str, EmbeddingStore] = {}
         started = time.perf_counter()
-        embedder = open_embedder(path, self.inference)
-        for evaluation in (evaluation for group in groups for evaluation in group):
-            _check_score(evaluation.score, embedder.objective, path)
-        store = EmbeddingStore(
-            embedder,
-            _beside(path) / "evaluation_features" if self.cache is None else self.cache,
-            batch_size=self.inference.batch_size,
-            decoding=self.inference.decoding,
-            rank=rank,
-            world_size=world_size,
-        )
+        for name in names:
+            path = self.models[name]
+            embedder = open_embedder(path, self.inference)
+            for evaluation in (evaluation for group in groups for evaluation in group):
+                _check_score(evaluation.score, embedder.objective, path)
+            stores[name] = EmbeddingStore(
+                embedder,
+                _beside(path) / "evaluation_features" if self.cache is None else self.cache,
+                batch_size=self.inference.batch_size,
+                decoding=self.inference.decoding,
+                rank=rank,
+                world_size=world_size,
+            )
+        what = "" if len(self.models) == 1 else f"{', '.join(names)}: "
+        first, *others = stores.values()
         for source in (source for group in groups for evaluation in group for source in evaluation.sources):
-            store.fill(source.images, source.name if len(self.models) == 1 else f"{name}: {source.name}")
+            first.fill(source.images, what + source.name, others)
         if world_size > 1:
             dist.barrier()
-        reports = []
-        for group in groups:
-            measured = measure_all(group if rank == 0 else [], store)
-            if embedder.objective is not None:
-                measured.results.objective = embedder.objective
-            else:
-                note = f"{name} is a backbone alone ({embedder.normalization} pixels), so what needs κ is left out."
-                measured.notes.insert(0, note)
-            reports.append(ModelReport(path, measured, time.perf_counter() - started))
-            started = time.perf_counter()
+        embedding_seconds = (time.perf_counter() - started) / len(names)
+        reports: dict[str, list[ModelReport]] = {}
+        for name, store in stores.items():
+            reports[name] = []
+            for group in groups:
+                started = time.perf_counter()
+                measured = measure_all(group if rank == 0 else [], store)
+                if store.embedder.objective is not None:
+                    measured.results.objective = store.embedder.objective
+                else:
+                    note = (
+                        f"{name} is a backbone alone ({store.embedder.normalization} pixels), so what needs κ is left "
+                        "out."
+                    )
+                    measured.notes.insert(0, note)
+                seconds = embedding_seconds / len(groups) + time.perf_counter() - started
+                reports[name].append(ModelReport(self.models[name], measured, seconds))
         return reports
 
 

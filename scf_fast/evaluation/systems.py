@@ -12,24 +12,28 @@ from scf_fast.inference import InferenceOptions
 from scf_fast.objectives import Objective
 from scf_fast.weights.digest import digest_weights
 from scf_fast.weights.files import MODEL_FILE
-from scf_fast.weights.reading import read_weights
+from scf_fast.weights.reading import read_noted_facts, read_weights
 
 Systems = dict[str, dict[System, str]]  # paths of the models by backbone and system; that of None is the backbone's
 
 
-def match_systems(backbones: Sequence[str], models: Sequence[str]) -> Systems:
+def match_systems(backbones: Sequence[str], models: Sequence[str], normalization: str | None = None) -> Systems:
     """Returns the models of each backbone, by the weights of the backbone that a model's file holds.
 
     Args:
         backbones: ``NAME=PATH`` or ``PATH`` of weight files of any family.
         models: paths of models; a folder that holds a run of several objectives stands for all of them.
+        normalization: pixel convention of backbones whose files state none; None: as their family has it.
     Raises:
-        InputError: files cannot be read, a model's backbone is none of these, or two are of one objective and backbone.
+        InputError: files cannot be read, a model's backbone is none of these or takes other pixels, or two models are
+            of one objective and backbone.
     """
     systems: Systems = {}
     by_digest: dict[str, str] = {}
+    pixels: dict[str, str] = {}
     for name, path in name_models(list(backbones), "--backbone").items():
-        digest = digest_weights(read_weights(path, "--backbone").require_backbone())
+        weights = read_weights(path, "--backbone")
+        digest = digest_weights(weights.require_backbone())
         if digest in by_digest:
             raise InputError(
                 f"--backbone {name} and {by_digest[digest]} hold the same weights; the table has each once, leave one "
@@ -37,6 +41,8 @@ def match_systems(backbones: Sequence[str], models: Sequence[str]) -> Systems:
             )
         by_digest[digest] = name
         systems[name] = {None: path}
+        weights.facts = read_noted_facts(weights, path) if normalization is None else weights.facts
+        pixels[name] = weights.facts.normalization or normalization or weights.normalization
     for path in (part for spec in models for part in _expand(spec)):
         weights = read_weights(path, "--models")
         weights.require_confidence_net()
@@ -45,6 +51,12 @@ def match_systems(backbones: Sequence[str], models: Sequence[str]) -> Systems:
             raise InputError(
                 f"--models {path}: its backbone is none of --backbone {', '.join(systems)}, so it belongs to no row; "
                 "give the backbone that it was trained on (with --finetune_bkb it has its own), or leave it out"
+            )
+        own = weights.facts.normalization or normalization or weights.normalization
+        if own != pixels[backbone]:
+            raise InputError(
+                f"--models {path} was trained with {own} pixels, and --backbone {backbone} takes {pixels[backbone]} "
+                f"ones as far as its files say; give --normalization {own}"
             )
         other = systems[backbone].setdefault(weights.objective, path)
         if other != path:
@@ -73,7 +85,7 @@ def open_evaluations(data: Sequence[Path]) -> dict[str, list[Evaluation]]:
     opened: dict[str, list[Evaluation]] = {}
     seen: dict[str, Path] = {}
     for path in data:
-        evaluations = all_evaluations(path)
+        evaluations = all_evaluations(path, for_table=True)
         for name in {source.name for evaluation in evaluations for source in evaluation.sources}:
             if name in seen:
                 raise InputError(
@@ -102,7 +114,8 @@ def measure_systems(
     rows = [(backbone, system) for backbone in systems for system in SYSTEMS if system in systems[backbone]]
     names = {row: row[0] if row[1] is None else f"{row[0]} + {row[1].title}" for row in rows}
     models = {names[row]: systems[row[0]][row[1]] for row in rows}
-    measured = Comparison([], models, inference, cache).measure_groups(list(data.values()))
+    one_backbone = [[names[row] for row in rows if row[0] == backbone] for backbone in systems]
+    measured = Comparison([], models, inference, cache).measure_groups(list(data.values()), one_backbone)
     if not measured:
         return {}, {}
     blocks: Blocks = {backbone: {} for backbone in systems}
