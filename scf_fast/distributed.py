@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -157,13 +157,20 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def launcher(ranks: int | None = None) -> list[str]:
+def launcher(ranks: int | None = None, *, devices: Sequence[int] = (), module: str = "scf_fast.train") -> list[str]:
     """Returns the command that starts training under the deepspeed launcher; the flags of train.py follow.
 
     Args:
         ranks: processes; default: one for each GPU, two on a machine without.
+        devices: the GPUs to take, by the machine's numbers; none: the first ones.
+        module: what is started, with its own flags.
     """
-    count = [] if ranks is None and torch.cuda.is_available() else ["--num_accelerators", str(ranks or 2)]
+    if devices:
+        count = ["--include", f"localhost:{','.join(map(str, devices))}"]
+    elif ranks is None and torch.cuda.is_available():
+        count = []
+    else:
+        count = ["--num_accelerators", str(ranks or 2)]
     return [
         sys.executable,
         "-m",
@@ -173,5 +180,5 @@ def launcher(ranks: int | None = None) -> list[str]:
         "--master_port",
         str(free_port()),
         "--module",
-        "scf_fast.train",
+        module,
     ]

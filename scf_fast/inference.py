@@ -1,7 +1,7 @@
 """Inference with a trained model: images -> features and log kappa or log variance, in batches of any image source."""
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -226,25 +226,42 @@ class Embedder:
         Raises:
             InputError: as in :meth:`settle`, on the first call.
         """
+        return self.embed_with([self], images)[0]
+
+    @torch.no_grad()
+    def embed_with(self, embedders: "Sequence[Embedder]", images: torch.Tensor) -> list[Embeddings]:
+        """Embeds (B, 3, 112, 112) normalized RGB by several models on this one's backbone, which runs once for all.
+
+        Args:
+            embedders: of models with the same backbone and pixel convention, on the same device, with equal settings.
+        Raises:
+            InputError: as in :meth:`settle`, on the first call.
+        """
         if not self.is_settled:
             self.settle(images, len(images))
-        found = self._embed(images)
-        if not self.flip:
-            return found
-        mirrored = self._embed(images.flip(3))
-        prediction = None
-        if found.prediction is not None and mirrored.prediction is not None:
-            prediction = (found.prediction + mirrored.prediction) / 2
-        return Embeddings(found.features + mirrored.features, prediction, self.density)
+        found = self._embed(embedders, images)
+        return list(map(_join_views, found, self._embed(embedders, images.flip(3)))) if self.flip else found
 
     @full_float32()
-    def _embed(self, images: torch.Tensor) -> Embeddings:
+    def _embed(self, embedders: "Sequence[Embedder]", images: torch.Tensor) -> list[Embeddings]:
         assert self._backbone is not None
         count, self._batch_size = len(images), max(self._batch_size, len(images))
         features, convf = self._backbone(self._pad(images))
-        prediction = None if self._confidence_net is None else self._confidence_net(convf[:count].float())
         # A copy: the next call may write over the compiled backbone's output.
-        return Embeddings(features[:count].to(torch.float32, copy=True), prediction, self.density)
+        features, convf = features[:count].to(torch.float32, copy=True), convf[:count].float()
+        return [Embeddings(features, embedder._predict(convf), embedder.density) for embedder in embedders]
+
+    def _predict(self, convf: torch.Tensor) -> torch.Tensor | None:
+        """(B, C, H, W) float32 -> what the confidence net predicts, if there is one."""
+        return None if self._confidence_net is None else self._confidence_net(convf)
+
+
+def _join_views(plain: Embeddings, mirrored: Embeddings) -> Embeddings:
+    """Returns the embeddings of images from those of both orientations."""
+    prediction = None
+    if plain.prediction is not None and mirrored.prediction is not None:
+        prediction = (plain.prediction + mirrored.prediction) / 2
+    return Embeddings(plain.features + mirrored.features, prediction, plain.density)
 
 
 def _check_finite(model: SCF) -> None:

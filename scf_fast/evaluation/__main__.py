@@ -1,6 +1,8 @@
 """Command line of the evaluation."""
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from scf_fast import distributed
@@ -16,8 +18,10 @@ from scf_fast.evaluation.evaluate import (
     Verification,
     all_evaluations,
 )
+from scf_fast.evaluation.published_table import TableFormat, check_published, make_system_tables, render
 from scf_fast.evaluation.report import HTML_FILE, Report, Request, check_folder
 from scf_fast.evaluation.results import Score
+from scf_fast.evaluation.systems import match_systems, measure_systems, open_evaluations
 from scf_fast.inference_arguments import add_inference_arguments, inference_options
 
 _EPILOG = """\
@@ -28,7 +32,21 @@ standard output.
 """
 _LIKELIHOOD = "auto"  # of --score
 # Flags that decide the numbers, in the order that results.json keeps them in.
-_DECIDING = ("data", "pairs", "seed", "gallery", "probe", "far", "score", "align", "flip", "normalization")
+_DECIDING = (
+    "backbone",
+    "models",
+    "data",
+    "pairs",
+    "seed",
+    "gallery",
+    "probe",
+    "far",
+    "score",
+    "align",
+    "with_published",
+    "flip",
+    "normalization",
+)
 
 
 def _open_verify(options: argparse.Namespace) -> list[Evaluation]:
@@ -65,7 +83,7 @@ def _open_report(options: argparse.Namespace) -> list[Evaluation]:
     return all_evaluations(options.data)
 
 
-_OPENERS = {
+_OPENERS: dict[str, Callable[[argparse.Namespace], list[Evaluation]]] = {
     "verify": _open_verify,
     "ijb": _open_ijb,
     "identify": _open_identify,
@@ -78,6 +96,7 @@ _SUMMARIES = {
     "identify": "closed- and open-set search of probes in a gallery",
     "risk": "error versus reject by confidence, feature norm, detector score, at random and by an oracle",
     "report": "everything that a folder allows, with figures",
+    "table": "the published table: backbones and + PFE-G, + PFE-v, + SCF-G, + SCF on each, side by side",
 }
 
 
@@ -94,7 +113,7 @@ def _parser() -> Parser:
     for name, summary in _SUMMARIES.items():
         description = summary[0].upper() + summary[1:] + "."
         subparsers[name] = commands.add_parser(name, help=summary, description=description, epilog=_EPILOG)
-        _add_common_arguments(subparsers[name], out_required=name == "report")
+        _add_common_arguments(subparsers[name], out_required=name == "report", with_models=name != "table")
     _add_verify_arguments(subparsers["verify"])
     subparsers["ijb"].add_argument(
         "--data", required=True, nargs="+", type=Path, help="folders as released: meta/ and loose_crop/"
@@ -115,18 +134,20 @@ def _parser() -> Parser:
         help="folder with verification/*.bin, templates/ in IJB's layout, or both, as "
         "`python -m scf_fast.pipelines.synthetic` writes them; or a folder in IJB's layout itself",
     )
+    _add_table_arguments(subparsers["table"])
     return parser
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser, out_required: bool) -> None:
-    parser.add_argument(
-        "--model",
-        required=True,
-        nargs="+",
-        metavar="[NAME=]M",
-        help="output folder of a run, or weight files of any family, also of a backbone alone: then what needs a "
-        "confidence is left out; several models are shown side by side",
-    )
+def _add_common_arguments(parser: argparse.ArgumentParser, out_required: bool, with_models: bool) -> None:
+    if with_models:
+        parser.add_argument(
+            "--model",
+            required=True,
+            nargs="+",
+            metavar="[NAME=]M",
+            help="output folder of a run, or weight files of any family, also of a backbone alone: then what needs a "
+            "confidence is left out; several models are shown side by side",
+        )
     parser.add_argument("--out", type=Path, required=out_required, help="report folder")
     parser.add_argument("--overwrite", action="store_true", help="replace another report in OUT")
     parser.add_argument(
@@ -178,9 +199,41 @@ def _add_risk_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _request(options: argparse.Namespace, models: dict[str, str]) -> Request:
+def _add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, nargs="+", type=Path, help="folders, each of which as `report` takes it: IJBB IJBC"
+    )
+    parser.add_argument(
+        "--backbone",
+        required=True,
+        nargs="+",
+        metavar="[NAME=]B",
+        help="backbones that rows begin with: output folders of stage 1, or weight files of any family",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        metavar="M",
+        help="output folders of stage 2, or model files, of any of these backbones, which are told by the weights in "
+        "the files; rows that are not there stay empty",
+    )
+    parser.add_argument(
+        "--with-published", action="store_true", help="the paper's numbers beside those of cosface=B and arcface=B"
+    )
+    parser.add_argument(
+        "--format",
+        default=TableFormat.TEXT.value,
+        choices=[table_format.value for table_format in TableFormat],
+        help="of what is printed; the report folder has them all (default: %(default)s)",
+    )
+
+
+def _request(options: argparse.Namespace, models: dict[str, str] | None = None) -> Request:
     """Returns what decides the numbers, as results.json keeps it."""
-    request: Request = {"command": options.command, "model": list(models.values())}
+    request: Request = {"command": options.command}
+    if models is not None:
+        request["model"] = list(models.values())
     for flag in _DECIDING:
         if hasattr(options, flag) and not (flag == "normalization" and options.normalization is None):
             value = getattr(options, flag)
@@ -188,6 +241,25 @@ def _request(options: argparse.Namespace, models: dict[str, str]) -> Request:
                 value = [str(item) for item in value]
             request[flag] = str(value) if isinstance(value, Path) else value
     return request
+
+
+def _write_table(options: argparse.Namespace) -> None:
+    request = _request(options)
+    if options.out is not None:
+        check_folder(options.out, request, options.overwrite)
+    if options.with_published:
+        check_published(list(name_models(options.backbone, "--backbone")))
+    data = open_evaluations(options.data)
+    systems = match_systems(options.backbone, options.models, options.normalization)
+    blocks, reports = measure_systems(systems, data, inference_options(options), options.cache)
+    if not reports:  # another rank reports
+        return
+    report = Report(request, reports, make_system_tables(blocks, options.with_published))
+    if options.out is not None:
+        report.write(options.out)
+    print(render(report.system_tables, TableFormat(options.format)))
+    if options.out is not None:
+        print(f"\nreport: {options.out / HTML_FILE}", file=sys.stderr)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -210,7 +282,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    return run(parser.prog, lambda: _evaluate(options))
+    return run(parser.prog, lambda: _write_table(options) if options.command == "table" else _evaluate(options))
 
 
 if __name__ == "__main__":

@@ -35,42 +35,73 @@ class Comparison:
         Raises:
             InputError: a model cannot be read or used, or an image cannot be decoded.
         """
+        return {name: reports[0] for name, reports in self.measure_groups([self.evaluations]).items()}
+
+    def measure_groups(
+        self, groups: list[list[Evaluation]], one_backbone: list[list[str]] | None = None
+    ) -> dict[str, list[ModelReport]]:
+        """Does what :meth:`measure` does for several groups of evaluations, each with a report of its own.
+
+        Args:
+            one_backbone: names of models with the same backbone and pixel convention: it then runs once for all of
+                them. By default each model is taken to have its own.
+        """
         rank, world_size = distributed.environment()
-        if world_size == 1:
-            return {name: self._measure_model(name, path, 0, 1) for name, path in self.models.items()}
-        distributed.start()
+        sharing = one_backbone or [[name] for name in self.models]
+        if world_size > 1:
+            distributed.start()
         try:
-            reports = {name: self._measure_model(name, path, rank, world_size) for name, path in self.models.items()}
+            reports: dict[str, list[ModelReport]] = {}
+            for names in sharing:
+                reports |= self._measure_models(names, groups, rank, world_size)
         finally:
-            distributed.finish()
+            if world_size > 1:
+                distributed.finish()
         return reports if rank == 0 else {}
 
-    def _measure_model(self, name: str, path: str, rank: int, world_size: int) -> ModelReport:
-        """Fills the model's store on all ranks, and measures it on rank 0."""
+    def _measure_models(
+        self, names: list[str], groups: list[list[Evaluation]], rank: int, world_size: int
+    ) -> dict[str, list[ModelReport]]:
+        """Fills the stores of models on one backbone on all ranks, and measures each group on rank 0."""
+        stores: dict[str, EmbeddingStore] = {}
         started = time.perf_counter()
-        embedder = open_embedder(path, self.inference)
-        for evaluation in self.evaluations:
-            _check_score(evaluation.score, embedder.objective, path)
-        store = EmbeddingStore(
-            embedder,
-            _beside(path) / "evaluation_features" if self.cache is None else self.cache,
-            batch_size=self.inference.batch_size,
-            decoding=self.inference.decoding,
-            rank=rank,
-            world_size=world_size,
-        )
-        for evaluation in self.evaluations:
-            for source in evaluation.sources:
-                store.fill(source.images, source.name if len(self.models) == 1 else f"{name}: {source.name}")
+        for name in names:
+            path = self.models[name]
+            embedder = open_embedder(path, self.inference)
+            for evaluation in (evaluation for group in groups for evaluation in group):
+                _check_score(evaluation.score, embedder.objective, path)
+            stores[name] = EmbeddingStore(
+                embedder,
+                _beside(path) / "evaluation_features" if self.cache is None else self.cache,
+                batch_size=self.inference.batch_size,
+                decoding=self.inference.decoding,
+                rank=rank,
+                world_size=world_size,
+            )
+        what = "" if len(self.models) == 1 else f"{', '.join(names)}: "
+        first, *others = stores.values()
+        for source in (source for group in groups for evaluation in group for source in evaluation.sources):
+            first.fill(source.images, what + source.name, others)
         if world_size > 1:
             dist.barrier()
-        measured = measure_all(self.evaluations if rank == 0 else [], store)
-        if embedder.objective is not None:
-            measured.results.objective = embedder.objective
-        else:
-            note = f"{name} is a backbone alone ({embedder.normalization} pixels), so what needs κ is left out."
-            measured.notes.insert(0, note)
-        return ModelReport(path, measured, time.perf_counter() - started)
+        embedding_seconds = (time.perf_counter() - started) / len(names)
+        reports: dict[str, list[ModelReport]] = {}
+        for name, store in stores.items():
+            reports[name] = []
+            for group in groups:
+                started = time.perf_counter()
+                measured = measure_all(group if rank == 0 else [], store)
+                if store.embedder.objective is not None:
+                    measured.results.objective = store.embedder.objective
+                else:
+                    note = (
+                        f"{name} is a backbone alone ({store.embedder.normalization} pixels), so what needs κ is left "
+                        "out."
+                    )
+                    measured.notes.insert(0, note)
+                seconds = embedding_seconds / len(groups) + time.perf_counter() - started
+                reports[name].append(ModelReport(self.models[name], measured, seconds))
+        return reports
 
 
 _NEEDS = {Score.VMF: "kappa", Score.MLS: "variances", None: "a confidence"}  # by a score, or that of the density
@@ -92,12 +123,13 @@ def _check_score(score: Score | None, objective: Objective | None, path: str) ->
     raise InputError(f"--score {asked} needs {_NEEDS[score]}, and --model {path} {has}; take --score {others}")
 
 
-def name_models(specs: list[str]) -> dict[str, str]:
+def name_models(specs: list[str], flag: str = "--model") -> dict[str, str]:
     """Returns weight files by the name of the model.
 
     Args:
         specs: ``PATH`` or ``NAME=PATH``; without a name the path's last folder or file is the name. A path is what
             :meth:`scf_fast.model.SCF.from_checkpoint` takes.
+        flag: that they are from, for messages.
     Raises:
         InputError: two models have the same name.
     """
@@ -107,7 +139,7 @@ def name_models(specs: list[str]) -> dict[str, str]:
         if not equals or os.path.exists(spec):
             name, path = Path(split_paths(spec)[0]).resolve().name, spec
         if name in models:
-            raise InputError(f"two models are named {name}; give them names, as in --model first=PATH second=PATH")
+            raise InputError(f"two models are named {name}; give them names, as in {flag} first=PATH second=PATH")
         models[name] = path
     return models
 

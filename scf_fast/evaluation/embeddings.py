@@ -1,6 +1,7 @@
 """Embeddings kept on disk by model and data, computed by any number of ranks."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from scf_fast.distributed import all_ranks_agree
-from scf_fast.inference import DEFAULT_DECODING, Decoding, Embedder, Embeddings, embed_batches, load_batches
+from scf_fast.inference import DEFAULT_DECODING, Decoding, Embedder, Embeddings, load_batches
 from scf_fast.networks.frozen import CHECK_IMAGES
 from scf_fast.objectives import Density
 from scf_fast.pipelines.formats.atomic_file import atomic_output
@@ -46,18 +47,24 @@ class EmbeddingStore:
         self._batch_size, self._decoding = batch_size, decoding
         self._rank, self._world_size = rank, world_size
 
-    def fill(self, source: ImageSource, description: str) -> None:
+    def fill(self, source: ImageSource, description: str, others: "Sequence[EmbeddingStore]" = ()) -> None:
         """Computes this rank's share of what is missing, under a progress bar.
 
         Every rank must call it, and return, before one of them may load. The precision of the backbone is settled on
         the first images of the source: the same on every rank, and after an interruption.
 
+        Args:
+            others: stores to fill with it, of models that share its backbone as :meth:`Embedder.embed_with` has it.
         Raises:
             InputError: an image cannot be decoded, or gives unusable numbers; the message names it.
         """
-        folder = self._data_folder(source)
+        folders = {store: store._data_folder(source) for store in (self, *others)}
         all_ranks_agree(True)  # a rank that is still at an earlier source may be writing parts of this one
-        missing = [part for part in _parts(source) if not _path(folder, part).exists()]
+        lacking = {
+            part: {store: path for store, folder in folders.items() if not (path := _path(folder, part)).exists()}
+            for part in _parts(source)
+        }
+        missing = {part: paths for part, paths in lacking.items() if paths}
         # No rank starts before all have seen what is missing: their shares would not add up to it.
         if all_ranks_agree(not missing):
             return
@@ -66,10 +73,11 @@ class EmbeddingStore:
             with contextlib.closing(load_batches(self.embedder, source, [first], self._decoding)) as batches:
                 _, images = next(batches)
                 self.embedder.settle(images, self._batch_size)
-        self._compute(source, missing[self._rank :: self._world_size], folder, description)
+        mine = list(missing)[self._rank :: self._world_size]
+        self._compute(source, {part: missing[part] for part in mine}, description)
 
-    def _compute(self, source: ImageSource, parts: list[range], folder: Path, description: str) -> None:
-        """Computes and writes parts of a source."""
+    def _compute(self, source: ImageSource, parts: "dict[range, dict[EmbeddingStore, Path]]", description: str) -> None:
+        """Computes parts of a source, and writes each to the files that the stores lack."""
         if not parts:
             return
         batches = [
@@ -77,23 +85,27 @@ class EmbeddingStore:
             for part in parts
             for start in range(part.start, part.stop, self._batch_size)
         ]
-        stream = embed_batches(self.embedder, source, batches, self._decoding)
+        stream = load_batches(self.embedder, source, batches, self._decoding)
         bar = tqdm(total=sum(map(len, parts)), desc=description, unit=" images", mininterval=1, disable=self._rank > 0)
         with contextlib.closing(stream), bar as progress:
-            for part in parts:
-                embeddings = self._allocate(len(part))
+            for part, paths in parts.items():
+                whole = [store._allocate(len(part)) for store in paths]
                 done = 0
                 while done < len(part):
-                    _, batch = next(stream)
-                    embeddings.write_rows(slice(done, done + len(batch)), batch)
-                    done += len(batch)
-                    progress.update(len(batch))
-                embeddings.check_usable(source, part.start)
-                arrays = {"features": embeddings.features.numpy()}
-                if embeddings.prediction is not None:
-                    arrays[_PREDICTION_KEYS[embeddings.density]] = embeddings.prediction.numpy()
-                with atomic_output(_path(folder, part)) as file:
-                    np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy 2 types its own keywords there
+                    _, images = next(stream)
+                    for embeddings, batch in zip(whole, self._embed(list(paths), images)):
+                        embeddings.write_rows(slice(done, done + len(images)), batch.cpu())
+                    done += len(images)
+                    progress.update(len(images))
+                for path, embeddings in zip(paths.values(), whole):
+                    embeddings.check_usable(source, part.start)
+                    _write(path, embeddings)
+
+    def _embed(self, stores: "list[EmbeddingStore]", images: torch.Tensor) -> list[Embeddings]:
+        """Embeds images by the models of stores; this one's backbone runs once for all."""
+        if stores == [self]:
+            return [self.embedder(images)]
+        return self.embedder.embed_with([store.embedder for store in stores], images)
 
     def load(self, source: ImageSource, description: str) -> Embeddings:
         """Reads all embeddings of a source; fills the store first where this process is the only one."""
@@ -116,6 +128,15 @@ class EmbeddingStore:
 
     def _data_folder(self, source: ImageSource) -> Path:
         return self._folder / content_digest(source, f"{self.embedder.key} {_PIXELS}")[:24]
+
+
+def _write(path: Path, embeddings: Embeddings) -> None:
+    """Writes a part, complete or not at all."""
+    arrays = {"features": embeddings.features.numpy()}
+    if embeddings.prediction is not None:
+        arrays[_PREDICTION_KEYS[embeddings.density]] = embeddings.prediction.numpy()
+    with atomic_output(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy 2 types its own keywords there
 
 
 def _path(folder: Path, part: range) -> Path:

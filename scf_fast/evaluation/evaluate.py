@@ -1,7 +1,7 @@
 """The evaluations: the images each of them embeds, and the measurements it makes of one model's embeddings."""
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +55,12 @@ class Evaluation(abc.ABC):
         sources: everything it embeds.
         score: without which nothing is left of it; None: the likelihood of the model's density. Otherwise only what
             needs a confidence is left out for a backbone alone.
+        draws: whether to draw figures.
     """
 
     sources: list[NamedSource]
     score: Score | None = Score.COSINE
+    draws = True
 
     @abc.abstractmethod
     def measure(self, store: EmbeddingStore) -> Measured:
@@ -91,25 +93,34 @@ class Verification(Evaluation):
             likelihood = likelihood_of(embeddings, store.embedder.radius)
             scores = protocols.score_verification_set(embeddings, likelihood, store.embedder.device)
             summaries[name] = protocols.summarize_verification(scores, pairs.same)
-            for score, values in scores.items():
-                curves[name, score.label] = plots.roc_points(values, pairs.same)
+            if self.draws:
+                for score, values in scores.items():
+                    curves[name, score.label] = plots.roc_points(values, pairs.same)
+        figures = []
+        if self.draws:
+            figures = [
+                ReportFigure(FigureKind.ROC, plots.plot_roc("Verification", curves)),
+                ReportFigure(FigureKind.DET, plots.plot_det("Verification", curves)),
+            ]
         drawn = {f"pairs-{name}.txt": pairs for name, pairs in self._sets.items() if pairs.drawn}
         return Measured(
             Results(verification=BySet(self._first, summaries)),
-            [
-                ReportFigure(FigureKind.ROC, plots.plot_roc("Verification", curves)),
-                ReportFigure(FigureKind.DET, plots.plot_det("Verification", curves)),
-            ],
+            figures,
             [f"{pairs.drawn}; a report keeps them in {file}, which --data takes." for file, pairs in drawn.items()],
             {file: pairs.as_list() for file, pairs in drawn.items()},
         )
 
 
 class Templates(Evaluation):
-    """1:1 and, where the protocol has the files, 1:N of template sets, pooled every way, by cosine and likelihood."""
+    """1:1 and, where the protocol has the files, 1:N of template sets, pooled every way, by cosine and likelihood.
 
-    def __init__(self, sets: dict[str, TemplateSet]):
-        self._sets = sets
+    Args:
+        searches: False leaves 1:N out.
+    """
+
+    def __init__(self, sets: dict[str, TemplateSet], searches: bool = True):
+        self._sets = sets if searches else {name: replace(given, galleries=[]) for name, given in sets.items()}
+        self._searches = searches
         self.sources = [NamedSource(templates.source, name) for name, templates in sets.items()]
 
     def measure(self, store: EmbeddingStore) -> Measured:
@@ -119,13 +130,14 @@ class Templates(Evaluation):
         for number, (name, templates) in enumerate(self._sets.items()):
             embeddings = store.load(templates.source, name)
             likelihood = likelihood_of(embeddings, store.embedder.radius)
-            found = _match_templates(embeddings, templates, likelihood, store.embedder.device)
+            found = _match_templates(embeddings, templates, likelihood, store.embedder.device, self.draws)
             one_to_one[name] = _template_result(templates, found.tar_at_far)
-            if found.histogram is not None:
+            if found.histogram is not None and self.draws:
                 png = plots.plot_scores(f"All comparisons of 1:N, {name}", found.histogram)
                 figures.append(ReportFigure(FigureKind.SCORES, png, number))
-            png = plots.plot_roc(f"Template verification, {name}", found.curves)
-            figures.append(ReportFigure(FigureKind.TEMPLATES, png, number))
+            if self.draws:
+                png = plots.plot_roc(f"Template verification, {name}", found.curves)
+                figures.append(ReportFigure(FigureKind.TEMPLATES, png, number))
             if templates.galleries:
                 one_to_many[name] = IdentificationResult(
                     galleries=[gallery.name for gallery in templates.galleries],
@@ -134,7 +146,7 @@ class Templates(Evaluation):
                     by_matcher=found.searches,
                     comparisons=found.histogram,
                 )
-            else:
+            elif self._searches:
                 notes.append(
                     f"{name} has no 1:N files (meta/*_1N_gallery_*.csv, meta/*_1N_probe_mixed.csv), so identification "
                     "is left out."
@@ -160,7 +172,11 @@ class _TemplateMatches:
 
 
 def _match_templates(
-    embeddings: Embeddings, templates: TemplateSet, likelihood: Likelihood | None, device: torch.device
+    embeddings: Embeddings,
+    templates: TemplateSet,
+    likelihood: Likelihood | None,
+    device: torch.device,
+    with_curves: bool,
 ) -> _TemplateMatches:
     """Compares the templates of a set every way, 1:1 and, where there are galleries, 1:N."""
     protocol, same = templates.protocol, templates.protocol.pair_labels
@@ -172,7 +188,8 @@ def _match_templates(
         for score, values in protocols.score_templates(pooled, protocol, likelihood).items():
             matcher = Matcher(weighting, score)
             tar_at_far[matcher] = protocols.tar_table(values, same)
-            curves[weighting.label, score.label] = plots.roc_points(values, same)
+            if with_curves:
+                curves[weighting.label, score.label] = plots.roc_points(values, same)
             if templates.galleries:
                 searches[matcher] = _search_galleries(pooled, templates, similarities[score])
         if templates.galleries and likelihood is not None and weighting is likelihood.measures.every_image:
@@ -269,7 +286,8 @@ class Identification(Evaluation):
                 matcher = Matcher(likelihood.measures.by_media, similarity.score)
                 found[matcher] = search(enrolled, similarity)
             histogram = likelihood.count_comparisons(enrolled, numbers, searched, probe_subjects)
-            figures.append(ReportFigure(FigureKind.SCORES, plots.plot_scores("All comparisons of 1:N", histogram)))
+            if self.draws:
+                figures.append(ReportFigure(FigureKind.SCORES, plots.plot_scores("All comparisons of 1:N", histogram)))
         result = IdentificationResult(["gallery"], len(subjects), len(probes), found, histogram)
         return Measured(Results(identification=BySet("gallery", {"gallery": result})), figures)
 
@@ -324,6 +342,8 @@ class Risk(Evaluation):
             },
             images=quality.summarize_quality(embeddings, data.severity),
         )
+        if not self.draws:
+            return Measured(Results(rejection=result))
         figures = [ReportFigure(FigureKind.REJECT, plots.plot_rejection(rejection, score.label))]
         figures += self._quality_figures(embeddings, judged, result)
         if isinstance(data, PairSet):
@@ -376,12 +396,14 @@ def _judge_templates(
     return _JudgedPairs(protocols.score_templates(pooled, protocol, likelihood), protocol.pair_labels, lower)
 
 
-def all_evaluations(data: Path) -> list[Evaluation]:
+def all_evaluations(data: Path, for_table: bool = False) -> list[Evaluation]:
     """Opens every evaluation that a data folder allows.
 
     These are verification of its ``verification/*.bin``, templates of its ``templates/`` or of the folder itself, and
     risk on the set named 'mixed', or else on the first one, or else on the templates.
 
+    Args:
+        for_table: leaves out what the published table does not show: 1:N and figures.
     Raises:
         InputError: there is neither, or something in it is malformed.
     """
@@ -391,11 +413,13 @@ def all_evaluations(data: Path) -> list[Evaluation]:
     templates = datasets.open_template_set(folder) if datasets.is_template_set(folder) else None
     evaluations: list[Evaluation] = [Verification(sets)] if sets else []
     if templates is not None:
-        evaluations.append(Templates({templates.name: templates}))
+        evaluations.append(Templates({templates.name: templates}, searches=not for_table))
     if sets:
         evaluations.append(Risk(sets.get("mixed", next(iter(sets.values())))))
     elif templates is not None:
         evaluations.append(Risk(templates))
     else:
         raise InputError(f"{data} must hold verification/*.bin or templates/meta; give --data the folder that has them")
+    for evaluation in evaluations:
+        evaluation.draws = not for_table
     return evaluations

@@ -1,14 +1,15 @@
 """The report folder: results.json, report.md with its figures, and report.html, which stands alone."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scf_fast.errors import InputError
+from scf_fast.evaluation.published_table import SystemTable, TableFormat, render, system_tables_as_json
 from scf_fast.evaluation.report_html import make_page
 from scf_fast.evaluation.results import FIGURE_FILE, Measured
-from scf_fast.evaluation.tables import make_tables, tables_as_text
+from scf_fast.evaluation.tables import Table, make_tables, tables_as_text
 from scf_fast.pipelines.formats.atomic_file import write_bytes, write_json, write_text
 
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "report.md", "report.html"
@@ -34,6 +35,7 @@ class Report:
 
     request: Request
     models: dict[str, ModelReport]  # by name
+    system_tables: list[SystemTable] = field(default_factory=list)  # shown before the others
 
     def notes(self) -> list[str]:
         """Returns what was left out and why, every note once."""
@@ -41,13 +43,19 @@ class Report:
 
     def as_text(self) -> str:
         """Returns tables and notes as Markdown that is fit for a terminal."""
-        return tables_as_text({name: model.measured.results for name, model in self.models.items()}, self.notes())
+        return tables_as_text(self.tables(), self.notes())
+
+    def tables(self) -> list[Table]:
+        """Returns all tables."""
+        models = {name: model.measured.results for name, model in self.models.items()}
+        return [table.as_table() for table in self.system_tables] + make_tables(models)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of results.json: a single model's results at the top, those of several under "models"."""
         entries = {name: model.as_json() for name, model in self.models.items()}
         results = next(iter(entries.values())) if len(entries) == 1 else {"models": entries}
-        return {"request": self.request, "notes": self.notes()} | results
+        tables = {"tables": system_tables_as_json(self.system_tables)} if self.system_tables else {}
+        return {"request": self.request, "notes": self.notes()} | tables | results
 
     def write(self, out: Path) -> None:
         """Writes the report folder, made if missing; results.json comes last.
@@ -69,9 +77,11 @@ class Report:
                 write_text(out / file_name, text)
         title = f"Evaluation of {', '.join(self.models)}"
         write_text(out / MARKDOWN_FILE, "\n\n".join([f"# {title}", self.as_text(), *links]) + "\n")
-        tables = make_tables({name: model.measured.results for name, model in self.models.items()})
         figures = {name: model.measured.figures for name, model in self.models.items()}
-        write_text(out / HTML_FILE, make_page(title, self.request, tables, figures, self.notes()))
+        write_text(out / HTML_FILE, make_page(title, self.request, self.tables(), figures, self.notes()))
+        if self.system_tables:
+            for table_format in TableFormat:
+                write_text(out / table_format.file_name, render(self.system_tables, table_format) + "\n")
         write_json(out / RESULTS_FILE, self.as_json(), indent=2, end="\n", allow_nan=False)
 
 

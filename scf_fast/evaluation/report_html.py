@@ -64,11 +64,15 @@ def table_html(table: Table) -> str:
     """Returns a table as a section of the page."""
     words = table.word_columns()
 
-    def row_html(row: list[str], tag: str) -> str:
-        cells = (f"<{tag}{' class=word' * word}>{html.escape(cell)}</{tag}>" for cell, word in zip(row, words))
+    def row_html(row: list[str], tag: str, number: int | None = None) -> str:
+        cells = []
+        for column, (cell, word) in enumerate(zip(row, words)):
+            text = html.escape(cell)
+            shown = f"<b>{text}</b>" if (number, column) in table.best else text
+            cells.append(f"<{tag}{' class=word' * word}>{shown}</{tag}>")
         return f"<tr>{''.join(cells)}</tr>"
 
-    body = "".join(row_html(row, "td") for row in table.rows)
+    body = "".join(row_html(row, "td", number) for number, row in enumerate(table.rows))
     about = f"<p class=about>{html.escape(table.about)}</p>" if table.about else ""
     return (
         f"<section><h2>{html.escape(table.title)}</h2><div class=scroll><table><thead>{row_html(table.header, 'th')}"

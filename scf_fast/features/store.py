@@ -4,7 +4,7 @@
                              that they were computed with; what their dtype loses
     folder/rows-NNNNN.bin    fixed-size records, one for each image (:mod:`scf_fast.features.records`)
     folder/checksums.bin     two uint32 for each image: CRC-32 of each orientation's half of the record, 0 while missing
-    folder/writing-R         exists while rank R has the cache open for writing
+    folder/writing-R         exists while rank R has an incomplete cache open, and so may write to it
 
 A record counts as present only once its checksums are stored, after the record itself, and is compared with them when a
 run first reads it. A run that dies leaves its ``writing`` mark, and the next one to open the cache then checks every
@@ -160,9 +160,10 @@ class FeatureCache:
 
     @classmethod
     def open(cls, folder: Path, layout: CacheLayout, rank: int) -> "FeatureCache":
-        """Opens the cache and marks it as being written."""
+        """Opens the cache and marks it as being written, unless it is complete: several runs may read it then."""
         cache = cls(folder, layout, rank)
-        cache._mark.touch()
+        if not cache.present.all():
+            cache._mark.touch()
         return cache
 
     def refresh(self) -> None:

@@ -162,7 +162,7 @@ answers = [settled(lenient), settled(strict if rank else lenient), settled(never
 shared, decoding = embedder(lenient), Decoding("torch", num_workers=0)
 store = embeddings.EmbeddingStore(shared, Path(sys.argv[2]), batch_size=2, decoding=decoding, rank=rank, world_size=2)
 embed = shared._embed
-shared._embed = lambda images: (seen.append(len(images)), embed(images))[1]
+shared._embed = lambda models, images: (seen.append(len(images)), embed(models, images))[1]
 for _ in range(2):
     store.fill(source, "images")
 torch.distributed.barrier()
