@@ -2,6 +2,7 @@
 forces one of them.
 """
 
+from scf_fast.kernels.gaussian_center_loss import GaussianTerms, gaussian_center_loss
 from scf_fast.kernels.log_bessel import (
     inverse_mean_resultant_length,
     log_bessel_i,
@@ -25,6 +26,7 @@ from scf_fast.kernels.mutual_likelihood_tiles import (
     mutual_likelihood_matrix,
     mutual_likelihood_top_k,
 )
+from scf_fast.kernels.pair_likelihood_loss import PairTerms, pair_likelihood_loss
 from scf_fast.kernels.scf_loss import SCFTerms, scf_loss
 from scf_fast.kernels.template_pooling import pool_gaussian_templates, pool_templates
 from scf_fast.kernels.vmf_similarity import neutral_radius, vmf_similarity, vmf_similarity_from_cosine
@@ -35,9 +37,12 @@ from scf_fast.kernels.vmf_similarity_tiles import (
 )
 
 __all__ = [
+    "GaussianTerms",
     "MarginSoftmaxStatistics",
+    "PairTerms",
     "SCFTerms",
     "check_margin_softmax",
+    "gaussian_center_loss",
     "inverse_mean_resultant_length",
     "log_bessel_i",
     "log_vmf_normalizer",
@@ -53,6 +58,7 @@ __all__ = [
     "mutual_likelihood_matrix",
     "mutual_likelihood_top_k",
     "neutral_radius",
+    "pair_likelihood_loss",
     "pool_gaussian_templates",
     "pool_templates",
     "psi_and_ratio",

@@ -1,10 +1,13 @@
-"""Shared by the mutual likelihood of pairs and that of all pairs: argument checks and constants."""
+"""Shared by the losses and scores of Gaussians around unit directions: argument checks, constants, log variances."""
 
 import math
 
 import torch
 
 from scf_fast.kernels._common import MAX_DIM, check_floating, promoted_dtype
+
+LOG_VARIANCE_LIMIT = 60.0  # beyond, exp(-log_variance) and its products with squares of 2^10 rows leave float32
+LOG_TWO_PI = math.log(2 * math.pi)
 
 
 def check_gaussian_faces(
@@ -43,3 +46,8 @@ def unit(mu: torch.Tensor) -> torch.Tensor:
 def gaussian_constant(dim: int) -> float:
     """Returns the part of a score that depends on neither face: log of the standard normal density at its mean."""
     return -dim / 2 * math.log(2 * math.pi)
+
+
+def hold_log_variance(log_variance: torch.Tensor) -> torch.Tensor:
+    """Returns log variances in float64, those beyond the limit at the limit; NaN stays."""
+    return log_variance.double().clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
