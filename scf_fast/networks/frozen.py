@@ -25,7 +25,7 @@ from torch import nn
 
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone, IRUnit, SqueezeExcitation
-from scf_fast.networks.precision import PRECISION_DTYPES, check_precision, has_bf16
+from scf_fast.networks.precision import PRECISION_DTYPES, check_precision
 from scf_fast.pipelines.face_template import FACE_SIZE
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def frozen_precisions(precision: str, device: torch.device) -> tuple[str, ...]:
     if precision != "auto":
         return (precision,) if precision == "fp32" else (precision, "fp32")
     if device.type == "cuda":
-        return ("fp16", "bf16", "fp32") if has_bf16(device) else ("fp16", "fp32")
+        return ("fp16", "bf16", "fp32")  # on every GPU: ranks go through them together
     return ("bf16", "fp32") if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("fp32",)
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from scf_fast.pipelines.loader import make_loader
+from scf_fast.pipelines.loading.base import Request
 from scf_fast.pipelines.loading.decode import decode_face
 from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sources.base import EncodedImages
@@ -138,6 +139,30 @@ def test_broken_image_behind_a_refused_one_keeps_its_turn(built):
         for batch in loader.batches(0):
             shown += batch.indices.tolist()
     assert shown == list(range(8))
+
+
+def test_batches_are_bound_to_the_stream_that_asks_for_them(monkeypatch):
+    """Not to that of the first batch: DALI gives memory to the next batch in the order of the stream it was told."""
+    bound, streams = [], iter("abcd")
+
+    class Gpu:
+        """Stands in for a pipeline on a GPU; outputs are arrays."""
+
+        def __init__(self, feed, *rest, **options):
+            self.feed = feed
+
+        def run(self, stream):
+            bound.append(stream)
+            encoded, *_ = self.feed()
+            return (type("Batch", (), {"as_tensor": lambda batch: np.zeros((len(encoded), 112, 112, 3), np.uint8)})(),)
+
+    monkeypatch.setattr(dali, "_face_pipeline", Gpu)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: next(streams))
+    loader = make_loader(make_source(8), EpochSampler(8, 4), device="cuda:0", backend="dali", num_workers=1)
+    requests = iter([Request(np.arange(at, at + 4), np.zeros(4, dtype=bool)) for at in (0, 4)])
+    with loader:
+        assert len(list(loader._decode(requests))) == 2
+    assert bound == ["a", "b", "c"]
 
 
 def test_error_of_a_source_is_not_taken_for_dalis(built):

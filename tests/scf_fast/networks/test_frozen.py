@@ -103,7 +103,7 @@ def test_order_of_precisions(monkeypatch):
     assert frozen_precisions("auto", cpu)[-1] == "fp32"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    assert frozen_precisions("auto", cuda) == ("fp16", "fp32")
+    assert frozen_precisions("auto", cuda) == ("fp16", "bf16", "fp32")  # as a rank on another GPU
     with pytest.raises(ValueError, match=r"Tesla V100 with 7\.0, which would emulate"):
         frozen_precisions("bf16", cuda)
 
