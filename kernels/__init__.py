@@ -19,8 +19,14 @@ from scf_fast.kernels.margin_softmax import (
     mean_over_labeled,
     target_cosine_with_margin,
 )
+from scf_fast.kernels.mutual_likelihood import mutual_likelihood, mutual_likelihood_from_cosine
+from scf_fast.kernels.mutual_likelihood_tiles import (
+    mutual_likelihood_histogram,
+    mutual_likelihood_matrix,
+    mutual_likelihood_top_k,
+)
 from scf_fast.kernels.scf_loss import SCFTerms, scf_loss
-from scf_fast.kernels.template_pooling import pool_templates
+from scf_fast.kernels.template_pooling import pool_gaussian_templates, pool_templates
 from scf_fast.kernels.vmf_similarity import neutral_radius, vmf_similarity, vmf_similarity_from_cosine
 from scf_fast.kernels.vmf_similarity_tiles import (
     vmf_similarity_histogram,
@@ -41,7 +47,13 @@ __all__ = [
     "margin_softmax_statistics",
     "mean_over_labeled",
     "mean_resultant_length",
+    "mutual_likelihood",
+    "mutual_likelihood_from_cosine",
+    "mutual_likelihood_histogram",
+    "mutual_likelihood_matrix",
+    "mutual_likelihood_top_k",
     "neutral_radius",
+    "pool_gaussian_templates",
     "pool_templates",
     "psi_and_ratio",
     "scf_loss",

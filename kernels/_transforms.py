@@ -72,6 +72,16 @@ def vmf_similarity(
     return _psi(total, dim) - _psi(kappa1.double(), dim) - _psi(kappa2.double(), dim) - constant
 
 
+def mutual_likelihood(
+    mu1: torch.Tensor, log_variance1: torch.Tensor, mu2: torch.Tensor, log_variance2: torch.Tensor
+) -> torch.Tensor:
+    """Returns the mutual likelihood of each pair of Gaussian faces in float64."""
+    log_v = torch.logaddexp(log_variance1.double(), log_variance2.double())
+    log_v = (log_v[:, None] if log_v.ndim == 1 else log_v).expand(mu1.shape)
+    square = (_unit(mu1.double()) - _unit(mu2.double())).square()
+    return -(square * torch.exp(-log_v) + log_v + math.log(2 * math.pi)).sum(dim=1) / 2
+
+
 def pool_templates(
     mu: torch.Tensor, kappa: torch.Tensor | None, template_ids: torch.Tensor, num_templates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +91,17 @@ def pool_templates(
     empty = (sums == 0).all(dim=1)
     kappas = torch.where(empty, 0.0, torch.linalg.vector_norm(torch.where(empty[:, None], 1.0, sums), dim=1))
     return sums / torch.where(empty, 1.0, kappas)[:, None], kappas
+
+
+def pool_gaussian_templates(
+    mu: torch.Tensor, precision: torch.Tensor, template_ids: torch.Tensor, num_templates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns directions and precisions of templates in float64."""
+    precision = precision.double()
+    pooled = precision.new_zeros(num_templates, *precision.shape[1:]).index_add(0, template_ids, precision)
+    share = precision / torch.where(pooled == 0, 1.0, pooled)[template_ids]
+    weighted = mu.double() * (share[:, None] if share.ndim == 1 else share)
+    return pool_templates(weighted, None, template_ids, num_templates)[0], pooled
 
 
 def margin_softmax_statistics(

@@ -117,3 +117,25 @@ def pool_templates(
     weighted = mu.double() if kappa is None else kappa.double()[:, None] * mu.double()
     sums = weighted.new_zeros(num_templates, mu.shape[1]).index_add(0, template_ids, weighted)
     return F.normalize(sums), sums.norm(dim=1)
+
+
+def mutual_likelihood(
+    mu1: torch.Tensor, log_variance1: torch.Tensor, mu2: torch.Tensor, log_variance2: torch.Tensor
+) -> torch.Tensor:
+    """Score of each pair of Gaussian faces, Shi and Jain, ICCV 2019, Eqn (3)."""
+    v = log_variance1.double().exp() + log_variance2.double().exp()
+    v = (v[:, None] if v.ndim == 1 else v).expand(mu1.shape)
+    square = (_directions(mu1) - _directions(mu2)).square()
+    return -0.5 * (square / v + torch.log(v) + math.log(2 * math.pi)).sum(dim=1)
+
+
+def pool_gaussian_templates(
+    mu: torch.Tensor, precision: torch.Tensor, template_ids: torch.Tensor, num_templates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions and precisions of templates, Shi and Jain, ICCV 2019, section 4.2; direction 0 of an empty one."""
+    precision = precision.double()
+    weight = precision[:, None] if precision.ndim == 1 else precision
+    sums = mu.new_zeros(num_templates, mu.shape[1], dtype=torch.float64).index_add(0, template_ids, weight * mu)
+    pooled = precision.new_zeros(num_templates, *precision.shape[1:]).index_add(0, template_ids, precision)
+    mean = sums / (pooled[:, None] if pooled.ndim == 1 else pooled)
+    return F.normalize(mean.nan_to_num()), pooled

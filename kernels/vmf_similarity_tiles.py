@@ -7,33 +7,30 @@ CPU both are float64: a float32 product alone would cost 1e-7 kappa nats there t
 quarter of the time.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from scf_fast.kernels._common import DEFAULT_RADIUS, forward_mode, promoted_dtype, slices, use_triton
+from scf_fast.kernels._common import DEFAULT_RADIUS, promoted_dtype
+from scf_fast.kernels._score_bands import (
+    Band,
+    add_to_histogram,
+    check_histogram,
+    check_k,
+    check_result_dtype,
+    chunks,
+    row_bands,
+    top_k_of_bands,
+    use_tiles,
+)
 from scf_fast.kernels._vmf_common import check_faces, phi, phi_of_square, score_constant, unit_rows
 from scf_fast.kernels._vmf_similarity_triton import KEPT, launch_histogram, launch_matrix, launch_top_k
 from scf_fast.kernels.vmf_similarity import neutral_radius
 
-# Scores that exist at once where they are not written out: 512 and 8 MiB as float64.
-_BAND = {"cuda": 1 << 26, "cpu": 1 << 20}
-_CHUNK = {"cuda": 1 << 22, "cpu": 1 << 14}  # of them in plain PyTorch, so that the temporaries of psi stay in cache
-MAX_BINS = 1024  # of a histogram that one program counts in registers
-
+_PAIRS = "vmf_similarity"
 
 # ---- PyTorch
-
-
-def _device_kind(tensor: torch.Tensor) -> str:
-    return "cuda" if tensor.is_cuda else "cpu"
-
-
-def _bands(mu1: torch.Tensor, columns: int) -> Iterator[slice]:
-    """Cuts the rows into bands whose scores with every column fit into memory."""
-    return slices(len(mu1), max(1, _BAND[_device_kind(mu1)] // max(1, columns)))
 
 
 class _Faces(NamedTuple):
@@ -54,16 +51,13 @@ class _Faces(NamedTuple):
 
 def _vmf_similarity_matrix_torch(first: _Faces, second: _Faces, radius: float) -> torch.Tensor:
     """Returns the scores of all pairs, (N, M) float64; the CPU path."""
-    (n, dim), m = first.weighted.shape, len(second.kappa)
+    dim = first.weighted.shape[1]
     scores = first.weighted @ second.weighted.T
-    at_once = _CHUNK[_device_kind(scores)]
-    width = max(1, min(m, at_once))
-    for rows in slices(n, max(1, at_once // width)):
-        for cols in slices(m, width):
-            square = (first.kappa[rows, None].square() + second.kappa[cols].square()).add_(scores[rows, cols], alpha=2)
-            # Clamped because rounding could make the square of opposite directions negative where kappa1 = kappa2.
-            scored = phi_of_square(square.clamp_(min=0), dim).sub_(first.phi[rows, None] - score_constant(dim, radius))
-            torch.sub(scored, second.phi[cols], out=scores[rows, cols])
+    for rows, cols in chunks(scores):
+        square = (first.kappa[rows, None].square() + second.kappa[cols].square()).add_(scores[rows, cols], alpha=2)
+        # Clamped because rounding could make the square of opposite directions negative where kappa1 = kappa2.
+        scored = phi_of_square(square.clamp_(min=0), dim).sub_(first.phi[rows, None] - score_constant(dim, radius))
+        torch.sub(scored, second.phi[cols], out=scores[rows, cols])
     return scores
 
 
@@ -110,19 +104,11 @@ def _vmf_similarity_histogram(
     radius: float,
     triton_kernel: bool,
 ) -> torch.Tensor:
-    n, m = len(mu1), len(mu2)
     counts = torch.zeros(2, bins, dtype=torch.int64, device=mu1.device)
     if not triton_kernel:
-        row, column = torch.arange(n, device=mu1.device), torch.arange(m, device=mu1.device)
-        not_counted = 2 * bins  # beyond the counts
-        for rows, scores in _score_bands(mu1, kappa1, mu2, kappa2, radius, triton_kernel):
-            position = scores.sub_(low).mul_(bins / (high - low)).clamp_(0, bins - 1).floor_()
-            position.add_(ids1[rows, None] == ids2, alpha=bins)
-            position.nan_to_num_(not_counted)
-            if distinct:
-                position.masked_fill_(row[rows, None] >= column, not_counted)
-            counts += torch.bincount(position.long().view(-1), minlength=2 * bins + 1)[:-1].view(2, bins)
-    elif n and m:
+        bands = _score_bands(mu1, kappa1, mu2, kappa2, radius, triton_kernel)
+        add_to_histogram(counts, bands, ids1, ids2, low, high, distinct)
+    elif len(mu1) and len(mu2):
         constant = score_constant(mu1.shape[1], radius)
         launch_histogram(
             mu1, kappa1, ids1, mu2, kappa2, ids2, counts, low=low, high=high, distinct=distinct, constant=constant
@@ -149,13 +135,9 @@ def _vmf_similarity_top_k(
     if triton_kernel and n and k <= KEPT:
         scores, indices = launch_top_k(mu1, kappa1, mu2, kappa2, k)
         return scores.add_(score_constant(dim, radius)).to(dtype), indices
-    scores = torch.empty(n, k, dtype=dtype, device=mu1.device)
-    indices = torch.empty(n, k, dtype=torch.int64, device=mu1.device)
     # Ranked at the neutral radius: the constant of another would cost digits.
-    for rows, band in _score_bands(mu1, kappa1, mu2, kappa2, neutral_radius(dim), triton_kernel):
-        best, indices[rows] = torch.topk(band, k, dim=1)
-        scores[rows] = best.double().add_(score_constant(dim, radius))
-    return scores, indices
+    bands = _score_bands(mu1, kappa1, mu2, kappa2, neutral_radius(dim), triton_kernel)
+    return top_k_of_bands(bands, n, k, score_constant(dim, radius), dtype, mu1.device)
 
 
 def _score_bands(
@@ -165,14 +147,14 @@ def _score_bands(
     kappa2: torch.Tensor,
     radius: float,
     triton_kernel: bool,
-) -> Iterator[tuple[slice, torch.Tensor]]:
+) -> Iterator[Band]:
     """Yields bands of rows with their scores against every column: float32 from Triton, float64 from PyTorch."""
     if triton_kernel:
-        for rows in _bands(mu1, len(mu2)):
+        for rows in row_bands(mu1, len(mu2)):
             yield rows, _vmf_similarity_matrix(mu1[rows], kappa1[rows], mu2, kappa2, radius, torch.float32, True)
     else:
         first, second = _Faces.prepare(mu1, kappa1), _Faces.prepare(mu2, kappa2)
-        for rows in _bands(mu1, len(mu2)):
+        for rows in row_bands(mu1, len(mu2)):
             yield rows, _vmf_similarity_matrix_torch(first.select(rows), second, radius)
 
 
@@ -183,22 +165,6 @@ def _(mu1, kappa1, mu2, kappa2, k, radius, triton_kernel):
 
 
 # ---- public functions
-
-
-def _use_tiles(backend: str, dtype: torch.dtype, tensor: torch.Tensor) -> bool:
-    """Returns whether the Triton kernels run. Their arithmetic is float32, so float64 arguments go to PyTorch's matrix
-    product instead.
-    """
-    if forward_mode():
-        raise NotImplementedError(
-            "the similarity of all pairs carries no derivative, in forward mode neither: use vmf_similarity"
-        )
-    if dtype == torch.float64 and backend == "triton":
-        raise ValueError(
-            'backend="triton" compares all pairs in float32, got float64 arguments: convert them with .float(), or '
-            'use backend="auto"'
-        )
-    return use_triton(backend, tensor) and dtype != torch.float64
 
 
 @torch.no_grad()
@@ -234,10 +200,9 @@ def vmf_similarity_matrix(
         ValueError: shapes, dtypes or radius are not as above, or the backend cannot run.
     """
     arithmetic = check_faces(mu1, kappa1, mu2, kappa2, radius)
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating point, got {dtype}")
+    check_result_dtype(dtype)
     return _vmf_similarity_matrix(
-        mu1, kappa1, mu2, kappa2, float(radius), dtype or arithmetic, _use_tiles(backend, arithmetic, mu1)
+        mu1, kappa1, mu2, kappa2, float(radius), dtype or arithmetic, use_tiles(backend, arithmetic, mu1, _PAIRS)
     )
 
 
@@ -267,9 +232,10 @@ def vmf_similarity_top_k(
         ValueError: k is not as above, or as in ``vmf_similarity_matrix``.
     """
     arithmetic = check_faces(mu1, kappa1, mu2, kappa2, radius)
-    if not 1 <= k <= len(mu2):
-        raise ValueError(f"k must be in 1 .. {len(mu2)}, the rows of mu2, got {k}")
-    return _vmf_similarity_top_k(mu1, kappa1, mu2, kappa2, k, float(radius), _use_tiles(backend, arithmetic, mu1))
+    check_k(k, len(mu2))
+    return _vmf_similarity_top_k(
+        mu1, kappa1, mu2, kappa2, k, float(radius), use_tiles(backend, arithmetic, mu1, _PAIRS)
+    )
 
 
 @torch.no_grad()
@@ -303,15 +269,7 @@ def vmf_similarity_histogram(
         ValueError: an argument is not as above, or as in ``vmf_similarity_matrix``.
     """
     arithmetic = check_faces(mu1, kappa1, mu2, kappa2, radius)
-    for name, ids, mu in ("ids1", ids1, mu1), ("ids2", ids2, mu2):
-        if ids.shape != mu.shape[:1] or ids.dtype != torch.int64:
-            raise ValueError(f"{name} must be ({len(mu)},) int64, one per row, got {tuple(ids.shape)} {ids.dtype}")
-    if not 2 <= bins <= MAX_BINS or bins & (bins - 1):
-        raise ValueError(f"bins must be a power of two in 2 .. {MAX_BINS}, got {bins}")
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"low and high must be finite and low < high, got {low} and {high}")
-    if distinct and len(mu1) != len(mu2):
-        raise ValueError(f"distinct means that both sets are the same rows, got {len(mu1)} and {len(mu2)}")
+    check_histogram(ids1, len(mu1), ids2, len(mu2), low, high, bins, distinct)
     return _vmf_similarity_histogram(
         mu1,
         kappa1,
@@ -324,5 +282,5 @@ def vmf_similarity_histogram(
         bins,
         distinct,
         float(radius),
-        _use_tiles(backend, arithmetic, mu1),
+        use_tiles(backend, arithmetic, mu1, _PAIRS),
     )

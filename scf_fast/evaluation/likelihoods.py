@@ -19,7 +19,12 @@ import torch.nn.functional as F
 from scf_fast.evaluation.results import DENSITY_MEASURES, DensityMeasures, Score, ScoreHistogram
 from scf_fast.inference import Embeddings
 from scf_fast.kernels import (
+    mutual_likelihood,
+    mutual_likelihood_from_cosine,
+    mutual_likelihood_histogram,
+    mutual_likelihood_top_k,
     neutral_radius,
+    pool_gaussian_templates,
     pool_templates,
     vmf_similarity_from_cosine,
     vmf_similarity_histogram,
@@ -224,6 +229,74 @@ class VMFLikelihood(Likelihood):
         )
 
 
+class GaussianLikelihood(Likelihood):
+    """The mutual likelihood score of Gaussians, and their fusion, for one variance or one in each dimension.
+
+    score = -1/2 sum_l [ (mu1_l - mu2_l)^2 / v_l + log v_l ] - (D/2) log 2 pi,   v_l = s1_l^2 + s2_l^2
+    1 / s^2 = sum_m 1 / s_m^2,   mu = s^2 sum_m mu_m / s_m^2,   scaled to length one
+    """
+
+    measures = DENSITY_MEASURES[Density.GAUSSIAN]
+    score = measures.score
+
+    def concentration_of(self, embeddings: Embeddings) -> torch.Tensor:
+        log_variance = embeddings.log_variance
+        assert log_variance is not None
+        # Those of all dimensions are as large as the features: float32 has to do.
+        return (log_variance.double() if log_variance.ndim == 1 else log_variance).neg().exp()
+
+    def pool(self, faces: Faces, template_index: torch.Tensor, num_templates: int) -> Faces:
+        return Faces(*pool_gaussian_templates(faces.mu, _known(faces).float(), template_index, num_templates))
+
+    def score_pairs(
+        self, faces: Faces, cosine: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+    ) -> torch.Tensor:
+        precision, dim, scores = _known(faces), faces.mu.shape[1], torch.empty_like(cosine)
+        by_cosine = precision.ndim == 1
+        at_once = _SCORES_AT_ONCE if by_cosine else PAIRS_AT_ONCE["cuda" if cosine.is_cuda else "cpu"]
+        for start in range(0, len(first), at_once):
+            piece = slice(start, start + at_once)
+            rows = first[piece], second[piece]
+            log_variance1, log_variance2 = (-precision[row].double().log() for row in rows)
+            if by_cosine:
+                scores[piece] = mutual_likelihood_from_cosine(cosine[piece], log_variance1, log_variance2, dim)
+            else:
+                mu1, mu2 = (F.normalize(faces.mu[row].double()) for row in rows)
+                scores[piece] = mutual_likelihood(mu1, log_variance1, mu2, log_variance2)
+        return scores
+
+    def find_most_similar(self, gallery: Faces, probes: Faces, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scores, rows = mutual_likelihood_top_k(
+            probes.mu, -_known(probes).log(), gallery.mu, -_known(gallery).log(), count
+        )
+        return scores.double(), rows
+
+    def _score_range(self, gallery: Faces, probes: Faces) -> tuple[float, float]:
+        """Of directions that agree with the smallest variances, and of opposite ones with the worst of either."""
+        least, most = (
+            (1 / getattr(_known(probes), end)(dim=0).double() + 1 / getattr(_known(gallery), end)(dim=0).double())
+            for end in ("amax", "amin")
+        )
+        dim = gallery.mu.shape[1]
+        low, high = (-dim / 2 * (2 * math.pi * variance).log().mean().item() for variance in (most, least))
+        return low - 2 / least.min().item(), high
+
+    def _count_scores(
+        self, probes: Faces, probe_ids: torch.Tensor, gallery: Faces, gallery_ids: torch.Tensor, edges: np.ndarray
+    ) -> torch.Tensor:
+        return mutual_likelihood_histogram(
+            probes.mu,
+            -_known(probes).log(),
+            probe_ids,
+            gallery.mu,
+            -_known(gallery).log(),
+            gallery_ids,
+            float(edges[0]),
+            float(edges[-1]),
+            len(edges) - 1,
+        )
+
+
 COSINE = Cosine()
 
 
@@ -233,7 +306,9 @@ def likelihood_of(embeddings: Embeddings, radius: float) -> Likelihood | None:
     Args:
         radius: of the model's sphere, which Gaussians have no use for.
     """
-    return None if embeddings.kappa is None else VMFLikelihood(radius)
+    if embeddings.prediction is None:
+        return None
+    return VMFLikelihood(radius) if embeddings.density is Density.VMF else GaussianLikelihood()
 
 
 def _known(faces: Faces) -> torch.Tensor:

@@ -77,8 +77,9 @@ def roc_points(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.nda
     """Returns 400 points (FAR, TAR), as many as a curve can show, evenly spaced on a logarithmic axis from where ten
     impostor pairs pass.
     """
-    fars = np.geomspace(min(1, 10 / np.count_nonzero(~same)), 1, 400)
-    return fars, np.array(list(tar_at_far(scores, same, fars.tolist()).values()))
+    fars = np.geomspace(min(1, 10 / np.count_nonzero(~same)), 1, 400)  # of ten impostor pairs all are 1
+    tars = tar_at_far(scores, same, fars.tolist())
+    return fars, np.array([tars[far] for far in fars.tolist()])
 
 
 def _styles(curves: Curves) -> dict[tuple[str, str], Style]:

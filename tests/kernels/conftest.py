@@ -5,6 +5,7 @@ compiled.
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -122,5 +123,21 @@ def faces():
         mu = torch.randn(count, dim, generator=generator) * torch.rand(count, 1, generator=generator).add(0.5)
         kappa = torch.logspace(-2, 4, count)[torch.randperm(count, generator=generator)]
         return mu.to(device, dtype), kappa.to(device)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def gaussian_faces():
+    """``gaussian_faces(count, dim, variance, device, seed)``: random directions of any length, and log variances,
+    "scalar" or "diagonal", of a standard deviation of one around log(1 / dim).
+    """
+
+    def draw(count, dim, variance, device, seed, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(seed)
+        mu = torch.randn(count, dim, generator=generator) * torch.rand(count, 1, generator=generator).add(0.5)
+        shape = (count, dim) if variance == "diagonal" else (count,)
+        log_variance = torch.randn(shape, generator=generator) - math.log(dim)
+        return mu.to(device, dtype), log_variance.to(device, torch.promote_types(dtype, torch.float32))
 
     return draw

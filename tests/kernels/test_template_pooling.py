@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from scf_fast.kernels import reference
-from scf_fast.kernels.template_pooling import _pool_templates, pool_templates
+from scf_fast.kernels.template_pooling import (
+    _pool_gaussian_templates,
+    _pool_templates,
+    pool_gaussian_templates,
+    pool_templates,
+)
 
 
 @pytest.mark.parametrize(
@@ -122,3 +127,89 @@ def test_refuses(change, message):
     arguments = {"mu": torch.ones(3, 2), "kappa": torch.ones(3), "template_ids": torch.tensor([0, 1, 2])} | change
     with pytest.raises(ValueError, match=message):
         pool_templates(**arguments)
+
+
+# ---- Gaussian templates
+
+
+def gaussian_images(count, dim, diagonal, unit_rows, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(4)
+    shape = (count, dim) if diagonal else (count,)
+    precision = (torch.rand(shape, generator=generator, dtype=torch.float64) * 8).exp()
+    ids = torch.cat([torch.arange(3), torch.randint(0, 5, (count - 4,), generator=generator), torch.tensor([6])])
+    return unit_rows(count, dim, dtype), precision.to(dtype), ids
+
+
+def check_fusion(directions, pooled, mu, precision, ids, tolerance):
+    """Template by template, image by image: two Gaussians fuse into mu = s^2 (mu1 / s1^2 + mu2 / s2^2)."""
+    for template in range(len(directions)):
+        mean, of_mean = torch.zeros(mu.shape[1], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for image in torch.nonzero(ids == template).flatten():
+            q = precision[image].double()
+            mean = (of_mean * mean + q * mu[image].double()) / (of_mean + q)
+            of_mean = of_mean + q
+        torch.testing.assert_close(
+            pooled[template].double(), of_mean.expand(pooled[template].shape), rtol=tolerance, atol=0
+        )
+        expected = mean / mean.norm() if template in ids else mean
+        torch.testing.assert_close(directions[template].double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)]
+)
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("dim", [2, 37])
+def test_gaussian_fusion_image_by_image(dtype, tolerance, diagonal, dim, unit_rows):
+    mu, precision, ids = gaussian_images(40, dim, diagonal, unit_rows, dtype)
+    directions, pooled = pool_gaussian_templates(mu, precision, ids, 8)
+    assert directions.shape == (8, dim) and pooled.shape == (8, *precision.shape[1:])
+    assert directions.dtype == pooled.dtype == torch.promote_types(dtype, torch.float32)
+    check_fusion(directions, pooled, mu, precision, ids, tolerance)
+    check_fusion(*reference.pool_gaussian_templates(mu, precision, ids, 8), mu, precision, ids, 1e-12)
+
+
+def test_scalar_precision_points_where_kappa_does(unit_rows):
+    mu, precision, ids = gaussian_images(40, 16, False, unit_rows)
+    directions, pooled = pool_gaussian_templates(mu, precision, ids)
+    expected, kappas = pool_templates(mu, precision, ids)
+    assert torch.equal(directions, expected)
+    several = torch.bincount(ids) > 1
+    assert (pooled[several] > 1.01 * kappas[several]).all()  # a sum of lengths, not the length of a sum
+    diagonal, _ = pool_gaussian_templates(mu, precision[:, None].expand(-1, 16), ids)
+    torch.testing.assert_close(diagonal, expected)
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_gaussian_operator_and_gradients(diagonal, unit_rows):
+    mu, precision, ids = gaussian_images(7, 5, diagonal, unit_rows)
+    leaves = mu.requires_grad_(), (0.01 * precision).detach().requires_grad_()
+    torch.library.opcheck(_pool_gaussian_templates, (*leaves, ids, 8))
+    pool = lambda mu, precision: pool_gaussian_templates(mu, precision, ids, 8)  # noqa: E731
+    assert torch.autograd.gradcheck(pool, leaves)
+    assert torch.autograd.gradgradcheck(pool, leaves)
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_gaussian_templates_of_no_or_of_opposite_images(diagonal):
+    mu = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    precision = torch.full((2, 2) if diagonal else (2,), 7.0)
+    directions, pooled = pool_gaussian_templates(mu, precision, torch.tensor([0, 0]), 2)
+    assert not directions.any() and (pooled[0] == 14).all() and not pooled[1].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mu": torch.ones(3)}, "mu must be"),
+        ({"precision": torch.ones(2)}, r"precision must be \(3,\), one per row of mu, or \(3, 2\)"),
+        ({"precision": torch.ones(3, 2, dtype=torch.int64)}, "precision must be float16"),
+        ({"template_ids": torch.zeros(3)}, "template_ids must be"),
+        ({"num_templates": 2}, r"must lie in \[0, 2\), got 0\.\.2"),
+        ({"num_templates": 0}, "at least one template"),
+    ],
+)
+def test_gaussian_templates_refuse(change, message):
+    arguments = {"mu": torch.ones(3, 2), "precision": torch.ones(3), "template_ids": torch.tensor([0, 1, 2])} | change
+    with pytest.raises(ValueError, match=message):
+        pool_gaussian_templates(**arguments)

@@ -53,6 +53,15 @@ def similarity(function, mu1=FEATURES, kappa1=KAPPA, mu2=OTHERS, kappa2=LOG_KAPP
     return function(mu1, kappa1, mu2, kappa2)
 
 
+def likelihood(function, mu1=FEATURES, log_variance1=LOG_KAPPA, mu2=OTHERS, log_variance2=RHO):
+    return function(mu1, log_variance1, mu2, log_variance2)
+
+
+def fused(function, mu=FEATURES, precision=KAPPA):
+    directions, pooled = function(mu, precision, IDS, 2)
+    return torch.cat([directions, pooled.view(2, -1)], dim=1)
+
+
 def pooled(function, mu=FEATURES, kappa=KAPPA):
     directions, kappas = function(mu, kappa, IDS, 2)
     return torch.cat([directions, kappas[:, None]], dim=1)
@@ -110,6 +119,26 @@ CASES = {
         lambda x: pooled(kernels.pool_templates, kappa=x),
         lambda x: pooled(reference.pool_templates, kappa=x),
         KAPPA,
+    ),
+    "mutual likelihood, direction": (
+        lambda x: likelihood(kernels.mutual_likelihood, x),
+        lambda x: likelihood(reference.mutual_likelihood, x),
+        FEATURES,
+    ),
+    "mutual likelihood, log variances": (
+        lambda x: likelihood(kernels.mutual_likelihood, log_variance1=x, log_variance2=FEATURES),
+        lambda x: likelihood(reference.mutual_likelihood, log_variance1=x, log_variance2=FEATURES),
+        OTHERS,
+    ),
+    "fusion, precision": (
+        lambda x: fused(kernels.pool_gaussian_templates, precision=x),
+        lambda x: fused(reference.pool_gaussian_templates, precision=x),
+        KAPPA,
+    ),
+    "fusion, precisions": (
+        lambda x: fused(kernels.pool_gaussian_templates, precision=x),
+        lambda x: fused(reference.pool_gaussian_templates, precision=x),
+        OTHERS.exp(),
     ),
 }
 
@@ -175,6 +204,8 @@ def test_types_are_those_of_the_operators(dtype):
         lambda x: kernels.margin_softmax_loss(x, centers, LABELS, compute_dtype=torch.float32)[0],
         lambda x: kernels.vmf_similarity(x, kappa, centers[:3], kappa),
         lambda x: kernels.pool_templates(x, kappa, IDS, 2)[0],
+        lambda x: kernels.mutual_likelihood(x, kappa.log(), centers[:3], kappa),
+        lambda x: kernels.pool_gaussian_templates(x, kappa, IDS, 2)[0],
         lambda x: kernels.inverse_mean_resultant_length(kernels.mean_resultant_length(x.abs(), 5), 5),
     ):
         value, tangent = jvp(function, (x,), (torch.ones_like(x),))

@@ -6,10 +6,9 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from scf_fast.kernels import _vmf_similarity_triton
+from scf_fast.kernels._score_bands import BAND, CHUNK
 from scf_fast.kernels.vmf_similarity import neutral_radius, vmf_similarity
 from scf_fast.kernels.vmf_similarity_tiles import (
-    _BAND,
-    _CHUNK,
     _vmf_similarity_histogram,
     _vmf_similarity_matrix,
     _vmf_similarity_top_k,
@@ -29,8 +28,8 @@ def test_matrix_is_every_pair_whatever_the_band(monkeypatch, dim, unit_rows):
     whole = vmf_similarity_matrix(mu1, kappa1, mu2, kappa2)
     torch.testing.assert_close(whole, pairs, rtol=1e-12, atol=1e-9)
     for scores, at_once in (1, 3), (12, 12):  # one row in two pieces, then two rows and a remainder
-        monkeypatch.setitem(_BAND, "cpu", scores)
-        monkeypatch.setitem(_CHUNK, "cpu", at_once)
+        monkeypatch.setitem(BAND, "cpu", scores)
+        monkeypatch.setitem(CHUNK, "cpu", at_once)
         torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2), whole, rtol=1e-14, atol=1e-11)
 
 
@@ -161,7 +160,7 @@ def test_matrix_to_1e_11_nats(dim, unit_rows):
 )
 def test_top_k_is_the_head_of_the_sorted_matrix(place, poisoned, monkeypatch, n, m, dim, k, faces):
     (mu1, kappa1), (mu2, kappa2) = faces(n, dim, place.device, 1), faces(m, dim, place.device, 2)
-    monkeypatch.setitem(_BAND, "cpu", 3 * m)  # three rows at a time
+    monkeypatch.setitem(BAND, "cpu", 3 * m)  # three rows at a time
     exact = vmf_similarity_matrix(mu1.double(), kappa1.double(), mu2.double(), kappa2.double(), 1.0)
     scores, indices = vmf_similarity_top_k(mu1, kappa1, mu2, kappa2, k, backend=place.backend)
     assert scores.dtype == torch.float32 and indices.dtype == torch.int64 and (scores.diff(dim=1) <= 0).all()

@@ -12,8 +12,10 @@ from scf_fast.inference import Embedder
 from scf_fast.model import SCF, save_model
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
+from scf_fast.objectives import Objective
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.weights.contents import Part
+from scf_fast.weights.digest import digest_weights
 from scf_fast.weights.reading import read_weights
 from scf_fast.weights.writing import write_weights
 
@@ -121,6 +123,33 @@ def test_command_on_a_backbone_alone_writes_directions_and_says_so(model_file, f
     )  # the folder of a stage 1 holds the note
 
 
+@pytest.mark.parametrize("outputs", [1, 24], ids=["scalar", "diagonal"])
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_command_writes_precision_and_log_variances_of_gaussians(model_file, faces, tmp_path, outputs, suffix):
+    model = SCF.from_checkpoint(model_file)
+    net = build_confidence_net("pfe", 16, 7, initial_kappa=1e-2, outputs=outputs)
+    net.scale.data.fill_(0.1)
+    model = SCF(model.backbone, net, normalization="published", objective=Objective.PFE)
+    states, out = (model.backbone.state_dict(), net.state_dict()), tmp_path / f"out.{suffix}"
+    save_model(tmp_path / "m.pt", *states, radius=64.0, normalization="published", objective=Objective.PFE)
+    if suffix == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    assert main(faces[0] / "album", "--model", tmp_path / "m.pt", "--out", out, "--flip") == 0
+    if suffix == "parquet":
+        table = parquet.read_table(out)
+        assert table.column_names == ["path", "precision", "log_variance", "mu"]
+        found = {name: np.stack(table[name].to_numpy()) for name in ("precision", "log_variance")}
+    else:
+        with np.load(out) as file:
+            assert list(file) == ["mu", "precision", "log_variance", "path"]
+            found = dict(file)
+    images = Preprocessing("published").normalize(torch.from_numpy(faces[1][:6]))
+    expected = (model.log_variance(images) + model.log_variance(images.flip(3))).double() / 2
+    np.testing.assert_allclose(found["log_variance"], expected, atol=1e-4)
+    assert found["log_variance"].shape == ((6,) if outputs == 1 else (6, 24)) and expected.std(dim=0).min() > 1e-4
+    np.testing.assert_allclose(found["precision"], (-expected).exp().reshape(6, outputs).mean(dim=1), rtol=1e-3)
+
+
 def test_a_backbone_alone_is_refused_unless_asked_for(model_file, tmp_path):
     write_weights(read_weights(model_file).only(Part.BACKBONE), tmp_path / "b.pth")
     with pytest.raises(
@@ -152,6 +181,11 @@ def test_key_tells_models_and_settings_apart(model_file):
         model.confidence_net._log_kappa[-1].bias += 1
     keys.append(Embedder(model).key)
     assert len(set(keys)) == 4 and Embedder(SCF.from_checkpoint(model_file)).key == keys[0]
+    # As it was before there were Gaussians, so that what was stored then is still found.
+    same = SCF.from_checkpoint(model_file)
+    assert keys[0] == digest_weights(same.state_dict(), "published auto cpu False")
+    gaussian = SCF(same.backbone, same.confidence_net, 32.0, "published", Objective.SCF_GAUSSIAN)
+    assert Embedder(gaussian).key != keys[0]
 
 
 def test_weights_that_are_not_finite_are_refused(model_file):

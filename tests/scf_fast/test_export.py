@@ -8,20 +8,22 @@ from scf_fast import export
 from scf_fast.model import SCF, save_model
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
+from scf_fast.objectives import Objective
 from scf_fast.pipelines.loading.base import Preprocessing
 
 HAS_ONNX = all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript and onnxruntime are not installed")
 
 
-def make_model(network="ir_tiny", net="conv"):
+def make_model(network="ir_tiny", net="conv", objective=Objective.SCF, outputs=1):
     torch.manual_seed(0)
     backbone = Backbone(network, 24)
     model = SCF(
         backbone,
-        build_confidence_net(net, backbone.architecture.widths[-1], 7, initial_kappa=300.0),
+        build_confidence_net(net, backbone.architecture.widths[-1], 7, initial_kappa=300.0, outputs=outputs),
         radius=32.0,
         normalization="published",
+        objective=objective,
     )
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
@@ -81,6 +83,37 @@ def test_onnx(pixels, tmp_path, network, net, preprocess):
     assert '"radius": 32.0' in {entry.key: entry.value for entry in stored.metadata_props}["scf_fast"]
 
 
+@pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=needs_onnx), "safetensors"])
+def test_a_gaussian_model_gives_its_precision_and_says_so(pixels, tmp_path, suffix, capsys):
+    model, out = make_model(net="pfe", objective=Objective.PFE, outputs=24), tmp_path / f"model.{suffix}"
+    states = model.backbone.state_dict(), model.confidence_net.state_dict()
+    save_model(tmp_path / "m.pt", *states, radius=32.0, normalization="published", objective=Objective.PFE)
+    assert export.main([str(tmp_path / "m.pt"), str(out)]) == 0
+    if suffix == "safetensors":
+        again = SCF.from_checkpoint(out)
+        assert again.objective is Objective.PFE
+        check(again, model, pixels, False)
+        return
+    assert "-> mu and precision" in capsys.readouterr().out
+    if suffix == "pt2":
+        check(torch.export.load(out).module(), model, pixels, False)
+        return
+    import onnx
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["mu", "precision"]
+    check(
+        lambda images: map(torch.from_numpy, session.run(names, {"images": np.ascontiguousarray(images.numpy())})),
+        model,
+        pixels,
+        False,
+    )
+    (facts,) = [entry.value for entry in onnx.load(out).metadata_props if entry.key == "scf_fast"]
+    assert '"objective": "pfe"' in facts
+
+
 def make_backbone():
     model = make_model()
     return SCF(model.backbone, None, normalization="published")
@@ -136,7 +169,7 @@ def test_command_on_a_backbone_alone(tmp_path, capsys):
 def test_weights(model, tmp_path):
     export.export(model, tmp_path / "model.safetensors")
     again = SCF.from_checkpoint(tmp_path / "model.safetensors")
-    assert again.radius == 32.0 and again.normalization == "published"
+    assert again.radius == 32.0 and again.normalization == "published" and again.objective is Objective.SCF
     for (name, value), (other, found) in zip(
         sorted(model.state_dict().items()), sorted(again.state_dict().items()), strict=True
     ):

@@ -5,8 +5,11 @@ import torch
 
 from scf_fast import SCF
 from scf_fast.checkpoints import main
+from scf_fast.errors import InputError
 from scf_fast.model import save_model
+from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import build_confidence_net
+from scf_fast.objectives import Density, Objective
 from scf_fast.weights.contents import Weights
 from scf_fast.weights.files import save_torch_file
 from scf_fast.weights.writing import write_weights
@@ -78,3 +81,94 @@ def test_a_model_from_the_files_of_other_code(family, net, normalization, tmp_pa
     torch.save(build_confidence_net("mlp", 8, 7).state_dict(), tmp_path / "small")
     with pytest.raises(ValueError, match="the confidence net does not fit the"):
         SCF.from_checkpoint(f"{saved_bkb},{tmp_path}/small")
+
+
+def gaussian_file(path, objective=Objective.SCF_GAUSSIAN, net="conv", outputs=1):
+    """A model file of a small backbone of width 24, and its networks."""
+    torch.manual_seed(0)
+    backbone = Backbone("ir_tiny", 24).eval()
+    confidence = build_confidence_net(net, 16, 7, initial_kappa=1e-2, outputs=outputs).eval()
+    states = backbone.state_dict(), confidence.state_dict()
+    save_model(path, *states, radius=64.0, normalization="insightface", objective=objective)
+    return backbone, confidence
+
+
+@pytest.mark.parametrize(
+    ("objective", "net", "outputs"), [(Objective.SCF_GAUSSIAN, "conv", 1), (Objective.PFE, "pfe", 24)]
+)
+def test_gaussian_models_give_precision_and_log_variances(objective, net, outputs, tmp_path):
+    backbone, confidence = gaussian_file(tmp_path / "scf_model.pt", objective, net, outputs)
+    model, images = SCF.from_checkpoint(tmp_path), torch.randn(3, 3, 112, 112)
+    assert (model.objective, model.density, model.outputs) == (objective, Density.GAUSSIAN, outputs)
+    with torch.no_grad():
+        features, convf = backbone(images)
+        expected = confidence(convf)
+    torch.testing.assert_close(model.log_variance(images), expected)
+    torch.testing.assert_close(model.embed(images)[1], expected)
+    mu, precision = model(images)
+    torch.testing.assert_close(mu, torch.nn.functional.normalize(features))
+    harmonic_mean = outputs / (1 / expected.double().exp()).reshape(3, outputs).sum(dim=1)
+    torch.testing.assert_close(precision, (1 / harmonic_mean).float())
+
+
+def test_files_without_an_objective_are_scf(tmp_path, small_backbone):
+    """As this program wrote them before it had objectives."""
+    net, confidence = small_backbone("published"), build_confidence_net("conv", 128, 7).eval()
+    content = {
+        "format": "scf_fast model",
+        "backbone_state_dict": net.state_dict(),
+        "uncer_net_state_dict": confidence.state_dict(),
+        "radius": 32.0,
+        "normalization": "published",
+        "normalizer": "exact",
+    }
+    torch.save(content, tmp_path / "scf_model.pt")
+    model, images = SCF.from_checkpoint(tmp_path), torch.randn(1, 3, 112, 112)
+    assert (model.objective, model.density) == (Objective.SCF, Density.VMF)
+    torch.testing.assert_close(model(images)[1], model.embed(images)[1].exp())
+    with pytest.raises(ValueError, match="needs a model of a Gaussian objective, and this one is of SCF; call the"):
+        model.log_variance(images)
+    with pytest.raises(ValueError, match="and this one is a backbone alone"):
+        SCF(net, None).log_variance(images)
+
+
+@pytest.mark.parametrize(
+    ("objective", "outputs", "message"),
+    [
+        (None, 24, "of a model of SCF must have 1 output, got 24; its file states another objective"),
+        (Objective.PFE_VMF, 24, "of a model of PFE-v must have 1 output, got 24"),
+        (Objective.PFE, 7, "of a model of PFE-G must have 1 output or 24, one for each dimension, got 7"),
+    ],
+)
+def test_outputs_that_do_not_fit_the_objective_are_refused(objective, outputs, message, tmp_path):
+    gaussian_file(tmp_path / "scf_model.pt", objective, outputs=outputs)
+    with pytest.raises(InputError, match=f"^model .*{message}"):
+        SCF.from_checkpoint(tmp_path)
+
+
+def test_an_unknown_objective_is_refused(tmp_path, capsys):
+    gaussian_file(tmp_path / "m.pt")
+    torch.save(torch.load(tmp_path / "m.pt") | {"objective": "later"}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="objective 'later', which this version does not know"):
+        SCF.from_checkpoint(tmp_path / "m.pt")
+    assert main(["inspect", str(tmp_path / "m.pt")]) == 0 and "objective later" in capsys.readouterr().out
+
+
+def test_conversion_keeps_the_objective_or_refuses(tmp_path, capsys):
+    source = str(tmp_path / "m.pt")
+    for objective in Objective.SCF_GAUSSIAN, Objective.PFE_VMF:
+        gaussian_file(source, objective)
+        for layout in "scf_fast", "safetensors":
+            assert main(["convert", source, str(tmp_path / "out"), "--to", layout, "--overwrite"]) == 0
+            assert f"confidence net conv for {objective.value} on 16 values" in capsys.readouterr().out
+            assert SCF.from_checkpoint(tmp_path / "out").objective is objective
+        part = ["--to", "tface", "--part", "confidence_net", "--overwrite"]
+        assert main(["convert", source, str(tmp_path / "out"), *part]) == 2
+        error = capsys.readouterr().err
+        assert f"confidence net is one of {objective.title}" in error and error.count("\n") == 1
+    gaussian_file(source, Objective.SCF_GAUSSIAN, "mlp")
+    command = ["convert", source, str(tmp_path / "out"), "--to", "published", "--overwrite"]
+    assert main(command) == 2
+    assert "is one of SCF-G and predicts variances, which published would take" in capsys.readouterr().err
+    gaussian_file(source, Objective.PFE_VMF, "mlp")
+    assert main(command) == 0 and SCF.from_checkpoint(tmp_path / "out").objective is Objective.PFE_VMF

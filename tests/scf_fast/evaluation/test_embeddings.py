@@ -81,6 +81,32 @@ def test_embeddings_are_computed_once_and_in_order(tmp_path, files):
     np.testing.assert_allclose(embeddings.kappa, np.exp(expected_features().double().sum(dim=1)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("outputs", [1, 3], ids=["scalar", "diagonal"])
+def test_log_variances_are_stored_as_such(tmp_path, files, outputs):
+    class Gaussian(Counting):
+        density = Density.GAUSSIAN
+
+        def __call__(self, images):
+            features = super().__call__(images).features
+            return Embeddings(features, -features if outputs == 3 else -features[:, 0], self.density)
+
+    Gaussian.outputs, expected = outputs, -expected_features()
+    for embedder in Gaussian(), Gaussian():
+        embeddings = store(tmp_path, embedder).load(ImageFiles(files), "images")
+        torch.testing.assert_close(embeddings.log_variance, expected if outputs == 3 else expected[:, 0])
+        assert embeddings.log_kappa is None and embeddings.kappa is None
+        np.testing.assert_allclose(embeddings.confidence, np.exp(-expected.double()[:, :outputs]).mean(1), rtol=1e-5)
+    assert embedder.seen == 0
+    assert stored_keys(tmp_path) == {"features", "log_variance"}
+    store(tmp_path, Counting()).load(AlignedFaces(ImageFiles(files), np.tile(TEMPLATE, (11, 1, 1))), "images")
+    assert stored_keys(tmp_path) == {"features", "log_variance", "log_kappa"}
+
+
+def stored_keys(tmp_path):
+    """The names of all arrays in the store."""
+    return {key for path in (tmp_path / "store").rglob("*.npz") for key in np.load(path)}
+
+
 def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path, files):
     class CutOff(Counting):
         def __call__(self, images):
@@ -194,6 +220,14 @@ def test_images_in_memory_are_known_by_their_bytes(tmp_path, files):
     store(tmp_path, same).load(EncodedImages(images), "images")
     store(tmp_path, other).load(EncodedImages(images[::-1]), "images")
     assert (same.seen, other.seen) == (0, 11)
+
+
+def test_variances_without_a_finite_inverse_are_refused(files):
+    for prediction in (torch.tensor([-1.0, -90.0]), torch.tensor([[-1.0, 2.0], [90.0, 1.0]])):
+        embeddings = Embeddings(torch.ones(2, 3), prediction, Density.GAUSSIAN)
+        with pytest.raises(ValueError, match=r"and variances finite and positive; those of 1 of 2 .* first .*5\.png"):
+            embeddings.check_usable(ImageFiles(files), first=4)
+        Embeddings(torch.ones(2, 3), prediction.clamp(-80, 80), Density.GAUSSIAN).check_usable(ImageFiles(files))
 
 
 @pytest.mark.parametrize(

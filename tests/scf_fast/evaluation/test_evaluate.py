@@ -27,7 +27,10 @@ from scf_fast.evaluation.results import (
     Weighting,
 )
 from scf_fast.evaluation.tables import Table, make_tables
-from scf_fast.inference import Embeddings
+from scf_fast.inference import Embeddings, open_embedder
+from scf_fast.model import save_model
+from scf_fast.networks.backbones import Backbone
+from scf_fast.networks.confidence import build_confidence_net
 from scf_fast.objectives import Density, Objective
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery, TemplateProtocol, write_template_protocol
 from scf_fast.pipelines.evaluation_sets.verification_set import write_verification_set
@@ -35,7 +38,10 @@ from scf_fast.pipelines.face_template import TEMPLATE
 
 
 class PixelModel:
-    """An embedder: features are a picture's 4 x 4 blocks of color, kappa their contrast."""
+    """An embedder: features are a picture's 4 x 4 blocks of color, kappa or 1 / variance their contrast.
+
+    The model named "alone" is a backbone, "scalar" one of SCF-G, "diagonal" one of PFE-G, and any other one of SCF.
+    """
 
     radius, embedding_dim, normalization, device = 64.0, 48, "insightface", torch.device("cpu")
 
@@ -43,13 +49,18 @@ class PixelModel:
 
     def __init__(self, model, options):
         self.key = f"pixels {model} {options.flip}"
-        self.outputs, self.density = int(Path(model).name != "alone"), Density.VMF
-        self.objective = Objective.SCF if self.outputs else None
+        name = Path(model).name
+        self.outputs = {"alone": 0, "diagonal": 48}.get(name, 1)
+        trained_for = {"scalar": Objective.SCF_GAUSSIAN, "diagonal": Objective.PFE}.get(name, Objective.SCF)
+        self.objective, self.density = trained_for if self.outputs else None, trained_for.density
 
     def __call__(self, images):
         features = torch.nn.functional.avg_pool2d(images.float(), 28).flatten(1)
         log_kappa = 6 + torch.linalg.vector_norm(features, dim=1).log() if self.outputs else None
-        return Embeddings(features, log_kappa)
+        if self.density is Density.VMF:
+            return Embeddings(features, log_kappa)
+        log_variance = -log_kappa if self.outputs == 1 else -log_kappa[:, None] + 0.1 * features
+        return Embeddings(features, log_variance, Density.GAUSSIAN)
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +239,101 @@ def rows_and_figures(out):
     results = json.loads((out / "results.json").read_text())
     measured = {key: entry for key, entry in results.items() if key not in ("request", "notes", "model", "seconds")}
     return flat(measured), {path.name for path in out.glob("*.png")}, results["notes"]
+
+
+@pytest.mark.parametrize("model", ["scalar", "diagonal"])
+def test_a_report_of_gaussians_names_what_it_measures(model, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("report", "--model", tmp_path / model, "--data", data, "--out", out) == 0
+    results, printed = json.loads((out / "results.json").read_text()), capsys.readouterr().out
+    assert results["objective"] == {"scalar": "scf_gaussian", "diagonal": "pfe"}[model]
+    assert results["verification"]["accuracy"] == results["verification"]["auc_mls"] == 1
+    assert 0.5 < results["verification"]["others"]["mixed"]["accuracy_mls"] < 1
+    assert results["precision"]["severity_spearman"] < -0.7
+    areas = results["reject_area"]
+    assert list(areas) == ["precision", "feature_norm", "random", "oracle"] and areas["precision"] < areas["random"]
+    plain = ["average", "norm", "detector", "norm_detector"]
+    poolings = [*plain, "precision", "precision_mls", "precision_images", "precision_images_mls"]
+    assert list(results["templates"])[5:-1] == list(results["identification"])[4:-2] == poolings
+    assert results["templates"]["precision_mls"]["1e-01"] >= results["templates"]["average"]["1e-01"] > 0.5
+    assert results["template_quality"]["precision"]["median"] > 0
+    comparisons = results["identification"]["comparisons"]
+    assert comparisons["score"] == "mutual likelihood" and comparisons["low"] < comparisons["high"]
+    assert sum(comparisons["genuine"]) == 20 and sum(comparisons["impostor"]) == 380
+    page = (out / "report.html").read_text()
+    for text in printed, page, (out / "report.md").read_text():
+        assert "mutual likelihood" in text and "1/σ², fusion, every image" in text
+        assert not any(other in text for other in ("κ", "Eqn", "kappa", "vmf"))
+    assert "1/σ² against known severity" in page and "Faces by 1/σ²" in page
+    names = {path.name for path in out.glob("*.png")}
+    assert names == {f"{kind.value}.png" for kind in FigureKind if kind is not FigureKind.HISTOGRAM}
+    people = data / "people"
+    words = ["identify", "--gallery", people / "gallery", "--probe", people / "probe", "--overwrite"]
+    assert run(*words, "--model", tmp_path / model, "--out", out) == 0
+    found = json.loads((out / "results.json").read_text())["identification"]
+    assert found["precision"]["rank"]["1"] == found["precision_mls"]["rank"]["1"] == 1
+    assert list(found)[4:-2] == ["average", "precision", "precision_mls"]
+
+
+def test_models_of_several_objectives_side_by_side(data, tmp_path, capsys):
+    """Each has the rows of its own density; --score auto decides by the likelihood of each."""
+    models = [tmp_path / name for name in ("whole", "scalar", "diagonal")]
+    words = ["--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    assert run("report", "--model", *models, "--data", data, *words) == 0
+    printed, page = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
+    for row in (
+        "| whole    | mixed | Eqn (13)          |",
+        "| scalar   | mixed | mutual likelihood |",
+        "| whole    | κ, Eqn (14)               | Eqn (13)          |",
+        "| diagonal | 1/σ², fusion, every image | mutual likelihood |",
+        "| whole    | κ            | mixed     |",
+        "| scalar   | 1/σ²         | mixed     |",
+    ):
+        assert printed.count(row) >= 1, row
+    assert not any(f"| scalar   | mixed | {label}" in printed for label in ("Eqn (13)", "κ"))
+    assert page.count("alt='κ of genuine") == 1 and page.count("alt='1/σ² of genuine") == 2
+    entries = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert [entry.get("objective") for entry in entries.values()] == [None, "scf_gaussian", "pfe"]
+    mixed = data / "verification" / "mixed.bin"
+    assert run("risk", "--model", *models, "--data", mixed, "--score", "auto", *words, "--overwrite") == 0
+    entries = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    scores = [entry["reject"]["score"] for entry in entries.values()]
+    assert scores == ["Eqn (13)", "mutual likelihood", "mutual likelihood"]
+    thresholds = [f"{entry['reject']['threshold']:.4f}" for entry in entries.values()]
+    accepted = f"Eqn (13) {thresholds[0]}, mutual likelihood {thresholds[1]}, {thresholds[2]}"
+    assert f"accepted above {accepted}, the equal error rate" in capsys.readouterr().out
+
+
+def test_a_model_file_decides_the_score(tmp_path, monkeypatch):
+    """A file as stage 2 writes it, through the embedder that reads it."""
+    monkeypatch.setattr(comparison, "open_embedder", open_embedder)
+    torch.manual_seed(0)
+    states = Backbone("ir_tiny", 24).state_dict(), build_confidence_net("conv", 16, 7, outputs=24).state_dict()
+    save_model(tmp_path / "m.pt", *states, radius=64.0, normalization="insightface", objective=Objective.PFE)
+    rng, same = np.random.default_rng(0), np.arange(20) % 2 == 0
+    identities = [identity for pair in range(20) for identity in (pair, pair if same[pair] else pair + 1000)]
+    write_verification_set(tmp_path / "few.bin", (picture(i, 0.3, rng) for i in identities), same)
+    words = ["--data", tmp_path / "few.bin", "--out", tmp_path / "out"]
+    assert run("verify", "--model", tmp_path / "m.pt", *words) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["objective"] == "pfe" and 0 <= results["verification"]["accuracy_mls"] <= 1
+    assert "accuracy_vmf" not in results["verification"]
+
+
+@pytest.mark.parametrize(
+    ("model", "score", "message"),
+    [
+        ("scalar", "vmf", "--score vmf needs kappa, and --model {} is one of SCF-G; take --score mls, auto or cosine"),
+        ("whole", "mls", "--score mls needs variances, and --model {} is one of SCF; take --score vmf, auto or cosine"),
+        ("alone", "auto", "--score auto needs a confidence, and --model {} is a backbone alone; take --score cosine"),
+    ],
+)
+def test_a_score_that_a_model_does_not_have_is_one_clear_line(model, score, message, data, tmp_path, capsys):
+    words = ["--data", data / "templates", "--score", score, "--cache", tmp_path / "cache"]
+    assert run("risk", "--model", tmp_path / model, *words) == 2
+    error = capsys.readouterr().err
+    assert message.format(tmp_path / model) in error and error.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -536,12 +642,12 @@ def test_identify_command(data, tmp_path, capsys):
     assert "none of the 1 subjects of the probes is in the gallery, such as 'nobody'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("score", ["cosine", "vmf"])
-def test_risk_command_on_templates(data, tmp_path, score, capsys):
+@pytest.mark.parametrize(("score", "model"), [("cosine", "m"), ("vmf", "m"), ("mls", "diagonal")])
+def test_risk_command_on_templates(data, tmp_path, score, model, capsys):
     arguments = [
         "risk",
         "--model",
-        tmp_path / "m",
+        tmp_path / model,
         "--data",
         data / "templates",
         "--far",
@@ -553,10 +659,10 @@ def test_risk_command_on_templates(data, tmp_path, score, capsys):
     ]
     assert run(*arguments, "--out", tmp_path / "out") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    areas = results["reject_area"]
+    areas, confidence = results["reject_area"], "kappa" if model == "m" else "precision"
     assert (
-        areas.keys() == {"kappa", "feature_norm", "detector", "random", "oracle"}
-        and areas["oracle"] < areas["kappa"] < areas["random"]
+        areas.keys() == {confidence, "feature_norm", "detector", "random", "oracle"}
+        and areas["oracle"] < areas[confidence] < areas["random"]
     )
     assert results["reject"]["far"] == 0.1 and "FAR 0.1 on all" in capsys.readouterr().out
 
@@ -610,6 +716,18 @@ def test_published_table():
     assert table.header == ["TAR [%]", "IJB-C 1e-05", "IJB-C 1e-04"]
     assert (
         table.rows[:2] == [["ArcFace", "93.15", "95.60"], ["+ SCF", "94.04", "96.09"]] and table.rows[3][0] == "CosFace"
+    )
+    gaussian = results((0.9386, 0.9595), (0.9478, 0.9622))
+    gaussian.objective, rates = Objective.PFE, gaussian.templates.sets["IJB-C"].tar_at_far
+    rates[Matcher(Weighting.PRECISION, Score.COSINE)] = rates.pop(pooled)
+    rates[Matcher(Weighting.PRECISION_IMAGES, Score.MLS)] = rates.pop(every_image)
+    mixed = make_tables({"Arc": models["ArcFace"], "Cos": gaussian})[-1]
+    assert [row[0] for row in mixed.rows[3:]] == ["Cos", "+ PFE-G", "+ PFE-G, mutual likelihood"]
+    assert mixed.rows[4][1:] == ["94.78", "96.22"]
+    assert mixed.about == (
+        "The cosine of averaged media; + SCF: of media averaged with κ as weight, Eqn (14); Eqn (13) takes κ summed "
+        "over every image; + PFE-G: of media averaged with 1/σ² as weight, PFE's fusion; mutual likelihood takes 1/σ² "
+        "summed over every image."
     )
     for matcher in pooled, every_image:
         del models["ArcFace"].templates.sets["IJB-C"].tar_at_far[matcher]  # a backbone alone
