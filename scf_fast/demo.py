@@ -1,5 +1,6 @@
 """Runs the main job on synthetic faces: draws them, trains both stages under ``deepspeed``, evaluates on unseen
-identities and writes a report.
+identities and writes a report; then trains SCF, SCF-G, PFE-G and PFE-v from the features that stage 2 has kept, and
+writes the published table.
 
 ``python -m scf_fast.demo`` (or ``make demo``). Steps that are done are not repeated; an interrupted stage resumes where
 it stopped.
@@ -7,46 +8,52 @@ it stopped.
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from scf_fast.command import Parser, run
+from scf_fast.command_line import load_recipe
 from scf_fast.distributed import launcher
 from scf_fast.pipelines.formats.atomic_file import write_json
+from scf_fast.steps import Step, module_command, run_steps
+from scf_fast.table import TablePlan, devices_for
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
+# The table compares objectives, so all four have the same net: TFace's, since a CPU trains the published one ten times
+# as long.
+_OF_TABLE = {"confidence_net": "conv", "epochs": 2, "zero_stage": 0}
 
 
-@dataclass(frozen=True)
-class Step:
-    """One command of the demo."""
+def plan_table(data: Path, out: Path) -> TablePlan:
+    """Returns the plan of the published table, from the features that stage 2 keeps."""
+    backbone = out / "backbone"
+    recipe = load_recipe(str(RECIPES / "demo_confidence.yaml"))
+    del recipe["stage"]
+    files = {
+        "data": str(data / "train"),
+        "saved_bkb": str(backbone / "backbone.pth"),
+        "saved_fc": str(backbone / "fc.pth"),
+        "feature_cache": str(out / "feature_cache"),
+    }
+    return TablePlan(out / "systems", recipe | _OF_TABLE | files, evaluation_data=[data], name="cosface")
 
-    name: str  # in seconds.json
-    title: str
-    command: Callable[[], list[str]]  # made when the step starts: a launcher's port must be free then
-    environment: dict[str, str] = field(default_factory=dict)
 
+def make_steps(data: Path, out: Path, devices: Sequence[int] = ()) -> list[Step | Sequence[Step]]:
+    """Returns the steps in order; all of them start modules of this package alone, so any current folder will do.
 
-def make_steps(data: Path, out: Path) -> list[Step]:
-    """Returns the steps in order; all of them start modules of this package alone, so any current folder will do."""
+    Args:
+        devices: GPUs that the table is trained on.
+    """
     backbone, confidence = out / "backbone", out / "confidence"
     quiet = {"PYTHONWARNINGS": "ignore::FutureWarning"}
-
-    def module(name: str, *arguments: str | Path) -> list[str]:
-        return [sys.executable, "-m", f"scf_fast.{name}", *map(str, arguments)]
 
     def training(recipe: str, *arguments: str | Path) -> list[str]:
         flags = ["--config", RECIPES / recipe, "--data", data / "train", *arguments, "--resume"]
         return [*launcher(), *map(str, flags)]
 
     return [
-        Step("data", "synthetic data set", lambda: module("pipelines.synthetic", data)),
+        Step("data", "synthetic data set", lambda: module_command("pipelines.synthetic", data)),
         Step(
             "stage1",
             "stage 1: backbone",
@@ -59,64 +66,33 @@ def make_steps(data: Path, out: Path) -> list[Step]:
             lambda: training(
                 "demo_confidence.yaml",
                 *("--saved_bkb", backbone / "backbone.pth", "--saved_fc", backbone / "fc.pth"),
-                *("--output_dir", confidence),
+                *("--output_dir", confidence, "--feature_cache", out / "feature_cache"),
             ),
             quiet,
         ),
         Step(
             "evaluation",
             "evaluation on unseen identities",
-            lambda: module("evaluation", "report", "--model", confidence, "--data", data, "--out", out / "report"),
+            lambda: module_command(
+                "evaluation", "report", "--model", confidence, "--data", data, "--out", out / "report"
+            ),
         ),
+        *plan_table(data, out).steps(devices),
     ]
 
 
-def run_to_its_end(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a command and returns its exit status; on Ctrl-C or failure it and all its children are ended."""
-    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment})
-    try:
-        return process.wait()
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass
-
-
-def run_steps(steps: list[Step], seconds_file: Path) -> tuple[int, dict[str, float]]:
-    """Runs the steps that are not done yet.
-
-    Args:
-        seconds_file: records the steps that are done.
-    Returns:
-        The exit status of the step that failed, or 0; seconds of each step that is done.
-    """
-    seconds: dict[str, float] = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
-    for step in steps:
-        if step.name in seconds:
-            print(f"== {step.title}: there already ({seconds[step.name]:.0f} s)", flush=True)
-            continue
-        print(f"== {step.title}", flush=True)
-        began = time.monotonic()
-        status = run_to_its_end(step.command(), step.environment)
-        if status:
-            return status, seconds
-        seconds[step.name] = time.monotonic() - began
-        write_json(seconds_file, seconds)
-    return 0, seconds
-
-
 def run_demo(data: Path, out: Path) -> int:
-    """Runs all steps and adds their seconds to the report's results.json; returns the exit status."""
-    status, seconds = run_steps(make_steps(data, out), out / "seconds.json")
+    """Runs all steps and adds their seconds, and the table, to the report's results.json; returns the exit status."""
+    status, seconds = run_steps(make_steps(data, out, devices_for({})), out / "seconds.json")
     if status:
         return status
-    results_file = out / "report" / "results.json"
+    results_file, table = out / "report" / "results.json", out / "systems" / "table"
     results = json.loads(results_file.read_text())
     results["seconds"] = {**results.get("seconds", {}), **seconds, "total": sum(seconds.values())}
+    results["tables"] = json.loads((table / "table.json").read_text())
     write_json(results_file, results, indent=2, end="\n")
     times = "  ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
-    print(f"\nseconds: {times}\nreport: {out / 'report' / 'report.html'}")
+    print(f"\nseconds: {times}\nreport: {out / 'report' / 'report.html'}\ntable: {table / 'report.html'}")
     return 0
 
 

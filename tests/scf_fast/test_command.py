@@ -21,6 +21,7 @@ COMMANDS = [
     "scf_fast.pipelines.convert",
     "scf_fast.pipelines.index",
     "scf_fast.pipelines.synthetic.__main__",
+    "scf_fast.table",
     "scf_fast.train",
 ]
 

@@ -128,6 +128,19 @@ def test_a_cache_left_open_is_checked_before_it_is_used(small):
     assert FeatureCache(folder, layout, 0).present.nonzero()[0].tolist() == [0, 1]
 
 
+def test_a_complete_cache_is_read_by_several_runs_at_once(small):
+    folder, layout = small
+    first = FeatureCache.open(folder, layout, 0)
+    first.write(np.arange(layout.num_images), views(layout, layout.num_images))
+    first.close()
+    runs = [FeatureCache.open(folder, layout, 0) for _ in range(2)]
+    assert not list(folder.glob("writing-*"))
+    FeatureCache.create_or_check(folder, KEY, layout)  # a third run finds no mark, and so checks nothing
+    for run in runs:
+        run.read(np.arange(5), np.zeros(5, dtype=bool))
+        run.close()
+
+
 @pytest.mark.parametrize("change", ["backbone", "data", "normalization", "precision", "dtype", "num_images"])
 def test_a_cache_of_something_else_is_refused(small, change):
     folder, layout = small
