@@ -89,16 +89,6 @@ def gaussian_center_loss(
     return ((mu - center) ** 2 / (2 * log_variance.exp()) + log_variance / 2 + math.log(2 * math.pi) / 2).sum(dim=1)
 
 
-def mutual_likelihood(
-    mu1: torch.Tensor, log_variance1: torch.Tensor, mu2: torch.Tensor, log_variance2: torch.Tensor
-) -> torch.Tensor:
-    """Score of each pair of faces, Shi and Jain, ICCV 2019, Eqn (3), for log variances (P,) or (P, d)."""
-    u1, u2 = _directions(mu1), _directions(mu2)
-    variance1, variance2 = (x.double().exp().reshape(len(u1), -1) for x in (log_variance1, log_variance2))
-    v = (variance1 + variance2).expand_as(u1)
-    return -((u1 - u2) ** 2 / v + v.log()).sum(dim=1) / 2 - u1.shape[1] / 2 * math.log(2 * math.pi)
-
-
 def pair_likelihood_loss(
     features: torch.Tensor, parameter: torch.Tensor, labels: torch.Tensor, density: str = "vmf", radius: float = 64.0
 ) -> torch.Tensor:
