@@ -142,10 +142,10 @@ def _image_bytes(config: BackboneConfig, world_size: int, on_gpu: bool) -> int:
     """Returns the bytes of a rank's images between the file and the network, where they go."""
     count = config.batch_size // world_size
     normalized = _FLOAT_COPIES * count * _PIXELS * _FLOAT
-    if config.loader == "torch":
-        return normalized + count * _PIXELS
-    decoder = decoding_workers(config.num_workers) * _DECODER_THREAD if on_gpu else 0
-    return normalized + _DALI_COPIES * count * _PIXELS + decoder
+    workers = decoding_workers(config.num_workers)
+    if config.loader == "torch":  # each process is a batch ahead, in host memory
+        return normalized + (1 if on_gpu else 1 + workers) * count * _PIXELS
+    return normalized + _DALI_COPIES * count * _PIXELS + (workers * _DECODER_THREAD if on_gpu else 0)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -76,7 +76,8 @@ def test_buckets_and_images_are_counted(monkeypatch):
     assert forecast(make_config(zero_stage=0), CLASSES, 1, "fp32").buckets == 0
     pixels = 32 * 3 * 112 * 112
     assert found.images == pixels * (2 * 4 + 6)
-    assert forecast(make_config(loader="torch"), CLASSES, RANKS, "fp32").images == pixels * (2 * 4 + 1)
+    on_torch = make_config(loader="torch", num_workers=5)
+    assert forecast(on_torch, CLASSES, RANKS, "fp32").images == pixels * (2 * 4 + 1 + 5)
 
 
 def test_on_a_gpu_free_memory_counts(monkeypatch):
