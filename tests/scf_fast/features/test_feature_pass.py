@@ -34,7 +34,7 @@ def cache(on_two_ranks, tmp_path_factory):
     """A feature cache built in advance."""
     folder = tmp_path_factory.mktemp("built") / "cache"
     output = on_two_ranks("scf_fast.feature_cache", "build", folder, "--cache_dtype", "int8")
-    assert output.count("pixels: published, as noted in --saved_fc") == 1, output
+    assert output.count("pixels: published, as noted with --saved_bkb") == 1, output
     return folder
 
 

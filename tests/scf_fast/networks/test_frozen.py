@@ -133,6 +133,9 @@ def test_few_batch_sizes_are_compiled(monkeypatch):
     beforehand = FrozenBackbone(network, "cpu", compile=True, batch_size=9)
     beforehand(images[:2]), beforehand(images[:5])
     assert beforehand._call.sizes == [3, 6]
+    finer = FrozenBackbone(network, "cpu", compile=True, batch_size=9, batch_sizes=8)
+    finer(images[:3]), finer(images[:5])
+    assert finer._call.sizes == [4, 6]
 
 
 def test_float32_is_no_tf32(monkeypatch):
