@@ -112,9 +112,10 @@ class ConfidenceStage(Stage):
 
     def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
         """Returns the stream of features, of pairs with what makes a pair."""
-        return self._paired(open_stream(self.config, self.backbone_state, source, sampler, runtime), sampler)
+        return self.pair_up(open_stream(self.config, self.backbone_state, source, sampler, runtime), sampler)
 
-    def _paired(self, loader: BatchLoader[Any], sampler: Sampler) -> BatchLoader[Any]:
+    def pair_up(self, loader: BatchLoader[Any], sampler: Sampler) -> BatchLoader[Any]:
+        """Returns the loader, of pairs with what makes a pair."""
         return PairLoader(loader, sampler, self._labels) if isinstance(sampler, PairSampler) else loader
 
     def divide(self, batch: Any, count: int) -> Sequence[Any]:

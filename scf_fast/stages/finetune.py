@@ -46,7 +46,7 @@ class FinetuneStage(ConfidenceStage):
 
     def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
         """Returns the loader of images."""
-        return self._paired(image_loader(self.config, source, sampler, runtime, self.config.flip), sampler)
+        return self.pair_up(image_loader(self.config, source, sampler, runtime, self.config.flip), sampler)
 
     def _forward(self, engine: Engine, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return engine(inputs.images)
