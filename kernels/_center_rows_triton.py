@@ -57,6 +57,21 @@ def scale_for(square):
 
 
 @triton.jit
+def compare_rows(f, c, f_square, c_square, f_inverse, c_inverse):
+    """Returns r = |f| / |c|, f - r c and 1 - cos of two tiles of rows, from their squares and inverse lengths."""
+    # |f - r c|^2 / (|f|^2 + r^2 |c|^2) is 1 - cos for r = |f| / |c|; an error e of r counts as cos e^2 / 2.
+    ratio = f_square * f_inverse * c_inverse
+    difference = tl.fma(c, tl.broadcast_to(negative(ratio)[:, None], c.shape), f)
+    squares = tl.fma(ratio * c_square, ratio, f_square)
+    squares_inverse = 0.5 * f_inverse * f_inverse
+    squares_inverse = tl.fma(
+        squares_inverse, residual_kernel(squares, squares_inverse, constant_like(1.0, squares)), squares_inverse
+    )
+    one_minus_cos = sum_of_squares(difference) * squares_inverse
+    return ratio, difference, one_minus_cos
+
+
+@triton.jit
 def one_minus_cosine(f, c, inside):
     """Returns two tiles of rows, scaled so that their squares are normal numbers, 1 / |f| and 1 / |c| of these, their
     scales (powers of two), r = |f| / |c|, and 1 - cos.
@@ -69,15 +84,7 @@ def one_minus_cosine(f, c, inside):
         f_square, c_square = sum_of_squares(f), sum_of_squares(c)
     f_inverse = inverse_root(tl.where(inside, f_square, 1.0))
     c_inverse = inverse_root(tl.where(inside, c_square, 1.0))
-    # |f - r c|^2 / (|f|^2 + r^2 |c|^2) is 1 - cos for r = |f| / |c|; an error e of r counts as cos e^2 / 2.
-    ratio = f_square * f_inverse * c_inverse
-    difference = tl.fma(c, tl.broadcast_to(negative(ratio)[:, None], c.shape), f)
-    squares = tl.fma(ratio * c_square, ratio, f_square)
-    squares_inverse = 0.5 * f_inverse * f_inverse
-    squares_inverse = tl.fma(
-        squares_inverse, residual_kernel(squares, squares_inverse, constant_like(1.0, squares)), squares_inverse
-    )
-    one_minus_cos = sum_of_squares(difference) * squares_inverse
+    ratio, _, one_minus_cos = compare_rows(f, c, f_square, c_square, f_inverse, c_inverse)
     return f, c, f_inverse, c_inverse, f_scale, c_scale, ratio, one_minus_cos
 
 

@@ -17,8 +17,8 @@ _LIMIT = tl.constexpr(LOG_VARIANCE_LIMIT)
 @triton.jit
 def hold_log_variance_kernel(log_variance):
     """Returns log variances, those beyond the limit at the limit; NaN stays."""
-    log_variance = tl.where(log_variance > _LIMIT, _LIMIT, log_variance)
-    return tl.where(log_variance < -_LIMIT, -_LIMIT, log_variance)
+    log_variance = tl.minimum(log_variance, _LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(log_variance, -_LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

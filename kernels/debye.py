@@ -269,7 +269,7 @@ def _log_pair_kernel(x, x_tail, OFFSET: tl.constexpr, PLAN: tl.constexpr):
 
 
 @triton.jit
-def _half_log_kernel(x, UP_TO_TWO: tl.constexpr):
+def half_log_kernel(x, UP_TO_TWO: tl.constexpr):
     """Returns log(x) / 2 in one float. In float32 on [1, 2], log(3/2) / 2 + atanh((x - 3/2) / (x + 3/2)) costs a third
     of the library's logarithm.
     """
@@ -394,7 +394,7 @@ def _shifted_kernel(kappa, PLAN: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl
         psi, psi_tail = _phase_pair_kernel(s, s_tail, x, x_tail, PLAN)
         if STEPS > 0:  # the rounding of 1 / (m + s) is the same in every factor
             psi_tail += STEPS * (residual_kernel(x, x_inverse, constant_like(1.0, x)) - x_tail * x_inverse)
-        psi_tail += _half_log_kernel(product, STEPS == 0) + _sum_series_kernel(ZEROTH, TERMS, 2, p, t2)
+        psi_tail += half_log_kernel(product, STEPS == 0) + _sum_series_kernel(ZEROTH, TERMS, 2, p, t2)
     fine = ratio > 1.0 - _SMALL
     if STEPS > 0:
         complement = tl.where(fine, (excess_gap + PLAN.order_and_half[0]) * _reciprocal_kernel(kappa), 1.0 - ratio)
