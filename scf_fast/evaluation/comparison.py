@@ -78,7 +78,9 @@ class Comparison:
                 rank=rank,
                 world_size=world_size,
             )
-        what = "" if len(self.models) == 1 else f"{', '.join(names)}: "
+        what = "" if len(self.models) == 1 else f"{names[0]}: "
+        if len(names) > 1:
+            what = f"{names[0]} and {len(names) - 1} on it: "
         first, *others = stores.values()
         for source in (source for group in groups for evaluation in group for source in evaluation.sources):
             first.fill(source.images, what + source.name, others)

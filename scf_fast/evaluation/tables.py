@@ -1,5 +1,6 @@
 """Tables of the results of one or several models, side by side."""
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,6 +28,7 @@ _PUBLISHED_FARS = ("1e-05", "1e-04")  # of the table in the paper's repository
 Models = dict[str, Results]  # by the name of the model
 Rows = list[list[str]]
 T = TypeVar("T")
+_TEXT_WIDTH = 100  # of what stands under a table in plain text
 _LATEX = {**{character: f"\\{character}" for character in "&%$#_{}"}, "–": "--", "κ": r"$\kappa$", "±": r"$\pm$"}
 _POOLING = {Density.VMF: "Eqn (14)", Density.GAUSSIAN: "PFE's fusion"}
 
@@ -73,9 +75,8 @@ class Table:
         rows = self._marked(lambda cell: f"{cell}*", lambda cell: f"{cell} ") if self.best else self.rows
         lines = self._aligned([[row[0].rstrip(), *row[1:]] for row in rows])
         lines[1] = ["-" * len(cell) for cell in lines[0]]
-        return "\n".join(
-            [self.title, "", *("  ".join(line).rstrip() for line in lines), *filter(None, ["", self.about])]
-        )
+        about = ["", *textwrap.wrap(self.about, _TEXT_WIDTH)] if self.about else []
+        return "\n".join([self.title, "", *("  ".join(line).rstrip() for line in lines), *about])
 
     def latex(self) -> str:
         """Returns the table as a LaTeX tabular that needs no package; the best cells are bold."""

@@ -114,6 +114,7 @@ def test_text(blocks):
         "+ SCF-G                 –            –            –            –",
         "+ SCF               90.00*       95.00*       93.00        96.00*",
     ]
+    assert lines[-3] == "" and lines[-2].startswith("By cosine. The backbone averages") and max(map(len, lines)) <= 100
 
 
 def test_markdown_and_the_report(blocks):
