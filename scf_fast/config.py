@@ -365,6 +365,11 @@ class Config:
         )
 
     @property
+    def trains_backbone(self) -> bool:
+        """True where the backbone is trained, alone or with a confidence net."""
+        return self.stage == "backbone"
+
+    @property
     def trains_batchnorm(self) -> bool:
         """True where a network in training has BatchNorm, which needs two images."""
         return self.stage == "backbone"
@@ -664,6 +669,11 @@ class ConfidenceConfig(FeatureConfig):
     def is_pairwise(self) -> bool:
         """True where images are held against each other; the objectives of a run agree on it."""
         return self.objectives[0].is_pairwise
+
+    @property
+    def trains_backbone(self) -> bool:
+        """True where the backbone is trained with the confidence net."""
+        return self.finetune_bkb
 
     @property
     def trains_batchnorm(self) -> bool:
