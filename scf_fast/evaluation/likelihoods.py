@@ -261,7 +261,7 @@ class GaussianLikelihood(Likelihood):
             if by_cosine:
                 scores[piece] = mutual_likelihood_from_cosine(cosine[piece], log_variance1, log_variance2, dim)
             else:
-                mu1, mu2 = (F.normalize(faces.mu[row].double()) for row in rows)
+                mu1, mu2 = (faces.mu[row].double() for row in rows)
                 scores[piece] = mutual_likelihood(mu1, log_variance1, mu2, log_variance2)
         return scores
 
