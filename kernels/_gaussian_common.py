@@ -9,5 +9,5 @@ LOG_TWO_PI = math.log(2 * math.pi)
 
 
 def hold_log_variance(log_variance: torch.Tensor) -> torch.Tensor:
-    """Returns log variances in float64, those beyond the limit at the limit; NaN stays."""
-    return log_variance.double().clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
+    """Returns log variances, those beyond the limit at the limit; NaN stays."""
+    return log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
