@@ -31,6 +31,7 @@ from scf_fast.errors import InputError
 TABLES = {
     "log_bessel": "Log-Bessel family",
     "scf_loss": "SCF loss",
+    "objective_losses": "Losses of the published table",
     "margin_softmax": "Margin softmax",
     "stage1": "Stage 1, steps",
     "stage2": "Stage 2, steps and epochs",

@@ -87,6 +87,10 @@ SECTIONS = {
     ),
     "log_bessel": Section("the log-Bessel family, forward and backward", "bench.kernels.log_bessel:cases"),
     "scf_loss": Section("the SCF loss, forward and backward", "bench.kernels.scf_loss:cases"),
+    "objective_losses": Section(
+        "SCF, SCF-G, PFE-G and PFE-v, forward and backward, against plain PyTorch",
+        "bench.kernels.objective_losses:cases",
+    ),
     "margin_softmax": Section("margin softmax over up to millions of identities", "bench.kernels.margin_softmax:cases"),
     "stage1": Section("training steps of stage 1 by batch size", "bench.training.stage1:cases"),
     "stage2": Section(

@@ -38,7 +38,7 @@ def _scalar_loss(
 ) -> None:
     feature_norm, center_norm, one_minus_cos = measure_rows(features, class_centers, labels, loss.dtype)
     half_dim = features.shape[1] / 2
-    log_variance = hold_log_variance(log_variance)
+    log_variance = hold_log_variance(log_variance.double())
     precision = torch.exp(-log_variance)
     pull = precision * one_minus_cos
     torch.add(pull, half_dim * (log_variance + LOG_TWO_PI), out=loss)
@@ -66,7 +66,7 @@ def _diagonal_loss(
     for chunk, f, c in gather_rows(features, class_centers, labels, torch.float64):
         f_inverse, c_inverse = (1 / torch.linalg.vector_norm(x, dim=1) for x in (f, c))
         mu, center = f * f_inverse[:, None], c * c_inverse[:, None]
-        log_variances = hold_log_variance(log_variance[chunk])
+        log_variances = hold_log_variance(log_variance[chunk].double())
         precision = torch.exp(-log_variances)
         difference = mu - center
         pull = precision * difference
@@ -100,7 +100,7 @@ def diagonal_gradients_torch(
         f_inverse, c_inverse, along_f, along_c = coefficients[:, chunk].double().unsqueeze(2)
         weight = grad[chunk, None]
         mu, center = f * f_inverse, c * c_inverse
-        pull = torch.exp(-hold_log_variance(log_variance[chunk])) * (mu - center) / share
+        pull = torch.exp(-hold_log_variance(log_variance[chunk].double())) * (mu - center) / share
         if grad_features.numel():
             grad_features[chunk] = ((pull - along_f * mu) * (weight * f_inverse)).to(grad_features.dtype)
         if grad_class_centers.numel():

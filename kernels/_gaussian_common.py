@@ -49,5 +49,5 @@ def gaussian_constant(dim: int) -> float:
 
 
 def hold_log_variance(log_variance: torch.Tensor) -> torch.Tensor:
-    """Returns log variances in float64, those beyond the limit at the limit; NaN stays."""
-    return log_variance.double().clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
+    """Returns log variances, those beyond the limit at the limit; NaN stays."""
+    return log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)

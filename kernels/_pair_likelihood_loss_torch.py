@@ -1,4 +1,4 @@
-"""The pair likelihood loss in plain PyTorch, in float64: the path of CPU tensors. ``pair_likelihood_loss`` has the
+"""The pair likelihood loss in plain PyTorch: the path of CPU tensors. ``pair_likelihood_loss`` has the
 formulas and the operators.
 
 Rows are sorted by label; then the pairs of a group are those of rows 1, 2, .. places apart. The pairs of one distance
@@ -16,7 +16,7 @@ from scf_fast.kernels._debye_series import DebyePlan
 from scf_fast.kernels._gaussian_common import LOG_TWO_PI, hold_log_variance
 from scf_fast.kernels.debye import debye_torch
 
-_TILE = 1 << 16  # elements: some tiles of float64 stay in the second-level cache
+_TILE = 1 << 16  # elements: some tiles stay in the second-level cache
 
 
 class PairOutputs(NamedTuple):
@@ -100,53 +100,76 @@ def _vmf_pairs(
     return _Isotropic(loss, slopes[0], slopes[1], weight)
 
 
+def _row_lengths(rows: torch.Tensor) -> torch.Tensor:
+    """Returns the length of each row, (B, 1), of those whose squares leave float32 from float64; in float64."""
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).double()
+    (extreme,) = ((lengths < 2.0**-40) | (lengths > 2.0**40)).squeeze(1).nonzero(as_tuple=True)
+    if len(extreme):
+        lengths[extreme] = torch.linalg.vector_norm(rows[extreme], dim=1, keepdim=True, dtype=torch.float64)
+    return lengths
+
+
 def pair_likelihood_torch(
     features: torch.Tensor, parameter: torch.Tensor, labels: torch.Tensor, outputs: PairOutputs, plan: DebyePlan | None
 ) -> None:
     """Fills the outputs; at least one row. ``plan`` is that of psi for the vMF density, None for the Gaussian one."""
-    exact = PairOutputs(*(torch.zeros_like(x, dtype=torch.float64) for x in outputs))
-    units = features.double()
-    lengths = torch.linalg.vector_norm(units, dim=1, keepdim=True)
-    units = units / lengths
-    cosines = exact.loss.new_zeros(len(labels))
+    for output in outputs:
+        output.zero_()
+    loss, cosines = (torch.zeros_like(outputs.loss, dtype=torch.float64) for _ in range(2))
+    dtype = outputs.loss.dtype
+    features = features.to(dtype)
+    lengths = _row_lengths(features)
+    units = None
+    extreme = bool(((lengths < 2.0**-40) | (lengths > 2.0**40)).any())
+    if extreme or outputs.feature_slope.numel() or parameter.ndim == 2:
+        units = torch.empty_like(features)
+        for chunk in slices(len(labels), max(1, _TILE // features.shape[1])):
+            units[chunk] = features[chunk] / lengths[chunk]
     if parameter.ndim == 2:
-        _add_diagonal(units, hold_log_variance(parameter), labels, exact, cosines)
-        confidence = torch.exp(-hold_log_variance(parameter)).mean(dim=1)
+        assert units is not None
+        variance = hold_log_variance(parameter.to(units.dtype)).exp_()
+        _add_diagonal(units, variance, labels, outputs, loss, cosines)
+        confidence = variance.reciprocal_().mean(dim=1) if outputs.terms.numel() else loss
     else:
-        parameter = hold_log_variance(parameter) if plan is None else parameter.double().clamp(max=plan.log_kappa_max)
-        _add_isotropic(units, parameter, labels, exact, cosines, plan)
+        parameter = (
+            hold_log_variance(parameter.double()) if plan is None else parameter.double().clamp(max=plan.log_kappa_max)
+        )
+        rows = (
+            (features, lengths.to(dtype)) if units is None or not extreme else (units, torch.ones_like(features[:, :1]))
+        )
+        _add_isotropic(*rows, units, parameter, labels, outputs, loss, cosines, plan)
         confidence = torch.exp(-parameter if plan is None else parameter)
-    if exact.feature_slope.numel():
-        pull = exact.feature_slope
-        along = (pull * units).sum(dim=1, keepdim=True)
-        pull.addcmul_(along, units, value=-1).div_(lengths).masked_fill_((exact.partners == 0)[:, None], 0.0)
-    if exact.terms.numel():
-        exact.terms[0], exact.terms[1] = cosines / exact.partners.clamp(min=1), confidence
-    for output, value in zip(outputs, exact):
-        output.copy_(value)
+    outputs.loss.copy_(loss)
+    if outputs.feature_slope.numel():
+        assert units is not None
+        pull = outputs.feature_slope
+        pull.addcmul_((pull * units).sum(dim=1, keepdim=True), units, value=-1).div_(lengths)
+        pull.masked_fill_((outputs.partners == 0)[:, None], 0.0)
+    if outputs.terms.numel():
+        outputs.terms[0], outputs.terms[1] = cosines / outputs.partners.clamp(min=1), confidence
 
 
 def _add_isotropic(
-    units: torch.Tensor,
+    features: torch.Tensor,
+    lengths: torch.Tensor,
+    units: torch.Tensor | None,
     parameter: torch.Tensor,
     labels: torch.Tensor,
-    sums: PairOutputs,
+    outputs: PairOutputs,
+    loss: torch.Tensor,
     cosines: torch.Tensor,
     plan: DebyePlan | None,
 ) -> None:
-    """Adds all pairs to the sums, whose ``feature_slope`` gets the gradient in the unit directions."""
-    dim = units.shape[1]
-    rows = max(1, _TILE // dim)
+    """Adds all pairs to the outputs, whose ``feature_slope`` gets the gradient in the unit directions where there are
+    any, and to loss and cosines.
+    """
+    dim = features.shape[1]
+    slope = torch.zeros_like(loss)
     if plan is not None:
         kappa = parameter.exp()
         own = debye_torch(kappa, plan)
     for first, second in _pairs(labels):
-        one_minus_cos = units.new_empty(len(first))
-        one_plus_cos = units.new_empty(len(first))
-        for chunk in slices(len(first), rows):
-            u, v = units[first[chunk]], units[second[chunk]]
-            one_minus_cos[chunk] = (u - v).square_().sum(dim=1) / 2
-            one_plus_cos[chunk] = (u + v).square_().sum(dim=1) / 2
+        one_minus_cos = _one_minus_cosine(features, lengths, first, second)
         if plan is None:
             pairs = _gaussian_pairs(parameter[first], parameter[second], one_minus_cos, dim)
         else:
@@ -156,45 +179,78 @@ def _add_isotropic(
                 own.complement[first],
                 own.complement[second],
                 one_minus_cos,
-                one_plus_cos,
+                _one_plus_cosine(features, first, second, one_minus_cos),
                 plan,
             )
-        for rows_of_side, slope in (first, pairs.slope1), (second, pairs.slope2):
-            sums.loss[rows_of_side] += pairs.loss / 2
-            sums.slope[rows_of_side] += slope
-            sums.partners[rows_of_side] += 1
-            cosines[rows_of_side] += 1 - one_minus_cos
-        if sums.feature_slope.numel():
-            for chunk in slices(len(first), rows):
-                pull = pairs.weight[chunk, None] * (units[first[chunk]] - units[second[chunk]])
-                sums.feature_slope[first[chunk]] += pull
-                sums.feature_slope[second[chunk]] -= pull
+        for rows, slopes in (first, pairs.slope1), (second, pairs.slope2):
+            loss[rows] += pairs.loss / 2
+            slope[rows] += slopes
+            outputs.partners[rows] += 1
+            cosines[rows] += 1 - one_minus_cos
+        if units is not None and outputs.feature_slope.numel():
+            for chunk in slices(len(first), max(1, _TILE // dim)):
+                pull = units.index_select(0, first[chunk]).sub_(units.index_select(0, second[chunk]))
+                pull.mul_(pairs.weight[chunk, None])
+                outputs.feature_slope.index_add_(0, first[chunk], pull)
+                outputs.feature_slope.index_add_(0, second[chunk], pull, alpha=-1)
     if plan is not None:
         alone = (own.psi - kappa) + own.psi_tail
-        sums.loss.add_(torch.where(sums.partners > 0, sums.partners * alone, 0.0))
+        loss.add_(torch.where(outputs.partners > 0, outputs.partners * alone, 0.0))
+    outputs.slope.copy_(slope)
+
+
+def _one_minus_cosine(
+    features: torch.Tensor, lengths: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+) -> torch.Tensor:
+    """Returns 1 - cos in float64: |f1 - r f2|^2 / (2 |f1|^2) with r = |f1| / |f2|."""
+    distance = features.new_empty(len(first), dtype=torch.float64)
+    for chunk in slices(len(first), max(1, _TILE // features.shape[1])):
+        f, c = features.index_select(0, first[chunk]), features.index_select(0, second[chunk])
+        length = lengths[first[chunk]]
+        f.addcmul_(c, length / lengths[second[chunk]], value=-1)
+        distance[chunk] = torch.linalg.vector_norm(f, dim=1) / length.squeeze(1)
+    return distance.square_().div_(2)
+
+
+def _one_plus_cosine(
+    features: torch.Tensor, first: torch.Tensor, second: torch.Tensor, one_minus_cos: torch.Tensor
+) -> torch.Tensor:
+    """Returns 1 + cos, of opposite directions from their sum, where 2 - (1 - cos) cancels."""
+    one_plus_cos = 2 - one_minus_cos
+    (opposite,) = (one_minus_cos > 1.5).nonzero(as_tuple=True)
+    for chunk in slices(len(opposite), max(1, _TILE // features.shape[1])):
+        u, v = (
+            torch.nn.functional.normalize(features[rows[opposite[chunk]]].double(), eps=0.0) for rows in (first, second)
+        )
+        one_plus_cos[opposite[chunk]] = (u + v).square_().sum(dim=1) / 2
+    return one_plus_cos
 
 
 def _add_diagonal(
-    units: torch.Tensor, log_variance: torch.Tensor, labels: torch.Tensor, sums: PairOutputs, cosines: torch.Tensor
+    units: torch.Tensor,
+    variance: torch.Tensor,
+    labels: torch.Tensor,
+    outputs: PairOutputs,
+    loss: torch.Tensor,
+    cosines: torch.Tensor,
 ) -> None:
     """The same for a variance in each dimension."""
     dim = units.shape[1]
     for all_first, all_second in _pairs(labels):
         for chunk in slices(len(all_first), max(1, _TILE // dim)):
             first, second = all_first[chunk], all_second[chunk]
-            difference = units[first] - units[second]
-            log_variance1, log_variance2 = log_variance[first], log_variance[second]
-            share1 = torch.sigmoid(log_variance1 - log_variance2)
-            log_sum = torch.logaddexp(log_variance1, log_variance2)
-            pull = difference * torch.exp(-log_sum)
+            difference = units.index_select(0, first).sub_(units.index_select(0, second))
+            variance1, variance2 = variance.index_select(0, first), variance.index_select(0, second)
+            total = variance1 + variance2
+            pull = difference / total
             square = pull * difference
-            loss = (square.sum(dim=1) + log_sum.sum(dim=1)) / 2 + dim / 2 * LOG_TWO_PI
-            slope = (1 - square) / 2
-            cos = 1 - difference.square().sum(dim=1) / 2
-            for rows, share, sign in (first, share1, 1), (second, 1 - share1, -1):
-                sums.loss[rows] += loss / 2
-                sums.slope[rows] += share * slope
-                sums.partners[rows] += 1
+            losses = (square.sum(dim=1) + total.log().sum(dim=1)).double() / 2 + dim / 2 * LOG_TWO_PI
+            cos = 1 - difference.square().sum(dim=1).double() / 2
+            slope = square.neg_().add_(1).div_(2)
+            for rows, of_side, sign in (first, variance1, 1), (second, variance2, -1):
+                loss[rows] += losses / 2
+                outputs.partners[rows] += 1
                 cosines[rows] += cos
-                if sums.feature_slope.numel():
-                    sums.feature_slope[rows] += sign * pull
+                outputs.slope.index_add_(0, rows, of_side.div_(total).mul_(slope))
+                if outputs.feature_slope.numel():
+                    outputs.feature_slope.index_add_(0, rows, pull, alpha=sign)

@@ -64,7 +64,7 @@ def gaussian_center_loss_rows(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Returns the Gaussian center loss of each row, and its terms as ``GaussianTerms`` has them, in float64."""
     difference = _unit(features.double()) - _unit(class_centers[labels.long()].double())
-    log_variance = hold_log_variance(log_variance)
+    log_variance = hold_log_variance(log_variance.double())
     precision = torch.exp(-log_variance)
     cos = 1 - difference.square().sum(dim=1) / 2
     if log_variance.ndim == 1:
@@ -91,7 +91,7 @@ def pair_likelihood(
     batch = units.shape[0]
     loss, cosines = units.new_zeros(()), units.new_zeros(batch)
     partners = torch.zeros_like(labels)
-    parameter = hold_log_variance(parameter) if radius is None else parameter.double()
+    parameter = hold_log_variance(parameter.double()) if radius is None else parameter.double()
     for apart in range(1, batch):
         first, second = slice(None, -apart), slice(apart, None)
         same = labels[first] == labels[second]

@@ -187,6 +187,65 @@ def _scf_loss_variants() -> Iterator[Variant]:
         )
 
 
+# ---- losses of Gaussians, and of pairs
+
+
+def _gaussian_center_loss(dim: int, dtype: torch.dtype, diagonal: bool, finetune: bool) -> None:
+    batch = BATCH if dim <= 1024 else 64
+    features, class_centers = (torch.zeros(batch, dim, dtype=dtype, requires_grad=finetune) for _ in range(2))
+    log_variance = torch.zeros((batch, dim) if diagonal else (batch,), requires_grad=True)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    kernels.gaussian_center_loss(features, log_variance, class_centers, labels, backend="triton").backward()
+
+
+def _pair_likelihood_loss(dim: int, dtype: torch.dtype, density: str, diagonal: bool) -> None:
+    batch = BATCH if dim <= 1024 else 64
+    features = torch.zeros(batch, dim, dtype=dtype, requires_grad=True)
+    parameter = torch.zeros((batch, dim) if diagonal else (batch,), requires_grad=True)
+    labels = torch.arange(batch) // 4
+    kernels.pair_likelihood_loss(features, parameter, labels, density, return_terms=True, backend="triton")
+
+
+def _one(arguments: Arguments) -> float:
+    return 1.0
+
+
+def _objective_variants() -> Iterator[Variant]:
+    for dim, dtype in ((512, torch.float32), (512, torch.bfloat16), (8192, torch.float32)):
+        label, size = f"{_name(dtype)}, d = {dim}", dtype.itemsize
+        for form in ("scalar", "diagonal"):
+            yield Variant(
+                f"Gaussian center loss with coefficients, {form}, {label}",
+                "_gaussian_center_loss_kernel",
+                functools.partial(_gaussian_center_loss, dim, dtype, form == "diagonal", True),
+                "16 features",
+                _rows_of_d_by_16,
+                nbytes=16 * (2 * size + (8 if form == "diagonal" else 0)),
+            )
+        for kernel, shown in (
+            ("_diagonal_feature_gradient_kernel", "features"),
+            ("_diagonal_class_center_gradient_kernel", "class centers, a row a class"),
+        ):
+            yield Variant(
+                f"diagonal Gaussian, gradient of {shown}, {label}",
+                kernel,
+                functools.partial(_gaussian_center_loss, dim, dtype, True, True),
+                "element",
+                _rows_of_d,
+                nbytes=3 * size + 4,
+            )
+        for form in ("vmf", "scalar", "diagonal"):
+            density = "vmf" if form == "vmf" else "gaussian"
+            yield Variant(
+                f"pair likelihood, a partner a row, {form}, {label}",
+                "_pair_likelihood_kernel",
+                functools.partial(_pair_likelihood_loss, dim, dtype, density, form == "diagonal"),
+                "row",
+                _one,
+                nbytes=dim * (size + 4 + (8 if form == "diagonal" else 0)),
+            )
+
+
 # ---- margin softmax
 
 
@@ -384,6 +443,7 @@ def variants() -> tuple[Variant, ...]:
     return (
         *_log_bessel_variants(),
         *_scf_loss_variants(),
+        *_objective_variants(),
         *_margin_softmax_variants(),
         *_similarity_variants(),
     )

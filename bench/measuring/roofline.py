@@ -102,6 +102,13 @@ def scf_loss(batch: int, dim: int, finetune: bool) -> Work:
     return Work(nbytes=(3 if finetune else 2) * FLOAT * batch * dim)
 
 
+def objective(batch: int, dim: int, of_pairs: bool, diagonal: bool) -> Work:
+    """Features read, and class centers unless the loss is that of pairs; with a variance for each dimension, these read
+    and their gradient written.
+    """
+    return Work(nbytes=(1 + (not of_pairs) + 2 * diagonal) * FLOAT * batch * dim)
+
+
 def margin_softmax(batch: int, classes: int, dim: int, dtype: str) -> Work:
     """Four products: the cosines, the cosines again for the gradient, and one for each of the two gradients. Class
     centers read twice, their gradient written.

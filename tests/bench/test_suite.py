@@ -157,7 +157,7 @@ def test_the_command_runs_sections_in_processes(tmp_path):
     assert json.loads((tmp_path / "center_memory-2000.json").read_text())["holds"]["no_logits"]
 
 
-@pytest.mark.parametrize("name", ["margin_softmax", "stage1", "scoring"])
+@pytest.mark.parametrize("name", ["objective_losses", "margin_softmax", "stage1", "scoring"])
 def test_sections_run_at_tiny_sizes(name, tmp_path):
     """Their cases run here, since a process for each would load everything again."""
     (tmp_path / "floors.json").write_text(json.dumps({"machine": MACHINE.as_dict()}))

@@ -7,6 +7,7 @@ Exact values are those of the float64 PyTorch twins, which other tests compare w
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from bench.executor import launcher
 from bench.executor.approximation import Approximation, Mode, TensorCores
 from bench.executor.launcher import executing
 from scf_fast.kernels import (
+    gaussian_center_loss,
     inverse_mean_resultant_length,
     log_bessel,
     log_bessel_i,
     log_vmf_normalizer,
     margin_softmax_loss,
     mean_resultant_length,
+    pair_likelihood_loss,
     pool_templates,
     reference,
     scf_loss,
@@ -256,6 +259,79 @@ def test_log_kappa_of_minus_infinity_is_the_uniform_distribution():
     with executing():
         loss = scf_loss(features, log_kappa, centers, labels, backend="triton")
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+# ---- losses of Gaussians, and of pairs
+
+
+def gradients(function, *tensors):
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    loss = function(*leaves)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+
+@pytest.mark.parametrize("mode", ENDS)
+@pytest.mark.parametrize("dim", [2, 512])
+def test_gaussian_center_loss_at_the_ends_of_the_bounds(dim, mode):
+    precisions, cosines = (
+        x.reshape(-1).double()
+        for x in torch.meshgrid(torch.logspace(-2, 5, 8), torch.tensor([1.0, 1 - 1e-6, 0.99, 0.3, -0.8]), indexing="ij")
+    )
+    features, log_precision, centers, labels = rows_at(cosines, precisions, dim)
+    spread = torch.randn(len(labels), dim, generator=torch.Generator().manual_seed(1))
+    for log_variance in (-log_precision, -log_precision[:, None] + spread):
+
+        def loss(f, x, c, backend="torch"):
+            return gaussian_center_loss(f, x, c, labels, reduction="none", backend=backend)
+
+        exact, _, exact_slope, _ = gradients(loss, features.double(), log_variance.double(), centers.double())
+        with executing(80, Approximation(mode)):
+            value, _, slope, _ = gradients(partial(loss, backend="triton"), features, log_variance, centers)
+        if log_variance.ndim == 1:
+            pull = dim / 2 - exact_slope
+            assert ((value - exact).abs() / torch.maximum(exact.abs(), pull).clamp(min=dim / 2)).max() <= 1e-6
+            assert ((slope - exact_slope).abs() / pull.clamp(min=dim / 2)).max() <= 1e-6
+        else:  # of directions that differ by 4e-7 in length
+            precision = torch.exp(-log_variance.double())
+            square = 1 - 2 * exact_slope
+            moved = 4e-7 * (precision.amax(dim=1) * square.sum(dim=1)).sqrt()
+            assert ((value - exact).abs() <= 1e-6 * (square.sum(dim=1) / 2 + dim / 2 + exact.abs()) + moved).all()
+            moved = 4e-7 * (precision * square).sqrt()
+            assert ((slope - exact_slope).abs() <= 1e-6 * square.clamp(min=1) + moved + 1e-13 * precision).all()
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("mode", ENDS)
+@pytest.mark.parametrize("form", ["vmf", "scalar", "diagonal"])
+def test_pair_likelihood_at_the_ends_of_the_bounds(form, mode, architecture):
+    """Groups of two, their cosines and parameters on a grid; d = 512."""
+    parameters, cosines = (
+        x.reshape(-1).double()
+        for x in torch.meshgrid(
+            torch.logspace(0, 5, 6), torch.tensor([1.0, 1 - 1e-6, 0.99, 0.3, -0.8, -1.0]), indexing="ij"
+        )
+    )
+    first, log_parameter, second, labels = rows_at(cosines, parameters, 512)
+    features, labels = torch.cat([first, second]), torch.cat([labels, labels])
+    parameter = torch.cat([log_parameter, log_parameter.flip(0)])
+    if form == "diagonal":
+        parameter = torch.randn(len(labels), 512, generator=torch.Generator().manual_seed(1)) - parameter[:, None]
+    elif form == "scalar":
+        parameter = -parameter
+    loss = partial(pair_likelihood_loss, labels=labels, density="vmf" if form == "vmf" else "gaussian", reduction="sum")
+    exact, of_features, slope = gradients(partial(loss, backend="torch"), features.double(), parameter.double())
+    with executing(architecture, Approximation(mode)):
+        value, found_features, found_slope = gradients(partial(loss, backend="triton"), features, parameter)
+    assert relative(value, exact) <= 1e-6
+    if form == "vmf":
+        half = (slope.abs() + parameter.exp().clamp(max=256)).double()
+        assert ((found_slope - slope).abs() / half).max() <= 2e-6
+    else:
+        assert (found_slope - slope).norm() <= 1e-6 * slope.norm()
+    inside = labels % 6 != 5  # at a cosine of -1 the direction of the vMF gradient is what rounding leaves
+    lengths = features.double().norm(dim=1, keepdim=True)
+    difference = (found_features - of_features) * lengths
+    assert difference[inside].norm() <= 3e-6 * (of_features * lengths)[inside].norm()
 
 
 # ---- similarity of all pairs
