@@ -113,8 +113,8 @@ def build_optimizer(
     if config.optimizer != "auto":
         names = [config.optimizer]
     else:
-        # On a CPU DeepSpeed's extension takes a minute to compile and is no faster than torch's fused optimizer.
-        names = ["apex", "deepspeed", "torch"] if device.type == "cuda" else ["torch"]
+        # DeepSpeed's extension takes a minute to compile at its first use, needs a compiler then, and is no faster.
+        names = ["apex", "torch"] if device.type == "cuda" else ["torch"]
     problems: list[str] = []
     for name in names:
         try:
