@@ -132,7 +132,8 @@ class Config:
     max_grad_clip: float = option(0.0, "clip each gradient value; 0 is off")
     optimizer: str = option(
         "auto",
-        "implementation of SGD/Adam: the first of apex, deepspeed, torch that is there",
+        "fused implementation of SGD/Adam: auto takes apex where it is there on a GPU, else torch; deepspeed "
+        "has Adam alone and compiles for a minute at its first use",
         choices=("auto", "apex", "deepspeed", "torch"),
     )
     normalization: str | None = option(

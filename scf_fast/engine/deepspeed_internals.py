@@ -64,13 +64,14 @@ class DeepSpeedInternals:
                 os.environ["TORCHDYNAMO_DISABLE"] = before
 
     def take_over_loss_scale(self, scaler: LossScaler | None) -> None:
-        """Makes ``scaler`` (None: no scaling) the only one, with or without ZeRO.
+        """Makes ``scaler`` (None: no scaling) the only one, with or without ZeRO; without it, clipping goes along.
 
         With ZeRO, DeepSpeed's own never hears of an overflow, since ZeRO skips the step before it asks; the scale set
         here is honored in the backward pass, in clipping and in the update.
         """
         if not self._engine.zero_optimization():
-            self._engine.torch_autocast_z0_gradscaler = StepWithoutZero(scaler)
+            self._engine.torch_autocast_z0_gradscaler = StepWithoutZero(scaler, self._engine.gradient_clipping())
+            self._engine.clip_fp32_gradients = lambda: None  # done with the norm that StepWithoutZero has computed
         elif scaler is not None:
             self._engine.optimizer.torch_autocast_gradscaler = None
             scaler.on_change(self._engine.optimizer.override_loss_scale)

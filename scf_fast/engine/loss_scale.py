@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 
+from scf_fast.engine.optimizers import gradients_of
+
 _GROWTH_INTERVAL = 2000  # steps, as torch.amp.GradScaler
+_NORM_FLOOR = 1e-6  # added to a norm before it divides the bound, as in torch.nn.utils.clip_grad_norm_ and in ZeRO
 
 
 class LossScaler:
@@ -48,30 +51,42 @@ class LossScaler:
 
 
 class StepWithoutZero:
-    """Stands where the engine without ZeRO has ``torch.amp.GradScaler`` and does as ZeRO does: it leaves out the steps
-    whose gradients are not all finite, in every precision.
+    """Stands where the engine without ZeRO has ``torch.amp.GradScaler`` and does as ZeRO does: it clips the norm of the
+    gradients, and leaves out the steps whose gradients are not all finite, in every precision.
 
     PyTorch's scaler leaves it to a fused optimizer to unscale and to skip. Values are then clipped while they are
-    scaled, and SGD whose first step is skipped goes on from a momentum that nothing has filled.
+    scaled, and SGD whose first step is skipped goes on from a momentum that nothing has filled. DeepSpeed clips one
+    parameter after another, in two small kernels each; here the norm that says whether the gradients are finite also
+    clips them, and both scale and bound are one product for all parameters.
+
+    Args:
+        max_norm: bound of the norm of the gradients without the loss scale; 0 is none.
+    Attributes:
+        gradient_norm: 0-dim float32, of the last step's gradients without the loss scale and before clipping, equal on
+            all ranks; None before the first.
     """
 
-    def __init__(self, loss_scaler: LossScaler | None):
-        self._loss_scaler, self._unscaled = loss_scaler, False
+    def __init__(self, loss_scaler: LossScaler | None, max_norm: float):
+        self._loss_scaler, self._max_norm, self._unscaled = loss_scaler, max_norm, False
+        self.gradient_norm: torch.Tensor | None = None
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss * self._loss_scaler.scale if self._loss_scaler else loss
 
     def unscale_(self, optimizer: Any) -> None:
-        """Divides the gradients by the scale; the engine asks for it before it clips the norm."""
-        gradients = [
-            parameter.grad
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        if self._loss_scaler:
-            torch._foreach_mul_(gradients, 1 / self._loss_scaler.scale)
-        optimizer.overflow = not torch.nn.utils.get_total_norm(gradients).isfinite()  # where the engine looks for it
+        """Divides the gradients by the scale and clips their norm; where the norm is to be clipped, the engine calls it
+        before :meth:`step`.
+        """
+        gradients = gradients_of(optimizer)
+        scale = self._loss_scaler.scale if self._loss_scaler else 1.0
+        norm = self.gradient_norm = torch.nn.utils.get_total_norm(gradients) / scale
+        if self._max_norm > 0:
+            # One too large makes all of them NaN or 0 here; that step is left out.
+            factor = (self._max_norm / (norm + _NORM_FLOOR)).clamp(max=1.0) / scale
+            torch._foreach_mul_(gradients, factor)
+        elif self._loss_scaler:
+            torch._foreach_mul_(gradients, 1 / scale)
+        optimizer.overflow = not norm.isfinite()  # where the engine looks for it; waits for the device
         self._unscaled = True
 
     def step(self, optimizer: Any) -> None:

@@ -113,8 +113,8 @@ def build_optimizer(
     if config.optimizer != "auto":
         names = [config.optimizer]
     else:
-        # On a CPU DeepSpeed's extension takes a minute to compile and is no faster than torch's fused optimizer.
-        names = ["apex", "deepspeed", "torch"] if device.type == "cuda" else ["torch"]
+        # DeepSpeed's extension takes a minute to compile at its first use, needs a compiler then, and is no faster.
+        names = ["apex", "torch"] if device.type == "cuda" else ["torch"]
     problems: list[str] = []
     for name in names:
         try:
@@ -134,16 +134,22 @@ def build_optimizer(
     raise InputError(f"--optimizer {config.optimizer} cannot be used here ({'; '.join(problems)}); use auto")
 
 
+def gradients_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Returns the gradients of the optimizer's parameters, of those that have one."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
 def _clip_values_before_step(optimizer: torch.optim.Optimizer, bound: float) -> None:
     """Clips values where ZeRO hands the reduced gradient partition to the optimizer: earlier there is no full gradient
     to clip.
     """
 
     def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.clamp_(-bound, bound)
+        gradients = gradients_of(optimizer)
+        if gradients:  # none behind a closed gate
+            torch._foreach_clamp_min_(gradients, -bound)
+            torch._foreach_clamp_max_(gradients, bound)
 
     optimizer.register_step_pre_hook(clip)
 

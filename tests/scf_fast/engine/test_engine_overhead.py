@@ -4,12 +4,14 @@ launch one by one. Counted on the CPU.
 
 import json
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scf_fast.config import BackboneConfig, ConfidenceConfig
 from scf_fast.distributed import Runtime
@@ -18,12 +20,18 @@ from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 
 STAGES = range(4)
 STEPS = 6  # the throughput timer waits from the third on
-PLAIN = {"data": "-", "output_dir": "-", "batch_size": 2, "precision": "fp32"}
+PLAIN = {"data": "-", "output_dir": "-", "batch_size": 2}
+CLIPPING = {
+    "norm": {"max_grad_norm": 1e-3},
+    "values": {"max_grad_clip": 1e-3},
+    "both, fp16": {"max_grad_norm": 1e-3, "max_grad_clip": 1e-3, "precision": "fp16"},
+}
+LAYERS = 2, 20  # with two parameters each
 CUDA = torch.device("cuda")
 
 
 def make_config(**options):
-    return ConfidenceConfig(**PLAIN, saved_bkb="-", saved_fc="-", **options)
+    return ConfidenceConfig(**{**PLAIN, "precision": "fp32", "saved_bkb": "-", "saved_fc": "-", **options})
 
 
 def make_engine(config, runtime, layers=2):
@@ -35,7 +43,7 @@ def make_engine(config, runtime, layers=2):
 
 
 def make_step(engine):
-    engine.backward(engine(torch.ones(2, 4)).square().mean())
+    engine.backward(engine(torch.ones(2, 4)).float().square().mean())
     engine.step()
 
 
@@ -80,12 +88,39 @@ def count_waits(folder, runtime):
     return counts
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_operations(runtime):
+    """Operations of an optimizer step without ZeRO, by case and number of layers."""
+    counts = {}
+    for name, options in CLIPPING.items():
+        for layers in LAYERS:
+            engine = make_engine(make_config(zero_stage=0, **options), runtime, layers)
+            make_step(engine)  # the first one makes the optimizer's state
+            engine.backward(engine(torch.ones(2, 4)).float().square().mean())
+            with Operations() as operations:
+                engine.step()
+            counts[f"{name} {layers}"] = operations.counts
+            engine.close()
+    return counts
+
+
 def work(folder):
     """Runs on the rank of a launch and writes down the results."""
     from scf_fast import distributed
 
     runtime = distributed.start()
-    results = {"waits": count_waits(folder, runtime)}
+    results = {"waits": count_waits(folder, runtime), "operations": count_operations(runtime)}
     (folder / "results.json").write_text(json.dumps(results))
     distributed.finish()
     distributed.leave(0)
@@ -107,6 +142,18 @@ def test_a_step_never_waits_for_the_whole_device(zero_stage, results):
 def test_overlap_that_a_users_file_asks_for_waits(results):
     """So the counter counts, and the key of a user's file wins."""
     assert all(results["waits"][-1])
+
+
+@pytest.mark.parametrize("case", CLIPPING)
+def test_clipping_takes_two_operations_for_any_number_of_parameters(case, results):
+    """One for all norms and one for all products, or one for each bound of the values."""
+    few, many = (Counter(results["operations"][f"{case} {layers}"]) for layers in LAYERS)
+    assert few == many
+    norms, products = many["aten._foreach_norm.Scalar"], many["aten._foreach_mul_.Tensor"]
+    assert norms == 1 and products == ("max_grad_norm" in CLIPPING[case])
+    bounds = many["aten._foreach_clamp_min_.Scalar"] + many["aten._foreach_clamp_max_.Scalar"]
+    assert bounds == 2 * ("max_grad_clip" in CLIPPING[case])
+    assert sum(many.values()) < 30, many
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scf_fast.config import BackboneConfig
+from scf_fast.engine import optimizers
 from scf_fast.engine.optimizers import OptimizerRule, StepGate, build_optimizer, nvidia_apex_problem
 
 CPU = torch.device("cpu")
@@ -85,6 +86,21 @@ def test_named_implementation_that_is_absent_is_an_error_and_auto_says_what_it_t
     with caplog.at_level(logging.INFO):
         build_optimizer(OptimizerRule.SGD, p, stage1(), CPU)
     assert "optimizer: fused SGD of torch" in caplog.text
+
+
+@pytest.mark.parametrize("rule", OptimizerRule)
+def test_auto_compiles_nothing(rule, monkeypatch):
+    """DeepSpeed's fused Adam runs nvcc for a minute."""
+    asked = []
+    for name, make in optimizers._IMPLEMENTATIONS.items():
+        monkeypatch.setitem(
+            optimizers._IMPLEMENTATIONS, name, lambda *args, name=name, make=make: (asked.append(name), make(*args))[1]
+        )
+    made = build_optimizer(rule, [torch.nn.Parameter(torch.zeros(3))], stage1(), torch.device("cuda"))
+    assert asked == ["apex", "torch"] and made.defaults["fused"]
+    with pytest.raises(ValueError, match="deepspeed: has no fused SGD"):
+        build_optimizer(OptimizerRule.SGD, [], stage1(optimizer="deepspeed"), torch.device("cuda"))
+    assert asked[-1] == "deepspeed"
 
 
 @pytest.mark.parametrize(
