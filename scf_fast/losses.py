@@ -1,12 +1,19 @@
-"""The SCF loss as PyTorch modules, for training loops outside this project."""
+"""The losses as PyTorch modules, for training loops outside this project."""
 
 import math
 
 import torch
 from torch import nn
 
-from scf_fast.kernels import log_bessel_i, log_vmf_normalizer, scf_loss
+from scf_fast.kernels import (
+    gaussian_center_loss,
+    log_bessel_i,
+    log_vmf_normalizer,
+    pair_likelihood_loss,
+    scf_loss,
+)
 from scf_fast.networks.confidence import DEFAULT_RADIUS
+from scf_fast.objectives import Density
 
 
 class SCFLoss(nn.Module):
@@ -53,6 +60,64 @@ class SCFLoss(nn.Module):
             radius=self.radius,
             normalizer=self.normalizer,
             reduction=self.reduction,
+        )
+        assert isinstance(loss, torch.Tensor)  # a tuple only with return_terms
+        return loss
+
+
+class GaussianCenterLoss(nn.Module):
+    """Gaussian loss against fixed class centers ("SCF-G"), by :func:`scf_fast.kernels.gaussian_center_loss`.
+
+    Args:
+        class_centers: (C, d) float, of any length; a buffer, so that it moves with the module, and left out of its
+            state_dict.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    class_centers: torch.Tensor
+
+    def __init__(self, class_centers: torch.Tensor, reduction: str = "mean"):
+        super().__init__()
+        self.register_buffer("class_centers", class_centers.detach(), persistent=False)
+        self.reduction = reduction
+
+    def forward(self, features: torch.Tensor, log_variance: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Returns the loss, a scalar or (B,); differentiable in features and log_variance.
+
+        Args:
+            features: (B, d) embeddings before normalization.
+            log_variance: (B,) or (B, 1), one for all dimensions, or (B, d).
+            labels: (B,) int64 in [0, C).
+        """
+        loss = gaussian_center_loss(features, log_variance, self.class_centers, labels, reduction=self.reduction)
+        assert isinstance(loss, torch.Tensor)  # a tuple only with return_terms
+        return loss
+
+
+class PairLikelihoodLoss(nn.Module):
+    """Negative score of the pairs of images of one person in a batch ("PFE-G", "PFE-v"), as
+    :func:`scf_fast.kernels.pair_likelihood_loss` computes it.
+
+    Args:
+        density: of the model.
+        radius: r of the sphere, for vMF.
+        reduction: ``"mean"`` over the pairs, or ``"sum"``.
+    """
+
+    def __init__(self, density: Density = Density.GAUSSIAN, radius: float = DEFAULT_RADIUS, reduction: str = "mean"):
+        super().__init__()
+        self.density, self.radius, self.reduction = density, radius, reduction
+
+    def forward(self, features: torch.Tensor, parameter: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Returns the loss, a scalar; 0 without any pair. Differentiable in features and parameter.
+
+        Args:
+            features: (B, d) embeddings before normalization.
+            parameter: log kappa for vMF, (B,) or (B, 1); log variance for Gaussians, also (B, d).
+            labels: (B,) int64, any numbers in any order.
+        """
+        loss = pair_likelihood_loss(
+            features, parameter, labels, self.density.value, radius=self.radius, reduction=self.reduction
         )
         assert isinstance(loss, torch.Tensor)  # a tuple only with return_terms
         return loss

@@ -83,6 +83,14 @@ def place(request):
         yield place
 
 
+@pytest.fixture(params=[pytest.param((Place("torch", "cpu"), _on_device), id="torch"), *_TRITON[1:]])
+def quick_place(request):
+    """As ``place``, without the interpreter: for kernels that take it seconds, once another test runs them in it."""
+    place, enter = request.param
+    with enter(place):
+        yield place
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Makes torch.empty and torch.empty_like return NaN, so that an element that a kernel forgets to write shows."""

@@ -61,24 +61,24 @@ def test_float32_against_float64(dim, form, place, poisoned):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("labels", [torch.zeros(4).long(), torch.arange(4) // 2])
-def test_groups_of_any_size_and_order(labels, form, place, poisoned):
-    backend, device = place
+def test_groups_of_any_size_and_order(labels, form, quick_place, poisoned):
+    backend, device = quick_place
     data = inputs(labels, 37, form, device=device)
     expected = value_and_gradients(reference.pair_likelihood_loss, *doubled(*data), form)
     close(value_and_gradients(partial(pair_likelihood_loss, backend=backend), *data, form), expected, 37)
 
 
 @pytest.mark.parametrize("form", ["vmf", "diagonal"])
-def test_the_widest_rows(form, place):
-    backend, device = place
+def test_the_widest_rows(form, quick_place):
+    backend, device = quick_place
     data = inputs(torch.tensor([1, 1]), 8192, form, device=device)
     expected = value_and_gradients(partial(pair_likelihood_loss, backend="torch"), *doubled(*data), form)
     close(value_and_gradients(partial(pair_likelihood_loss, backend=backend), *data, form), expected, 8192)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_float64(form, place):
-    backend, device = place
+def test_float64(form, quick_place):
+    backend, device = quick_place
     data = inputs(GROUPS, 37, form, dtype=torch.float64, device=device)
     expected = value_and_gradients(reference.pair_likelihood_loss, *doubled(*data), form)
     result = value_and_gradients(partial(pair_likelihood_loss, backend=backend), *data, form)
@@ -89,9 +89,9 @@ def test_float64(form, place):
 @pytest.mark.parametrize("cos", [1.0, 1 - 1e-6, 0.3, -1.0])
 @pytest.mark.parametrize("kappas", [(1e-2, 3e-2), (1e5, 1e5), (5.0, 1e6)])
 @pytest.mark.parametrize("dim", [3, 512])
-def test_nothing_cancels(cos, kappas, dim, place):
+def test_nothing_cancels(cos, kappas, dim, quick_place):
     """vMF: one pair against ``vmf_similarity`` and its gradients in float64, relative to the larger terms."""
-    backend, device = place
+    backend, device = quick_place
     generator = torch.Generator().manual_seed(3)
     first, second = torch.linalg.qr(torch.randn(dim, 2, dtype=torch.float64, generator=generator)).Q.T
     features = torch.stack([7 * first, cos * first + math.sqrt(1 - cos**2) * second]).float()
@@ -118,8 +118,8 @@ def test_nothing_cancels(cos, kappas, dim, place):
     assert ((result[1] - expected[1]).norm(dim=1) <= 2e-6 * weight).all()
 
 
-def test_pair_by_pair_against_the_similarity(place):
-    backend, device = place
+def test_pair_by_pair_against_the_similarity(quick_place):
+    backend, device = quick_place
     features, log_kappa, _ = inputs(GROUPS, 64, "vmf", device=device)
     kappa = log_kappa.double().exp()
     for i, j in ((0, 1), (2, 4)):
@@ -150,8 +150,8 @@ def test_published_optimum_of_a_pair():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_pairs(form, place, poisoned):
-    backend, device = place
+def test_no_pairs(form, quick_place, poisoned):
+    backend, device = quick_place
     for labels in (torch.arange(3), torch.zeros(0).long()):
         data = inputs(labels, 37, form, device=device)
         data[0][:1] = 0  # no direction, but in no pair
@@ -162,8 +162,8 @@ def test_no_pairs(form, place, poisoned):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_terms_and_sum(form, place, poisoned):
-    backend, device = place
+def test_terms_and_sum(form, quick_place, poisoned):
+    backend, device = quick_place
     data = inputs(GROUPS, 37, form, device=device)
     options = dict(density=density(form), backend=backend)
     loss, terms = pair_likelihood_loss(data[0], data[1].requires_grad_(), data[2], return_terms=True, **options)
@@ -180,9 +180,9 @@ def test_terms_and_sum(form, place, poisoned):
 
 
 @pytest.mark.parametrize("form", ["scalar", "diagonal"])
-def test_order_strides_and_types(form, place, poisoned):
+def test_order_strides_and_types(form, quick_place, poisoned):
     """Rows in another order have the same gradients to the bit but for the order of sums; integers of either type."""
-    backend, device = place
+    backend, device = quick_place
     features, parameter, labels = inputs(torch.tensor([3, 3, 3, 1, 1]), 37, form, device=device)
     loss = partial(pair_likelihood_loss, backend=backend)
     expected = value_and_gradients(loss, features, parameter, labels, form)
@@ -199,8 +199,8 @@ def test_order_strides_and_types(form, place, poisoned):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", ["scalar", "diagonal"])
-def test_half_precision(dtype, form, place):
-    backend, device = place
+def test_half_precision(dtype, form, quick_place):
+    backend, device = quick_place
     features, parameter, labels = inputs(GROUPS, 64, form, device=device)
     features, parameter = features.to(dtype), parameter.to(dtype)
     loss = partial(pair_likelihood_loss, backend=backend)
@@ -212,8 +212,8 @@ def test_half_precision(dtype, form, place):
 
 
 @pytest.mark.parametrize("form", ["scalar", "diagonal"])
-def test_frozen_features_and_same_bits(form, place):
-    backend, device = place
+def test_frozen_features_and_same_bits(form, quick_place):
+    backend, device = quick_place
     features, parameter, labels = inputs(GROUPS, 37, form, device=device)
     full = value_and_gradients(partial(pair_likelihood_loss, backend=backend), features, parameter, labels, form)
     for _ in range(2):
@@ -223,9 +223,9 @@ def test_frozen_features_and_same_bits(form, place):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_extreme_parameters_are_held(form, place):
+def test_extreme_parameters_are_held(form, quick_place):
     """No infinity, none times zero; beyond the limit the gradient leads back. NaN spoils the pairs it is in."""
-    backend, device = place
+    backend, device = quick_place
     features, parameter, labels = inputs(torch.arange(8) // 2, 37, form, device=device)
     extreme = torch.tensor([math.inf, -math.inf, 1e4, 1e4, -1e4, -1e4, math.inf, 0.0], device=device)
     parameter = (extreme[:, None] if form == "diagonal" else extreme) + 0 * parameter
@@ -245,8 +245,8 @@ def test_extreme_parameters_are_held(form, place):
 
 
 @pytest.mark.parametrize("form", ["scalar", "diagonal"])
-def test_a_row_of_zeros_is_nan(form, place):
-    backend, device = place
+def test_a_row_of_zeros_is_nan(form, quick_place):
+    backend, device = quick_place
     features, parameter, labels = inputs(torch.tensor([1, 1, 2, 2]), 37, form, device=device)
     features[1] = 0
     value, of_features, of_parameter = value_and_gradients(
@@ -258,8 +258,8 @@ def test_a_row_of_zeros_is_nan(form, place):
 
 @pytest.mark.parametrize("length", [1e-20, 1e19])
 @pytest.mark.parametrize("form", ["scalar", "diagonal"])
-def test_rows_whose_squares_leave_float32(length, form, place):
-    backend, device = place
+def test_rows_whose_squares_leave_float32(length, form, quick_place):
+    backend, device = quick_place
     data = inputs(torch.tensor([1, 1, 2, 2]), 37, form, device=device)
     data[0][1] *= length / data[0][1].norm()
     expected = value_and_gradients(reference.pair_likelihood_loss, *doubled(*data), form)
@@ -286,8 +286,8 @@ def test_differentiating_twice_is_refused():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_operators(form, place):
-    backend, device = place
+def test_operators(form, quick_place):
+    backend, device = quick_place
     features, parameter, labels = inputs(torch.tensor([1, 1, 2]), 5, form, device=device)
     options = LossOption.MEAN | LossOption.COEFFICIENTS | LossOption.TERMS
     options |= LossOption.TRITON if backend == "triton" else 0
