@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from scf_fast.engine.gradient_norm import total_norm
+
 _GROWTH_INTERVAL = 2000  # steps, as torch.amp.GradScaler
 
 
@@ -57,27 +59,37 @@ class StepWithoutZero:
 
     def __init__(self, loss_scaler: LossScaler | None):
         self._loss_scaler, self._unscaled = loss_scaler, False
+        self._gradients: list[torch.Tensor] = []
+        self._norm = torch.zeros(())
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss * self._loss_scaler.scale if self._loss_scaler else loss
 
     def unscale_(self, optimizer: Any) -> None:
         """Divides the gradients by the scale; the engine asks for it before it clips the norm."""
-        gradients = [
+        self._gradients = [
             parameter.grad
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
         if self._loss_scaler:
-            torch._foreach_mul_(gradients, 1 / self._loss_scaler.scale)
-        optimizer.overflow = not torch.nn.utils.get_total_norm(gradients).isfinite()  # where the engine looks for it
+            torch._foreach_mul_(self._gradients, 1 / self._loss_scaler.scale)
+        self._norm = total_norm(self._gradients)
+        optimizer.overflow = not self._norm.isfinite()  # where the engine looks for it
         self._unscaled = True
+
+    def clip(self, max_norm: float) -> None:
+        """Scales the unscaled gradients down to this norm; DeepSpeed's own clipping would make them zero where its norm
+        overflows.
+        """
+        factor = (max_norm / (self._norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(self._gradients, factor.to(torch.float32))
 
     def step(self, optimizer: Any) -> None:
         if not self._unscaled:
             self.unscale_(optimizer)
-        self._unscaled = False
+        self._unscaled, self._gradients = False, []
         if not optimizer.overflow:
             optimizer.step()
 
