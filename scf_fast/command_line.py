@@ -121,7 +121,9 @@ def _add_flag(group: argparse._ArgumentGroup, flag: _Flag) -> None:
     default = shown = flag.field.default
     if isinstance(default, PerStage):
         shown = ", ".join(f"{value} ({stage})" for stage, value in vars(default).items() if value is not None)
-    text = option.help + ("" if shown in (None, ()) else f" [{shown}]")
+    elif isinstance(default, tuple):
+        shown = ",".join(map(str, default))
+    text = option.help + ("" if shown in (None, "") else f" [{shown}]")
     if flag.stage:
         text = f"({flag.stage} only) {text}"
     settings: dict[str, Any] = {"dest": flag.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}

@@ -22,9 +22,11 @@ from scf_fast.command import split_paths
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import ALIASES, BACKBONES
 from scf_fast.networks.confidence import CONFIDENCE_NETS, DEFAULT_RADIUS
+from scf_fast.objectives import Density, Objective
 from scf_fast.pipelines.formats.atomic_file import write_text
 from scf_fast.pipelines.loading.augmentation import PRESETS
 
+PAIR_BATCH = (64, 4)  # of PFE's published code: people in a batch, images of each
 MARGIN_PRESETS = {"arcface": (1.0, 0.5, 0.0), "cosface": (1.0, 0.0, 0.4), "combined": (1.0, 0.3, 0.2)}
 
 
@@ -102,7 +104,9 @@ class Config:
     )
     overwrite: bool = option(False, "delete what an earlier run left in --output_dir", group="task")
     seed: int = option(777, "seed of weights, shuffle and flips", group="task", identity=True)
-    batch_size: int = option(PerStage(512, 1024), "images per optimizer step over all ranks", identity=True)
+    batch_size: int = option(
+        PerStage(512, 1024), "images per optimizer step over all ranks; of pfe: P x K", identity=True
+    )
     gradient_accumulation_steps: int = option(
         1, "micro-batches per optimizer step; divides a rank's share of --batch_size"
     )
@@ -360,8 +364,8 @@ class Config:
         )
 
     @property
-    def trains_backbone(self) -> bool:
-        """True where the backbone is trained, so that its BatchNorm sees the batches."""
+    def trains_batchnorm(self) -> bool:
+        """True where a network in training has BatchNorm, which needs two images."""
         return self.stage == "backbone"
 
     @property
@@ -525,7 +529,8 @@ class FeatureConfig(Config):
     )
     saved_fc: str = option(
         None,
-        "class-center checkpoint of stage 1, of the same; the ranks' shards as a folder or as 'checkpoint_gpu_*.pt'",
+        "class-center checkpoint of stage 1, of the same; the ranks' shards as a folder or as 'checkpoint_gpu_*.pt'. "
+        "--objective pfe and pfe_vmf need none",
         group="model",
         metavar="FILE",
         identity=True,
@@ -568,6 +573,39 @@ class FeatureConfig(Config):
 class ConfidenceConfig(FeatureConfig):
     """Options of stage 2: a confidence net on the frozen backbone, or with it."""
 
+    objective: tuple[str, ...] = option(
+        ("scf",),
+        "what the confidence net is trained for, by the names in the paper's table. Density against the own class "
+        "center: scf is SCF (von Mises-Fisher), scf_gaussian SCF-G (Gaussian). Against the other images of the person "
+        "in the batch: pfe is PFE-G (Gaussian), pfe_vmf PFE-v (von Mises-Fisher). Two that share their batches "
+        "(scf,scf_gaussian or pfe,pfe_vmf) train together, each a net of its own in OUTPUT/OBJECTIVE, from one pass "
+        "over the data",
+        group="model",
+        metavar="{scf,scf_gaussian,pfe,pfe_vmf}",
+        identity=True,
+    )
+    variance: str = option(
+        "scalar",
+        "variance of a Gaussian (scf_gaussian, pfe): one for each image, or one for each dimension too",
+        choices=("scalar", "diagonal"),
+        group="model",
+        identity=True,
+    )
+    pair_batch: tuple[int, int] | None = option(
+        None,
+        "batches of pfe and pfe_vmf: P groups of K images of a person, each image once an epoch; --batch_size follows. "
+        "A group can have K + 1 images or fewer than K at the end of a person's; people with one image are left out. "
+        "Default: 64,4, as PFE's code has it",
+        group="training",
+        metavar="P,K",
+        identity=True,
+    )
+    update_rule: str = option(
+        "adam",
+        "update of the confidence net: adam as SCF has it, or sgd with momentum 0.9 as PFE has it",
+        choices=("adam", "sgd"),
+        identity=True,
+    )
     z_dim: int | None = option(
         None,
         "embedding width d; read off the checkpoint, which a value given here must match",
@@ -587,7 +625,7 @@ class ConfidenceConfig(FeatureConfig):
     )
     confidence_net: str = option(
         "mlp",
-        "network on the last feature map: the published MLP, or TFace's convolutional one",
+        "network on the last feature map: the published MLP of SCF, TFace's convolutional one, or PFE's two layers",
         choices=tuple(CONFIDENCE_NETS),
         group="model",
         identity=True,
@@ -598,14 +636,15 @@ class ConfidenceConfig(FeatureConfig):
     radius: float = option(DEFAULT_RADIUS, "radius r of the sphere", group="model", identity=True)
     normalizer: str = option(
         "exact",
-        "vMF normalizer: exact, or the published code's float32 formula (for comparison with old runs)",
+        "vMF normalizer of scf: exact, or the published code's float32 formula (for comparison with old runs)",
         choices=("exact", "published"),
         group="model",
         identity=True,
     )
     initial_kappa: float | None = option(
         None,
-        "kappa that the untrained confidence net starts from; default: as PyTorch initializes (about 1)",
+        "kappa, or precision 1/variance, that the untrained confidence net starts from; default: as PyTorch "
+        "initializes mlp and conv (about 1), and as PFE's code starts pfe (variance e^-7)",
         group="model",
     )
     published_checkpoints: bool = option(
@@ -616,19 +655,47 @@ class ConfidenceConfig(FeatureConfig):
     )
 
     @property
-    def trains_backbone(self) -> bool:
-        """True where the backbone is trained with the confidence net."""
-        return self.finetune_bkb
+    def objectives(self) -> tuple[Objective, ...]:
+        """What is trained for, each with a confidence net of its own, in the order of :class:`Objective`."""
+        return tuple(map(Objective, self.objective))
+
+    @property
+    def is_pairwise(self) -> bool:
+        """True where images are held against each other; the objectives of a run agree on it."""
+        return self.objectives[0].is_pairwise
+
+    @property
+    def trains_batchnorm(self) -> bool:
+        """True where the backbone is trained too, or the confidence net has BatchNorm."""
+        return self.finetune_bkb or self.confidence_net != "mlp"
+
+    def outputs(self, objective: Objective, z_dim: int) -> int:
+        """Returns how many values the confidence net of an objective predicts for an image."""
+        return z_dim if self.variance == "diagonal" and objective.density is Density.GAUSSIAN else 1
 
     def _resolve(self) -> None:
+        known, given = [objective.value for objective in Objective], self.objective
+        if not given or len({*given}) < len(given) or not {*given} <= {*known}:
+            raise InputError(
+                f"--objective must be one of {', '.join(known)}, or several of them with commas between, got "
+                f"{','.join(given) or 'none'}"
+            )
+        self._set("objective", tuple(name for name in known if name in given))  # one order: it is the same run
+        if self.is_pairwise:
+            pair_batch = self.pair_batch or PAIR_BATCH
+            self._set("pair_batch", pair_batch)
+            if isinstance(self.batch_size, PerStage):
+                self._set("batch_size", math.prod(pair_batch))
         super()._resolve()
         if self.published_checkpoints is None:
-            self._set("published_checkpoints", bool(self.dataset))
+            self._set("published_checkpoints", bool(self.dataset) and self.objective == (Objective.SCF.value,))
 
     def _check(self) -> None:
         super()._check()
         require = self._require
-        require(self.saved_fc, "saved_fc", "given for stage 2: the class centers that stage 1 wrote")
+        require(
+            self.saved_fc or self.is_pairwise, "saved_fc", "given for stage 2: the class centers that stage 1 wrote"
+        )
         require(self.radius > 0, "radius", "positive")
         require(self.z_dim is None or self.z_dim >= 2, "z_dim", "at least 2")
         require(self.initial_kappa is None or self.initial_kappa > 0, "initial_kappa", "positive")
@@ -637,6 +704,80 @@ class ConfidenceConfig(FeatureConfig):
             "finetune_bkb",
             "without --feature_cache: the features change with the backbone",
         )
+        self._check_objective()
+        self._check_pairs()
+        self._check_several()
+
+    def _check_objective(self) -> None:
+        require, named = self._require, ",".join(self.objective)
+        require(
+            self.variance == "scalar" or any(o.density is Density.GAUSSIAN for o in self.objectives),
+            "variance",
+            f"scalar with --objective {named}: a von Mises-Fisher density has one kappa",
+        )
+        require(
+            self.normalizer == "exact" or Objective.SCF in self.objectives,
+            "normalizer",
+            f"exact with --objective {named}: the published formula is that of scf alone",
+        )
+        require(
+            not self.published_checkpoints or (self.objective == (Objective.SCF.value,) and self.update_rule == "adam"),
+            "published_checkpoints",
+            "off but for --objective scf alone, with Adam: the published code has no other",
+        )
+
+    def _check_pairs(self) -> None:
+        require, named = self._require, ",".join(self.objective)
+        if not self.is_pairwise:
+            require(
+                self.pair_batch is None,
+                "pair_batch",
+                f"left out with --objective {named}: pfe and pfe_vmf alone hold images against each other",
+            )
+            return
+        assert self.pair_batch is not None, "resolved"
+        text = ",".join(map(str, self.pair_batch))
+        if len(self.pair_batch) != 2 or self.pair_batch[0] < 2 or self.pair_batch[1] < 2:
+            raise InputError(
+                f"--pair_batch must be P,K, at least two people and two images of each, as in 64,4, got {text}"
+            )
+        require(
+            self.batch_size == math.prod(self.pair_batch),
+            "batch_size",
+            f"left out, or the {math.prod(self.pair_batch)} of --pair_batch {text}",
+        )
+        for flag, neutral in (
+            ("data_weights", ()),
+            ("max_images_per_identity", 0),
+            ("images_per_identity", 0),
+            ("shuffle", "global"),
+        ):
+            if getattr(self, flag) != neutral:
+                raise InputError(
+                    f"--{flag} cannot be given with --objective {named}: its batches are groups of --pair_batch "
+                    "images of a person, which show each image once an epoch"
+                )
+
+    def _check_several(self) -> None:
+        """Checks that objectives trained together share their batches, and train as they would alone."""
+        if len(self.objective) == 1:
+            return
+        named = ",".join(self.objective)
+        if len({objective.is_pairwise for objective in self.objectives}) > 1:
+            raise InputError(
+                f"--objective {named}: scf and scf_gaussian train on other batches than pfe and pfe_vmf; give each "
+                "pair a run of its own"
+            )
+        for flag, couples in (
+            ("--finetune_bkb", self.finetune_bkb),
+            (f"--max_grad_norm {self.max_grad_norm}", self.max_grad_norm > 0),
+            ("--lr_scheduler ReduceLROnPlateau", self.lr_scheduler == "ReduceLROnPlateau"),
+        ):
+            if couples:
+                raise InputError(
+                    f"--objective {named}: {flag} would couple the confidence nets, each of which trains as it would "
+                    "alone; leave it out, or give each objective a run of its own"
+                )
 
 
 STAGES: dict[str, type[Config]] = {"backbone": BackboneConfig, "confidence": ConfidenceConfig}

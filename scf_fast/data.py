@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 
-from scf_fast.config import Config
+from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.distributed import Runtime
 from scf_fast.errors import InputError
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.augmentation import PRESETS
 from scf_fast.pipelines.loading.base import Loader, Preprocessing
+from scf_fast.pipelines.sampling.pair_sampler import PairSampler
 from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 from scf_fast.pipelines.sampling.selection import Mixture, PerIdentity
 from scf_fast.pipelines.sources.base import ImageSource
@@ -32,12 +33,18 @@ def open_data(config: Config) -> ImageSource:
     return open_source(list(config.data_sets), config.dataroot, config.index_dir)
 
 
-def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: int) -> EpochSampler:
+def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: int) -> EpochSampler | PairSampler:
     """Returns the sampler of this rank: which images an epoch has, and in which order.
 
     Raises:
         InputError: the choice does not fit the data, or an epoch fills no batch.
     """
+    if isinstance(config, ConfidenceConfig) and config.pair_batch is not None:
+        try:
+            return PairSampler(source.labels, *config.pair_batch, rank=rank, world_size=world_size, seed=config.seed)
+        except InputError as error:
+            named = ",".join(map(str, config.pair_batch))
+            raise InputError(f"--data {config.data}, --pair_batch {named}: {error}") from None
     selection: Mixture | PerIdentity | None = None
     if config.data_weights:
         sizes = source.sizes

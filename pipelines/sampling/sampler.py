@@ -14,7 +14,9 @@ from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.sampling.random_streams import permutation, splitmix64, stream_key
 from scf_fast.pipelines.sampling.selection import Selection
 
-_ORDER, _FLIP, _WINDOW, _SELECTION, _UNIFORM = range(5)  # kinds of independent streams of one (seed, epoch)
+# Kinds of independent streams of one (seed, epoch).
+_ORDER, _FLIP, _WINDOW, _SELECTION, _UNIFORM = range(5)
+DEAL, GROUPS = 5, 6  # of scf_fast.pipelines.sampling.pair_sampler
 _KINDS = 8  # room for more
 _BLOCKS_MIXED = 64  # blocks shuffled together: neighbors on the disk are often one identity, a batch must not be
 
@@ -30,6 +32,11 @@ class Sampler(Protocol):
     world_size: int  # ranks
     batches_per_epoch: int  # the same on every rank
 
+    @property
+    def images_per_batch(self) -> float:
+        """Mean number of images of a whole batch over all ranks."""
+        return self.global_batch_size
+
     def indices(self, epoch: int, batch: int) -> IntArray:
         """Returns this rank's images of one batch, (B,) positions in the data set; B can be 0."""
 
@@ -42,7 +49,60 @@ class Sampler(Protocol):
         raise ValueError(f"{type(self).__name__} has no random numbers, which augmentation needs; use EpochSampler")
 
 
-class EpochSampler(Sampler):
+class SeededSampler(Sampler):
+    """A sampler with random numbers: a hash of (seed, epoch, image), whatever rank or batch the image is in."""
+
+    def __init__(self, seed: int):
+        self._seed = seed
+
+    def flips(self, epoch: int, indices: IntArray) -> BoolArray:
+        """Returns whether to mirror each image, (B,): a fair coin for each (seed, epoch, image)."""
+        return splitmix64(self.stream(epoch, _FLIP), indices) >> np.uint64(63) == 1
+
+    def uniforms(self, epoch: int, indices: IntArray, count: int) -> FloatArray:
+        """Returns ``count`` numbers in [0, 1) for each (seed, epoch, image), (B, count)."""
+        columns = [
+            splitmix64(self.stream(epoch, _UNIFORM, column), indices) >> np.uint64(11) for column in range(count)
+        ]
+        return np.stack(columns, axis=1) * 2.0**-53
+
+    def stream(self, epoch: int, kind: int, number: int = 0) -> int:
+        """Returns the key of one of the independent streams of an epoch."""
+        return stream_key(self._seed, epoch, number * _KINDS + kind)
+
+
+def check_share(rank: int, world_size: int, last_batch: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such rank, or no such rule for the last batch.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
+    if last_batch not in ("drop", "partial"):
+        raise ValueError(f"last_batch must be 'drop' or 'partial', got {last_batch!r}")
+
+
+def count_batches(size: int, batch_size: int, last_batch: str) -> int:
+    """Returns how many batches an epoch of ``size`` has."""
+    whole, rest = divmod(size, batch_size)
+    return whole + (rest > 0 and last_batch == "partial")
+
+
+def share_of_batch(size: int, batch_size: int, batches: int, batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Returns a rank's part [first, last) of global batch ``batch`` of an epoch of ``size``; fewer in a partial last
+    batch, split as evenly as can be.
+
+    Raises:
+        ValueError: there is no such batch.
+    """
+    if not 0 <= batch < batches:
+        raise ValueError(f"batch must lie in 0..{batches - 1}, got {batch}")
+    start = batch * batch_size
+    count = min(batch_size, size - start)
+    return start + rank * count // world_size, start + (rank + 1) * count // world_size
+
+
+class EpochSampler(SeededSampler):
     """Shuffles globally, gives each rank its share, and resumes at any batch.
 
     Args:
@@ -80,10 +140,7 @@ class EpochSampler(Sampler):
                 f"the global batch size must be a positive multiple of the {world_size} ranks, got "
                 f"{global_batch_size}; use {max(1, round(global_batch_size / world_size)) * world_size}"
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in 0..{world_size - 1}, got {rank}")
-        if last_batch not in ("drop", "partial"):
-            raise ValueError(f"last_batch must be 'drop' or 'partial', got {last_batch!r}")
+        check_share(rank, world_size, last_batch)
         if block_size < 0:
             raise ValueError(f"block_size must be at least 0, got {block_size}")
         if selection is not None and selection.num_samples != num_samples:
@@ -97,44 +154,25 @@ class EpochSampler(Sampler):
             )
         self.num_samples, self.global_batch_size = num_samples, global_batch_size
         self.rank, self.world_size = rank, world_size
-        self._seed, self._shuffle = seed, shuffle
-        self._selection, self._block_size = selection, block_size
-        whole, rest = divmod(self._epoch_size, global_batch_size)
-        self.batches_per_epoch = whole + (rest > 0 and last_batch == "partial")
+        super().__init__(seed)
+        self._shuffle, self._selection, self._block_size = shuffle, selection, block_size
+        self.batches_per_epoch = count_batches(self._epoch_size, global_batch_size, last_batch)
         self._order_epoch: int | None = None
         self._order: IntArray = np.empty(0, dtype=np.int64)
 
     def indices(self, epoch: int, batch: int) -> IntArray:
         """Returns this rank's images of one batch, (global_batch_size / world_size,); fewer in a partial last batch."""
-        if not 0 <= batch < self.batches_per_epoch:
-            raise ValueError(f"batch must lie in 0..{self.batches_per_epoch - 1}, got {batch}")
-        start = batch * self.global_batch_size
-        count = min(self.global_batch_size, self._epoch_size - start)
-        first, last = (start + r * count // self.world_size for r in (self.rank, self.rank + 1))
+        first, last = share_of_batch(
+            self._epoch_size, self.global_batch_size, self.batches_per_epoch, batch, self.rank, self.world_size
+        )
         return self._epoch_order(epoch)[first:last]
-
-    def flips(self, epoch: int, indices: IntArray) -> BoolArray:
-        """Returns whether to mirror each image, (B,): a fair coin for each (seed, epoch, image), whatever rank or batch
-        it is in.
-        """
-        return splitmix64(self._key(epoch, _FLIP), indices) >> np.uint64(63) == 1
-
-    def uniforms(self, epoch: int, indices: IntArray, count: int) -> FloatArray:
-        """Returns ``count`` numbers in [0, 1) for each (seed, epoch, image), (B, count), whatever rank or batch it is
-        in.
-        """
-        columns = [splitmix64(self._key(epoch, _UNIFORM, column), indices) >> np.uint64(11) for column in range(count)]
-        return np.stack(columns, axis=1) * 2.0**-53
-
-    def _key(self, epoch: int, kind: int, number: int = 0) -> int:
-        return stream_key(self._seed, epoch, number * _KINDS + kind)
 
     def _epoch_order(self, epoch: int) -> IntArray:
         """Returns the images of an epoch in order; read-only and kept until another epoch is asked for."""
         if epoch != self._order_epoch:
             order = self._positions(epoch)
             if self._selection is not None:
-                chosen = self._selection.indices(epoch, lambda turn, stream: self._key(turn, _SELECTION, stream))
+                chosen = self._selection.indices(epoch, lambda turn, stream: self.stream(turn, _SELECTION, stream))
                 order = chosen[order]
             self._order_epoch, self._order = epoch, order
             self._order.flags.writeable = False
@@ -144,12 +182,12 @@ class EpochSampler(Sampler):
         if not self._shuffle:
             return np.arange(self._epoch_size)
         if not self._block_size:
-            return permutation(self._key(epoch, _ORDER), self._epoch_size)
-        blocks = permutation(self._key(epoch, _ORDER), -(-self._epoch_size // self._block_size))
+            return permutation(self.stream(epoch, _ORDER), self._epoch_size)
+        blocks = permutation(self.stream(epoch, _ORDER), -(-self._epoch_size // self._block_size))
         windows = []
         for first in range(0, len(blocks), _BLOCKS_MIXED):
             starts = blocks[first : first + _BLOCKS_MIXED, None] * self._block_size
             inside = starts + np.arange(self._block_size)
             inside = inside[inside < self._epoch_size]
-            windows.append(inside[permutation(self._key(epoch, _WINDOW, first), len(inside))])
+            windows.append(inside[permutation(self.stream(epoch, _WINDOW, first), len(inside))])
         return np.concatenate(windows)

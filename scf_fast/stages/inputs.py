@@ -54,14 +54,23 @@ def check_world(config: Config, world_size: int) -> None:
         InputError: they cannot.
     """
     parts = world_size * config.gradient_accumulation_steps
+    if isinstance(config, ConfidenceConfig) and config.pair_batch is not None:
+        people, images = config.pair_batch
+        if people % parts or people == parts:
+            raise InputError(
+                f"--pair_batch {people},{images}: the people must be a multiple of ranks x "
+                f"--gradient_accumulation_steps = {world_size} x {config.gradient_accumulation_steps}, at least twice "
+                f"that, so that no batch is of one person; nearest: {max(2, round(people / parts)) * parts},{images}"
+            )
+        return
     if config.batch_size % parts:
         raise InputError(
             f"--batch_size {config.batch_size} must be divisible by ranks x --gradient_accumulation_steps = "
             f"{world_size} x {config.gradient_accumulation_steps}; nearest: "
             f"{max(1, round(config.batch_size / parts)) * parts}"
         )
-    if config.batch_size == parts and config.trains_backbone:
+    if config.batch_size == parts and config.trains_batchnorm:
         raise InputError(
             f"--batch_size must be at least {2 * parts}, two images a rank and micro-batch, got {parts}: the "
-            "backbone's BatchNorm needs two"
+            "network's BatchNorm needs two"
         )

@@ -6,7 +6,8 @@ import yaml
 
 from scf_fast import command_line, config
 from scf_fast.command_line import parse
-from scf_fast.config import STAGES, BackboneConfig
+from scf_fast.config import STAGES, BackboneConfig, ConfidenceConfig
+from scf_fast.objectives import Objective
 from scf_fast.train import main
 
 STAGE1 = ["--stage", "backbone", "--data", "d", "--output_dir", "o"]
@@ -116,6 +117,68 @@ def test_zero_divides_where_there_is_something_to_divide():
         assert [parse(stage).zero_stage_on(ranks) for ranks in (1, 2, 8)] == [0, several, several]
         assert parse([*stage, "--offload_optimizer", "cpu"]).zero_stage_on(1) == several
         assert parse([*stage, "--zero_stage", "3"]).zero_stage_on(1) == 3
+
+
+PAIRS = ["--data", "d", "--output_dir", "o", "--saved_bkb", "b", "--objective"]  # they need no class centers
+
+
+def test_batches_follow_the_objective():
+    c = parse(STAGE2)
+    assert (c.objective, c.objectives, c.pair_batch, c.batch_size) == (("scf",), (Objective.SCF,), None, 1024)
+    for objective in ("pfe", "pfe_vmf", "pfe_vmf,pfe"):
+        c = parse([*PAIRS, objective])
+        assert c.is_pairwise and (c.pair_batch, c.batch_size, c.saved_fc) == ((64, 4), 256, None)
+    assert c.objective == ("pfe", "pfe_vmf")  # whichever order they are given in
+    assert parse([*PAIRS, "pfe", "--pair_batch", "12,5"]).batch_size == 60
+    c = parse([*PAIRS, "pfe", "--pair_batch", "12,5", "--batch_size", "60"])
+    assert dataclasses.replace(c, normalization="published").batch_size == 60
+    assert not parse([*README, "--objective", "scf_gaussian"]).published_checkpoints
+
+
+def test_outputs_of_a_net_follow_density_and_variance():
+    c = parse([*STAGE2, "--objective", "scf,scf_gaussian", "--variance", "diagonal"])
+    assert [c.outputs(objective, 512) for objective in c.objectives] == [1, 512]
+    assert parse([*PAIRS, "pfe"]).outputs(Objective.PFE, 512) == 1
+
+
+def test_a_run_without_the_objective_is_scf():
+    """What _check_same_run takes for the options that an older version did not have."""
+    defaults, now = ConfidenceConfig.defaults(), parse(STAGE2).identity()
+    for name in ("objective", "variance", "pair_batch", "update_rule"):
+        assert name in now and defaults[name] == now[name]
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([*STAGE2, "--objective", "arcface"], "--objective must be one of scf, scf_gaussian, pfe, pfe_vmf, or several"),
+        ([*STAGE2, "--objective", "scf,scf"], "or several of them with commas between, got scf,scf"),
+        ([*STAGE2, "--objective", ""], "with commas between, got none"),
+        ([*STAGE2, "--objective", "scf,pfe"], "train on other batches than pfe and pfe_vmf"),
+        ([*STAGE2, "--variance", "diagonal"], "--variance must be scalar with --objective scf: a von Mises-Fisher"),
+        ([*PAIRS, "pfe_vmf", "--variance", "diagonal"], "--variance must be scalar with --objective pfe_vmf"),
+        ([*STAGE2, "--pair_batch", "64,4"], "--pair_batch must be left out with --objective scf"),
+        ([*PAIRS, "pfe", "--pair_batch", "64"], "--pair_batch must be P,K, at least two people and two images"),
+        ([*PAIRS, "pfe", "--pair_batch", "64,1"], "and two images of each, as in 64,4, got 64,1"),
+        ([*PAIRS, "pfe", "--batch_size", "512"], "--batch_size must be left out, or the 256 of --pair_batch 64,4"),
+        ([*PAIRS, "pfe", "--images_per_identity", "4"], "--images_per_identity cannot be given with --objective pfe"),
+        ([*PAIRS, "pfe", "--max_images_per_identity", "4"], "--max_images_per_identity cannot be given with"),
+        ([*PAIRS, "pfe", "--data_weights", "1,2"], "--data_weights cannot be given with --objective pfe"),
+        ([*PAIRS, "pfe", "--shuffle", "block"], "--shuffle cannot be given with --objective pfe"),
+        ([*PAIRS, "pfe", "--normalizer", "published"], "--normalizer must be exact with --objective pfe"),
+        ([*PAIRS, "scf_gaussian"], "--saved_fc must be given for stage 2"),
+        ([*PAIRS, "pfe", "--published_checkpoints"], "--published_checkpoints must be off but for --objective scf"),
+        (
+            [*STAGE2, "--update_rule", "sgd", "--published_checkpoints"],
+            "must be off but for --objective scf alone, with",
+        ),
+        ([*PAIRS, "pfe,pfe_vmf", "--finetune_bkb"], "--objective pfe,pfe_vmf: --finetune_bkb would couple"),
+        ([*PAIRS, "pfe,pfe_vmf", "--max_grad_norm", "1"], "--max_grad_norm 1.0 would couple the confidence nets"),
+        ([*PAIRS, "pfe,pfe_vmf", "--lr_scheduler", "ReduceLROnPlateau"], "ReduceLROnPlateau would couple"),
+    ],
+)
+def test_options_that_do_not_fit_the_objective(capsys, arguments, expected):
+    assert expected in fails(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
