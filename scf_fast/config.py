@@ -230,7 +230,8 @@ class Config:
     )
     max_skipped_steps: int = option(
         10,
-        "end the run after so many steps in a row whose loss is not finite; each is skipped, its images are named",
+        "end the run after so many steps in a row whose loss or gradient is not finite; each is skipped, its images "
+        "are named",
         group="system",
     )
     record_samples: bool = option(

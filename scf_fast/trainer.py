@@ -18,6 +18,7 @@ from scf_fast.config import Config
 from scf_fast.data import epoch_sampler
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_precision
+from scf_fast.engine.dropped import Dropped
 from scf_fast.engine.engine import Engine
 from scf_fast.engine.learning_rate import LearningRate
 from scf_fast.errors import Incomplete
@@ -63,7 +64,8 @@ def train(config: Config) -> str | None:
     Raises:
         InputError, OSError: bad input. Before any training: nothing has been written or deleted then. Or later: data or
             a cache that cannot be read.
-        FloatingPointError: the loss stays without a finite value, or the weights have lost theirs.
+        FloatingPointError: steps in a row, or an epoch, have changed no weight; or the weights have lost their finite
+            values.
         Incomplete: the last checkpoint or the exported files could not be written.
     """
     rank, world_size = distributed.environment()
@@ -118,6 +120,7 @@ class _StepOutcome:
         values: means over the micro-batches.
         kappa: of the last micro-batch, in stage 2.
         votes: what the ranks have agreed on.
+        dropped: why no weight has changed; None where they have.
     """
 
     loss_name: str
@@ -125,6 +128,7 @@ class _StepOutcome:
     values: torch.Tensor
     kappa: torch.Tensor | None
     votes: Votes
+    dropped: Dropped | None
 
     def averaged(self) -> dict[str, float]:
         """Returns means over ranks, the loss first; synchronizes with the device."""
@@ -161,9 +165,9 @@ class _Run:
         self.checkpoints.resume_from(point.tag if point else None)
         not_finite = folder / f"not_finite_rank{runtime.rank}.jsonl"
         self.guard = StepGuard(engine.module, runtime, config.max_skipped_steps, not_finite)
-        # sum and number of this epoch's steps
-        self.epoch_loss = torch.zeros(2, device=runtime.device, dtype=torch.float64)
-        self.first_step, self.scaler_skips = 0, 0
+        # of this epoch: sum of the losses, their number, and how many of these steps have changed the weights
+        self.epoch_loss = torch.zeros(3, device=runtime.device, dtype=torch.float64)
+        self.first_step = 0
         self.unwritten: str | None = None
         if point:
             self._resume(point)
@@ -178,7 +182,8 @@ class _Run:
         checkpoints.load(engine, point, self.stage.centers)
         self.first_step = state.step
         self.schedule.load_state_dict(state.schedule)
-        self.epoch_loss.copy_(torch.tensor(state.epoch_loss))
+        total, count, *applied = state.epoch_loss  # older versions have not counted the last
+        self.epoch_loss.copy_(torch.tensor([total, count, *(applied or [count])], dtype=torch.float64))
         same_layout = (state.world_size, state.zero_stage) == (self.runtime.world_size, engine.zero_stage)
         log.info(
             "resumed at step %d (epoch %d)%s",
@@ -274,7 +279,9 @@ class _Run:
             if self.samples:
                 self.samples.add({"step": step, "images": batch.indices.tolist()})
             try:
-                self.guard.count(votes, step, lambda: self._names(step))  # noqa: B023 -- called before the next step
+                self.guard.count(outcome.dropped, step, lambda: self._names(step))  # noqa: B023 -- called at once
+                if step % self.per_epoch == 0 or step == self.last_step:
+                    self._check_trained(step)
             except FloatingPointError:  # on all ranks
                 self.checkpoints.finish()
                 raise
@@ -291,6 +298,20 @@ class _Run:
             if votes.stop and not run_ends:
                 return step, True
         return step, False
+
+    def _check_trained(self, step: int) -> None:
+        """Checks at the end of an epoch, or of the run, that it has trained something; the same on every rank.
+
+        Raises:
+            FloatingPointError: no step of the epoch has changed the weights.
+        """
+        if self.epoch_loss[2] > 0:
+            return
+        reasons = ", ".join(f"{count} times {reason.value}" for reason, count in self.guard.dropped.items())
+        raise FloatingPointError(
+            f"no step of epoch {(step - 1) // self.per_epoch + 1} has changed the weights ({reasons}); nothing of it is "
+            "kept: lower --lr, or --resume from the last checkpoint"
+        )
 
     def _check_written(self) -> None:
         if self.checkpoints.failed:
@@ -322,7 +343,7 @@ class _Run:
             if centers is not None and centers.fused:  # they change in the backward pass, so the vote comes before it
                 votes = guard.votes()
                 if votes.not_finite:
-                    return self._outcome(result.metrics, total, result.kappa, votes)
+                    return self._outcome(result.metrics, total, result.kappa, votes, Dropped.LOSS)
             self.engine.backward(result.loss)
             self.clock.mark("backward")
             if is_last:
@@ -331,16 +352,23 @@ class _Run:
         assert votes is not None, "the last micro-batch has voted"
         if centers is not None:
             centers.step(applied)
+        dropped = None if applied else Dropped.LOSS if votes.not_finite else self.engine.dropped_for
         if not votes.not_finite:
-            self.epoch_loss += torch.stack([total[0] / micro_batches, total.new_ones(())])
-            self.scaler_skips += not applied
+            self.epoch_loss += torch.stack(
+                [total[0] / micro_batches, total.new_ones(()), total.new_full((), float(applied))]
+            )
         self.clock.mark("optimizer")
-        return self._outcome(result.metrics, total / micro_batches, result.kappa, votes)
+        return self._outcome(result.metrics, total / micro_batches, result.kappa, votes, dropped)
 
     def _outcome(
-        self, metrics: dict[str, torch.Tensor], values: torch.Tensor, kappa: torch.Tensor | None, votes: Votes
+        self,
+        metrics: dict[str, torch.Tensor],
+        values: torch.Tensor,
+        kappa: torch.Tensor | None,
+        votes: Votes,
+        dropped: Dropped | None,
     ) -> _StepOutcome:
-        return _StepOutcome(self.stage.loss_name, list(metrics), values, kappa, votes)
+        return _StepOutcome(self.stage.loss_name, list(metrics), values, kappa, votes, dropped)
 
     def _names(self, step: int) -> list[str]:
         """Returns the names of this rank's images of a step."""
@@ -363,7 +391,7 @@ class _Run:
 
     def _save(self, step: int, epoch_ends: bool) -> None:
         self.engine.average_batchnorm_statistics()
-        total, count = distributed.average_over_ranks(self.epoch_loss).tolist()
+        total, count, _ = distributed.average_over_ranks(self.epoch_loss).tolist()
         if epoch_ends:
             self.epoch_loss.zero_()
         state = RunState(
@@ -401,8 +429,9 @@ class _Run:
         broken = torch.tensor(float(loader.count_broken()), device=self.runtime.device)
         counts = {
             "steps": step - self.first_step,
-            "skipped_not_finite": self.guard.skipped,
-            "skipped_by_loss_scale": self.scaler_skips,
+            "skipped_not_finite": self.guard.dropped[Dropped.LOSS],
+            "skipped_gradient_not_finite": self.guard.dropped[Dropped.GRADIENT],
+            "skipped_by_loss_scale": self.guard.dropped[Dropped.LOSS_SCALE],
             "broken_images": round(distributed.average_over_ranks(broken).item() * self.runtime.world_size),
         }
         lost = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps"]

@@ -50,7 +50,7 @@ class RunState:
         schedule: state of the learning rate.
         num_classes, num_images: of the data.
         metric: mean training loss of the epoch that ends here; None elsewhere.
-        epoch_loss: sum of the losses since the last epoch's end, and their number.
+        epoch_loss: sum of the losses since the last epoch's end, their number, and steps that changed the weights.
         world_size, zero_stage: layout of the ranks that wrote it.
     """
 

@@ -56,6 +56,7 @@ def test_stage_1_on_two_ranks(stage1):
     assert events[-1]["counts"] == {
         "steps": STEPS,
         "skipped_not_finite": 0,
+        "skipped_gradient_not_finite": 0,
         "skipped_by_loss_scale": 0,
         "broken_images": 0,
     }
