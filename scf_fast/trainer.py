@@ -309,8 +309,8 @@ class _Run:
             return
         reasons = ", ".join(f"{count} times {reason.value}" for reason, count in self.guard.dropped.items())
         raise FloatingPointError(
-            f"no step of epoch {(step - 1) // self.per_epoch + 1} has changed the weights ({reasons}); nothing of it is "
-            "kept: lower --lr, or --resume from the last checkpoint"
+            f"no step of epoch {(step - 1) // self.per_epoch + 1} has changed the weights ({reasons}); nothing of it "
+            "is kept: lower --lr, or --resume from the last checkpoint"
         )
 
     def _check_written(self) -> None:

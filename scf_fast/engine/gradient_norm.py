@@ -9,8 +9,7 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Returns the Euclidean norm over all elements, 0-dim float64: finite where every element is.
 
     The sum of squares overflows in float32 from elements of 1.8e19 on. Only then are they divided by the largest one
-    first, a tensor at a time; the usual case costs what ``torch.nn.utils.get_total_norm`` does, and waits for the device
-    as its readers do.
+    first, a tensor at a time; the usual case costs what ``torch.nn.utils.get_total_norm`` does. Waits for the device.
 
     Args:
         gradients: float tensors of any shapes on one device; none at all have norm 0.

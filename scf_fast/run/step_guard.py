@@ -27,8 +27,8 @@ class Votes(NamedTuple):
 
 
 class StepGuard:
-    """Finds steps whose loss is not finite on any rank, and undoes what their forward pass has done to BatchNorm; counts
-    every step that changes no weight, by its reason.
+    """Finds steps whose loss is not finite on any rank, and undoes what their forward pass has done to BatchNorm;
+    counts every step that changes no weight, by its reason.
 
     Whoever makes the step leaves the optimizer out then (``Engine.step(skip=True)``). :meth:`start_vote` asks the
     device for the answer and :meth:`votes` waits for it, so that a GPU computes the backward pass meanwhile.
