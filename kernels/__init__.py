@@ -2,6 +2,7 @@
 forces one of them.
 """
 
+from scf_fast.kernels.gaussian_center_loss import GaussianTerms, gaussian_center_loss
 from scf_fast.kernels.log_bessel import (
     inverse_mean_resultant_length,
     log_bessel_i,
@@ -19,6 +20,7 @@ from scf_fast.kernels.margin_softmax import (
     mean_over_labeled,
     target_cosine_with_margin,
 )
+from scf_fast.kernels.pair_likelihood_loss import PairTerms, pair_likelihood_loss
 from scf_fast.kernels.scf_loss import SCFTerms, scf_loss
 from scf_fast.kernels.template_pooling import pool_templates
 from scf_fast.kernels.vmf_similarity import neutral_radius, vmf_similarity, vmf_similarity_from_cosine
@@ -29,9 +31,12 @@ from scf_fast.kernels.vmf_similarity_tiles import (
 )
 
 __all__ = [
+    "GaussianTerms",
     "MarginSoftmaxStatistics",
+    "PairTerms",
     "SCFTerms",
     "check_margin_softmax",
+    "gaussian_center_loss",
     "inverse_mean_resultant_length",
     "log_bessel_i",
     "log_vmf_normalizer",
@@ -42,6 +47,7 @@ __all__ = [
     "mean_over_labeled",
     "mean_resultant_length",
     "neutral_radius",
+    "pair_likelihood_loss",
     "pool_templates",
     "psi_and_ratio",
     "scf_loss",

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from scf_fast.kernels._gaussian_common import LOG_TWO_PI, hold_log_variance
 from scf_fast.kernels._margin_softmax_arguments import NORM_FLOOR
 from scf_fast.kernels.log_bessel import log_bessel_i, log_vmf_normalizer
 
@@ -56,6 +57,62 @@ def scf_loss_rows(
     log_scaled = torch.log(epsilon + torch.exp(log_bessel_i(order, kappa, backend="torch") - kappa))
     loss = kappa * one_minus_cos - log_power + log_scaled + constant
     return loss, (cos, kappa, -kappa * cos, -log_power, log_scaled + kappa)
+
+
+def gaussian_center_loss_rows(
+    features: torch.Tensor, log_variance: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the Gaussian center loss of each row, and its terms as ``GaussianTerms`` has them, in float64."""
+    difference = _unit(features.double()) - _unit(class_centers[labels.long()].double())
+    log_variance = hold_log_variance(log_variance)
+    precision = torch.exp(-log_variance)
+    cos = 1 - difference.square().sum(dim=1) / 2
+    if log_variance.ndim == 1:
+        log_variance = log_variance[:, None].expand_as(difference)
+    squares = difference.square() * torch.exp(-log_variance)
+    loss = (squares + log_variance + LOG_TWO_PI).sum(dim=1) / 2
+    return loss, (cos, precision if precision.ndim == 1 else precision.mean(dim=1))
+
+
+def pair_likelihood(
+    features: torch.Tensor, parameter: torch.Tensor, labels: torch.Tensor, radius: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the sum of the pair likelihood loss over all pairs in float64, the mean cosine of each row's pairs, its
+    confidence, and the number of pairs.
+
+    All rows are compared with all others and unequal labels left out afterwards, since under ``vmap`` labels cannot be
+    read; in turns of B pairs, so that no tensor has B x B x d values.
+
+    Args:
+        features, parameter, labels: of ``pair_likelihood_loss``, log kappa below its bound.
+        radius: of the vMF density; None: the Gaussian one.
+    """
+    units = _unit(features.double())
+    batch = units.shape[0]
+    loss, cosines = units.new_zeros(()), units.new_zeros(batch)
+    partners = torch.zeros_like(labels)
+    parameter = hold_log_variance(parameter) if radius is None else parameter.double()
+    for apart in range(1, batch):
+        first, second = slice(None, -apart), slice(apart, None)
+        same = labels[first] == labels[second]
+        difference = units[first] - units[second]
+        if radius is None:
+            log_sum = torch.logaddexp(parameter[first], parameter[second])
+            if log_sum.ndim == 1:
+                log_sum = log_sum[:, None].expand_as(difference)
+            losses = (difference.square() * torch.exp(-log_sum) + log_sum + LOG_TWO_PI).sum(dim=1) / 2
+        else:
+            kappa = parameter.exp()
+            losses = -vmf_similarity(units[first], kappa[first], units[second], kappa[second], radius)
+        loss = loss + torch.where(same, losses, 0.0).sum()
+        cos = torch.where(same, 1 - difference.square().sum(dim=1) / 2, 0.0)
+        before, after = (0, apart), (apart, 0)
+        for sides in before, after:
+            cosines = cosines + torch.nn.functional.pad(cos, sides)
+            partners = partners + torch.nn.functional.pad(same.to(labels.dtype), sides)
+    confidence = torch.exp(-parameter if radius is None else parameter)
+    confidence = confidence.mean(dim=1) if confidence.ndim == 2 else confidence
+    return loss, cosines / partners.clamp(min=1), confidence, (partners.sum() // 2).long()
 
 
 def vmf_similarity(

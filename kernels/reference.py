@@ -78,6 +78,40 @@ def published_scf_loss(
     return -kappa * cos - order * torch.log(1e-6 + kappa) + l3 + constant
 
 
+def gaussian_center_loss(
+    features: torch.Tensor, log_variance: torch.Tensor, class_centers: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Gaussian center loss of each row: minus the log density of N(mu, s^2) at the class center, for log variances (B,)
+    or (B, d).
+    """
+    mu, center = _directions(features), _directions(class_centers[labels])
+    log_variance = log_variance.double().reshape(len(features), -1).expand_as(mu)
+    return ((mu - center) ** 2 / (2 * log_variance.exp()) + log_variance / 2 + math.log(2 * math.pi) / 2).sum(dim=1)
+
+
+def mutual_likelihood(
+    mu1: torch.Tensor, log_variance1: torch.Tensor, mu2: torch.Tensor, log_variance2: torch.Tensor
+) -> torch.Tensor:
+    """Score of each pair of faces, Shi and Jain, ICCV 2019, Eqn (3), for log variances (P,) or (P, d)."""
+    u1, u2 = _directions(mu1), _directions(mu2)
+    variance1, variance2 = (x.double().exp().reshape(len(u1), -1) for x in (log_variance1, log_variance2))
+    v = (variance1 + variance2).expand_as(u1)
+    return -((u1 - u2) ** 2 / v + v.log()).sum(dim=1) / 2 - u1.shape[1] / 2 * math.log(2 * math.pi)
+
+
+def pair_likelihood_loss(
+    features: torch.Tensor, parameter: torch.Tensor, labels: torch.Tensor, density: str = "vmf", radius: float = 64.0
+) -> torch.Tensor:
+    """Mean over all pairs of equal labels of minus the score: Li et al., CVPR 2021, Eqn (13), in log kappa, or the
+    mutual likelihood score in log variances.
+    """
+    first, second = torch.triu(labels[:, None] == labels, diagonal=1).nonzero(as_tuple=True)
+    if density == "vmf":
+        kappa = parameter.double().exp()
+        return -vmf_similarity(features[first], kappa[first], features[second], kappa[second], radius).mean()
+    return -mutual_likelihood(features[first], parameter[first], features[second], parameter[second]).mean()
+
+
 def margin_softmax_loss(
     embeddings: torch.Tensor,
     class_centers: torch.Tensor,
@@ -105,7 +139,7 @@ def vmf_similarity(
 ) -> torch.Tensor:
     """Score of each pair of faces, Li et al., CVPR 2021, Eq. (13)."""
     dim = mu1.shape[1]
-    total = kappa1.double()[:, None] * F.normalize(mu1.double()) + kappa2.double()[:, None] * F.normalize(mu2.double())
+    total = kappa1.double()[:, None] * _directions(mu1) + kappa2.double()[:, None] * _directions(mu2)
     log_c1, log_c2, log_c_sum = (log_vmf_normalizer(kappa, dim) for kappa in (kappa1, kappa2, total.norm(dim=1)))
     return log_c1 + log_c2 - log_c_sum - dim * math.log(radius)
 

@@ -19,7 +19,6 @@ Its e swallows I_v exp(-kappa) wherever that is smaller, for d = 512 up to kappa
 - 13.8, and no kappa below v / (1 - cos) is optimal. It is kept to reproduce what was trained with it.
 """
 
-import enum
 import functools
 import math
 from typing import Literal, NamedTuple, overload
@@ -27,18 +26,19 @@ from typing import Literal, NamedTuple, overload
 import torch
 
 from scf_fast.kernels import _transforms
-from scf_fast.kernels._common import (
-    DEFAULT_RADIUS,
-    MAX_DIM,
-    check_floating,
-    check_radius,
-    promoted_dtype,
-    transformed,
-    use_triton,
-)
+from scf_fast.kernels._center_rows_torch import gradients_torch
+from scf_fast.kernels._center_rows_triton import launch_gradients
+from scf_fast.kernels._common import DEFAULT_RADIUS, check_radius, promoted_dtype, transformed
 from scf_fast.kernels._debye_series import DebyePlan, debye_plan
-from scf_fast.kernels._scf_loss_torch import gradients_torch, scf_loss_torch
-from scf_fast.kernels._scf_loss_triton import launch_gradients, launch_scf_loss
+from scf_fast.kernels._loss_arguments import (
+    LossOption,
+    center_loss_options,
+    check_center_loss,
+    check_labels,
+    reduce_rows,
+)
+from scf_fast.kernels._scf_loss_torch import scf_loss_torch
+from scf_fast.kernels._scf_loss_triton import launch_scf_loss
 
 PUBLISHED_EPSILON = 1e-6
 
@@ -53,20 +53,6 @@ class SCFTerms(NamedTuple):
     l1: torch.Tensor
     l2: torch.Tensor
     l3: torch.Tensor
-
-
-class Option(enum.IntFlag):
-    """Switches of the operator, as one argument: each of its own would cost time in PyTorch's Python layer in every
-    call, and a place in four signatures.
-    """
-
-    MEAN = enum.auto()
-    SUM = enum.auto()  # with neither, one loss per row
-    PUBLISHED = enum.auto()
-    COEFFICIENTS = enum.auto()
-    TERMS = enum.auto()
-    TRITON = enum.auto()
-    DEBUG = enum.auto()
 
 
 @functools.lru_cache(maxsize=64)
@@ -95,38 +81,38 @@ def _scf_loss(
     radius: float,
     options: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the loss and what its backward pass needs; ``options`` are of ``Option``.
+    """Returns the loss and what its backward pass needs; ``options`` are of ``LossOption``.
 
     loss; d loss / d log_kappa (B,); coefficients 1 / |features|, 1 / |center|, and for the reduced loss kappa and
     kappa cos, (4, B) or, not asked for, (4, 0); terms, (5, B) or (5, 0).
     """
-    published, mean = bool(options & Option.PUBLISHED), bool(options & Option.MEAN)
+    published, mean = bool(options & LossOption.PUBLISHED), bool(options & LossOption.MEAN)
     batch, dim = features.shape
-    if (options & Option.DEBUG or not labels.is_cuda) and batch:
-        _check_labels(labels, len(class_centers))
+    if (options & LossOption.DEBUG or not labels.is_cuda) and batch:
+        check_labels(labels, len(class_centers))
     rows, slope, coefficients, terms = outputs = _allocate_outputs(features, log_kappa, class_centers, options)
     if batch:
-        fill_loss = launch_scf_loss if options & Option.TRITON else scf_loss_torch
+        fill_loss = launch_scf_loss if options & LossOption.TRITON else scf_loss_torch
         fill_loss(
             features,
             log_kappa,
             class_centers,
             labels,
             *outputs,
-            plan=_loss_plan(dim, radius, published, rows.dtype, bool(options & Option.TRITON)),
+            plan=_loss_plan(dim, radius, published, rows.dtype, bool(options & LossOption.TRITON)),
             constant=_loss_constant(dim, radius),
             epsilon=PUBLISHED_EPSILON,
             published=published,
             mean=mean,
         )
-    loss = rows.mean() if mean else rows.sum() if options & Option.SUM else rows
+    loss = reduce_rows(rows, options)
     return loss, slope, coefficients, terms
 
 
 @_scf_loss.register_fake
 def _(features, log_kappa, class_centers, labels, radius, options):
     rows, *others = _allocate_outputs(features, log_kappa, class_centers, options)
-    return (rows.new_empty(()) if options & (Option.MEAN | Option.SUM) else rows, *others)
+    return (rows.new_empty(()) if options & (LossOption.MEAN | LossOption.SUM) else rows, *others)
 
 
 def _allocate_outputs(
@@ -138,17 +124,9 @@ def _allocate_outputs(
     return (
         torch.empty(batch, dtype=dtype, device=device),
         torch.empty(batch, dtype=dtype, device=device),
-        torch.empty((4, batch if options & Option.COEFFICIENTS else 0), dtype=dtype, device=device),
-        torch.empty((5, batch if options & Option.TERMS else 0), dtype=dtype, device=device),
+        torch.empty((4, batch if options & LossOption.COEFFICIENTS else 0), dtype=dtype, device=device),
+        torch.empty((5, batch if options & LossOption.TERMS else 0), dtype=dtype, device=device),
     )
-
-
-def _check_labels(labels: torch.Tensor, classes: int) -> None:
-    low, high = (value.item() for value in labels.aminmax())
-    if low < 0 or high >= classes:
-        raise IndexError(
-            f"labels must be in [0, {classes}), one for each class center, got values from {low} to {high}"
-        )
 
 
 @torch.library.custom_op("scf::scf_loss_backward", mutates_args=())
@@ -202,7 +180,7 @@ def _(
 def _setup(ctx, inputs, output):
     features, log_kappa, class_centers, labels, _, options = inputs
     _, slope, coefficients, terms = output
-    ctx.triton_kernel = bool(options & Option.TRITON)
+    ctx.triton_kernel = bool(options & LossOption.TRITON)
     ctx.mark_non_differentiable(slope, coefficients, terms)
     ctx.save_for_backward(slope, coefficients, features, log_kappa, class_centers, labels)
 
@@ -235,7 +213,7 @@ def _transformed_loss(
 ) -> torch.Tensor | tuple[torch.Tensor, SCFTerms]:
     """Returns what ``scf_loss`` does, under a transform of ``torch.func`` or in forward mode."""
     dim, dtype = features.shape[1], promoted_dtype(features, log_kappa, class_centers)
-    published = bool(options & Option.PUBLISHED)
+    published = bool(options & LossOption.PUBLISHED)
     rows, terms = _transforms.scf_loss_rows(
         features,
         log_kappa.clamp(max=_loss_plan(dim, radius, published, dtype, False).log_kappa_max),
@@ -244,40 +222,13 @@ def _transformed_loss(
         _loss_constant(dim, radius),
         PUBLISHED_EPSILON if published else None,
     )
-    loss = rows.mean() if options & Option.MEAN else rows.sum() if options & Option.SUM else rows
-    if options & Option.TERMS:
+    loss = reduce_rows(rows, options)
+    if options & LossOption.TERMS:
         return loss.to(dtype), SCFTerms(*(term.detach().to(dtype) for term in terms))
     return loss.to(dtype)
 
 
 # ---- public function
-
-
-def _check_arguments(
-    features: torch.Tensor,
-    log_kappa: torch.Tensor,
-    class_centers: torch.Tensor,
-    labels: torch.Tensor,
-) -> None:
-    """Raises ValueError for shapes and dtypes that do not fit."""
-    for name, tensor in (("features", features), ("log_kappa", log_kappa), ("class_centers", class_centers)):
-        check_floating(name, tensor)
-    if features.ndim != 2 or not 2 <= features.shape[1] <= MAX_DIM:
-        raise ValueError(f"features must be (B, d) with d in 2 .. {MAX_DIM}, got {tuple(features.shape)}")
-    batch, dim = features.shape
-    if class_centers.ndim != 2 or class_centers.shape[1] != dim:
-        raise ValueError(
-            f"class_centers must be (C, {dim}) to match features {tuple(features.shape)}, got "
-            f"{tuple(class_centers.shape)}"
-        )
-    if tuple(log_kappa.shape) not in ((batch,), (batch, 1)):
-        raise ValueError(
-            f"log_kappa must be ({batch},) or ({batch}, 1) to match features, got {tuple(log_kappa.shape)}"
-        )
-    if tuple(labels.shape) != (batch,):
-        raise ValueError(f"labels must be ({batch},) to match features, got {tuple(labels.shape)}")
-    if labels.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"labels must be int32 or int64, got {labels.dtype}: convert them with .long()")
 
 
 @overload
@@ -348,23 +299,13 @@ def scf_loss(
         ValueError: shapes or dtypes that do not fit, an unknown option, radius <= 0, or a backend that cannot run.
         IndexError: a label outside [0, C), where values are checked.
     """
-    _check_arguments(features, log_kappa, class_centers, labels)
+    check_center_loss(features, "log_kappa", log_kappa, class_centers, labels)
     if normalizer not in ("exact", "published"):
         raise ValueError(f'normalizer must be "exact" or "published", got {normalizer!r}')
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     check_radius(radius)
-    options = {"mean": Option.MEAN.value, "sum": Option.SUM.value, "none": 0}[reduction]
+    options = center_loss_options(features, class_centers, reduction, return_terms, backend, debug)
     if normalizer == "published":
-        options |= Option.PUBLISHED.value
-    if torch.is_grad_enabled() and (features.requires_grad or class_centers.requires_grad):
-        options |= Option.COEFFICIENTS.value
-    if return_terms:
-        options |= Option.TERMS.value
-    if use_triton(backend, features):
-        options |= Option.TRITON.value
-    if debug:
-        options |= Option.DEBUG.value
+        options |= LossOption.PUBLISHED.value
     if transformed():
         return _transformed_loss(features, log_kappa.reshape(-1), class_centers, labels, radius, options)
     loss, _, _, terms = _scf_loss(features, log_kappa.reshape(-1), class_centers, labels, float(radius), options)

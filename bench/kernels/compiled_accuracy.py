@@ -26,9 +26,10 @@ from bench.executor.launcher import ExecutedKernel, Executor, executing
 from bench.measuring.tables import text_table
 from scf_fast.kernels import log_bessel_i
 from scf_fast.kernels._debye_series import debye_plan
+from scf_fast.kernels._loss_arguments import LossOption
 from scf_fast.kernels.debye import debye_kernel, debye_torch
 from scf_fast.kernels.log_bessel import Function, _log_bessel
-from scf_fast.kernels.scf_loss import Option, _loss_constant, _scf_loss
+from scf_fast.kernels.scf_loss import _loss_constant, _scf_loss
 from scf_fast.kernels.vmf_similarity import neutral_radius
 from scf_fast.kernels.vmf_similarity_tiles import vmf_similarity_matrix
 
@@ -208,13 +209,13 @@ def batch_of(dim: int, count: int, dtype: torch.dtype) -> Batch:
     return Batch(features.to(dtype), log_kappa, centers.to(dtype), labels)
 
 
-def _loss(batch: Batch, options: Option) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _scf_loss(*batch, RADIUS, int(options | Option.COEFFICIENTS | Option.TERMS))
+def _loss(batch: Batch, options: LossOption) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _scf_loss(*batch, RADIUS, int(options | LossOption.COEFFICIENTS | LossOption.TERMS))
 
 
 def loss_errors(dim: int, count: int) -> Iterator[Error]:
     """Measures the SCF loss, its slope and the coefficients of its backward pass."""
-    for normalizer, options in (("exact", Option(0)), ("published", Option.PUBLISHED)):
+    for normalizer, options in (("exact", LossOption(0)), ("published", LossOption.PUBLISHED)):
         table = Table.PUBLISHED if options else Table.LOSS
         for name, dtype in _INPUTS.items():
             batch = batch_of(dim, count, dtype)
@@ -222,7 +223,7 @@ def loss_errors(dim: int, count: int) -> Iterator[Error]:
             sizes = _sizes(exact, dim, bool(options))
             for mode in Mode:
                 with executing(ARCHITECTURE, Approximation(mode)):
-                    results = _loss(batch, options | Option.TRITON)
+                    results = _loss(batch, options | LossOption.TRITON)
                 for quantity, error in _parts(results, exact, sizes).items():
                     yield largest(table, f"{quantity} {name}", dim, mode.value, error, exact[2][2])
             if dtype == torch.float32:

@@ -7,7 +7,8 @@ import scipy.special
 import torch
 
 from scf_fast.kernels import SCFTerms, reference, scf_loss
-from scf_fast.kernels.scf_loss import Option, _scf_loss, _scf_loss_backward
+from scf_fast.kernels._loss_arguments import LossOption
+from scf_fast.kernels.scf_loss import _scf_loss, _scf_loss_backward
 
 # NaN and infinity, which tests feed on purpose, make the interpreter's NumPy warn.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -280,7 +281,7 @@ def test_operators(place):
     backend, device = place
     features, log_kappa, class_centers, labels = inputs(3, 5, device=device)
     triton_kernel = backend == "triton"
-    options = Option.MEAN | Option.COEFFICIENTS | Option.TERMS | (Option.TRITON if triton_kernel else 0)
+    options = LossOption.MEAN | LossOption.COEFFICIENTS | LossOption.TERMS | (LossOption.TRITON if triton_kernel else 0)
     leaves = [t.requires_grad_() for t in (features, log_kappa, class_centers)]
     torch.library.opcheck(_scf_loss, (*leaves, labels, RADIUS, int(options)))
     frozen = [t.detach() for t in leaves]

@@ -3,6 +3,7 @@ plain formulas. The tangents of the operators themselves would silently be zero.
 """
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -45,6 +46,22 @@ def plain_scf_loss(function=reference.scf_loss, **given):
     return function(**inputs)
 
 
+LOG_VARIANCE, LOG_VARIANCES = torch.tensor([-1.0, 0.5, 0.2]).double(), 0.5 * draw(ROWS, DIM)
+PEOPLE = torch.tensor([5, 2, 5])
+
+
+def center_loss(function, features=FEATURES, log_variance=LOG_VARIANCE, class_centers=CENTERS):
+    loss = function(features, log_variance, class_centers, LABELS)
+    return loss if loss.ndim else loss[None]
+
+
+gaussian_rows = partial(kernels.gaussian_center_loss, reduction="none")
+
+
+def pair_loss(function, features=FEATURES, parameter=LOG_VARIANCE, density="gaussian"):
+    return function(features, parameter, PEOPLE, density)[None]
+
+
 def margin_loss(function, embeddings=FEATURES, class_centers=CENTERS, labels=LABELS):
     return function(embeddings, class_centers, labels, **ARCFACE)[0]
 
@@ -79,6 +96,46 @@ CASES = {
     "published loss, log kappa": (
         lambda x: published_scf_loss(log_kappa=x),
         lambda x: plain_scf_loss(reference.published_scf_loss, log_kappa=x),
+        LOG_KAPPA,
+    ),
+    "Gaussian loss, features": (
+        lambda x: center_loss(gaussian_rows, x, LOG_VARIANCES),
+        lambda x: center_loss(reference.gaussian_center_loss, x, LOG_VARIANCES),
+        FEATURES,
+    ),
+    "Gaussian loss, log variance": (
+        lambda x: center_loss(gaussian_rows, log_variance=x),
+        lambda x: center_loss(reference.gaussian_center_loss, log_variance=x),
+        LOG_VARIANCE,
+    ),
+    "Gaussian loss, log variances": (
+        lambda x: center_loss(gaussian_rows, log_variance=x),
+        lambda x: center_loss(reference.gaussian_center_loss, log_variance=x),
+        LOG_VARIANCES,
+    ),
+    "Gaussian loss, centers": (
+        lambda x: center_loss(gaussian_rows, class_centers=x),
+        lambda x: center_loss(reference.gaussian_center_loss, class_centers=x),
+        CENTERS,
+    ),
+    "pairs, features": (
+        lambda x: pair_loss(kernels.pair_likelihood_loss, x, LOG_VARIANCES),
+        lambda x: pair_loss(reference.pair_likelihood_loss, x, LOG_VARIANCES),
+        FEATURES,
+    ),
+    "pairs, log variance": (
+        lambda x: pair_loss(kernels.pair_likelihood_loss, parameter=x),
+        lambda x: pair_loss(reference.pair_likelihood_loss, parameter=x),
+        LOG_VARIANCE,
+    ),
+    "pairs, features under log kappa": (
+        lambda x: pair_loss(kernels.pair_likelihood_loss, x, LOG_KAPPA, "vmf"),
+        lambda x: pair_loss(reference.pair_likelihood_loss, x, LOG_KAPPA, "vmf"),
+        FEATURES,
+    ),
+    "pairs, log kappa": (
+        lambda x: pair_loss(kernels.pair_likelihood_loss, parameter=x, density="vmf"),
+        lambda x: pair_loss(reference.pair_likelihood_loss, parameter=x, density="vmf"),
         LOG_KAPPA,
     ),
     "margin loss, embeddings": (
@@ -172,6 +229,8 @@ def test_types_are_those_of_the_operators(dtype):
     x, kappa, centers = FEATURES.to(dtype), KAPPA.to(dtype), CENTERS.to(dtype)
     for function in (
         lambda x: kernels.scf_loss(x, kappa.log(), centers, LABELS),
+        lambda x: kernels.gaussian_center_loss(x, -kappa.log(), centers, LABELS),
+        lambda x: kernels.pair_likelihood_loss(x, kappa.log(), PEOPLE),
         lambda x: kernels.margin_softmax_loss(x, centers, LABELS, compute_dtype=torch.float32)[0],
         lambda x: kernels.vmf_similarity(x, kappa, centers[:3], kappa),
         lambda x: kernels.pool_templates(x, kappa, IDS, 2)[0],

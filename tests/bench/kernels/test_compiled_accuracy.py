@@ -38,7 +38,7 @@ def test_a_planted_error_of_the_loss_breaks_its_bounds(monkeypatch):
     honest = compiled_accuracy._loss
 
     def of_another_kappa(batch, options):
-        if options & compiled_accuracy.Option.TRITON:
+        if options & compiled_accuracy.LossOption.TRITON:
             batch = batch._replace(log_kappa=torch.nextafter(batch.log_kappa, batch.log_kappa.new_tensor(100.0)) + 2e-6)
         return honest(batch, options)
 
