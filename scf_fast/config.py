@@ -528,7 +528,7 @@ class FeatureConfig(Config):
         identity=True,
         reads=True,
     )
-    saved_fc: str = option(
+    saved_fc: str | None = option(
         None,
         "class-center checkpoint of stage 1, of the same; the ranks' shards as a folder or as 'checkpoint_gpu_*.pt'. "
         "--objective pfe and pfe_vmf need none",

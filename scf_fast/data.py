@@ -76,6 +76,16 @@ def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: in
     )
 
 
+def describe_groups(sampler: Sampler) -> str | None:
+    """Returns what an epoch has of pairs of a person, in words; None where batches have no groups."""
+    if not isinstance(sampler, PairSampler):
+        return None
+    return (
+        f"groups of a person: {sampler.num_groups} of {sampler.num_samples - sampler.left_out} images an epoch; "
+        f"{sampler.left_out} images are left out, the only ones of their person"
+    )
+
+
 def image_loader(config: Config, source: ImageSource, sampler: Sampler, runtime: Runtime, flip: bool) -> Loader:
     """Returns the loader of normalized float32 faces on this rank's device."""
     assert config.normalization is not None, "the stage settles it"

@@ -9,6 +9,7 @@ from torch import nn
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import DEFAULT_RADIUS, ConfidenceNet, build_confidence_net, identify_confidence_net
+from scf_fast.objectives import Objective
 from scf_fast.weights.contents import Facts, Weights
 from scf_fast.weights.family_names import StateDict
 from scf_fast.weights.reading import read_noted_facts, read_weights
@@ -119,13 +120,16 @@ def save_model(
     radius: float,
     normalization: str,
     normalizer: str | None = None,
+    objective: Objective | None = None,
     epoch: int | None = None,
     global_step: int | None = None,
 ) -> None:
     """Writes one file with everything that :meth:`SCF.from_checkpoint` needs.
 
     Args:
+        objective: that the confidence net was trained for; None counts as SCF.
         normalizer, epoch, global_step: how it was trained, where that is known; for people.
     """
-    facts = Facts(epoch, global_step, radius, normalization, normalizer)
+    stated = None if objective is None else objective.value
+    facts = Facts(epoch, global_step, radius, normalization, normalizer, stated)
     write_weights(Weights(str(path), backbone_state, confidence_net=confidence_state, facts=facts), path)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from scf_fast import distributed
-from scf_fast.config import Config
-from scf_fast.data import epoch_sampler
+from scf_fast.config import ConfidenceConfig, Config
+from scf_fast.data import describe_groups, epoch_sampler
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_precision
 from scf_fast.engine.dropped import Dropped
@@ -31,7 +31,7 @@ from scf_fast.run.reporting import Reporter, StepLines, forget_after, log_to_fil
 from scf_fast.run.step_guard import StepGuard, Votes
 from scf_fast.run.stop_signal import StopSignal
 from scf_fast.run.timing import Breakdown, StepProfile
-from scf_fast.stages.base import Progress, flop_per_image
+from scf_fast.stages.base import Progress, StepResult, flop_per_image
 from scf_fast.stages.inputs import Inputs, check_world, open_inputs
 from scf_fast.stages.published_files import flag_notes
 
@@ -52,6 +52,8 @@ def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None,
     inputs = open_inputs(config)
     if point is not None:
         point.check_data(config.data, inputs.source.num_classes, len(inputs.source))
+        if isinstance(config, ConfidenceConfig):
+            point.check_objective(config.objective)
     epoch_sampler(config, inputs.source, 0, world_size)
     return point, inputs
 
@@ -118,7 +120,7 @@ class _StepOutcome:
         loss_name: name of the first of ``values``.
         names: of the other ones.
         values: means over the micro-batches.
-        kappa: of the last micro-batch, in stage 2.
+        distributions: of the last micro-batch, by name.
         votes: what the ranks have agreed on.
         dropped: why no weight has changed; None where they have.
     """
@@ -126,7 +128,7 @@ class _StepOutcome:
     loss_name: str
     names: list[str]
     values: torch.Tensor
-    kappa: torch.Tensor | None
+    distributions: dict[str, torch.Tensor]
     votes: Votes
     dropped: Dropped | None
 
@@ -217,6 +219,9 @@ class _Run:
             self.engine.zero_stage,
             extra={"event": "start", "step": self.first_step},
         )
+        note = describe_groups(self.sampler)
+        if note:
+            log.info("%s", note)
         if self.first_step >= self.last_step:
             self._export(self.first_step)  # a run that died after its last checkpoint may not have
             log.info("nothing to do: the run is at step %d of %d", self.first_step, self.last_step)
@@ -247,15 +252,18 @@ class _Run:
         return stopped_by
 
     def _open_reporter(self) -> Reporter:
-        batch_size = self.config.batch_size
         return Reporter(
             self.folder,
             self.runtime,
-            self.last_step * batch_size,
-            self.first_step * batch_size,
+            self._images_until(self.last_step),
+            self._images_until(self.first_step),
             self.first_step,
             self.config.tensorboard,
         )
+
+    def _images_until(self, step: int) -> int:
+        """Returns how many images a run has shown after a step; with groups of a person, the mean over all orders."""
+        return round(step * self.sampler.images_per_batch)
 
     def _batches(self, loader: BatchLoader[Any]) -> Generator[Any, None, None]:
         """Yields batch after batch, over all epochs from the first step on."""
@@ -275,7 +283,7 @@ class _Run:
             outcome = self._step(batch, bool(signal.name))
             votes = outcome.votes
             profile.after(step)
-            reporter.advance(config.batch_size)
+            reporter.advance(self._images_until(step) - self._images_until(step - 1))
             if self.samples:
                 self.samples.add({"step": step, "images": batch.indices.tolist()})
             try:
@@ -331,8 +339,8 @@ class _Run:
         micro_batches, guard, centers = self.config.gradient_accumulation_steps, self.guard, self.stage.centers
         total, votes, applied = torch.zeros((), device=self.runtime.device), None, False
         guard.before_step()
-        for number, parts in enumerate(zip(*(tensor.chunk(micro_batches) for tensor in batch)), 1):
-            result = self.stage.loss(self.engine, type(batch)(*parts))
+        for number, part in enumerate(self.stage.divide(batch, micro_batches), 1):
+            result = self.stage.loss(self.engine, part)
             guard.add_loss(result.loss)
             values = [result.loss.detach(), *result.metrics.values()]
             total = total + torch.stack([value.float() for value in values])
@@ -343,7 +351,7 @@ class _Run:
             if centers is not None and centers.fused:  # they change in the backward pass, so the vote comes before it
                 votes = guard.votes()
                 if votes.not_finite:
-                    return self._outcome(result.metrics, total, result.kappa, votes, Dropped.LOSS)
+                    return self._outcome(result, total, votes, Dropped.LOSS)
             self.engine.backward(result.loss)
             self.clock.mark("backward")
             if is_last:
@@ -358,17 +366,10 @@ class _Run:
                 [total[0] / micro_batches, total.new_ones(()), total.new_full((), float(applied))]
             )
         self.clock.mark("optimizer")
-        return self._outcome(result.metrics, total / micro_batches, result.kappa, votes, dropped)
+        return self._outcome(result, total / micro_batches, votes, dropped)
 
-    def _outcome(
-        self,
-        metrics: dict[str, torch.Tensor],
-        values: torch.Tensor,
-        kappa: torch.Tensor | None,
-        votes: Votes,
-        dropped: Dropped | None,
-    ) -> _StepOutcome:
-        return _StepOutcome(self.stage.loss_name, list(metrics), values, kappa, votes, dropped)
+    def _outcome(self, last: StepResult, values: torch.Tensor, votes: Votes, dropped: Dropped | None) -> _StepOutcome:
+        return _StepOutcome(self.stage.loss_name, list(last.metrics), values, last.distributions, votes, dropped)
 
     def _names(self, step: int) -> list[str]:
         """Returns the names of this rank's images of a step."""
@@ -385,7 +386,7 @@ class _Run:
         if plateau is not None:
             plateau.step(means[self.stage.loss_name])
         if due:
-            reporter.metrics(step, means, rate, outcome.kappa)
+            reporter.metrics(step, means, rate, outcome.distributions)
             self.stage.check_metrics(step, means)
             self.clock.collect()
 
@@ -403,6 +404,7 @@ class _Run:
             epoch_loss=self.epoch_loss.tolist(),
             world_size=self.runtime.world_size,
             zero_stage=self.engine.zero_stage,
+            objective=list(self.config.objective) if isinstance(self.config, ConfidenceConfig) else None,
         )
         self.checkpoints.save(self.engine, state, self.stage.centers)
 
@@ -435,7 +437,7 @@ class _Run:
             "broken_images": round(distributed.average_over_ranks(broken).item() * self.runtime.world_size),
         }
         lost = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps"]
-        rate = counts["steps"] * self.config.batch_size / seconds
+        rate = counts["steps"] * self.sampler.images_per_batch / seconds
         flops = rate * flop_per_image(self.config, self.stage.network(), self.source.num_classes)
         is_known = self.runtime.device.type == "cuda" and self.precision != "fp32"
         peak = peak_flops(torch.cuda.get_device_name()) if is_known else None

@@ -19,6 +19,7 @@ from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precis
 from scf_fast.networks.precision import PRECISION_DTYPES
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.pipelines.sampling.pair_sampler import PairSampler
 from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.sources.digest import sampled_digest
@@ -40,12 +41,12 @@ def pixel_convention(config: FeatureConfig, network: str, facts: Facts) -> tuple
 
     Args:
         network: a key of BACKBONES.
-        facts: noted in the class centers' file.
+        facts: noted in the class centers' file, or beside the backbone.
     """
     if config.normalization is not None:
         return config.normalization, "as --normalization says"
     if facts.normalization is not None:
-        return facts.normalization, "as noted in --saved_fc"
+        return facts.normalization, f"as noted {'in --saved_fc' if config.saved_fc else 'with --saved_bkb'}"
     return BACKBONES[network].normalization, f"as the {BACKBONES[network].family} family is trained with"
 
 
@@ -82,6 +83,7 @@ def open_stream(
         compile=pays if config.compile is None else config.compile,
         calibration=calibration,
         batch_size=sampler.global_batch_size // sampler.world_size,
+        batch_sizes=8 if isinstance(sampler, PairSampler) else 4,  # no batch of groups is full, as a rule
     )
     return FeatureStream(
         lambda sampler, flip: image_loader(config, source, sampler, runtime, flip),

@@ -39,8 +39,9 @@ class NetworkCounts(NamedTuple):
 
 
 @functools.cache
-def network_counts(network: str, confidence_net: str | None, z_dim: int = 512) -> NetworkCounts:
-    """Counts FLOP and parameters of a backbone and of the confidence net on it, without using memory for them.
+def network_counts(network: str, confidence_net: str | None, z_dim: int = 512, outputs: int = 1) -> NetworkCounts:
+    """Counts FLOP and parameters of a backbone and of the confidence net on it, which predicts ``outputs`` values for
+    an image, without using memory for them.
 
     FLOP are those of matrix products and convolutions, a multiplication and an addition counted as two.
     """
@@ -52,7 +53,9 @@ def network_counts(network: str, confidence_net: str | None, z_dim: int = 512) -
         if confidence_net is None:
             return NetworkCounts(whole.get_total_flops(), parameters, 0, 0)
         architecture = backbone.architecture
-        net = build_confidence_net(confidence_net, architecture.widths[-1], architecture.map_size).eval()
+        net = build_confidence_net(
+            confidence_net, architecture.widths[-1], architecture.map_size, outputs=outputs
+        ).eval()
         with FlopCounterMode(display=False) as head:
             net(convf)
         return NetworkCounts(whole.get_total_flops(), parameters, head.get_total_flops(), _count_parameters(net))

@@ -219,10 +219,11 @@ class FrozenBackbone(nn.Module):
             weights and activations.
         compile: fuse the pointwise work with torch.compile; on CUDA as one graph for each batch size, whose outputs are
             overwritten by the next call. Compiling takes a minute or more, so a batch smaller than the largest so far
-            is filled up to the next quarter of that.
+            is filled up to the next of a few sizes.
         calibration: returns the images (B, 3, 112, 112) that the precisions are judged on; by default those of the
             first call. Ranks that must come to the same decision give the same images.
         batch_size: of the largest batch to come, if that is known beforehand.
+        batch_sizes: number of sizes that batches are filled up to: even parts of the largest.
     Attributes:
         dtype: of weights and activations; None until :meth:`choose` or the first call has settled it.
     """
@@ -235,13 +236,14 @@ class FrozenBackbone(nn.Module):
         compile: bool = False,
         calibration: Callable[[], torch.Tensor] | None = None,
         batch_size: int = 0,
+        batch_sizes: int = 4,
     ):
         super().__init__()
         self.z_dim, self.architecture = backbone.z_dim, backbone.architecture
         self.dtype: torch.dtype | None = None
         self._reference: Backbone | None = copy.deepcopy(backbone).eval().requires_grad_(False).to(device)
         self._device, self._precisions, self._compile = torch.device(device), precisions, compile
-        self._calibration, self._largest_batch = calibration, batch_size
+        self._calibration, self._largest_batch, self._batch_sizes = calibration, batch_size, batch_sizes
         self._folded: FoldedBackbone | None = None
         self._call: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None  # folded, or compiled
 
@@ -271,8 +273,8 @@ class FrozenBackbone(nn.Module):
     def _filled_up(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the images with zeros behind them, up to one of the few batch sizes that are compiled."""
         self._largest_batch = max(self._largest_batch, len(images))
-        quarter = -(-self._largest_batch // 4)
-        missing = min(-len(images) % quarter, self._largest_batch - len(images))
+        part = -(-self._largest_batch // self._batch_sizes)
+        missing = min(-len(images) % part, self._largest_batch - len(images))
         return F.pad(images, (0, 0) * 3 + (0, missing)) if missing else images
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class RunState:
         metric: mean training loss of the epoch that ends here; None elsewhere.
         epoch_loss: sum of the losses since the last epoch's end, their number, and steps that changed the weights.
         world_size, zero_stage: layout of the ranks that wrote it.
+        objective: of stage 2, by the names in its options; None in stage 1 and of older versions, which had SCF alone.
     """
 
     step: int
@@ -62,13 +64,15 @@ class RunState:
     epoch_loss: list[float]
     world_size: int
     zero_stage: int
+    objective: list[str] | None = None
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunState":
         """
         Raises:
-            KeyError: an entry is missing.
+            KeyError: an entry is missing that every version writes.
         """
+        values = {"objective": None, **values}
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
@@ -101,6 +105,19 @@ class ResumePoint:
                     f"--resume: the checkpoint was trained on {before} {what}, but --data {data} now has {now}; give "
                     "the data set of that run"
                 )
+
+    def check_objective(self, objective: Sequence[str]) -> None:
+        """Checks that stage 2 goes on with what the checkpoint was trained for.
+
+        Raises:
+            InputError: it does not.
+        """
+        before = ",".join(self.state.objective or ["scf"])
+        if before != ",".join(objective):
+            raise InputError(
+                f"--resume: the checkpoint was trained with --objective {before}, this is {','.join(objective)}; give "
+                "that objective, or another --output_dir"
+            )
 
 
 class Checkpoints:

@@ -5,6 +5,7 @@ import errno
 import json
 import logging.handlers
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from scf_fast.distributed import Runtime
 log = logging.getLogger(__name__)
 
 LOG_FILE, EVENTS_FILE, METRICS_FILE = "log.txt", "events.jsonl", "metrics.jsonl"
-_NOT_SHOWN = ("neg_", "log_iv", "kappa_p")
+_NOT_SHOWN = re.compile(r"(^|/)(neg_|log_iv)|_p\d\d$")  # in the log's lines
 _LINE_SECONDS = 10.0  # between log lines where there is no progress bar
 _EXTRA = ("step", "images", "seconds", "counts", "rates", "signal")
 
@@ -165,21 +166,21 @@ class Reporter:
         if self.is_main:
             self._bar.update(images)
 
-    def metrics(self, step: int, values: dict[str, float], rate: float, distribution: torch.Tensor | None) -> None:
-        """Reports one log point: the step's means over ranks, its learning rate and, in stage 2, kappa of this rank's
-        images.
+    def metrics(self, step: int, values: dict[str, float], rate: float, distributions: dict[str, torch.Tensor]) -> None:
+        """Reports one log point: the step's means over ranks, its learning rate and, in stage 2, kappa or precision of
+        this rank's images.
         """
         if not self.is_main:
             return
-        if distribution is not None:
-            kappa = distribution.float()
-            quantiles = torch.quantile(kappa, kappa.new_tensor([0.05, 0.5, 0.95])).tolist()
-            values.update({f"kappa_p{name}": value for name, value in zip(("05", "50", "95"), quantiles)})
+        for name, distribution in distributions.items():
+            distribution = distribution.float()
+            quantiles = torch.quantile(distribution, distribution.new_tensor([0.05, 0.5, 0.95])).tolist()
+            values.update({f"{name}_p{share}": value for share, value in zip(("05", "50", "95"), quantiles)})
         speed = self.images_per_second
         record = {"step": step, **values, "lr": rate, "images_per_second": speed}
         self._metrics.add(record)
-        self._to_tensorboard(step, record, distribution)
-        shown = {name: f"{value:.4g}" for name, value in values.items() if not name.startswith(_NOT_SHOWN)}
+        self._to_tensorboard(step, record, distributions)
+        shown = {name: f"{value:.4g}" for name, value in values.items() if not _NOT_SHOWN.search(name)}
         shown["lr"] = f"{rate:.3g}"
         self._bar.set_postfix(shown, refresh=False)
         if not self._interactive and (time.monotonic() - self._last_line > _LINE_SECONDS or self._done == self._total):
@@ -196,15 +197,16 @@ class Reporter:
                 extra={"event": "progress", "step": step},
             )
 
-    def _to_tensorboard(self, step: int, record: dict, distribution: torch.Tensor | None) -> None:
+    def _to_tensorboard(self, step: int, record: dict, distributions: dict[str, torch.Tensor]) -> None:
         if not self._writer:
             return
         try:
             for name, value in record.items():
                 if name != "step":
                     self._writer.add_scalar(name, value, step)
-            if distribution is not None:
-                self._writer.add_histogram("log_kappa", distribution.float().log(), step)
+            for name, distribution in distributions.items():
+                owner, slash, quantity = name.rpartition("/")
+                self._writer.add_histogram(f"{owner}{slash}log_{quantity}", distribution.float().log(), step)
         except Exception as error:  # what its writing thread died of, as a rule a full disk
             log.warning("TensorBoard files end here (%s); %s goes on", str(error).splitlines()[0], METRICS_FILE)
             self._writer = None

@@ -1,7 +1,7 @@
 """The protocol between trainer and stages, and the values that pass between them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,14 +24,14 @@ class StepResult:
     """Outcome of one micro-batch, all on the device.
 
     Attributes:
-        loss: scalar, mean over the images, differentiable.
+        loss: scalar, mean over the images or pairs, differentiable.
         metrics: further scalars to log, by name.
-        kappa: (B,) of these images, where the stage predicts it.
+        distributions: (B,) of these images, positive, by name: the kappa or precision that the stage predicts.
     """
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
-    kappa: torch.Tensor | None = None
+    distributions: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,12 @@ class Stage(Protocol):
         """
         ...
 
+    def divide(self, batch: Any, count: int) -> Sequence[Any]:
+        """Divides a batch of the loader into micro-batches; collective."""
+        return [type(batch)(*parts) for parts in zip(*(tensor.chunk(count) for tensor in batch))]
+
     def loss(self, engine: Engine, batch: Any) -> StepResult:
-        """Returns the loss of one micro-batch."""
+        """Returns the loss of one micro-batch; over micro-batches and ranks it averages to that of the global batch."""
         ...
 
     def check_metrics(self, step: int, means: dict[str, float]) -> None:
@@ -124,5 +128,9 @@ def flop_per_image(config: Config, network: NetworkShape, num_classes: int) -> i
         backbone, *_ = network_counts(network.name, None, network.embedding_dim)
         return 3 * backbone + round(config.sample_rate * 4 * 2 * num_classes * network.embedding_dim)
     assert isinstance(config, ConfidenceConfig), "the stages have no other"
-    backbone, _, head, _ = network_counts(network.name, config.confidence_net, network.embedding_dim)
-    return (3 if config.finetune_bkb else 0 if config.feature_cache else 1) * backbone + 3 * head
+    backbone, *_ = network_counts(network.name, None, network.embedding_dim)
+    nets = 0
+    for objective in config.objectives:
+        outputs = config.outputs(objective, network.embedding_dim)
+        nets += network_counts(network.name, config.confidence_net, network.embedding_dim, outputs).confidence_flop
+    return (3 if config.finetune_bkb else 0 if config.feature_cache else 1) * backbone + 3 * nets

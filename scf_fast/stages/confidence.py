@@ -1,8 +1,8 @@
-"""Stage 2: log kappa from the frozen backbone's last feature map, under the SCF loss."""
+"""Stage 2: confidence nets on the frozen backbone's last feature map, under one objective or several."""
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +15,40 @@ from scf_fast.engine.engine import Engine
 from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 from scf_fast.errors import InputError
 from scf_fast.features.open import open_stream, pixel_convention
-from scf_fast.features.stream import FeatureBatch
-from scf_fast.kernels import inverse_mean_resultant_length, scf_loss
 from scf_fast.model import save_model
 from scf_fast.networks.backbones import BACKBONES
-from scf_fast.networks.confidence import build_confidence_net
+from scf_fast.networks.confidence import ConfidenceNet, build_confidence_net
+from scf_fast.objectives import Density, Objective
 from scf_fast.pipelines.loading.protocol import BatchLoader
+from scf_fast.pipelines.sampling.pair_sampler import PairSampler
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages import published_files
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
-from scf_fast.weights.family_names import family_state
+from scf_fast.stages.criteria import Criterion, make_criterion
+from scf_fast.stages.pairs import PairBatch, PairLoader, PairMicroBatch, divide
+from scf_fast.weights.family_names import StateDict, family_state
 from scf_fast.weights.files import CONFIDENCE_FILE, MODEL_FILE, save_torch_file
-from scf_fast.weights.reading import read_weights
+from scf_fast.weights.reading import read_noted_facts, read_weights
 
 log = logging.getLogger(__name__)
 
-_COLLAPSED = 0.01  # of the largest kappa so far, and of the one that fits the cosine
 
+class SeveralNets(nn.ModuleDict):
+    """Confidence nets that train together, by the names of their objectives."""
 
-class KappaWatch:
-    """Warns once that kappa has collapsed: too large a step has thrown it to where the loss is flat.
-
-    The gradient with respect to log kappa is kappa (A_d(kappa) - cos theta), and vanishes with kappa. The published
-    normalizer has no such end: it counts every kappa below 255 (d = 512) as too small.
-    """
-
-    def __init__(self, dim: int):
-        self._dim, self._highest, self._warned = dim, 0.0, False
-
-    def check(self, step: int, kappa: float, cos_theta: float) -> None:
-        """Checks the means of a batch."""
-        self._highest = max(self._highest, kappa)
-        rho = torch.tensor(max(cos_theta, 0.0), dtype=torch.float64)
-        fitting = inverse_mean_resultant_length(rho, self._dim).item()
-        if kappa < _COLLAPSED * min(self._highest, fitting) and not self._warned:
-            self._warned = True
-            log.warning(
-                "step %d: kappa has collapsed to %.1e, where its gradient vanishes, though a mean cosine of %.2f asks "
-                "for %.0f; it will hardly come back: start again with a lower --lr, with --warmup_epochs, or with "
-                "another --initial_kappa",
-                step,
-                kappa,
-                cos_theta,
-                fitting,
-                extra={"event": "kappa_collapsed", "step": step},
-            )
+    def forward(self, convf: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, C, H, W) -> what each net predicts, in order."""
+        return tuple(net(convf) for net in self.values())
 
 
 class ConfidenceStage(Stage):
-    """Trains a confidence net on the frozen backbone; see :class:`scf_fast.stages.base.Stage`."""
+    """Trains a confidence net on the frozen backbone, or one for each of several objectives; see
+    :class:`scf_fast.stages.base.Stage`.
+
+    Of several objectives each net trains as it would alone: it starts from the same weights, the loss is the sum, so
+    that its gradient is that of its own, and the optimizer is elementwise.
+    """
 
     loss_name = "total_loss"  # as the published code has it
     config: ConfidenceConfig
@@ -73,7 +57,6 @@ class ConfidenceStage(Stage):
     def __init__(self, config: ConfidenceConfig, source: ImageSource):
         backbone = read_weights(config.saved_bkb, "--saved_bkb")
         self.name, self.z_dim = backbone.network()
-        self._watch = KappaWatch(self.z_dim)
         self.backbone_state = backbone.require_backbone()
         for flag, given, actual in (
             ("convf_dim", config.convf_dim, BACKBONES[self.name].convf_dim),
@@ -83,93 +66,148 @@ class ConfidenceStage(Stage):
                 raise InputError(
                     f"--{flag} must be {actual} for the {self.name} in {config.saved_bkb}, got {given}; leave it out"
                 )
-        centers_file = read_weights(config.saved_fc, "--saved_fc")
-        self.class_centers = centers_file.require_class_centers()
-        _check_class_centers(config, self.class_centers, self.z_dim, source.num_classes)
-        self._normalization, self._pixels = pixel_convention(config, self.name, centers_file.facts)
+        centers_file = read_weights(config.saved_fc, "--saved_fc") if config.saved_fc else None
+        facts = read_noted_facts(backbone, config.saved_bkb) if centers_file is None else centers_file.facts
+        self._class_centers: torch.Tensor | None = None  # pairs need none
+        if not config.is_pairwise:
+            assert centers_file is not None, "the configuration has asked for it"
+            self._class_centers = centers_file.require_class_centers()
+            _check_class_centers(config, self._class_centers, self.z_dim, source.num_classes)
+        self._normalization, self._pixels = pixel_convention(config, self.name, facts)
         self.config = dataclasses.replace(config, normalization=self._normalization)
+        self._labels = source.labels
+        self._criteria: dict[str, Criterion] = {}
 
     def forecast(self, world_size: int, precision: str) -> None:
         """Returns None: the published net is known to fit, and smaller ones are small."""
 
     def build(self, runtime: Runtime, precision: str) -> nn.Module:
-        """Returns the confidence net. The frozen backbone and the class centers stay outside the engine."""
+        """Returns the confidence net, or several. The frozen backbone and the class centers stay outside the engine."""
         log.info("backbone: %s; pixels: %s, %s", self.name, self.config.normalization, self._pixels)
-        self.class_centers = self.class_centers.to(runtime.device)
+        centers = None if self._class_centers is None else self._class_centers.to(runtime.device)
         self._net_dtype = torch.float32 if precision == "fp32" else None  # None: autocast takes every dtype
-        architecture = BACKBONES[self.name]
-        net = build_confidence_net(
-            self.config.confidence_net, architecture.widths[-1], architecture.map_size, self.config.initial_kappa
+        objectives = self.config.objectives
+        self._criteria = {o.value: make_criterion(o, self.config, self.z_dim, centers) for o in objectives}
+        nets = {objective.value: self._build_net(objective) for objective in objectives}
+        return (nets[objectives[0].value] if len(nets) == 1 else SeveralNets(nets)).to(runtime.device)
+
+    def _build_net(self, objective: Objective) -> ConfidenceNet:
+        architecture, start = BACKBONES[self.name], self.config.initial_kappa
+        if start is not None and objective.density is Density.GAUSSIAN:
+            start = 1 / start  # the net predicts a variance
+        torch.manual_seed(self.config.seed)  # it starts as it would alone
+        return build_confidence_net(
+            self.config.confidence_net,
+            architecture.widths[-1],
+            architecture.map_size,
+            start,
+            outputs=self.config.outputs(objective, self.z_dim),
         )
-        return net.to(runtime.device)
 
     def build_optimizer(self, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-        return build_optimizer(OptimizerRule.ADAM, parameters, self.config, device)
+        return build_optimizer(OptimizerRule(self.config.update_rule), parameters, self.config, device)
 
     def network(self) -> NetworkShape:
         return NetworkShape(self.name, self.z_dim)
 
     def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
-        """Returns the stream of features."""
-        return open_stream(self.config, self.backbone_state, source, sampler, runtime)
+        """Returns the stream of features, of pairs with what makes a pair."""
+        return self._paired(open_stream(self.config, self.backbone_state, source, sampler, runtime), sampler)
 
-    def loss(self, engine: Engine, batch: FeatureBatch) -> StepResult:
-        log_kappa = engine(batch.convf.to(self._net_dtype or batch.convf.dtype))
-        return self._scf_loss(batch.features, log_kappa, batch.labels)
+    def _paired(self, loader: BatchLoader[Any], sampler: Sampler) -> BatchLoader[Any]:
+        return PairLoader(loader, sampler, self._labels) if isinstance(sampler, PairSampler) else loader
 
-    def _scf_loss(self, features: torch.Tensor, log_kappa: torch.Tensor, labels: torch.Tensor) -> StepResult:
-        """The SCF loss with what the published code logs, under its tags."""
-        loss, terms = scf_loss(
-            features,
-            log_kappa,
-            self.class_centers,
-            labels,
-            radius=self.config.radius,
-            normalizer=self.config.normalizer,
-            return_terms=True,
-        )
-        metrics = {
-            "kappa": terms.kappa.mean(),
-            "neg_kappa_times_cos_theta": terms.l1.mean(),
-            "neg_dim_scalar_times_log_kappa": terms.l2.mean(),
-            "log_iv_kappa": terms.l3.mean(),
-            "cos_theta": terms.cos.mean(),
+    def divide(self, batch: Any, count: int) -> Sequence[Any]:
+        return divide(batch, count) if isinstance(batch, PairBatch) else super().divide(batch, count)
+
+    def loss(self, engine: Engine, batch: Any) -> StepResult:
+        """Returns the loss of one micro-batch: of features, of images where they make the features, or of pairs."""
+        inputs, share = (batch.inputs, batch.share) if isinstance(batch, PairMicroBatch) else (batch, None)
+        features, predicted = self._forward(engine, inputs)
+        parameters = predicted if isinstance(predicted, tuple) else (predicted,)
+        results = {
+            name: criterion.loss(features, parameter, inputs.labels, share)
+            for (name, criterion), parameter in zip(self._criteria.items(), parameters, strict=True)
         }
-        return StepResult(loss, metrics, terms.kappa)
+        return next(iter(results.values())) if len(results) == 1 else _joined(results, self.loss_name)
+
+    def _forward(self, engine: Engine, inputs: Any) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...]]:
+        """Returns features (B, z_dim), and what the net predicts, or each of several."""
+        return inputs.features, engine(inputs.convf.to(self._net_dtype or inputs.convf.dtype))
 
     def check_metrics(self, step: int, means: dict[str, float]) -> None:
-        """Warns of a kappa that has collapsed."""
-        self._watch.check(step, means["kappa"], means["cos_theta"])
+        """Warns of a kappa or a variance that has collapsed."""
+        for name, criterion in self._criteria.items():
+            prefix = f"{name}/" if len(self._criteria) > 1 else ""
+            criterion.check(
+                step, {key.removeprefix(prefix): value for key, value in means.items() if key.startswith(prefix)}
+            )
 
     def export(self, engine: Engine, folder: Path, is_main: bool, progress: Progress) -> list[Path]:
-        """Writes the confidence net as the published code names it, and the whole model in one file; collective.
+        """Writes the confidence net as the published code names it, and the whole model in one file; each of several
+        into a folder of its own, named by its objective. Collective.
 
         Raises:
             OSError: on the main rank, after every collective step, the file that could not be written.
         """
-        net_state, trained_backbone = self._trained_states(engine)
+        state, trained_backbone = self._trained_states(engine)
         optimizer_state = published_files.adam_state_dict(engine) if self.config.published_checkpoints else None
-        files = [folder / CONFIDENCE_FILE, folder / MODEL_FILE]
-        if is_main:
+        objectives, files = self.config.objectives, []
+        for objective in objectives:
+            net_state, own = state, folder
+            if len(objectives) > 1:
+                net_state, own = states_of(state, objective.value), folder / objective.value
+            files += [own / CONFIDENCE_FILE, own / MODEL_FILE]
+            if is_main:
+                self._save(net_state, trained_backbone, objective, own, progress)
+        if is_main and objectives == (Objective.SCF,):
             published_files.write_hparams(self.config, self.z_dim, BACKBONES[self.name].convf_dim)
-            save_torch_file({"uncer_net_state_dict": net_state, **progress.as_dict()}, files[0])
-            save_model(
-                files[1],
-                trained_backbone or self.backbone_state,
-                net_state,
-                radius=self.config.radius,
-                normalization=self._normalization,
-                normalizer=self.config.normalizer,
-                **progress.as_dict(),
-            )
-            if optimizer_state is not None:
-                backbone = family_state(trained_backbone, BACKBONES[self.name]) if trained_backbone else None
-                files.append(published_files.write_checkpoint(folder, progress, net_state, optimizer_state, backbone))
+        if is_main and optimizer_state is not None:
+            backbone = family_state(trained_backbone, BACKBONES[self.name]) if trained_backbone else None
+            files.append(published_files.write_checkpoint(folder, progress, state, optimizer_state, backbone))
         return files
 
-    def _trained_states(self, engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-        """Returns the confidence net and, where it is trained, the backbone; collective."""
+    def _save(
+        self,
+        net_state: StateDict,
+        trained_backbone: StateDict | None,
+        objective: Objective,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        content = {"uncer_net_state_dict": net_state, "objective": objective.value, **progress.as_dict()}
+        save_torch_file(content, folder / CONFIDENCE_FILE)
+        save_model(
+            folder / MODEL_FILE,
+            trained_backbone or self.backbone_state,
+            net_state,
+            radius=self.config.radius,
+            normalization=self._normalization,
+            normalizer=self.config.normalizer if objective is Objective.SCF else None,
+            objective=objective,
+            **progress.as_dict(),
+        )
+
+    def _trained_states(self, engine: Engine) -> tuple[StateDict, StateDict | None]:
+        """Returns the confidence net, or several, and the backbone where it is trained; collective."""
         return engine.full_state_dict(), None
+
+
+def states_of(state: StateDict, part: str) -> StateDict:
+    """Returns the state_dict of a part of a module, out of the module's."""
+    return {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
+
+
+def _joined(results: dict[str, StepResult], loss_name: str) -> StepResult:
+    """Returns the sum of the losses, with what each net logs under the name of its objective."""
+    metrics: dict[str, torch.Tensor] = {}
+    distributions: dict[str, torch.Tensor] = {}
+    for name, result in results.items():
+        own = {loss_name: result.loss.detach(), **result.metrics}
+        metrics |= {f"{name}/{key}": value for key, value in own.items()}
+        distributions |= {f"{name}/{key}": value for key, value in result.distributions.items()}
+    return StepResult(torch.stack([result.loss for result in results.values()]).sum(), metrics, distributions)
 
 
 def _check_class_centers(config: ConfidenceConfig, class_centers: torch.Tensor, z_dim: int, num_classes: int) -> None:

@@ -1,5 +1,7 @@
 """Stage 2 with the backbone in training too: what the published flag ``--finetune_bkb`` stands for."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,11 +9,12 @@ from scf_fast.data import image_loader
 from scf_fast.distributed import Runtime
 from scf_fast.engine.engine import Engine
 from scf_fast.networks.backbones import Backbone
-from scf_fast.pipelines.loading.base import Batch, Loader
+from scf_fast.pipelines.loading.base import Batch
+from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
-from scf_fast.stages.base import StepResult
-from scf_fast.stages.confidence import ConfidenceStage
+from scf_fast.stages.confidence import ConfidenceStage, states_of
+from scf_fast.weights.family_names import StateDict
 
 
 class JointModel(nn.Module):
@@ -22,7 +25,7 @@ class JointModel(nn.Module):
         self.backbone, self.confidence_net = backbone, confidence_net
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, 112, 112) -> features (B, z_dim), log_kappa (B,), float32."""
+        """(B, 3, 112, 112) -> features (B, z_dim) and what the confidence net predicts, float32."""
         features, convf = self.backbone(images)
         return features.float(), self.confidence_net(convf)
 
@@ -41,18 +44,13 @@ class FinetuneStage(ConfidenceStage):
         backbone.load_state_dict(self.backbone_state)
         return JointModel(backbone, net).to(runtime.device)
 
-    def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> Loader:
+    def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
         """Returns the loader of images."""
-        return image_loader(self.config, source, sampler, runtime, self.config.flip)
+        return self._paired(image_loader(self.config, source, sampler, runtime, self.config.flip), sampler)
 
-    def loss(self, engine: Engine, batch: Batch) -> StepResult:  # type: ignore[override]  # of images, not of features
-        features, log_kappa = engine(batch.images)
-        return self._scf_loss(features, log_kappa, batch.labels)
+    def _forward(self, engine: Engine, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return engine(inputs.images)
 
-    def _trained_states(self, engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+    def _trained_states(self, engine: Engine) -> tuple[StateDict, StateDict | None]:
         state = engine.full_state_dict()
-        net, backbone = (
-            {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
-            for part in ("confidence_net.", "backbone.")
-        )
-        return net, backbone
+        return states_of(state, "confidence_net"), states_of(state, "backbone")

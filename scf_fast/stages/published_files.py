@@ -10,6 +10,7 @@ import torch
 
 from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.engine.engine import Engine
+from scf_fast.objectives import Objective
 from scf_fast.pipelines.formats.atomic_file import write_text
 from scf_fast.stages.base import Progress
 from scf_fast.weights.files import save_torch_file
@@ -61,6 +62,10 @@ def flag_notes(config: Config, launched: bool) -> list[str]:
     if config.eval_batch_size is not None:
         notes.append("--eval_batch_size has no effect; evaluate with python -m scf_fast.evaluation")
     if isinstance(config, ConfidenceConfig):
+        named = ", ".join(f"{objective.value} ({objective.title})" for objective in config.objectives)
+        if config.objectives != (Objective.SCF,):
+            notes.append(f"objective: {named}")
+    if isinstance(config, ConfidenceConfig) and Objective.SCF in config.objectives:
         notes.append(
             {
                 "exact": "normalizer: exact, the paper's objective. The published code's float32 formula holds d log "
@@ -71,11 +76,11 @@ def flag_notes(config: Config, launched: bool) -> list[str]:
                 "the paper's objective",
             }[config.normalizer]
         )
-        if config.finetune_bkb:
-            notes.append(
-                "--finetune_bkb: the whole backbone trains, in train mode, with the confidence net's learning rate; "
-                "the published code lists its output layer alone, under names that its backbone does not have"
-            )
+    if isinstance(config, ConfidenceConfig) and config.finetune_bkb:
+        notes.append(
+            "--finetune_bkb: the whole backbone trains, in train mode, with the confidence net's learning rate; the "
+            "published code lists its output layer alone, under names that its backbone does not have"
+        )
     return notes
 
 

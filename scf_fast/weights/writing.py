@@ -12,6 +12,7 @@ import torch
 
 from scf_fast.errors import InputError
 from scf_fast.networks.confidence import identify_confidence_net
+from scf_fast.objectives import Density, Objective
 from scf_fast.weights.contents import Part, Weights
 from scf_fast.weights.family_names import StateDict, family_state
 from scf_fast.weights.files import save_safetensors_file, save_torch_file
@@ -46,7 +47,7 @@ def _published(weights: Weights) -> Any:
     _require_net(weights, "published", "mlp")
     if weights.confidence_net is not None and weights.class_centers is None:
         backbone = {} if weights.backbone is None else {"backbone_state_dict": weights.backbone}
-        return {**_progress(weights), "uncer_net_state_dict": weights.confidence_net, **backbone}
+        return {**_progress(weights), **_objective(weights), "uncer_net_state_dict": weights.confidence_net, **backbone}
     if _only_part(weights, "published") is Part.BACKBONE:
         return weights.backbone
     return {"arc_face_state_dict": {"weight": weights.class_centers}, **_progress(weights)}
@@ -56,6 +57,11 @@ def _tface(weights: Weights) -> Any:
     part = _only_part(weights, "tface")
     _require_family(weights, "tface")
     _require_net(weights, "tface", "conv")
+    if weights.confidence_net is not None and weights.objective is not Objective.SCF:
+        raise InputError(
+            f"{weights.source}: a tface file cannot say that its confidence net is one of {weights.objective.title}; "
+            "use --to scf_fast or safetensors"
+        )
     return _own_names(weights) if part is Part.BACKBONE else getattr(weights, part.value)
 
 
@@ -87,6 +93,7 @@ def _scf_fast(weights: Weights) -> Any:
             "radius": weights.radius,
             "normalization": weights.normalization,
             **({} if normalizer is None else {"normalizer": normalizer}),
+            **_objective(weights),
             **_progress(weights),
         }
     part = _only_part(weights, "scf_fast")
@@ -135,6 +142,11 @@ def _progress(weights: Weights) -> dict[str, int | float | str]:
     return {name: value for name, value in weights.facts.known().items() if name in ("epoch", "global_step")}
 
 
+def _objective(weights: Weights) -> dict[str, str]:
+    """Returns the objective, if it is stated."""
+    return {} if weights.facts.objective is None else {"objective": weights.facts.objective}
+
+
 def _own_names(weights: Weights) -> StateDict:
     """Returns the backbone under the names of its family."""
     return family_state(weights.require_backbone(), weights.architecture)
@@ -154,6 +166,11 @@ def _require_family(weights: Weights, family: str) -> None:
 def _require_net(weights: Weights, layout: str, net: str) -> None:
     if weights.confidence_net is None:
         return
+    if weights.objective.density is not Density.VMF:
+        raise InputError(
+            f"{weights.source}: the confidence net is one of {weights.objective.title} and predicts variances, which "
+            f"{layout} would take for kappa; use --to scf_fast or safetensors"
+        )
     name = identify_confidence_net(weights.confidence_net).name
     if name != net:
         raise InputError(

@@ -19,6 +19,7 @@ from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.augmentation import Augmentation
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.loading.decode import decode_face
+from scf_fast.pipelines.sampling.pair_sampler import PairSampler
 from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sources.base import EncodedImages
 
@@ -108,6 +109,17 @@ def test_batches_are_the_samplers_images_decoded_flipped_and_normalized(source, 
                 error.max() < 3.01 and error.mean() < 0.5
             )  # decoders may round differently; a wrong flip or channel is 10 and more
     assert flips.any() and not flips.all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_of_unequal_size(source, backend):
+    """The groups of a person: 22 images of 5 people, dealt by threes."""
+    sampler = PairSampler(np.arange(NUM_IMAGES) % 5, 2, 3, seed=1)
+    with make_loader(source, sampler, backend=backend, num_workers=FEWEST_WORKERS[backend]) as loader:
+        for epoch in range(3):
+            expected = [sampler.indices(epoch, batch).tolist() for batch in range(sampler.batches_per_epoch)]
+            assert len(expected) == 3 and len({*map(len, expected)}) > 1
+            assert [batch.indices.tolist() for batch in loader.batches(epoch)] == expected
 
 
 @pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")

@@ -78,7 +78,7 @@ def test_stage_2_on_two_ranks(stage1, stage2):
     model = SCF.from_checkpoint(folder)
     frozen = read_weights(stage1[0] / "backbone.pth").require_backbone()
     assert all(torch.equal(v, frozen[k]) for k, v in model.backbone.state_dict().items())
-    assert set(torch.load(folder / "confidence.pth")) == {"uncer_net_state_dict", "epoch", "global_step"}
+    assert set(torch.load(folder / "confidence.pth")) == {"uncer_net_state_dict", "objective", "epoch", "global_step"}
     assert "optimizer: fused Adam" in output
 
 

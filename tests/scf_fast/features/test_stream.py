@@ -18,12 +18,14 @@ from scf_fast.networks import frozen
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import ConvConfidence
 from scf_fast.networks.frozen import FrozenBackbone
+from scf_fast.objectives import Objective
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sources.base import EncodedImages
 from scf_fast.stages.confidence import ConfidenceStage
+from scf_fast.stages.criteria import make_criterion
 
 CPU = torch.device("cpu")
 KEY = CacheKey("b", "d", "insightface", "fp32")
@@ -309,7 +311,8 @@ def test_a_step_never_waits_for_the_device(rows, faces, backbone, tmp_path):
     backbone(torch.zeros(2, 3, 112, 112))  # the choice of the precision waits, once
     stage = object.__new__(ConfidenceStage)
     stage.config = ConfidenceConfig(data="-", output_dir="-", saved_bkb="-", saved_fc="-")
-    stage._net_dtype, stage.class_centers, net = torch.float32, torch.randn(8, 16), ConvConfidence(16, 7)
+    stage._net_dtype, net = torch.float32, ConvConfidence(16, 7)
+    stage._criteria = {"scf": make_criterion(Objective.SCF, stage.config, 16, torch.randn(8, 16))}
     made, _ = stream(faces, backbone, cache)
     made._make_images = decoded_outside(made._make_images)
     with made:

@@ -15,6 +15,12 @@ def test_a_step_counts_what_it_cannot_do_without():
     assert flop_per_image(ConfidenceConfig(**STAGE2), network, 10) == backbone + 3 * head
     assert flop_per_image(ConfidenceConfig(**STAGE2, feature_cache="c"), network, 10) == 3 * head
     assert flop_per_image(ConfidenceConfig(**STAGE2, finetune_bkb=True), network, 10) == 3 * backbone + 3 * head
+    diagonal = network_counts("ir_50", "pfe", 512, 512).confidence_flop
+    assert diagonal == 2 * 512 * (25088 + 512)
+    options = {**STAGE2, "feature_cache": "c", "confidence_net": "pfe", "variance": "diagonal"}
+    for objective in (("pfe", "pfe_vmf"), ("scf", "scf_gaussian")):
+        config = ConfidenceConfig(**options, objective=objective)
+        assert flop_per_image(config, network, 10) == 3 * (diagonal + 2 * 512 * (25088 + 1))
     stage1 = BackboneConfig(data="d", output_dir="o", network="ir_50", sample_rate=0.5)
     assert flop_per_image(stage1, network, 1000) == 3 * backbone + 4 * 512 * 1000
 
