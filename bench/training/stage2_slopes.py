@@ -83,6 +83,8 @@ VARIANTS = (
     Variant("weighted slope", slope=Slope.WEIGHTED, floor_passes=True),
     Variant("limited rate", max_step=4.0),
     CHOSEN,
+    Variant("limited rate, start as before", start=None, max_step=4.0),
+    Variant("chosen, start as before", start=None, slope=Slope.WEIGHTED, floor_passes=True, max_step=4.0),
 )
 # The published objective has slopes of its own, so only the limit of the rate applies to it.
 PUBLISHED_VARIANTS = (TODAY, Variant("limited rate", start=None, max_step=4.0))

@@ -67,6 +67,6 @@ def test_tiny_grid(tmp_path, capsys):
     result = json.loads((tmp_path / "stage2_robustness.json").read_text())
     assert status == (1 if result["against"] else 0)
     cells = {(cell["normalizer"], cell["variant"], cell["lr"]): cell["verdict"] for cell in result["cells"]}
-    assert cells["exact", "before", 0.1] == "diverged" and len(cells) == 24
+    assert cells["exact", "before", 0.1] == "diverged" and len(cells) == 28
     assert cells["exact", "chosen", 0.1] not in ("diverged", "collapsed")
     assert "| d | net | normalizer | way |" in capsys.readouterr().out
