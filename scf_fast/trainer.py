@@ -96,6 +96,8 @@ def train(config: Config) -> str | None:
             module = inputs.stage.build(runtime, precision)
             if point:
                 checkpoints.load_weights(module, point)
+            else:
+                inputs.stage.prepare(module, inputs.source, runtime)
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = inputs.stage.build_optimizer(trained, runtime.device)
         config = inputs.stage.config  # the inputs have settled the rest of it
@@ -155,7 +157,7 @@ class _Run:
         config = self.config
         self.sampler = epoch_sampler(config, self.source, runtime.rank, runtime.world_size)
         self.per_epoch = self.sampler.batches_per_epoch
-        self.schedule = LearningRate(config, engine.optimizer, self.per_epoch)
+        self.schedule = LearningRate(config, engine.optimizer, self.per_epoch, self.stage.rate_limit)
         in_background = config.background_checkpoints
         self.checkpoints = Checkpoints(
             folder / run_folder.CHECKPOINTS,

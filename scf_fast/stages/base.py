@@ -93,6 +93,16 @@ class Stage(Protocol):
         """
         ...
 
+    rate_limit: float | None = None  # the highest learning rate that the untrained network bears, after ``prepare``
+
+    def prepare(self, module: nn.Module, source: ImageSource, runtime: Runtime) -> None:
+        """Settles, from the first batches, what training starts with; collective. Not for a run that resumes.
+
+        Raises:
+            InputError: training cannot start from these data.
+        """
+        return None  # a stage that measures nothing
+
     def divide(self, batch: Any, count: int) -> Sequence[Any]:
         """Divides a batch of the loader into micro-batches; collective."""
         return [type(batch)(*parts) for parts in zip(*(tensor.chunk(count) for tensor in batch))]

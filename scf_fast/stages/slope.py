@@ -2,14 +2,14 @@
 explodes nor vanishes.
 
 The loss has the slope kappa (A_d(kappa) - cos) in log kappa. Above the optimum it grows with kappa without end, and one
-such step fills Adam's second moment for thousands of steps; below, it vanishes with kappa, and a net that is thrown there
-stays. Trained by
+such step fills Adam's second moment for thousands of steps; below, it vanishes with kappa, and a net that is thrown
+there stays. Trained by
 
     w(kappa) (A_d(kappa) - cos),  w(kappa) = kappa within [(d - 1) / 2, 32 (d - 1)], the nearer end outside
 
 it is between -(d - 1) / 2 and 64 (d - 1) everywhere. The optimum is the same, whatever the scatter of the cosines: w is
-a positive function of the predicted kappa alone, so E[cos | x] = A_d(kappa(x)) is where the mean slope is zero. (A bound
-on the slope of each sample would move it: ``python -m bench.stage2_robustness`` has the comparison.)
+a positive function of the predicted kappa alone, so E[cos | x] = A_d(kappa(x)) is where the mean slope is zero. (A
+bound on the slope of each sample would move it: ``python -m bench.stage2_robustness`` has the comparison.)
 """
 
 import math
@@ -40,8 +40,8 @@ class _Weighted(torch.autograd.Function):
 
 
 def weight_slope(log_kappa: torch.Tensor, dim: int) -> torch.Tensor:
-    """Returns log kappa as it is; the gradient that reaches it from the exact SCF loss becomes the bounded slope of this
-    module's head, which is not the derivative of the loss.
+    """Returns log kappa as it is; the gradient that reaches it from the exact SCF loss becomes the bounded slope of
+    this module's head, which is not the derivative of the loss.
 
     Args:
         log_kappa: (B,), what the loss is about to take.

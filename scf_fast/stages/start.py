@@ -1,4 +1,4 @@
-"""Where a confidence net starts, and the highest learning rate that its first step bears: measured on the first batches.
+"""Where a confidence net starts, and the highest learning rate that its first step bears, from the first batches.
 
 Both are closed forms. The best constant kappa under the exact SCF loss is A_d^-1(mean cosine). And a step of Adam moves
 each weight by at most about the learning rate, so it moves mean log kappa, to first order, by at most
@@ -13,51 +13,44 @@ import torch.distributed as dist
 from torch import nn
 
 from scf_fast.errors import InputError
-from scf_fast.kernels import inverse_mean_resultant_length, mean_resultant_length
 from scf_fast.objectives import Objective
+from scf_fast.stages.criteria import fitting_value
 
 LEAST_COSINE = 0.01
-_BISECTIONS = 200
+_LARGEST_COSINE = 1 - 1e-7  # of images that are the center itself, in float32
 
 
 def best_constant(objective: Objective, mean_cosine: float, dim: int, published: bool = False) -> float:
-    """Returns the kappa, or the precision of a Gaussian, that fits all images best if they share one.
-
-    | objective | optimum at the mean cosine c |
-    |---|---|
-    | ``scf`` | A_d^-1(c); with the published normalizer, (d/2 - 1) / (1 - c) |
-    | ``scf_gaussian`` | (d/2) / (1 - c) |
-    | ``pfe`` | d / (1 - c): both images have it, so that their difference has half of it |
-    | ``pfe_vmf`` | A_d(kappa s) s = 2 A_d(kappa) with s = sqrt(2 + 2 c) |
+    """Returns the kappa, or the variance of a Gaussian, that fits all images best if they share one.
 
     Args:
-        mean_cosine: with the own class centers, or between images of a person; in [0.01, 1).
+        mean_cosine: with the own class centers, or between images of a person; in [0.01, 1].
+        published: the normalizer is the published code's, whose optimum is (d/2 - 1) / (1 - c) at every kappa that has
+            no I_v above 1e-6.
     """
-    c = min(mean_cosine, 1 - 1e-7)  # of float32 features that are the centers themselves
-    if objective is Objective.SCF_GAUSSIAN:
-        return dim / 2 / (1 - c)
-    if objective is Objective.PFE:
-        return dim / (1 - c)
-    if objective is Objective.PFE_VMF:
-        return _pair_optimum(c, dim)
-    if published:
-        return max(dim / 2 - 1, 0.5) / (1 - c)
-    return inverse_mean_resultant_length(torch.tensor(c, dtype=torch.float64), dim).item()
+    cosine = min(mean_cosine, _LARGEST_COSINE)
+    if published and objective is Objective.SCF:
+        return max(dim / 2 - 1, 0.5) / (1 - cosine)
+    return fitting_value(objective, cosine, dim)
 
 
-def _pair_optimum(c: float, dim: int) -> float:
-    spread = (2 + 2 * c) ** 0.5
-    low, high = torch.tensor([1e-3, 1e10], dtype=torch.float64).log()
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        own, pair = mean_resultant_length(torch.stack((middle.exp(), spread * middle.exp())), dim)
-        low, high = (middle, high) if spread * pair > 2 * own else (low, middle)
-    return low.exp().item()
+def genuine_cosine(mu: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the cosine of each pair of images with one label, averaged for each image that is in one, (M,).
+
+    Args:
+        mu: (B, d) unit directions.
+        labels: (B,).
+    """
+    _, own, counts = labels.unique(return_inverse=True, return_counts=True)
+    sums = mu.new_zeros(len(counts), mu.shape[1]).index_add_(0, own, mu)
+    others = (counts[own] - 1).to(mu.dtype)
+    paired = others > 0
+    return ((mu * (sums[own] - mu)).sum(dim=1))[paired] / others[paired]
 
 
 def mean_over_ranks(values: torch.Tensor) -> float:
     """Returns the mean of all ranks' values, (N,); collective."""
-    total = torch.stack((values.double().sum(), values.new_tensor(float(len(values)), dtype=torch.float64)))
+    total = torch.stack((values.double().sum(), values.new_full((), float(len(values)), dtype=torch.float64)))
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -73,8 +66,9 @@ def check_cosine(mean_cosine: float, centers: str) -> None:
     """
     if not mean_cosine >= LEAST_COSINE:
         raise InputError(
-            f"{centers}: the images' mean cosine with their own class centers is {mean_cosine:.3f}, so that no kappa fits "
-            "them; give the centers of this backbone in the order of this data's identities, or --initial_kappa none"
+            f"{centers}: the images' mean cosine with their own class centers is {mean_cosine:.3f}, so that no kappa "
+            "fits them; give the centers of this backbone in the order of this data's identities, or --initial_kappa "
+            "none"
         )
 
 

@@ -45,7 +45,14 @@ def train(faces, flags, tmp_path, start_ranks):
 
     def run(factor, *more, status=0):
         (tmp_path / "script.py").write_text(SCRIPT.replace("FACTOR", factor))
-        weights = ["--saved_bkb", tmp_path / "backbone.pth", "--saved_fc", tmp_path / "fc.pth"]
+        weights = [
+            "--saved_bkb",
+            tmp_path / "backbone.pth",
+            "--saved_fc",
+            tmp_path / "fc.pth",
+            "--initial_kappa",
+            "none",
+        ]
         folders = ["--data", faces / "train", "--output_dir", tmp_path / "run"]
         launch = start_ranks(1, tmp_path / "script.py", *flags["stage2"], *weights, *folders, *more)
         assert launch.wait() == status, launch.log.read_text()

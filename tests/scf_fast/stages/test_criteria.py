@@ -70,6 +70,8 @@ def test_the_table_of_fitting_values():
         (Objective.SCF_GAUSSIAN, [1.0, 1e-3, 1.7e-5, 1e-6], "variance has collapsed to 1.7e-05, .* asks for 0.001758"),
         (Objective.PFE, [9e-4, 1e-3, 1.2e-6], "variance has collapsed to 1.2e-06, .* asks for 0.0008789"),
         (Objective.PFE, [1.0, 1e-4, 9e-6], 0),
+        (Objective.SCF, [94.0, 600.0, 1e18, 1e19], "kappa has diverged to 1.0e.18, .* 0.55 asks for 403"),
+        (Objective.PFE_VMF, [94.0, 900.0, 9e5, 1e-5], "kappa has diverged to 9.0e.05, .* 0.55 asks for 842.9"),
     ],
 )
 def test_a_collapse_is_said_once(objective, values, said, caplog):
@@ -79,7 +81,8 @@ def test_a_collapse_is_said_once(objective, values, said, caplog):
             watch.check(step, value, cosine=0.55)
     assert len(caplog.records) == bool(said)
     if said:
-        assert caplog.records[0].event == f"{said.split()[0]}_collapsed"
+        name, _, what = said.split()[:3]
+        assert caplog.records[0].event == f"{name}_{what}"
         assert re.match(f"step 3: {said}", caplog.messages[0])
 
 

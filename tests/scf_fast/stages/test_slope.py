@@ -30,7 +30,9 @@ def test_slope_is_bounded_and_has_the_sign_of_the_exact_one(dim, log_kappa):
     (exact, loss), (weighted, same) = (slopes(log_kappa, cosines, dim, weighted) for weighted in (False, True))
     assert torch.equal(loss, same) and torch.equal(exact.sign(), weighted.sign())
     assert weighted.max() <= 64.001 * (dim - 1) and weighted.min() >= -0.501 * (dim - 1)
-    if log_kappa < math.log((dim - 1) / 2) - 3:  # the flat end: at least a twentieth of the largest slope for cosine 0.7
+    if (
+        log_kappa < math.log((dim - 1) / 2) - 3
+    ):  # the flat end: at least a twentieth of the largest slope for cosine 0.7
         assert weighted[3] < -0.025 * (dim - 1)
     if math.log((dim - 1) / 2) <= log_kappa <= math.log(32 * (dim - 1)):
         assert torch.equal(exact, weighted)

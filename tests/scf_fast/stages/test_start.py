@@ -1,4 +1,4 @@
-"""Closed forms of the start against brute force and the tables of the design notes; the limit of the learning rate."""
+"""The start against brute force; the limit of the learning rate."""
 
 import copy
 
@@ -6,17 +6,10 @@ import pytest
 import torch
 
 from scf_fast.errors import InputError
-from scf_fast.kernels import scf_loss, vmf_similarity
+from scf_fast.kernels import scf_loss
 from scf_fast.networks.confidence import build_confidence_net
 from scf_fast.objectives import Objective
-from scf_fast.stages.start import best_constant, check_cosine, rate_limit
-
-
-@pytest.mark.parametrize(("c", "pair", "scf", "gaussian"), [(0.1, 180.1, 51.7, 284.4), (0.7, 1425.9, 701.8, 853.3)])
-def test_tables(c, pair, scf, gaussian):
-    assert best_constant(Objective.PFE_VMF, c, 512) == pytest.approx(pair, abs=0.06)
-    assert best_constant(Objective.SCF, c, 512) == pytest.approx(scf, abs=0.06)
-    assert best_constant(Objective.SCF_GAUSSIAN, c, 512) == pytest.approx(gaussian, abs=0.06)
+from scf_fast.stages.start import best_constant, check_cosine, genuine_cosine, rate_limit
 
 
 @pytest.mark.parametrize("normalizer", ["exact", "published"])
@@ -33,15 +26,11 @@ def test_scf_starts_at_the_lowest_loss(normalizer):
     assert losses.index(min(losses)) == 5
 
 
-def test_pairs_start_at_the_highest_score():
-    mu = torch.zeros(2, 64, dtype=torch.float64)
-    mu[0, 0], mu[1, 0], mu[1, 1] = 1, 0.6, 0.8
-    start = best_constant(Objective.PFE_VMF, 0.6, 64)
-    scores = [
-        vmf_similarity(mu[:1], torch.tensor([k]).double(), mu[1:], torch.tensor([k]).double()).item()
-        for k in (0.98 * start, start, 1.02 * start)
-    ]
-    assert scores[1] > max(scores[0], scores[2])
+def test_genuine_cosine_is_that_of_all_pairs():
+    mu, labels = torch.nn.functional.normalize(torch.randn(7, 5).double()), torch.tensor([0, 4, 0, 2, 4, 0, 9])
+    same = (labels[:, None] == labels[None]) & ~torch.eye(7, dtype=torch.bool)
+    cosines = (mu @ mu.T * same).sum(dim=1)[same.any(dim=1)] / same.sum(dim=1)[same.any(dim=1)]
+    assert genuine_cosine(mu, labels).tolist() == pytest.approx(cosines.tolist(), abs=1e-12)
 
 
 @pytest.mark.parametrize("cosine", [0.0099, -0.3, float("nan")])
