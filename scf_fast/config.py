@@ -234,7 +234,9 @@ class Config:
     )
     keep_checkpoints: int = option(2, "newest checkpoints kept", group="system")
     keep_best: bool = option(
-        False, "keep the checkpoint of the epoch with the lowest mean training loss too", group="system"
+        False,
+        "keep the checkpoint of the epoch with the lowest mean training loss too, or the lowest loss of --validation",
+        group="system",
     )
     background_checkpoints: bool | None = option(
         None, "write checkpoints while training goes on, from a copy in host memory; default: on a GPU", group="system"
@@ -667,6 +669,16 @@ class ConfidenceConfig(FeatureConfig):
         "neither explodes above it nor vanishes below. Default: bounded, and exact with --normalizer published",
         choices=("bounded", "exact"),
     )
+    validation: float = option(
+        0.0,
+        "share of the people (not images) that training leaves out: after each epoch the log and TensorBoard get their "
+        "loss, the rank correlation of kappa with the cosine to the own center, the area under error versus reject and "
+        "the reliability of kappa, and --keep_best goes by their loss; 0 is off",
+        identity=True,
+    )
+    patience: int = option(
+        0, "end the run after so many epochs in a row without a lower loss of --validation; 0 is off"
+    )
     max_first_step: float | None = option(
         None,
         "lower --lr, if need be, to where a first step of Adam moves log kappa by at most this (measured on the first "
@@ -748,6 +760,7 @@ class ConfidenceConfig(FeatureConfig):
             "slope",
             "exact with --normalizer published, which has a slope of its own",
         )
+        self._check_validation()
         assert self.max_first_step is not None, "resolved"
         require(self.max_first_step >= 0, "max_first_step", "0 or more")
         require(
@@ -758,6 +771,26 @@ class ConfidenceConfig(FeatureConfig):
         self._check_objective()
         self._check_pairs()
         self._check_several()
+
+    def _check_validation(self) -> None:
+        require = self._require
+        require(0 <= self.validation < 1, "validation", "a share of the people, at least 0 and below 1")
+        require(self.patience >= 0, "patience", "0 or more")
+        require(not self.patience or self.validation, "patience", "0 without --validation, whose loss it waits for")
+        if not self.validation:
+            return
+        for flag, neutral in (
+            ("finetune_bkb", False),
+            ("data_weights", ()),
+            ("max_images_per_identity", 0),
+            ("images_per_identity", 0),
+        ):
+            require(getattr(self, flag) == neutral, flag, "left out with --validation")
+        if self.is_pairwise:
+            raise InputError(
+                f"--validation {self.validation:g} cannot be given with --objective {','.join(self.objective)}: people "
+                "are held out of batches of single images alone"
+            )
 
     def _check_objective(self) -> None:
         require, named = self._require, ",".join(self.objective)

@@ -27,11 +27,12 @@ from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.run import checkpoints
 from scf_fast.run import folder as run_folder
 from scf_fast.run.checkpoints import Checkpoints, ResumePoint, RunState
+from scf_fast.run.patience import Patience
 from scf_fast.run.reporting import Reporter, StepLines, forget_after, log_to_files, set_up_logging
 from scf_fast.run.step_guard import StepGuard, Votes
 from scf_fast.run.stop_signal import StopSignal
 from scf_fast.run.timing import Breakdown, StepProfile
-from scf_fast.stages.base import Progress, StepResult, flop_per_image
+from scf_fast.stages.base import VALIDATION_LOSS, Progress, StepResult, flop_per_image
 from scf_fast.stages.inputs import Inputs, check_world, open_inputs
 from scf_fast.stages.published_files import flag_notes
 
@@ -173,6 +174,9 @@ class _Run:
         self.epoch_loss = torch.zeros(3, device=runtime.device, dtype=torch.float64)
         self.first_step = 0
         self.unwritten: str | None = None
+        self.patience: Patience | None = None
+        if isinstance(config, ConfidenceConfig) and config.patience:
+            self.patience = Patience(config.patience)
         if point:
             self._resume(point)
         self.last_step = config.epochs * self.per_epoch
@@ -188,6 +192,8 @@ class _Run:
         self.schedule.load_state_dict(state.schedule)
         total, count, *applied = state.epoch_loss  # older versions have not counted the last
         self.epoch_loss.copy_(torch.tensor([total, count, *(applied or [count])], dtype=torch.float64))
+        if self.patience and state.patience:
+            self.patience.restore(state.patience)
         same_layout = (state.world_size, state.zero_stage) == (self.runtime.world_size, engine.zero_stage)
         log.info(
             "resumed at step %d (epoch %d)%s",
@@ -224,9 +230,10 @@ class _Run:
         note = describe_groups(self.sampler)
         if note:
             log.info("%s", note)
-        if self.first_step >= self.last_step:
+        if self.first_step >= self.last_step or (self.patience and self.patience.is_over):
             self._export(self.first_step)  # a run that died after its last checkpoint may not have
-            log.info("nothing to do: the run is at step %d of %d", self.first_step, self.last_step)
+            over = ", and its patience is over" if self.patience and self.patience.is_over else ""
+            log.info("nothing to do: the run is at step %d of %d%s", self.first_step, self.last_step, over)
             self._check_written()
             return None
         loader = self.stage.make_loader(self.source, self.sampler, runtime)
@@ -301,12 +308,15 @@ class _Run:
             epoch_ends, run_ends = step % self.per_epoch == 0, step == self.last_step
             is_due = config.checkpoint_every and step % config.checkpoint_every == 0
             if epoch_ends or run_ends or votes.stop or is_due:
-                self._save(step, epoch_ends)
+                self._save(step, epoch_ends, rate, reporter)
             if epoch_ends or run_ends:
                 self._export(step)
             self.clock.mark("checkpoints and logs")
             if votes.stop and not run_ends:
                 return step, True
+            if self.patience and self.patience.is_over:
+                log.info("no lower loss of the people held out for %d epochs: the run ends", self.patience.limit)
+                break
         return step, False
 
     def _check_trained(self, step: int) -> None:
@@ -392,9 +402,16 @@ class _Run:
             self.stage.check_metrics(step, means)
             self.clock.collect()
 
-    def _save(self, step: int, epoch_ends: bool) -> None:
+    def _save(self, step: int, epoch_ends: bool, rate: float, reporter: Reporter) -> None:
         self.engine.average_batchnorm_statistics()
         total, count, _ = distributed.average_over_ranks(self.epoch_loss).tolist()
+        metric = total / count if epoch_ends and count else None
+        measures = self.stage.validate(self.engine, self.runtime) if epoch_ends else None
+        if measures is not None:
+            metric = measures[VALIDATION_LOSS]
+            reporter.metrics(step, measures, rate, {})
+            if self.patience:
+                self.patience.add(metric)
         if epoch_ends:
             self.epoch_loss.zero_()
         state = RunState(
@@ -402,11 +419,12 @@ class _Run:
             schedule=self.schedule.state_dict(),
             num_classes=self.source.num_classes,
             num_images=len(self.source),
-            metric=total / count if epoch_ends and count else None,
+            metric=metric,
             epoch_loss=self.epoch_loss.tolist(),
             world_size=self.runtime.world_size,
             zero_stage=self.engine.zero_stage,
             objective=list(self.config.objective) if isinstance(self.config, ConfidenceConfig) else None,
+            patience=self.patience.state() if self.patience else None,
         )
         self.checkpoints.save(self.engine, state, self.stage.centers)
 

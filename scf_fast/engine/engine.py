@@ -105,6 +105,10 @@ class Engine:
         """Puts the module into training mode."""
         self._engine.train()
 
+    def eval(self) -> None:
+        """Puts the module into evaluation mode."""
+        self._engine.eval()
+
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """The module's forward pass, under autocast in bf16 and fp16."""
         return self._engine(*inputs)

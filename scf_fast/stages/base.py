@@ -18,6 +18,8 @@ from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages.memory_forecast import MemoryForecast
 
+VALIDATION_LOSS = "validation/loss"
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -118,6 +120,12 @@ class Stage(Protocol):
     def network(self) -> NetworkShape:
         """Returns which backbone the stage has."""
         ...
+
+    def validate(self, engine: Engine, runtime: Runtime) -> dict[str, float] | None:
+        """Returns what people held out say of the weights, by name, :data:`VALIDATION_LOSS` among it; collective, the
+        same on every rank. None where nobody is held out.
+        """
+        return None
 
     def export(self, engine: Engine, folder: Path, is_main: bool, progress: Progress) -> list[Path]:
         """Writes what the stage leaves behind and returns the files; collective.

@@ -12,25 +12,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from scf_fast.config import ConfidenceConfig
-from scf_fast.data import epoch_sampler
+from scf_fast.data import epoch_sampler, held_out_sampler
 from scf_fast.distributed import Runtime
 from scf_fast.engine.engine import Engine
 from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 from scf_fast.errors import InputError
 from scf_fast.features.open import open_stream, pixel_convention
+from scf_fast.features.stream import FeatureBatch
 from scf_fast.model import save_model
 from scf_fast.networks.backbones import BACKBONES
 from scf_fast.networks.confidence import ConfidenceNet, build_confidence_net
 from scf_fast.objectives import Density, Objective
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.pair_sampler import PairSampler
-from scf_fast.pipelines.sampling.sampler import Sampler
+from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages import published_files
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
-from scf_fast.stages.criteria import Criterion, make_criterion
+from scf_fast.stages.criteria import Criterion, doubt_about, make_criterion
 from scf_fast.stages.pairs import PairBatch, PairLoader, PairMicroBatch, divide
 from scf_fast.stages.start import best_constant, check_cosine, genuine_cosine, mean_over_ranks, rate_limit
+from scf_fast.stages.validation import measure_people
 from scf_fast.weights.family_names import StateDict, family_state
 from scf_fast.weights.files import CONFIDENCE_FILE, MODEL_FILE, save_torch_file
 from scf_fast.weights.reading import read_noted_facts, read_weights
@@ -85,6 +87,7 @@ class ConfidenceStage(Stage):
         self._labels = source.labels
         self._criteria: dict[str, Criterion] = {}
         self._opened: BatchLoader[Any] | None = None  # by ``prepare``, for training
+        self._held_out: EpochSampler | None = None  # the images of --validation
 
     def forecast(self, world_size: int, precision: str) -> None:
         """Returns None: the published net is known to fit, and smaller ones are small."""
@@ -202,7 +205,12 @@ class ConfidenceStage(Stage):
     def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
         """Returns the stream of features, of pairs with what makes a pair."""
         opened, self._opened = self._opened, None
-        return opened or self._paired(open_stream(self.config, self.backbone_state, source, sampler, runtime), sampler)
+        if opened is not None:
+            return opened
+        self._stream = open_stream(self.config, self.backbone_state, source, sampler, runtime)
+        if self.config.validation:
+            self._held_out = held_out_sampler(self.config, source, runtime.rank, runtime.world_size)
+        return self._paired(self._stream, sampler)
 
     def _paired(self, loader: BatchLoader[Any], sampler: Sampler) -> BatchLoader[Any]:
         return PairLoader(loader, sampler, self._labels) if isinstance(sampler, PairSampler) else loader
@@ -219,6 +227,8 @@ class ConfidenceStage(Stage):
             name: criterion.loss(features, parameter, inputs.labels, share)
             for (name, criterion), parameter in zip(self._criteria.items(), parameters, strict=True)
         }
+        for name, result in results.items():
+            (self._criteria[name].newest,) = result.distributions.values()
         return next(iter(results.values())) if len(results) == 1 else _joined(results, self.loss_name)
 
     def _forward(self, engine: Engine, inputs: Any) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...]]:
@@ -232,6 +242,20 @@ class ConfidenceStage(Stage):
             criterion.check(
                 step, {key.removeprefix(prefix): value for key, value in means.items() if key.startswith(prefix)}
             )
+
+    def validate(self, engine: Engine, runtime: Runtime) -> dict[str, float] | None:
+        if self._held_out is None:
+            return None
+
+        def predict(batch: FeatureBatch) -> tuple[torch.Tensor, ...]:
+            _, predicted = self._forward(engine, batch)
+            return predicted if isinstance(predicted, tuple) else (predicted,)
+
+        engine.eval()
+        with torch.no_grad(), contextlib.closing(self._stream.of(self._held_out)) as stream:
+            found = measure_people(stream, predict, self._criteria, runtime)
+        engine.train()
+        return found
 
     def export(self, engine: Engine, folder: Path, is_main: bool, progress: Progress) -> list[Path]:
         """Writes the confidence net as the published code names it, and the whole model in one file; each of several
@@ -249,7 +273,7 @@ class ConfidenceStage(Stage):
                 net_state, own = states_of(state, objective.value), folder / objective.value
             files += [own / CONFIDENCE_FILE, own / MODEL_FILE]
             if is_main:
-                self._save(net_state, trained_backbone, objective, own, progress)
+                self._save(net_state, trained_backbone, objective, own, progress, self._doubt(objective))
         if is_main and objectives == (Objective.SCF,):
             published_files.write_hparams(self.config, self.z_dim, BACKBONES[self.name].convf_dim)
         if is_main and optimizer_state is not None:
@@ -264,9 +288,12 @@ class ConfidenceStage(Stage):
         objective: Objective,
         folder: Path,
         progress: Progress,
+        warning: str | None,
     ) -> None:
         folder.mkdir(exist_ok=True)
         content = {"uncer_net_state_dict": net_state, "objective": objective.value, **progress.as_dict()}
+        if warning is not None:
+            content["warning"] = warning
         save_torch_file(content, folder / CONFIDENCE_FILE)
         save_model(
             folder / MODEL_FILE,
@@ -276,8 +303,19 @@ class ConfidenceStage(Stage):
             normalization=self._normalization,
             normalizer=self.config.normalizer if objective is Objective.SCF else None,
             objective=objective,
+            warning=warning,
             **progress.as_dict(),
         )
+
+    def _doubt(self, objective: Objective) -> str | None:
+        """Returns what speaks against a net by the images of the newest batch, and logs it."""
+        newest = self._criteria[objective.value].newest
+        doubt = None if newest is None else doubt_about(newest)
+        if doubt is not None:
+            log.warning(
+                "%s: %s; the model is written with this warning", objective.title, doubt, extra={"event": "doubt"}
+            )
+        return doubt
 
     def _trained_states(self, engine: Engine) -> tuple[StateDict, StateDict | None]:
         """Returns the confidence net, or several, and the backbone where it is trained; collective."""

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _DIVERGED = 1000.0  # times the one that fits the cosine
 _COLLAPSED = 0.01  # of the largest value so far, and of the one that fits the cosine
+_USUAL = (1e-3, 1e8)  # kappa and precision of a model in use
+_LEAST_SPREAD = 1e-3  # of log kappa
 _BISECTIONS = 60  # of log kappa, over 40: to float64's rounding
 
 
@@ -103,12 +105,30 @@ class CollapseWatch:
             )
 
 
+def doubt_about(confidence: torch.Tensor) -> str | None:
+    """Returns what speaks against a model whose images have these kappas or precisions, (B,); None for a usual one."""
+    values = confidence.float()
+    outside = ~((values > _USUAL[0]) & (values < _USUAL[1]))
+    if outside.float().mean() > 0.5:
+        return (
+            f"{outside.sum().item()} of {len(values)} images have a kappa or precision outside {_USUAL[0]:g} to "
+            f"{_USUAL[1]:g}: the confidence net has collapsed or diverged"
+        )
+    if len(values) > 1 and values.log().std() < _LEAST_SPREAD:
+        return "all images have the same kappa or precision: the confidence net has died"
+    return None
+
+
 class Criterion(abc.ABC):
     """Loss and metrics of one confidence net.
 
     Args:
         dim: embedding width d.
+    Attributes:
+        newest: (B,) kappa or precision of the newest batch; None before.
     """
+
+    newest: torch.Tensor | None = None
 
     cosine: str  # the metric that the watch looks at
     value: str

@@ -11,7 +11,7 @@ import torch
 
 from scf_fast.config import ConfidenceConfig
 from scf_fast.objectives import Objective
-from scf_fast.stages.criteria import CollapseWatch, PairShare, fitting_value, make_criterion
+from scf_fast.stages.criteria import CollapseWatch, PairShare, doubt_about, fitting_value, make_criterion
 
 
 def psi(kappa, dim):
@@ -127,3 +127,19 @@ def test_pairs_count_by_their_share(variance):
     }
     for name, value in wanted.items():
         assert sum(result.metrics[name] for result in results).item() / 2 == pytest.approx(value.item(), rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("kappa", "said"),
+    [
+        ([1e-4, 1e-5, 50.0], "2 of 3 images .* outside 0.001 to 1e.08"),
+        ([1e18, 1e18, 1e18], "3 of 3 images"),
+        ([float("nan"), 1e9, 3.0], "2 of 3 images"),
+        ([90.0, 90.0, 90.0], "all images have the same"),
+        ([90.0, 100.0, 1e9], None),
+        ([7.0], None),
+    ],
+)
+def test_models_that_mean_nothing_are_doubted(kappa, said):
+    found = doubt_about(torch.tensor(kappa))
+    assert found is None if said is None else re.match(said, found)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scf_fast.kernels import inverse_mean_resultant_length
+from scf_fast.model import SCF
 
 
 def lines_of(path):
@@ -50,3 +51,12 @@ def test_without_start_and_limit_nothing_is_measured(train):
     metrics, output = train(1, "--initial_kappa", 3, "--max_first_step", 0, "--lr", "0.001", "--max_steps", 1)
     assert metrics[0]["kappa"] == pytest.approx(3, rel=0.2) and metrics[0]["lr"] == 0.001
     assert "starts at" not in output
+
+
+def test_a_net_that_has_died_is_written_with_a_warning(train, tmp_path):
+    """As the learning rate alone made it before there was a limit."""
+    _, output = train(1, "--lr", "1", "--slope", "exact", "--max_first_step", 0)
+    model = torch.load(tmp_path / "run" / "scf_model.pt")
+    assert "confidence net has" in model["warning"]
+    assert f"SCF: {model['warning']}; the model is written with this warning" in output
+    assert SCF.from_checkpoint(tmp_path / "run").embedding_dim == 32
