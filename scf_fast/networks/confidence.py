@@ -64,6 +64,10 @@ class ConfidenceNet(nn.Module, abc.ABC):
     def start_at(self, value: float) -> None:
         """Makes training start near this kappa or variance, in all outputs."""
 
+    @abc.abstractmethod
+    def multiply(self, factor: float) -> None:
+        """Multiplies what the net predicts, kappa or variance, by a positive factor, in its last bias."""
+
 
 class _Head(ConfidenceNet):
     """A network whose last layers have the published code's name."""
@@ -74,6 +78,12 @@ class _Head(ConfidenceNet):
         last = self._log_kappa[-1]
         assert isinstance(last, nn.Linear)
         nn.init.constant_(last.bias, math.log(value))
+
+    @torch.no_grad()
+    def multiply(self, factor: float) -> None:
+        last = self._log_kappa[-1]
+        assert isinstance(last, nn.Linear)
+        last.bias.add_(math.log(factor))
 
 
 class MLPConfidence(_Head):
@@ -195,6 +205,10 @@ class PFEConfidence(ConfidenceNet):
 
     def start_at(self, value: float) -> None:
         nn.init.constant_(self.shift, math.log(value))
+
+    @torch.no_grad()
+    def multiply(self, factor: float) -> None:
+        self.shift.add_(math.log(factor))
 
     def forward(self, convf: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) or (B, C*H*W) -> (B,) or (B, outputs) float32."""
