@@ -4,8 +4,8 @@
     python -m bench.stage2_recipes [--tiny] [--saved_bkb FILE --saved_fc FILE --data PATH] [--out DIR]
 
 Same net, normalizer (exact), seeds and features in memory; the loss is that of people held out. The published recipe is
-30 epochs of Adam at 3e-5, halved every second epoch, from PyTorch's start; where its steps are few, it ends far from the
-optimum.
+30 epochs of Adam at 3e-5, halved every second epoch, from PyTorch's start; where its steps are few, it ends far from
+the optimum.
 The exit status is 1 if ``confidence_fast.yaml`` needs more than a tenth of its steps with any seed.
 """
 
