@@ -30,6 +30,17 @@ PAIR_BATCH = (64, 4)  # of PFE's published code: people in a batch, images of ea
 MARGIN_PRESETS = {"arcface": (1.0, 0.5, 0.0), "cosface": (1.0, 0.0, 0.4), "combined": (1.0, 0.3, 0.2)}
 
 
+_LARGEST_KAPPA = 1e8
+
+
+def _number(text: str | None) -> float:
+    """Returns the number that a text holds; NaN where it holds none."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return math.nan
+
+
 @dataclass(frozen=True)
 class PerStage:
     """A default that depends on the stage."""
@@ -225,14 +236,17 @@ class Config:
     )
     keep_checkpoints: int = option(2, "newest checkpoints kept", group="system")
     keep_best: bool = option(
-        False, "keep the checkpoint of the epoch with the lowest mean training loss too", group="system"
+        False,
+        "keep the checkpoint of the epoch with the lowest mean training loss too, or the lowest loss of --validation",
+        group="system",
     )
     background_checkpoints: bool | None = option(
         None, "write checkpoints while training goes on, from a copy in host memory; default: on a GPU", group="system"
     )
     max_skipped_steps: int = option(
         10,
-        "end the run after so many steps in a row whose loss is not finite; each is skipped, its images are named",
+        "end the run after so many steps in a row whose loss or gradient is not finite; each is skipped, its images "
+        "are named",
         group="system",
     )
     record_samples: bool = option(
@@ -648,11 +662,34 @@ class ConfidenceConfig(FeatureConfig):
         group="model",
         identity=True,
     )
-    initial_kappa: float | None = option(
+    initial_kappa: str | None = option(
         None,
-        "kappa, or precision 1/variance, that the untrained confidence net starts from; default: as PyTorch "
-        "initializes mlp and conv (about 1), and as PFE's code starts pfe (variance e^-7)",
+        "kappa, or precision 1/variance, that the untrained confidence net starts from: auto is the one that fits the "
+        "mean cosine of the first batches best; none is as PyTorch initializes mlp and conv (about 1), and as PFE's "
+        "code starts pfe (variance e^-7); or a number. Default: auto, and none with --normalizer published",
         group="model",
+        metavar="auto|none|NUMBER",
+    )
+    slope: str | None = option(
+        None,
+        "gradient of log kappa under scf: exact is the derivative of the loss; bounded has the same optimum and "
+        "neither explodes above it nor vanishes below. Default: bounded, and exact with --normalizer published",
+        choices=("bounded", "exact"),
+    )
+    validation: float = option(
+        0.0,
+        "share of the people (not images) that training leaves out: after each epoch the log and TensorBoard get their "
+        "loss, the rank correlation of kappa with the cosine to the own center, the area under error versus reject and "
+        "the reliability of kappa, and --keep_best goes by their loss; 0 is off",
+        identity=True,
+    )
+    patience: int = option(
+        0, "end the run after so many epochs in a row without a lower loss of --validation; 0 is off"
+    )
+    max_first_step: float | None = option(
+        None,
+        "lower --lr, if need be, to where a first step of Adam moves log kappa by at most this (measured on the first "
+        "batch, to first order); 0 is off. Default: 4, and 0 with --normalizer published",
     )
     published_checkpoints: bool = option(
         None,
@@ -660,6 +697,11 @@ class ConfidenceConfig(FeatureConfig):
         "included (4.7 GB for its confidence net); default: with --dataset",
         group="published",
     )
+
+    @property
+    def start(self) -> float | None:
+        """The kappa or precision that --initial_kappa gives as a number; else None."""
+        return None if self.initial_kappa in ("auto", "none") else _number(self.initial_kappa)
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -699,6 +741,15 @@ class ConfidenceConfig(FeatureConfig):
             if isinstance(self.batch_size, PerStage):
                 self._set("batch_size", math.prod(pair_batch))
         super()._resolve()
+        exact = self.normalizer == "exact"
+        for name, value in (
+            ("initial_kappa", "auto" if exact else "none"),
+            ("slope", "bounded" if exact else "exact"),
+            ("max_first_step", 4.0 if exact else 0.0),
+        ):
+            if getattr(self, name) is None:
+                self._set(name, value)
+        self._set("initial_kappa", str(self.initial_kappa))  # of an older configuration, a number
         if self.published_checkpoints is None:
             self._set("published_checkpoints", bool(self.dataset) and self.objective == (Objective.SCF.value,))
 
@@ -710,7 +761,20 @@ class ConfidenceConfig(FeatureConfig):
         )
         require(self.radius > 0, "radius", "positive")
         require(self.z_dim is None or self.z_dim >= 2, "z_dim", "at least 2")
-        require(self.initial_kappa is None or self.initial_kappa > 0, "initial_kappa", "positive")
+        start = self.initial_kappa
+        require(
+            start in ("auto", "none") or 0 < _number(start) < _LARGEST_KAPPA,
+            "initial_kappa",
+            f"auto, none, or a number between 0 and {_LARGEST_KAPPA:g}",
+        )
+        require(
+            self.slope == "exact" or self.normalizer == "exact",
+            "slope",
+            "exact with --normalizer published, which has a slope of its own",
+        )
+        self._check_validation()
+        assert self.max_first_step is not None, "resolved"
+        require(self.max_first_step >= 0, "max_first_step", "0 or more")
         require(
             not (self.finetune_bkb and self.feature_cache),
             "finetune_bkb",
@@ -719,6 +783,26 @@ class ConfidenceConfig(FeatureConfig):
         self._check_objective()
         self._check_pairs()
         self._check_several()
+
+    def _check_validation(self) -> None:
+        require = self._require
+        require(0 <= self.validation < 1, "validation", "a share of the people, at least 0 and below 1")
+        require(self.patience >= 0, "patience", "0 or more")
+        require(not self.patience or self.validation, "patience", "0 without --validation, whose loss it waits for")
+        if not self.validation:
+            return
+        for flag, neutral in (
+            ("finetune_bkb", False),
+            ("data_weights", ()),
+            ("max_images_per_identity", 0),
+            ("images_per_identity", 0),
+        ):
+            require(getattr(self, flag) == neutral, flag, "left out with --validation")
+        if self.is_pairwise:
+            raise InputError(
+                f"--validation {self.validation:g} cannot be given with --objective {','.join(self.objective)}: people "
+                "are held out of batches of single images alone"
+            )
 
     def _check_objective(self) -> None:
         require, named = self._require, ",".join(self.objective)

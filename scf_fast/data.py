@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from scf_fast.config import ConfidenceConfig, Config
@@ -13,7 +14,7 @@ from scf_fast.pipelines.loading.augmentation import PRESETS
 from scf_fast.pipelines.loading.base import Loader, Preprocessing
 from scf_fast.pipelines.sampling.pair_sampler import PairSampler
 from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
-from scf_fast.pipelines.sampling.selection import Mixture, PerIdentity
+from scf_fast.pipelines.sampling.selection import Mixture, Only, PerIdentity, hold_out_people
 from scf_fast.pipelines.sources.base import ImageSource
 
 _BLOCK_IMAGES = 256  # neighbors read in one go by --shuffle block: 2 MB of faces
@@ -45,7 +46,7 @@ def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: in
         except InputError as error:
             named = ",".join(map(str, config.pair_batch))
             raise InputError(f"--data {config.data}, --pair_batch {named}: {error}") from None
-    selection: Mixture | PerIdentity | None = None
+    selection: Mixture | PerIdentity | Only | None = None
     if config.data_weights:
         sizes = source.sizes
         if len(sizes) != len(config.data_weights):
@@ -60,6 +61,8 @@ def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: in
             config.images_per_identity or config.max_images_per_identity,
             exactly=config.images_per_identity > 0,
         )
+    elif isinstance(config, ConfidenceConfig) and config.validation:
+        selection = Only(~held_out_images(config, source))
     size = len(source) if selection is None else selection.size
     if size < config.batch_size:
         raise InputError(
@@ -73,6 +76,38 @@ def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: in
         seed=config.seed,
         selection=selection,
         block_size=_BLOCK_IMAGES if config.shuffle == "block" else 0,
+    )
+
+
+def held_out_images(config: ConfidenceConfig, source: ImageSource) -> np.ndarray:
+    """Returns which images are of people that ``--validation`` holds out, (N,) bool.
+
+    Raises:
+        InputError: there are too few people, or fewer than two of those held out have two images.
+    """
+    try:
+        held_out = hold_out_people(source.labels, config.validation, config.seed)
+    except InputError as error:
+        raise InputError(f"--validation {config.validation:g}: {error}") from None
+    _, counts = np.unique(source.labels[held_out], return_counts=True)
+    if (counts > 1).sum() < 2:
+        raise InputError(
+            f"--validation {config.validation:g}: {(counts > 1).sum()} of the {len(counts)} people held out have two "
+            "images; hold out more people"
+        )
+    return held_out
+
+
+def held_out_sampler(config: ConfidenceConfig, source: ImageSource, rank: int, world_size: int) -> EpochSampler:
+    """Returns the sampler of this rank over the images that ``--validation`` holds out, each once and in order."""
+    return EpochSampler(
+        len(source),
+        config.batch_size,
+        rank=rank,
+        world_size=world_size,
+        shuffle=False,
+        last_batch="partial",
+        selection=Only(held_out_images(config, source)),
     )
 
 

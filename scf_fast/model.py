@@ -186,6 +186,7 @@ def save_model(
     normalization: str,
     normalizer: str | None = None,
     objective: Objective | None = None,
+    warning: str | None = None,
     epoch: int | None = None,
     global_step: int | None = None,
 ) -> None:
@@ -193,8 +194,9 @@ def save_model(
 
     Args:
         objective: that the confidence net was trained for; None counts as SCF.
+        warning: what speaks against using the confidence net, for people.
         normalizer, epoch, global_step: how it was trained, where that is known; for people.
     """
     stated = None if objective is None else objective.value
-    facts = Facts(epoch, global_step, radius, normalization, normalizer, stated)
+    facts = Facts(epoch, global_step, radius, normalization, normalizer, stated, warning)
     write_weights(Weights(str(path), backbone_state, confidence_net=confidence_state, facts=facts), path)

@@ -18,6 +18,7 @@ from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.data import describe_groups, epoch_sampler
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_precision
+from scf_fast.engine.dropped import Dropped
 from scf_fast.engine.engine import Engine
 from scf_fast.engine.learning_rate import LearningRate
 from scf_fast.errors import Incomplete
@@ -26,11 +27,12 @@ from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.run import checkpoints
 from scf_fast.run import folder as run_folder
 from scf_fast.run.checkpoints import Checkpoints, ResumePoint, RunState
+from scf_fast.run.patience import Patience
 from scf_fast.run.reporting import Reporter, StepLines, forget_after, log_to_files, set_up_logging
 from scf_fast.run.step_guard import StepGuard, Votes
 from scf_fast.run.stop_signal import StopSignal
 from scf_fast.run.timing import Breakdown, StepProfile
-from scf_fast.stages.base import Progress, StepResult, flop_per_image
+from scf_fast.stages.base import VALIDATION_LOSS, Progress, StepResult, flop_per_image
 from scf_fast.stages.inputs import Inputs, check_world, open_inputs
 from scf_fast.stages.published_files import flag_notes
 
@@ -65,7 +67,8 @@ def train(config: Config) -> str | None:
     Raises:
         InputError, OSError: bad input. Before any training: nothing has been written or deleted then. Or later: data or
             a cache that cannot be read.
-        FloatingPointError: the loss stays without a finite value, or the weights have lost theirs.
+        FloatingPointError: steps in a row, or an epoch, have changed no weight; or the weights have lost their finite
+            values.
         Incomplete: the last checkpoint or the exported files could not be written.
     """
     rank, world_size = distributed.environment()
@@ -94,6 +97,8 @@ def train(config: Config) -> str | None:
             module = inputs.stage.build(runtime, precision)
             if point:
                 checkpoints.load_weights(module, point)
+            else:
+                inputs.stage.prepare(module, inputs.source, runtime)
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = inputs.stage.build_optimizer(trained, runtime.device)
         config = inputs.stage.config  # the inputs have settled the rest of it
@@ -120,6 +125,7 @@ class _StepOutcome:
         values: means over the micro-batches.
         distributions: of the last micro-batch, by name.
         votes: what the ranks have agreed on.
+        dropped: why no weight has changed; None where they have.
     """
 
     loss_name: str
@@ -127,6 +133,7 @@ class _StepOutcome:
     values: torch.Tensor
     distributions: dict[str, torch.Tensor]
     votes: Votes
+    dropped: Dropped | None
 
     def averaged(self) -> dict[str, float]:
         """Returns means over ranks, the loss first; synchronizes with the device."""
@@ -151,7 +158,7 @@ class _Run:
         config = self.config
         self.sampler = epoch_sampler(config, self.source, runtime.rank, runtime.world_size)
         self.per_epoch = self.sampler.batches_per_epoch
-        self.schedule = LearningRate(config, engine.optimizer, self.per_epoch)
+        self.schedule = LearningRate(config, engine.optimizer, self.per_epoch, self.stage.rate_limit)
         in_background = config.background_checkpoints
         self.checkpoints = Checkpoints(
             folder / run_folder.CHECKPOINTS,
@@ -163,10 +170,13 @@ class _Run:
         self.checkpoints.resume_from(point.tag if point else None)
         not_finite = folder / f"not_finite_rank{runtime.rank}.jsonl"
         self.guard = StepGuard(engine.module, runtime, config.max_skipped_steps, not_finite)
-        # sum and number of this epoch's steps
-        self.epoch_loss = torch.zeros(2, device=runtime.device, dtype=torch.float64)
-        self.first_step, self.scaler_skips = 0, 0
+        # of this epoch: sum of the losses, their number, and how many of these steps have changed the weights
+        self.epoch_loss = torch.zeros(3, device=runtime.device, dtype=torch.float64)
+        self.first_step = 0
         self.unwritten: str | None = None
+        self.patience: Patience | None = None
+        if isinstance(config, ConfidenceConfig) and config.patience:
+            self.patience = Patience(config.patience)
         if point:
             self._resume(point)
         self.last_step = config.epochs * self.per_epoch
@@ -180,7 +190,10 @@ class _Run:
         checkpoints.load(engine, point, self.stage.centers)
         self.first_step = state.step
         self.schedule.load_state_dict(state.schedule)
-        self.epoch_loss.copy_(torch.tensor(state.epoch_loss))
+        total, count, *applied = state.epoch_loss  # older versions have not counted the last
+        self.epoch_loss.copy_(torch.tensor([total, count, *(applied or [count])], dtype=torch.float64))
+        if self.patience and state.patience:
+            self.patience.restore(state.patience)
         same_layout = (state.world_size, state.zero_stage) == (self.runtime.world_size, engine.zero_stage)
         log.info(
             "resumed at step %d (epoch %d)%s",
@@ -217,9 +230,10 @@ class _Run:
         note = describe_groups(self.sampler)
         if note:
             log.info("%s", note)
-        if self.first_step >= self.last_step:
+        if self.first_step >= self.last_step or (self.patience and self.patience.is_over):
             self._export(self.first_step)  # a run that died after its last checkpoint may not have
-            log.info("nothing to do: the run is at step %d of %d", self.first_step, self.last_step)
+            over = ", and its patience is over" if self.patience and self.patience.is_over else ""
+            log.info("nothing to do: the run is at step %d of %d%s", self.first_step, self.last_step, over)
             self._check_written()
             return None
         loader = self.stage.make_loader(self.source, self.sampler, runtime)
@@ -282,7 +296,9 @@ class _Run:
             if self.samples:
                 self.samples.add({"step": step, "images": batch.indices.tolist()})
             try:
-                self.guard.count(votes, step, lambda: self._names(step))  # noqa: B023 -- called before the next step
+                self.guard.count(outcome.dropped, step, lambda: self._names(step))  # noqa: B023 -- called at once
+                if step % self.per_epoch == 0 or step == self.last_step:
+                    self._check_trained(step)
             except FloatingPointError:  # on all ranks
                 self.checkpoints.finish()
                 raise
@@ -292,13 +308,30 @@ class _Run:
             epoch_ends, run_ends = step % self.per_epoch == 0, step == self.last_step
             is_due = config.checkpoint_every and step % config.checkpoint_every == 0
             if epoch_ends or run_ends or votes.stop or is_due:
-                self._save(step, epoch_ends)
+                self._save(step, epoch_ends, rate, reporter)
             if epoch_ends or run_ends:
                 self._export(step)
             self.clock.mark("checkpoints and logs")
             if votes.stop and not run_ends:
                 return step, True
+            if self.patience and self.patience.is_over:
+                log.info("no lower loss of the people held out for %d epochs: the run ends", self.patience.limit)
+                break
         return step, False
+
+    def _check_trained(self, step: int) -> None:
+        """Checks at the end of an epoch, or of the run, that it has trained something; the same on every rank.
+
+        Raises:
+            FloatingPointError: no step of the epoch has changed the weights.
+        """
+        if self.epoch_loss[2] > 0:
+            return
+        reasons = ", ".join(f"{count} times {reason.value}" for reason, count in self.guard.dropped.items())
+        raise FloatingPointError(
+            f"no step of epoch {(step - 1) // self.per_epoch + 1} has changed the weights ({reasons}); nothing of it "
+            "is kept: lower --lr, or --resume from the last checkpoint"
+        )
 
     def _check_written(self) -> None:
         if self.checkpoints.failed:
@@ -330,7 +363,7 @@ class _Run:
             if centers is not None and centers.fused:  # they change in the backward pass, so the vote comes before it
                 votes = guard.votes()
                 if votes.not_finite:
-                    return self._outcome(result, total, votes)
+                    return self._outcome(result, total, votes, Dropped.LOSS)
             self.engine.backward(result.loss)
             self.clock.mark("backward")
             if is_last:
@@ -339,14 +372,16 @@ class _Run:
         assert votes is not None, "the last micro-batch has voted"
         if centers is not None:
             centers.step(applied)
+        dropped = None if applied else Dropped.LOSS if votes.not_finite else self.engine.dropped_for
         if not votes.not_finite:
-            self.epoch_loss += torch.stack([total[0] / micro_batches, total.new_ones(())])
-            self.scaler_skips += not applied
+            self.epoch_loss += torch.stack(
+                [total[0] / micro_batches, total.new_ones(()), total.new_full((), float(applied))]
+            )
         self.clock.mark("optimizer")
-        return self._outcome(result, total / micro_batches, votes)
+        return self._outcome(result, total / micro_batches, votes, dropped)
 
-    def _outcome(self, last: StepResult, values: torch.Tensor, votes: Votes) -> _StepOutcome:
-        return _StepOutcome(self.stage.loss_name, list(last.metrics), values, last.distributions, votes)
+    def _outcome(self, last: StepResult, values: torch.Tensor, votes: Votes, dropped: Dropped | None) -> _StepOutcome:
+        return _StepOutcome(self.stage.loss_name, list(last.metrics), values, last.distributions, votes, dropped)
 
     def _names(self, step: int) -> list[str]:
         """Returns the names of this rank's images of a step."""
@@ -367,9 +402,16 @@ class _Run:
             self.stage.check_metrics(step, means)
             self.clock.collect()
 
-    def _save(self, step: int, epoch_ends: bool) -> None:
+    def _save(self, step: int, epoch_ends: bool, rate: float, reporter: Reporter) -> None:
         self.engine.average_batchnorm_statistics()
-        total, count = distributed.average_over_ranks(self.epoch_loss).tolist()
+        total, count, _ = distributed.average_over_ranks(self.epoch_loss).tolist()
+        metric = total / count if epoch_ends and count else None
+        measures = self.stage.validate(self.engine, self.runtime) if epoch_ends else None
+        if measures is not None:
+            metric = measures[VALIDATION_LOSS]
+            reporter.metrics(step, measures, rate, {})
+            if self.patience:
+                self.patience.add(metric)
         if epoch_ends:
             self.epoch_loss.zero_()
         state = RunState(
@@ -377,11 +419,12 @@ class _Run:
             schedule=self.schedule.state_dict(),
             num_classes=self.source.num_classes,
             num_images=len(self.source),
-            metric=total / count if epoch_ends and count else None,
+            metric=metric,
             epoch_loss=self.epoch_loss.tolist(),
             world_size=self.runtime.world_size,
             zero_stage=self.engine.zero_stage,
             objective=list(self.config.objective) if isinstance(self.config, ConfidenceConfig) else None,
+            patience=self.patience.state() if self.patience else None,
         )
         self.checkpoints.save(self.engine, state, self.stage.centers)
 
@@ -408,8 +451,9 @@ class _Run:
         broken = torch.tensor(float(loader.count_broken()), device=self.runtime.device)
         counts = {
             "steps": step - self.first_step,
-            "skipped_not_finite": self.guard.skipped,
-            "skipped_by_loss_scale": self.scaler_skips,
+            "skipped_not_finite": self.guard.dropped[Dropped.LOSS],
+            "skipped_gradient_not_finite": self.guard.dropped[Dropped.GRADIENT],
+            "skipped_by_loss_scale": self.guard.dropped[Dropped.LOSS_SCALE],
             "broken_images": round(distributed.average_over_ranks(broken).item() * self.runtime.world_size),
         }
         lost = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps"]

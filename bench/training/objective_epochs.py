@@ -81,7 +81,7 @@ class _Training:
             confidence_net=options.confidence_net,
             objective=tuple(objectives.split(",")),
             feature_cache=str(folder / "cache"),
-            initial_kappa=100.0,
+            initial_kappa="100",
             zero_stage=0,
             **sizes,
         )

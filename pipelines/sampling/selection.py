@@ -1,5 +1,5 @@
-"""Selections: which images an epoch has where that is not each image once. A number of images of each identity, or a
-mixture of data sets by weight.
+"""Selections: which images an epoch has where that is not each image once. A number of images of each identity, a
+mixture of data sets by weight, or some images alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 from scf_fast.pipelines.aliases import IntArray
 from scf_fast.pipelines.errors import InputError
-from scf_fast.pipelines.sampling.random_streams import permutation
+from scf_fast.pipelines.sampling.random_streams import permutation, stream_key
+
+_HELD_OUT = 1 << 32  # a stream that no epoch has
 
 StreamKey = Callable[[int, int], int]  # (number, stream) -> the key of a random stream
 
@@ -95,3 +97,42 @@ class Mixture(Selection):
             )
             start += size
         return np.concatenate(drawn)
+
+
+class Only(Selection):
+    """Takes the same images in every epoch, each once.
+
+    Args:
+        chosen: (N,) bool, of all images of the data set.
+    """
+
+    def __init__(self, chosen: npt.NDArray[np.bool_]):
+        self._chosen = np.flatnonzero(chosen)
+        self.num_samples, self.size = len(chosen), len(self._chosen)
+
+    def indices(self, epoch: int, key: StreamKey) -> IntArray:
+        return self._chosen
+
+
+def hold_out_people(labels: IntArray, share: float, seed: int, least_people: int = 2) -> npt.NDArray[np.bool_]:
+    """Chooses people, not images, whose images training leaves out; a function of its arguments alone.
+
+    Args:
+        labels: (N,), the class of each image.
+        share: of the people, in (0, 1).
+    Returns:
+        (N,) bool, true for the images of the people held out.
+    Raises:
+        InputError: an image has no label, or fewer than ``least_people`` people would be held out or be left.
+    """
+    if labels.min(initial=0) < 0:
+        raise InputError("people can be held out only where every image has a label; use a data set with labels")
+    people = np.unique(labels)
+    count = round(share * len(people))
+    if count < least_people or len(people) - count < least_people:
+        raise InputError(
+            f"a share of {share:g} holds out {count} of {len(people)} people; at least {least_people} must be held out "
+            f"and at least {least_people} be left"
+        )
+    chosen = people[permutation(stream_key(seed, 0, _HELD_OUT), len(people))[:count]]
+    return np.isin(labels, chosen)

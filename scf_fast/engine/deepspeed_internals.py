@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from scf_fast.engine.gradient_norm import total_norm
 from scf_fast.engine.loss_scale import LossScaler, StepWithoutZero
 
 
@@ -75,6 +76,32 @@ class DeepSpeedInternals:
         elif scaler is not None:
             self._engine.optimizer.torch_autocast_gradscaler = None
             scaler.on_change(self._engine.optimizer.override_loss_scale)
+
+    def keep_norm_from_overflow(self) -> None:
+        """Computes the norm of ZeRO's gradients once more where DeepSpeed's is not finite: its last sum is in float32
+        (in ZeRO 3 without offload in float64), and it drops the step, though every gradient may be finite.
+        """
+        zero, stage = self._engine.optimizer, self._engine.zero_optimization_stage()
+        offloads = stage > 0 and bool(zero.cpu_offload if stage < 3 else zero.offload_optimizer)
+        if stage == 0 or (stage == 3 and not offloads):
+            return
+        name = "scaled_global_norm" if stage < 3 else "complete_grad_norm_calculation_for_cpu_offload"
+        theirs = getattr(zero, name)
+
+        def norm(*arguments: Any) -> torch.Tensor:
+            found = theirs(*arguments)
+            if found.isfinite() and found >= 0:
+                return found
+            if offloads:
+                norms = [torch.as_tensor(value, dtype=torch.float64) for value in zero.norm_for_param_grads.values()]
+                own = torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
+            else:
+                own = total_norm([part for group in zero.averaged_gradients.values() for part in group or ()])
+            square = own.square().to(self._engine.device)
+            dist.all_reduce(square)
+            return square.sqrt().to(found.device)
+
+        setattr(zero, name, norm)
 
     def skip_gradient_sum(self) -> None:
         """Leaves out the sum over ranks of a single rank without ZeRO: it would copy all gradients into one buffer and

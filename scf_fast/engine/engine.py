@@ -13,12 +13,14 @@ from scf_fast.config import Config
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import deepspeed_config
 from scf_fast.engine.deepspeed_internals import DeepSpeedInternals
+from scf_fast.engine.dropped import Dropped
 from scf_fast.engine.loss_scale import LossScaler
 from scf_fast.engine.optimizers import StepGate
 from scf_fast.errors import InputError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 _LARGE_NETWORK = 1 << 30  # bytes of parameters
+_LEAST_SCALE = 1.0  # below it, gradients that overflow in fp16 do so without a loss scale
 _OLDEST_DEEPSPEED = (0, 19, 8)
 
 
@@ -74,6 +76,7 @@ class Engine:
         self.internals = DeepSpeedInternals(self._engine)
         self.loss_scaler = LossScaler() if precision == "fp16" else None
         self.internals.take_over_loss_scale(self.loss_scaler)
+        self.internals.keep_norm_from_overflow()
         if runtime.world_size == 1:
             self.internals.skip_gradient_sum()
         self._gate = StepGate(optimizer)
@@ -102,6 +105,10 @@ class Engine:
         """Puts the module into training mode."""
         self._engine.train()
 
+    def eval(self) -> None:
+        """Puts the module into evaluation mode."""
+        self._engine.eval()
+
     def __call__(self, *inputs: torch.Tensor) -> Any:
         """The module's forward pass, under autocast in bf16 and fp16."""
         return self._engine(*inputs)
@@ -128,6 +135,14 @@ class Engine:
         if skip and applied:
             self.internals.skipped_steps += 1  # DeepSpeed does not know that the optimizer did nothing
         return applied and not skip
+
+    @property
+    def dropped_for(self) -> Dropped:
+        """Why :meth:`step` has left out a step that it was not asked to: the gradients of one that is not applied are
+        not all finite, in fp16 most likely because of the loss scale.
+        """
+        scaler = self.loss_scaler
+        return Dropped.LOSS_SCALE if scaler is not None and scaler.scale >= _LEAST_SCALE else Dropped.GRADIENT
 
     def average_batchnorm_statistics(self) -> None:
         """Gives every rank the mean of the ranks' running statistics: nothing else synchronizes them, and a checkpoint

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from scf_fast.engine.gradient_norm import total_norm
 from scf_fast.engine.optimizers import gradients_of
 
 _GROWTH_INTERVAL = 2000  # steps, as torch.amp.GradScaler
@@ -62,7 +63,7 @@ class StepWithoutZero:
     Args:
         max_norm: bound of the norm of the gradients without the loss scale; 0 is none.
     Attributes:
-        gradient_norm: 0-dim float32, of the last step's gradients without the loss scale and before clipping, equal on
+        gradient_norm: 0-dim float64, of the last step's gradients without the loss scale and before clipping, equal on
             all ranks; None before the first.
     """
 
@@ -79,10 +80,10 @@ class StepWithoutZero:
         """
         gradients = gradients_of(optimizer)
         scale = self._loss_scaler.scale if self._loss_scaler else 1.0
-        norm = self.gradient_norm = torch.nn.utils.get_total_norm(gradients) / scale
+        norm = self.gradient_norm = total_norm(gradients) / scale
         if self._max_norm > 0:
-            # One too large makes all of them NaN or 0 here; that step is left out.
-            factor = (self._max_norm / (norm + _NORM_FLOOR)).clamp(max=1.0) / scale
+            # Of gradients that are not finite it makes NaN or 0; that step is left out.
+            factor = ((self._max_norm / (norm + _NORM_FLOOR)).clamp(max=1.0) / scale).float()
             torch._foreach_mul_(gradients, factor)
         elif self._loss_scaler:
             torch._foreach_mul_(gradients, 1 / scale)

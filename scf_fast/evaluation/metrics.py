@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from scf_fast.errors import InputError
+from scf_fast.ranking import RejectCurve as RejectCurve
+from scf_fast.ranking import error_versus_reject as error_versus_reject
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,6 @@ class KFoldAccuracy:
     mean: float  # over the folds
     std: float  # over the folds
     threshold: np.ndarray  # (folds,) chosen on the other folds
-
-
-@dataclass(frozen=True)
-class RejectCurve:
-    """Error rate as pairs are rejected one by one."""
-
-    rejected: np.ndarray  # (P,) fraction of pairs rejected, from 0 to 1 - 1/P
-    error: np.ndarray  # (P,) error rate of the pairs kept
-    area: float  # mean of error over the rejected fractions
-
-    def error_at(self, rejected: float) -> float:
-        """Returns the error rate at the first point that rejects at least this fraction, in [0, 1)."""
-        return float(self.error[min(int(np.searchsorted(self.rejected, rejected)), len(self.error) - 1)])
 
 
 def roc(scores: np.ndarray, same: np.ndarray) -> Roc:
@@ -145,31 +134,6 @@ def equal_error_threshold(scores: np.ndarray, same: np.ndarray) -> float:
     """
     curve = roc(scores, same)
     return float(curve.threshold[np.argmin(np.abs(curve.false_accept_rate - (1 - curve.true_accept_rate)))])
-
-
-def error_versus_reject(wrong: np.ndarray, quality: np.ndarray) -> RejectCurve:
-    """Computes the error rate of the pairs kept when those of lowest quality are rejected first; the decisions were
-    made once, on all pairs.
-
-    Pairs of equal quality are rejected in random order: the curve is the expectation over that order.
-
-    Args:
-        wrong: (P,) bool, the decision on the pair is an error.
-        quality: (P,) float.
-    Raises:
-        InputError: a quality is not finite.
-        ValueError: the shapes differ, or there are no pairs.
-    """
-    if wrong.shape != quality.shape or wrong.ndim != 1 or len(wrong) == 0:
-        raise ValueError(f"wrong and quality must be (P,) with P >= 1, got {wrong.shape} and {quality.shape}")
-    if not np.isfinite(quality).all():
-        raise InputError(f"quality must be finite, got {np.count_nonzero(~np.isfinite(quality))} values that are not")
-    _, group, size = np.unique(quality, return_inverse=True, return_counts=True)
-    expected = (np.bincount(group, weights=wrong) / size)[group]
-    best_first = np.argsort(-quality, kind="stable")
-    kept = np.arange(1, len(wrong) + 1)
-    error = (np.cumsum(expected[best_first]) / kept)[::-1]
-    return RejectCurve(1 - kept[::-1] / len(wrong), error, float(error.mean()))
 
 
 def area_under_roc(scores: np.ndarray, same: np.ndarray) -> float:

@@ -85,7 +85,7 @@ class FeatureStream(BatchLoader[FeatureBatch]):
         labels: (N,) int64 of all images.
         flip: whether images are mirrored at random.
         device: where the batches go.
-        cache: closed when the stream is. Also an attribute.
+        cache: closed when the stream is, if it owns it. Also an attribute.
     """
 
     def __init__(
@@ -98,9 +98,10 @@ class FeatureStream(BatchLoader[FeatureBatch]):
         flip: bool,
         device: torch.device,
         cache: FeatureCache | None = None,
+        owns_cache: bool = True,
     ):
         self._make_images, self._sampler, self._labels, self._backbone = make_images, sampler, labels, backbone
-        self._flip, self._device, self.cache = flip, device, cache
+        self._flip, self._device, self.cache, self._owns_cache = flip, device, cache, owns_cache
         # One stream for all epochs: the backbone's graph has one memory.
         self._making = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._images: Loader | None = None  # of every image, when there is no cache
@@ -261,8 +262,23 @@ class FeatureStream(BatchLoader[FeatureBatch]):
         """Closes the images and the cache."""
         if self._images is not None:
             self._images.close()
-        if self.cache is not None:
+        if self.cache is not None and self._owns_cache:
             self.cache.close()
+
+    def of(self, sampler: Sampler) -> "FeatureStream":
+        """Returns a stream of other images of the same data, none of them mirrored, with the same backbone and cache;
+        to be read while this one is not.
+        """
+        return FeatureStream(
+            self._make_images,
+            sampler,
+            self._labels,
+            self._backbone,
+            flip=False,
+            device=self._device,
+            cache=self.cache,
+            owns_cache=False,
+        )
 
 
 def _chosen(mirror: torch.Tensor, upright: View, turned: View, keep: torch.Tensor) -> View:

@@ -19,13 +19,30 @@ LOG_KAPPA_FLOOR = math.log(1e-6)  # the published epsilon; it moves kappa by 1e-
 PFE_HIDDEN = 512  # width of PFE's hidden layer, that of its embedding
 
 
-def _floor(raw: torch.Tensor) -> torch.Tensor:
+def _floor(raw: torch.Tensor, passes_gradient: bool = False) -> torch.Tensor:
     """log(1e-6 + exp(raw)) in float32, without the overflow that exp alone has beyond 88. A single output loses its
     axis.
+
+    Args:
+        passes_gradient: the gradient of raw is that of the result, also below the floor, where nothing else would bring
+            raw back.
     """
     raw = raw.float()
     raw = raw.squeeze(-1) if raw.shape[-1] == 1 else raw
-    return torch.logaddexp(raw, raw.new_full((), LOG_KAPPA_FLOOR))
+    floored = torch.logaddexp(raw, raw.new_full((), LOG_KAPPA_FLOOR))
+    return _PassedThrough.apply(raw, floored.detach()) if passes_gradient else floored
+
+
+class _PassedThrough(torch.autograd.Function):
+    """(raw, result) -> result, with the gradient of the result for raw."""
+
+    @staticmethod
+    def forward(ctx: Any, raw: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
 
 
 class ConfidenceNet(nn.Module, abc.ABC):
@@ -34,7 +51,11 @@ class ConfidenceNet(nn.Module, abc.ABC):
     Args:
         channels, map_size: of the backbone's last feature map, (B, channels, map_size, map_size).
         outputs: values for each image.
+    Attributes:
+        floor_passes_gradient: whether the floor is no obstacle to gradients, see ``_floor``. Set by whoever trains.
     """
+
+    floor_passes_gradient = False
 
     def __init__(self, channels: int, map_size: int, outputs: int = 1):
         super().__init__()
@@ -42,6 +63,10 @@ class ConfidenceNet(nn.Module, abc.ABC):
     @abc.abstractmethod
     def start_at(self, value: float) -> None:
         """Makes training start near this kappa or variance, in all outputs."""
+
+    @abc.abstractmethod
+    def multiply(self, factor: float) -> None:
+        """Multiplies what the net predicts, kappa or variance, by a positive factor, in its last bias."""
 
 
 class _Head(ConfidenceNet):
@@ -53,6 +78,12 @@ class _Head(ConfidenceNet):
         last = self._log_kappa[-1]
         assert isinstance(last, nn.Linear)
         nn.init.constant_(last.bias, math.log(value))
+
+    @torch.no_grad()
+    def multiply(self, factor: float) -> None:
+        last = self._log_kappa[-1]
+        assert isinstance(last, nn.Linear)
+        last.bias.add_(math.log(factor))
 
 
 class MLPConfidence(_Head):
@@ -73,7 +104,7 @@ class MLPConfidence(_Head):
 
     def forward(self, convf: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) or (B, C*H*W) -> (B,) or (B, outputs) float32."""
-        return _floor(self._log_kappa(convf.flatten(1)))
+        return _floor(self._log_kappa(convf.flatten(1)), self.floor_passes_gradient)
 
 
 class _Patches(torch.autograd.Function):
@@ -152,7 +183,7 @@ class ConvConfidence(_Head):
 
     def forward(self, convf: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B,) or (B, outputs) float32."""
-        return _floor(self._log_kappa(self.conv_(convf).flatten(1)))
+        return _floor(self._log_kappa(self.conv_(convf).flatten(1)), self.floor_passes_gradient)
 
 
 class PFEConfidence(ConfidenceNet):
@@ -175,10 +206,14 @@ class PFEConfidence(ConfidenceNet):
     def start_at(self, value: float) -> None:
         nn.init.constant_(self.shift, math.log(value))
 
+    @torch.no_grad()
+    def multiply(self, factor: float) -> None:
+        self.shift.add_(math.log(factor))
+
     def forward(self, convf: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) or (B, C*H*W) -> (B,) or (B, outputs) float32."""
         hidden = F.relu(self.bn1(self.fc1(convf.flatten(1))))
-        return _floor(self.scale * self.bn2(self.fc2(hidden)) + self.shift)
+        return _floor(self.scale * self.bn2(self.fc2(hidden)) + self.shift, self.floor_passes_gradient)
 
 
 CONFIDENCE_NETS: dict[str, type[ConfidenceNet]] = {"mlp": MLPConfidence, "conv": ConvConfidence, "pfe": PFEConfidence}

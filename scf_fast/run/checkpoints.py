@@ -50,10 +50,11 @@ class RunState:
         step: optimizer steps made.
         schedule: state of the learning rate.
         num_classes, num_images: of the data.
-        metric: mean training loss of the epoch that ends here; None elsewhere.
-        epoch_loss: sum of the losses since the last epoch's end, and their number.
+        metric: mean training loss of the epoch that ends here, or the loss of people held out; None elsewhere.
+        epoch_loss: sum of the losses since the last epoch's end, their number, and steps that changed the weights.
         world_size, zero_stage: layout of the ranks that wrote it.
         objective: of stage 2, by the names in its options; None in stage 1 and of older versions, which had SCF alone.
+        patience: lowest loss of people held out, and epochs since then; None where nobody waits for it.
     """
 
     step: int
@@ -65,6 +66,7 @@ class RunState:
     world_size: int
     zero_stage: int
     objective: list[str] | None = None
+    patience: list[float] | None = None
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunState":
@@ -72,7 +74,7 @@ class RunState:
         Raises:
             KeyError: an entry is missing that every version writes.
         """
-        values = {"objective": None, **values}
+        values = {"objective": None, "patience": None, **values}
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 

@@ -1,5 +1,6 @@
-"""Per-step consensus across ranks: finite loss, stop signal, checkpoint written."""
+"""Per-step consensus across ranks: finite loss, stop signal, checkpoint written; counts steps without an update."""
 
+import collections
 import contextlib
 import json
 import logging
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from scf_fast.distributed import Runtime
+from scf_fast.engine.dropped import Dropped
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,8 @@ class Votes(NamedTuple):
 
 
 class StepGuard:
-    """Finds steps whose loss is not finite on any rank, and undoes what their forward pass has done to BatchNorm.
+    """Finds steps whose loss is not finite on any rank, and undoes what their forward pass has done to BatchNorm;
+    counts every step that changes no weight, by its reason.
 
     Whoever makes the step leaves the optimizer out then (``Engine.step(skip=True)``). :meth:`start_vote` asks the
     device for the answer and :meth:`votes` waits for it, so that a GPU computes the backward pass meanwhile.
@@ -35,13 +38,13 @@ class StepGuard:
         limit: the run is lost after this many such steps in a row.
         report: file that gets a line for each such step with the images of this rank's batch.
     Attributes:
-        skipped: such steps of this run.
+        dropped: steps of this run without an update, by reason.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime, limit: int, report: Path):
         self.runtime, self.limit, self.report = runtime, limit, report
-        self.skipped = 0
-        self._in_a_row = 0
+        self.dropped: collections.Counter[Dropped] = collections.Counter()
+        self._in_a_row: list[Dropped] = []
         self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._losses: list[torch.Tensor] = []
@@ -90,45 +93,56 @@ class StepGuard:
             _copy(self._buffers, self._kept)
         return Votes(not_finite, stop, writing)
 
-    def count(self, votes: Votes, step: int, images: Callable[[], list[str]]) -> None:
-        """Counts and reports a skipped step and, after too many in a row, ends the run.
+    def count(self, reason: Dropped | None, step: int, images: Callable[[], list[str]]) -> None:
+        """Counts and reports a step without an update and, after too many in a row, ends the run.
+
+        A loss that is not finite is one rank's, which names its images; a gradient that is not finite is known only of
+        the sum over ranks, so every rank names its own. Steps that only the loss scale has cost are counted alone.
 
         Args:
+            reason: None for a step that has changed the weights.
             images: gives the names of this rank's images of the step.
         Raises:
-            FloatingPointError: ``limit`` steps in a row had a loss that is not finite.
+            FloatingPointError: ``limit`` steps in a row had a loss or a gradient that is not finite.
         """
-        if not votes.not_finite:
-            self._in_a_row = 0
+        if reason is None:
+            self._in_a_row = []
             return
-        self.skipped += 1
-        self._in_a_row += 1
-        if self._own:
-            names = images()
-            record = {
-                "step": step,
-                "rank": self.runtime.rank,
-                "losses": [str(loss.item()) for loss in self._losses],
-                "images": names,
-            }
-            with contextlib.suppress(OSError), open(self.report, "a") as file:  # on a full disk the log line has to do
-                file.write(json.dumps(record) + "\n")
-            log.error(
-                "step %d skipped: the loss is not finite on rank %d; its %d images are in %s: %s%s",
-                step,
-                self.runtime.rank,
-                len(names),
-                self.report,
-                ", ".join(names[:4]),
-                " ..." if len(names) > 4 else "",
-                extra={"event": "skipped", "step": step, "images": names},
-            )
-        if self._in_a_row >= self.limit:
+        self.dropped[reason] += 1
+        if not reason.is_lost:
+            return
+        self._in_a_row.append(reason)
+        if self._own or reason is Dropped.GRADIENT:
+            self._report(reason, step, images())
+        if len(self._in_a_row) >= self.limit:
             raise FloatingPointError(
-                f"the loss had no finite value in any of the steps {step - self.limit + 1} to {step}; their images are "
-                f"in {self.report.parent}/not_finite_rank*.jsonl; look at these, lower --lr, or --resume from the last "
+                f"no step of {step - self.limit + 1} to {step} has changed the weights: "
+                f"{' or '.join(sorted({reason.value for reason in self._in_a_row}))}; their images are in "
+                f"{self.report.parent}/not_finite_rank*.jsonl; look at these, lower --lr, or --resume from the last "
                 "checkpoint"
             )
+
+    def _report(self, reason: Dropped, step: int, names: list[str]) -> None:
+        record = {
+            "step": step,
+            "rank": self.runtime.rank,
+            "reason": reason.value,
+            "losses": [str(loss.item()) for loss in self._losses],
+            "images": names,
+        }
+        with contextlib.suppress(OSError), open(self.report, "a") as file:  # on a full disk the log line has to do
+            file.write(json.dumps(record) + "\n")
+        log.error(
+            "step %d skipped: %s on rank %d; its %d images are in %s: %s%s",
+            step,
+            reason.value,
+            self.runtime.rank,
+            len(names),
+            self.report,
+            ", ".join(names[:4]),
+            " ..." if len(names) > 4 else "",
+            extra={"event": "skipped", "step": step, "images": names},
+        )
 
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -18,6 +18,8 @@ from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages.memory_forecast import MemoryForecast
 
+VALIDATION_LOSS = "validation/loss"
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -93,6 +95,16 @@ class Stage(Protocol):
         """
         ...
 
+    rate_limit: float | None = None  # the highest learning rate that the untrained network bears, after ``prepare``
+
+    def prepare(self, module: nn.Module, source: ImageSource, runtime: Runtime) -> None:
+        """Settles, from the first batches, what training starts with; collective. Not for a run that resumes.
+
+        Raises:
+            InputError: training cannot start from these data.
+        """
+        return None  # a stage that measures nothing
+
     def divide(self, batch: Any, count: int) -> Sequence[Any]:
         """Divides a batch of the loader into micro-batches; collective."""
         return [type(batch)(*parts) for parts in zip(*(tensor.chunk(count) for tensor in batch))]
@@ -108,6 +120,12 @@ class Stage(Protocol):
     def network(self) -> NetworkShape:
         """Returns which backbone the stage has."""
         ...
+
+    def validate(self, engine: Engine, runtime: Runtime) -> dict[str, float] | None:
+        """Returns what people held out say of the weights, by name, :data:`VALIDATION_LOSS` among it; collective, the
+        same on every rank. None where nobody is held out.
+        """
+        return None
 
     def export(self, engine: Engine, folder: Path, is_main: bool, progress: Progress) -> list[Path]:
         """Writes what the stage leaves behind and returns the files; collective.

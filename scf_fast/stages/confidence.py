@@ -1,37 +1,46 @@
 """Stage 2: confidence nets on the frozen backbone's last feature map, under one objective or several."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from scf_fast.config import ConfidenceConfig
+from scf_fast.data import epoch_sampler, held_out_sampler
 from scf_fast.distributed import Runtime
 from scf_fast.engine.engine import Engine
 from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 from scf_fast.errors import InputError
 from scf_fast.features.open import open_stream, pixel_convention
+from scf_fast.features.stream import FeatureBatch
 from scf_fast.model import save_model
 from scf_fast.networks.backbones import BACKBONES
 from scf_fast.networks.confidence import ConfidenceNet, build_confidence_net
 from scf_fast.objectives import Density, Objective
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.pair_sampler import PairSampler
-from scf_fast.pipelines.sampling.sampler import Sampler
+from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages import published_files
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
-from scf_fast.stages.criteria import Criterion, make_criterion
+from scf_fast.stages.criteria import Criterion, doubt_about, make_criterion
 from scf_fast.stages.pairs import PairBatch, PairLoader, PairMicroBatch, divide
+from scf_fast.stages.start import best_constant, check_cosine, genuine_cosine, mean_over_ranks, rate_limit
+from scf_fast.stages.validation import measure_people
 from scf_fast.weights.family_names import StateDict, family_state
 from scf_fast.weights.files import CONFIDENCE_FILE, MODEL_FILE, save_torch_file
 from scf_fast.weights.reading import read_noted_facts, read_weights
 
 log = logging.getLogger(__name__)
+
+_START_IMAGES = 1024  # that a start is measured on
+_LIMIT_IMAGES = 64  # of a rank, that the learning rate's limit is measured on
 
 
 class SeveralNets(nn.ModuleDict):
@@ -77,6 +86,8 @@ class ConfidenceStage(Stage):
         self.config = dataclasses.replace(config, normalization=self._normalization)
         self._labels = source.labels
         self._criteria: dict[str, Criterion] = {}
+        self._opened: BatchLoader[Any] | None = None  # by ``prepare``, for training
+        self._held_out: EpochSampler | None = None  # the images of --validation
 
     def forecast(self, world_size: int, precision: str) -> None:
         """Returns None: the published net is known to fit, and smaller ones are small."""
@@ -92,17 +103,98 @@ class ConfidenceStage(Stage):
         return (nets[objectives[0].value] if len(nets) == 1 else SeveralNets(nets)).to(runtime.device)
 
     def _build_net(self, objective: Objective) -> ConfidenceNet:
-        architecture, start = BACKBONES[self.name], self.config.initial_kappa
+        architecture, start = BACKBONES[self.name], self.config.start
         if start is not None and objective.density is Density.GAUSSIAN:
             start = 1 / start  # the net predicts a variance
         torch.manual_seed(self.config.seed)  # it starts as it would alone
-        return build_confidence_net(
+        net = build_confidence_net(
             self.config.confidence_net,
             architecture.widths[-1],
             architecture.map_size,
             start,
             outputs=self.config.outputs(objective, self.z_dim),
         )
+        net.floor_passes_gradient = objective is Objective.SCF and self.config.slope == "bounded"
+        return net
+
+    def prepare(self, module: nn.Module, source: ImageSource, runtime: Runtime) -> None:
+        """Starts each net at the kappa or variance that fits the first batches best, and measures the learning rate
+        that its first step bears.
+        """
+        config = self.config
+        is_auto = config.initial_kappa == "auto"
+        is_limited = bool(config.max_first_step) and config.update_rule == "adam"
+        if not (is_auto or is_limited):
+            return
+        sampler = epoch_sampler(config, source, runtime.rank, runtime.world_size)
+        loader = self.make_loader(source, sampler, runtime)
+        try:
+            batches = range(min(sampler.batches_per_epoch, -(-_START_IMAGES // sampler.global_batch_size)))
+            cosines, inputs = [], None
+            with contextlib.closing(loader.batches(0)) as made:
+                for _, batch in zip(batches if is_auto else range(1), made):
+                    images = batch.inputs if isinstance(batch, PairBatch) else batch
+                    features, convf = self._frozen_outputs(module, images)
+                    cosines.append(self._own_cosine(features, images.labels))
+                    inputs = convf if inputs is None else inputs
+            assert inputs is not None, "an epoch has a batch"
+            if is_auto:
+                self._start_at(module, mean_over_ranks(torch.cat(cosines)))
+            if is_limited:
+                self._limit_rate(module, inputs[:_LIMIT_IMAGES].float())
+        except BaseException:
+            loader.close()
+            raise
+        self._opened = loader
+
+    def _nets(self, module: nn.Module) -> dict[Objective, ConfidenceNet]:
+        """Returns the confidence net of each objective."""
+        nets = module.values() if isinstance(module, SeveralNets) else [module]
+        return {objective: cast(ConfidenceNet, net) for objective, net in zip(self.config.objectives, nets)}
+
+    def _frozen_outputs(self, module: nn.Module, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns features (B, z_dim) and the last map of a batch, before any training."""
+        return inputs.features, inputs.convf
+
+    def _own_cosine(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Returns the cosine of images with what they are held against."""
+        mu = F.normalize(features.float())
+        if self._class_centers is None:
+            return genuine_cosine(mu, labels)
+        centers = self._class_centers.to(labels.device)[labels]
+        return F.cosine_similarity(mu, centers.float())
+
+    def _start_at(self, module: nn.Module, cosine: float) -> None:
+        config = self.config
+        centers = f"--saved_fc {config.saved_fc}" if self._class_centers is not None else f"--data {config.data}"
+        check_cosine(cosine, centers)
+        for objective, net in self._nets(module).items():
+            value = best_constant(objective, cosine, self.z_dim, config.normalizer == "published")
+            net.start_at(value)
+            log.info(
+                "%s starts at a %s of %.4g, which fits the mean cosine %.3f of the first batches best",
+                objective.title,
+                "kappa" if objective.density is Density.VMF else "variance",
+                value,
+                cosine,
+                extra={"event": "initial_kappa"},
+            )
+
+    def _limit_rate(self, module: nn.Module, convf: torch.Tensor) -> None:
+        assert self.config.max_first_step is not None, "resolved"
+        self.rate_limit = min(
+            rate_limit(net, net.parameters(), convf, self.config.max_first_step) for net in self._nets(module).values()
+        )
+        if self.rate_limit < self.config.lr:
+            log.warning(
+                "--lr %g is lowered to %.3g: a first step of Adam would move log kappa by up to %.3g, and "
+                "--max_first_step is %g",
+                self.config.lr,
+                self.rate_limit,
+                self.config.lr / self.rate_limit * self.config.max_first_step,
+                self.config.max_first_step,
+                extra={"event": "rate_limited"},
+            )
 
     def build_optimizer(self, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
         return build_optimizer(OptimizerRule(self.config.update_rule), parameters, self.config, device)
@@ -112,7 +204,13 @@ class ConfidenceStage(Stage):
 
     def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
         """Returns the stream of features, of pairs with what makes a pair."""
-        return self.pair_up(open_stream(self.config, self.backbone_state, source, sampler, runtime), sampler)
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            return opened
+        self._stream = open_stream(self.config, self.backbone_state, source, sampler, runtime)
+        if self.config.validation:
+            self._held_out = held_out_sampler(self.config, source, runtime.rank, runtime.world_size)
+        return self.pair_up(self._stream, sampler)
 
     def pair_up(self, loader: BatchLoader[Any], sampler: Sampler) -> BatchLoader[Any]:
         """Returns the loader, of pairs with what makes a pair."""
@@ -130,6 +228,8 @@ class ConfidenceStage(Stage):
             name: criterion.loss(features, parameter, inputs.labels, share)
             for (name, criterion), parameter in zip(self._criteria.items(), parameters, strict=True)
         }
+        for name, result in results.items():
+            (self._criteria[name].newest,) = result.distributions.values()
         return next(iter(results.values())) if len(results) == 1 else _joined(results, self.loss_name)
 
     def _forward(self, engine: Engine, inputs: Any) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...]]:
@@ -143,6 +243,20 @@ class ConfidenceStage(Stage):
             criterion.check(
                 step, {key.removeprefix(prefix): value for key, value in means.items() if key.startswith(prefix)}
             )
+
+    def validate(self, engine: Engine, runtime: Runtime) -> dict[str, float] | None:
+        if self._held_out is None:
+            return None
+
+        def predict(batch: FeatureBatch) -> tuple[torch.Tensor, ...]:
+            _, predicted = self._forward(engine, batch)
+            return predicted if isinstance(predicted, tuple) else (predicted,)
+
+        engine.eval()
+        with torch.no_grad(), contextlib.closing(self._stream.of(self._held_out)) as stream:
+            found = measure_people(stream, predict, self._criteria, runtime)
+        engine.train()
+        return found
 
     def export(self, engine: Engine, folder: Path, is_main: bool, progress: Progress) -> list[Path]:
         """Writes the confidence net as the published code names it, and the whole model in one file; each of several
@@ -160,7 +274,7 @@ class ConfidenceStage(Stage):
                 net_state, own = states_of(state, objective.value), folder / objective.value
             files += [own / CONFIDENCE_FILE, own / MODEL_FILE]
             if is_main:
-                self._save(net_state, trained_backbone, objective, own, progress)
+                self._save(net_state, trained_backbone, objective, own, progress, self._doubt(objective))
         if is_main and objectives == (Objective.SCF,):
             published_files.write_hparams(self.config, self.z_dim, BACKBONES[self.name].convf_dim)
         if is_main and optimizer_state is not None:
@@ -175,9 +289,12 @@ class ConfidenceStage(Stage):
         objective: Objective,
         folder: Path,
         progress: Progress,
+        warning: str | None,
     ) -> None:
         folder.mkdir(exist_ok=True)
         content = {"uncer_net_state_dict": net_state, "objective": objective.value, **progress.as_dict()}
+        if warning is not None:
+            content["warning"] = warning
         save_torch_file(content, folder / CONFIDENCE_FILE)
         save_model(
             folder / MODEL_FILE,
@@ -187,8 +304,19 @@ class ConfidenceStage(Stage):
             normalization=self._normalization,
             normalizer=self.config.normalizer if objective is Objective.SCF else None,
             objective=objective,
+            warning=warning,
             **progress.as_dict(),
         )
+
+    def _doubt(self, objective: Objective) -> str | None:
+        """Returns what speaks against a net by the images of the newest batch, and logs it."""
+        newest = self._criteria[objective.value].newest
+        doubt = None if newest is None else doubt_about(newest)
+        if doubt is not None:
+            log.warning(
+                "%s: %s; the model is written with this warning", objective.title, doubt, extra={"event": "doubt"}
+            )
+        return doubt
 
     def _trained_states(self, engine: Engine) -> tuple[StateDict, StateDict | None]:
         """Returns the confidence net, or several, and the backbone where it is trained; collective."""

@@ -17,10 +17,14 @@ from scf_fast.kernels import (
 )
 from scf_fast.objectives import Density, Objective
 from scf_fast.stages.base import StepResult
+from scf_fast.stages.slope import weight_slope
 
 log = logging.getLogger(__name__)
 
+_DIVERGED = 1000.0  # times the one that fits the cosine
 _COLLAPSED = 0.01  # of the largest value so far, and of the one that fits the cosine
+_USUAL = (1e-3, 1e8)  # kappa and precision of a model in use
+_LEAST_SPREAD = 1e-3  # of log kappa
 _BISECTIONS = 60  # of log kappa, over 40: to float64's rounding
 
 
@@ -57,7 +61,8 @@ def fitting_value(objective: Objective, cosine: float, dim: int) -> float:
 
 
 class CollapseWatch:
-    """Warns once that kappa or a variance has collapsed: too large a step has thrown it to where the loss is flat.
+    """Warns once that kappa or a variance has collapsed, or diverged: too large a step has thrown it far from the one
+    that fits the cosine.
 
     The gradient with respect to log kappa vanishes with kappa: for SCF it is kappa (A_d(kappa) - cos theta). A variance
     ends at the floor of the confidence net, 1e-6, which no gradient passes. The published normalizer has no such end:
@@ -66,27 +71,52 @@ class CollapseWatch:
 
     def __init__(self, objective: Objective, dim: int):
         self._objective, self._dim, self._highest, self._warned = objective, dim, 0.0, False
+        self._name = "kappa" if objective.density is Density.VMF else "variance"
 
     def check(self, step: int, value: float, cosine: float) -> None:
         """Checks the means of a batch: kappa or the variance, and the cosine with what the images are held against."""
         self._highest = max(self._highest, value)
-        if self._warned or value >= _COLLAPSED * self._highest:
+        if self._warned:
             return
         fitting = fitting_value(self._objective, cosine, self._dim)
-        if value < _COLLAPSED * fitting:
+        if self._objective.density is Density.VMF and value > _DIVERGED * fitting > 0:
             self._warned = True
-            name = "kappa" if self._objective.density is Density.VMF else "variance"
+            log.warning(
+                "step %d: kappa has diverged to %.1e, though a mean cosine of %.2f asks for %.4g: start again with a "
+                "lower --lr, or with --warmup_epochs",
+                step,
+                value,
+                cosine,
+                fitting,
+                extra={"event": "kappa_diverged", "step": step},
+            )
+        elif value < _COLLAPSED * min(self._highest, fitting):
+            self._warned = True
             log.warning(
                 "step %d: %s has collapsed to %.1e, where its gradient vanishes, though a mean cosine of %.2f asks "
                 "for %.4g; it will hardly come back: start again with a lower --lr, with --warmup_epochs, or with "
                 "another --initial_kappa",
                 step,
-                name,
+                self._name,
                 value,
                 cosine,
                 fitting,
-                extra={"event": f"{name}_collapsed", "step": step},
+                extra={"event": f"{self._name}_collapsed", "step": step},
             )
+
+
+def doubt_about(confidence: torch.Tensor) -> str | None:
+    """Returns what speaks against a model whose images have these kappas or precisions, (B,); None for a usual one."""
+    values = confidence.float()
+    outside = ~((values > _USUAL[0]) & (values < _USUAL[1]))
+    if outside.float().mean() > 0.5:
+        return (
+            f"{outside.sum().item()} of {len(values)} images have a kappa or precision outside {_USUAL[0]:g} to "
+            f"{_USUAL[1]:g}: the confidence net has collapsed or diverged"
+        )
+    if len(values) > 1 and values.log().std() < _LEAST_SPREAD:
+        return "all images have the same kappa or precision: the confidence net has died"
+    return None
 
 
 class Criterion(abc.ABC):
@@ -94,7 +124,11 @@ class Criterion(abc.ABC):
 
     Args:
         dim: embedding width d.
+    Attributes:
+        newest: (B,) kappa or precision of the newest batch; None before.
     """
+
+    newest: torch.Tensor | None = None
 
     cosine: str  # the metric that the watch looks at
     value: str
@@ -125,16 +159,17 @@ class SCFCriterion(Criterion):
 
     cosine, value = "cos_theta", "kappa"
 
-    def __init__(self, dim: int, class_centers: torch.Tensor, radius: float, normalizer: str):
+    def __init__(self, dim: int, class_centers: torch.Tensor, radius: float, normalizer: str, bounded: bool):
         super().__init__(Objective.SCF, dim)
         self._class_centers, self._radius, self._normalizer = class_centers, radius, normalizer
+        self._dim, self._bounded = dim, bounded
 
     def loss(
         self, features: torch.Tensor, parameter: torch.Tensor, labels: torch.Tensor, share: PairShare | None
     ) -> StepResult:
         loss, terms = scf_loss(
             features,
-            parameter,
+            weight_slope(parameter, self._dim) if self._bounded else parameter,
             self._class_centers,
             labels,
             radius=self._radius,
@@ -221,4 +256,4 @@ def make_criterion(
     assert class_centers is not None, "the configuration has asked for them"
     if objective is Objective.SCF_GAUSSIAN:
         return GaussianCenterCriterion(dim, class_centers)
-    return SCFCriterion(dim, class_centers, config.radius, config.normalizer)
+    return SCFCriterion(dim, class_centers, config.radius, config.normalizer, config.slope == "bounded")

@@ -9,6 +9,8 @@ from scf_fast.data import image_loader
 from scf_fast.distributed import Runtime
 from scf_fast.engine.engine import Engine
 from scf_fast.networks.backbones import Backbone
+from scf_fast.networks.confidence import ConfidenceNet
+from scf_fast.objectives import Objective
 from scf_fast.pipelines.loading.base import Batch
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.sampler import Sampler
@@ -46,7 +48,20 @@ class FinetuneStage(ConfidenceStage):
 
     def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
         """Returns the loader of images."""
-        return self.pair_up(image_loader(self.config, source, sampler, runtime, self.config.flip), sampler)
+        opened, self._opened = self._opened, None
+        return opened or self.pair_up(image_loader(self.config, source, sampler, runtime, self.config.flip), sampler)
+
+    def _nets(self, module: nn.Module) -> dict[Objective, ConfidenceNet]:
+        assert isinstance(module, JointModel)
+        return super()._nets(module.confidence_net)
+
+    @torch.no_grad()
+    def _frozen_outputs(self, module: nn.Module, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(module, JointModel)
+        module.backbone.eval()
+        outputs = module.backbone(inputs.images)
+        module.backbone.train()
+        return outputs
 
     def _forward(self, engine: Engine, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return engine(inputs.images)

@@ -39,6 +39,8 @@ _FACT_TYPES: dict[str, type | tuple[type, ...]] = {
     "normalization": str,
     "normalizer": str,
     "objective": str,
+    "warning": str,
+    "kappa_factor": (int, float),
 }
 
 
@@ -53,6 +55,8 @@ class Facts:
         normalizer: of the SCF loss, ``"exact"`` or ``"published"``.
         objective: that the confidence net was trained for, a value of scf_fast.objectives.Objective. Files of other
             programs and older ones of this program do not state it: they are SCF.
+        warning: what speaks against using the confidence net.
+        kappa_factor: that ``scf_fast.calibrate`` has put into the confidence net, all of them together.
     """
 
     epoch: int | None = None
@@ -61,6 +65,8 @@ class Facts:
     normalization: str | None = None
     normalizer: str | None = None
     objective: str | None = None
+    warning: str | None = None
+    kappa_factor: float | None = None
 
     @classmethod
     def found_in(cls, entry: Mapping[str, object]) -> "Facts":

@@ -94,6 +94,7 @@ def _scf_fast(weights: Weights) -> Any:
             "normalization": weights.normalization,
             **({} if normalizer is None else {"normalizer": normalizer}),
             **_objective(weights),
+            **{name: value for name, value in weights.facts.known().items() if name in ("warning", "kappa_factor")},
             **_progress(weights),
         }
     part = _only_part(weights, "scf_fast")

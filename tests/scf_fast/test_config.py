@@ -7,6 +7,7 @@ import yaml
 from scf_fast import command_line, config
 from scf_fast.command_line import parse
 from scf_fast.config import STAGES, BackboneConfig, ConfidenceConfig
+from scf_fast.errors import InputError
 from scf_fast.objectives import Objective
 from scf_fast.train import main
 
@@ -294,3 +295,29 @@ def test_recipes_have_the_settings_of_insightface(name, network, margins, batch_
     )
     assert (c.normalization, c.dropout, c.max_grad_norm, c.z_dim) == ("insightface", 0.0, 5.0, 512)
     assert c.sample_rate == (0.2 if name == "wf42m_r100" else 1.0)
+
+
+def test_start_slope_and_limit_follow_the_normalizer():
+    config = parse(STAGE2)
+    assert (config.initial_kappa, config.start, config.slope, config.max_first_step) == ("auto", None, "bounded", 4.0)
+    config = parse([*STAGE2, "--normalizer", "published"])
+    assert (config.initial_kappa, config.start, config.slope, config.max_first_step) == ("none", None, "exact", 0.0)
+    config = parse([*STAGE2, "--initial_kappa", "1e2", "--slope", "exact", "--max_first_step", "0"])
+    assert (config.start, config.slope, config.max_first_step) == (100.0, "exact", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--initial_kappa", "0"], "--initial_kappa must be auto, none, or a number between 0 and 1e.08, got '0'"),
+        (["--initial_kappa", "1e8"], "--initial_kappa must be auto, none, or a number"),
+        (["--initial_kappa", "much"], "--initial_kappa must be auto, none, or a number"),
+        (["--initial_kappa", "nan"], "--initial_kappa must be auto, none, or a number"),
+        (["--max_first_step", "-1"], "--max_first_step must be 0 or more, got -1.0"),
+        (["--normalizer", "published", "--slope", "bounded"], "--slope must be exact with --normalizer published"),
+        (["--lr", "0"], "--lr must be positive, got 0.0"),
+    ],
+)
+def test_starts_that_cannot_be(flags, message):
+    with pytest.raises(InputError, match=message):
+        parse([*STAGE2, *flags])

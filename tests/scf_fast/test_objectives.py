@@ -130,7 +130,7 @@ def test_200_steps_are_those_of_a_plain_loop(objectives, faces, tiny, tmp_path, 
     """Two objectives a launch, each of which trains as it would alone."""
     steps, pairwise = 200, "pfe" in objectives
     more = ["--pair_batch", "2,5"] if pairwise else ["--saved_fc", tiny[1] / "fc.pth", "--batch_size", 8]
-    more += ["--no_flip", "--initial_kappa", START, "--max_steps", steps, "--epochs", 50]
+    more += ["--no_flip", "--initial_kappa", START, "--slope", "exact", "--max_steps", steps, "--epochs", 50]
     launch(0, tmp_path / "run", "--objective", ",".join(objectives), *more)
     source = open_source(faces / "train")
     with make_loader(source, EpochSampler(128, 128, shuffle=False), Preprocessing("insightface", False)) as loader:

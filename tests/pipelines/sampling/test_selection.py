@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scf_fast.pipelines.sampling.sampler import EpochSampler
-from scf_fast.pipelines.sampling.selection import Mixture, PerIdentity
+from scf_fast.pipelines.sampling.selection import Mixture, Only, PerIdentity, hold_out_people
 
 LABELS = np.repeat([0, 2, 3, 7], [1, 5, 2, 30])[np.random.default_rng(0).permutation(38)]
 
@@ -95,3 +95,20 @@ def test_ranks_agree():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_people_are_held_out_whole():
+    labels = np.repeat(np.arange(50) * 7, 3)[np.random.default_rng(0).permutation(150)]
+    held_out = hold_out_people(labels, 0.1, 5)
+    assert held_out.sum() == 15 and len(np.unique(labels[held_out])) == 5
+    assert not np.isin(labels[~held_out], labels[held_out]).any()
+    assert (held_out == hold_out_people(labels, 0.1, 5)).all() and (held_out != hold_out_people(labels, 0.1, 6)).any()
+    sampler = EpochSampler(150, 30, selection=Only(~held_out))
+    shown = np.concatenate([sampler.indices(3, batch) for batch in range(sampler.batches_per_epoch)])
+    assert len(np.unique(shown)) == 120 and not held_out[shown].any()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.9])
+def test_at_least_two_people_are_held_out_and_two_are_left(share):
+    with pytest.raises(ValueError, match="at least 2 must be held out and at least 2 be left"):
+        hold_out_people(np.arange(10), share, 0)

@@ -40,6 +40,10 @@ NOT_FINITE = [
     for stage in range(4)
     for rule, precision in (("sgd", "fp16"), ("adam", "fp16"), ("sgd", "fp32"), ("adam", "bf16"))
 ]
+# Each value is finite, the sum of squares is not in float32.
+OVERFLOWING = [
+    {**options, "max_grad_norm": norm, "weight_decay": 0.0, "lr": 1.0} for options in CASES[:7] for norm in (0.0, 1.0)
+]
 TOO_LARGE = 2.0**18  # a loss scale whose gradients no float16 holds
 
 
@@ -144,12 +148,28 @@ def train_on_gradients(rule, options, runtime):
     return weight, applied
 
 
+def train_on_large_gradients(options, runtime):
+    """Two weights after a step of SGD on gradients of 3e19."""
+    from scf_fast.engine.engine import Engine
+
+    config, net = make_config(**options), torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.ones_(net.weight)
+    optimizer = build_optimizer(OptimizerRule.SGD, net.parameters(), config, runtime.device)
+    engine = Engine(net, optimizer, config, runtime, config.precision)
+    engine.backward(Steep.apply(engine(torch.ones(1, 2)).float(), 3e19).sum())
+    assert engine.step()
+    weights = engine.full_state_dict()["weight"].flatten().tolist()
+    engine.close()
+    return weights
+
+
 def work(folder):
     """Runs on each rank of a launch; rank 0 writes down the results."""
     from scf_fast import distributed
 
     runtime = distributed.start()
     jobs = [(train, (options,)) for options in CASES] + [(train_on_gradients, case) for case in NOT_FINITE]
+    jobs += [(train_on_large_gradients, (options,)) for options in OVERFLOWING]
     results = [None] * len(jobs)
     # fp16 last: DeepSpeed remembers it, and would give every later engine of the process a loss scale.
     for number in sorted(range(len(jobs)), key=lambda number: jobs[number][1][-1].get("precision") == "fp16"):
@@ -200,6 +220,14 @@ def test_every_zero_stage_trains_what_one_process_does(case, world_size, results
         expected = plain_losses(options.get("max_grad_norm", 1.0))
         assert expected[-1] < 0.7 * expected[0]
         assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("case", range(len(OVERFLOWING)))
+def test_gradients_whose_squares_overflow_are_no_reason_to_skip(case, world_size, results):
+    options, weights = OVERFLOWING[case], results[world_size][len(CASES) + len(NOT_FINITE) + case]
+    expected = 1 - math.sqrt(0.5) if options["max_grad_norm"] else -3e19
+    assert weights == pytest.approx([expected] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from scf_fast import distributed
 from scf_fast.engine import partitions
+from scf_fast.engine.dropped import Dropped
 from scf_fast.config import ConfidenceConfig
 from scf_fast.engine.engine import Engine
 from scf_fast.run.step_guard import StepGuard
@@ -48,7 +49,7 @@ def run(zero_stage, bad_steps):
         votes = guard.votes()
         assert votes.not_finite == bad_steps[step], (step, votes)
         engine.step(skip=votes.not_finite)
-        guard.count(votes, step, lambda: ["first.jpg", "second.jpg"])
+        guard.count(Dropped.LOSS if votes.not_finite else None, step, lambda: ["first.jpg", "second.jpg"])
         applied += not bad_steps[step]
         early = early or partitions.shared_state(engine)  # as a checkpoint that is written while the steps go on
     assert early["counters"]["step"] == 1, early
@@ -59,7 +60,7 @@ def run(zero_stage, bad_steps):
 
 for stage in (0, 1, 2, 3):
     pieces, buffers, counters, guard = run(stage, [False, True, False, True, True, False])
-    assert guard.skipped == 3
+    assert guard.dropped == {Dropped.LOSS: 3}
     expected, expected_buffers, expected_counters, _ = run(stage, [False, False, False])
     assert pieces.keys() == expected.keys() and len(pieces) >= 2
     for key, values in expected.items():
@@ -110,12 +111,13 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path, 
     )
     assert [line.split()[1] for line in output.splitlines() if line.startswith("stage")] == list("0123")
     assert output.count("loss scale resumed") == 2
-    assert "ended: the loss had no finite value in any of the steps 1 to 3" in output
+    assert "ended: no step of 1 to 3 has changed the weights: the loss is not finite" in output
     records = [json.loads(line) for line in (tmp_path / "not_finite_rank1.jsonl").read_text().splitlines()]
     assert (
         len(records) == 4 * 3 + 3
         and records[0]["step"] == 1
         and records[0]["rank"] == 1
+        and records[0]["reason"] == "the loss is not finite"
         and records[0]["images"] == ["first.jpg", "second.jpg"]
     )
     assert not (tmp_path / "not_finite_rank0.jsonl").exists()

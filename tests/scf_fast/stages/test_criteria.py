@@ -11,7 +11,7 @@ import torch
 
 from scf_fast.config import ConfidenceConfig
 from scf_fast.objectives import Objective
-from scf_fast.stages.criteria import CollapseWatch, PairShare, fitting_value, make_criterion
+from scf_fast.stages.criteria import CollapseWatch, PairShare, doubt_about, fitting_value, make_criterion
 
 
 def psi(kappa, dim):
@@ -70,6 +70,8 @@ def test_the_table_of_fitting_values():
         (Objective.SCF_GAUSSIAN, [1.0, 1e-3, 1.7e-5, 1e-6], "variance has collapsed to 1.7e-05, .* asks for 0.001758"),
         (Objective.PFE, [9e-4, 1e-3, 1.2e-6], "variance has collapsed to 1.2e-06, .* asks for 0.0008789"),
         (Objective.PFE, [1.0, 1e-4, 9e-6], 0),
+        (Objective.SCF, [94.0, 600.0, 1e18, 1e19], "kappa has diverged to 1.0e.18, .* 0.55 asks for 403"),
+        (Objective.PFE_VMF, [94.0, 900.0, 9e5, 1e-5], "kappa has diverged to 9.0e.05, .* 0.55 asks for 842.9"),
     ],
 )
 def test_a_collapse_is_said_once(objective, values, said, caplog):
@@ -79,7 +81,8 @@ def test_a_collapse_is_said_once(objective, values, said, caplog):
             watch.check(step, value, cosine=0.55)
     assert len(caplog.records) == bool(said)
     if said:
-        assert caplog.records[0].event == f"{said.split()[0]}_collapsed"
+        name, _, what = said.split()[:3]
+        assert caplog.records[0].event == f"{name}_{what}"
         assert re.match(f"step 3: {said}", caplog.messages[0])
 
 
@@ -124,3 +127,19 @@ def test_pairs_count_by_their_share(variance):
     }
     for name, value in wanted.items():
         assert sum(result.metrics[name] for result in results).item() / 2 == pytest.approx(value.item(), rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("kappa", "said"),
+    [
+        ([1e-4, 1e-5, 50.0], "2 of 3 images .* outside 0.001 to 1e.08"),
+        ([1e18, 1e18, 1e18], "3 of 3 images"),
+        ([float("nan"), 1e9, 3.0], "2 of 3 images"),
+        ([90.0, 90.0, 90.0], "all images have the same"),
+        ([90.0, 100.0, 1e9], None),
+        ([7.0], None),
+    ],
+)
+def test_models_that_mean_nothing_are_doubted(kappa, said):
+    found = doubt_about(torch.tensor(kappa))
+    assert found is None if said is None else re.match(said, found)

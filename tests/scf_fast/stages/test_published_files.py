@@ -170,11 +170,11 @@ def published_run(folder, images=16, identities=4, z_dim=16):
 
 
 def command(folder, epochs):
-    """The published command, word for word after the launcher but for the sizes."""
+    """The published command, word for word after the launcher but for the sizes; of random class centers."""
     return f"""--dataset ms1m --seed 777 --gpu_ids 0,1 --batch_size 8 --output_dir {folder}/out
         --saved_bkb {folder}/B.pth --saved_fc {folder}/F.pth --num_workers 1 --epochs {epochs} --lr 3e-5
         --lr_scheduler StepLR --step_size 2 --gamma 0.5 --convf_dim 784 --z_dim 16 --radius 64
-        --max_grad_clip 0 --max_grad_norm 0 --tensorboard --dataroot {folder}""".split()
+        --max_grad_clip 0 --max_grad_norm 0 --tensorboard --dataroot {folder} --initial_kappa none""".split()
 
 
 def test_the_published_command_trains_resumes_and_leaves_published_files(tmp_path, run_command, fork_ranks):
