@@ -6,7 +6,8 @@ import torch
 
 from scf_fast.kernels._common import MAX_DIM, check_floating, promoted_dtype
 
-LOG_VARIANCE_LIMIT = 60.0  # beyond, exp(-log_variance) and its products with squares of 2^10 rows leave float32
+# exp(60) is 1e26: times squared distances of up to 4, summed over dimensions and batches, it stays within float32.
+LOG_VARIANCE_LIMIT = 60.0
 LOG_TWO_PI = math.log(2 * math.pi)
 
 
