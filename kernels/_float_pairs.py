@@ -81,6 +81,15 @@ def negative(x):
 
 
 @triton.jit
+def reciprocal_kernel(x):
+    """Returns 1 / x in one instruction, to a unit in the last place, for normal x below 2^126."""
+    if _INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def evaluate_polynomial_kernel(COEFFICIENTS: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr, x):
     """Returns the polynomial of the COUNT >= 2 coefficients from START on, the highest power first."""
     value = tl.fma(x, constant_like(COEFFICIENTS[START], x), constant_like(COEFFICIENTS[START + 1], x))

@@ -20,15 +20,19 @@ import torch
 import triton
 import triton.language as tl
 
-from scf_fast.kernels._common import INTERPRETED
 from scf_fast.kernels._debye_series import DebyePlan, fit_polynomial
-from scf_fast.kernels._float_pairs import constant_like, evaluate_polynomial_kernel, negative, residual_kernel
+from scf_fast.kernels._float_pairs import (
+    constant_like,
+    evaluate_polynomial_kernel,
+    negative,
+    reciprocal_kernel,
+    residual_kernel,
+)
 from scf_fast.kernels._vmf_common import fold_series, phi_plan
 from scf_fast.kernels.debye import debye_kernel
 
 _PHASE_ERROR = 2e-7  # of G, in nats
 _LOGARITHM_ERROR = 2e-9  # of log((1 + w) / (1 - w)) / w, which is at least 2
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 class PhiPlan(NamedTuple):
@@ -72,15 +76,6 @@ def phi_kernel_plan(dim: int) -> PhiPlan | DebyePlan:
 
 
 @triton.jit
-def _reciprocal_kernel(x):
-    """Returns 1 / x in one instruction, to a unit in the last place, for normal x below 2^126."""
-    if _INTERPRETED:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def add_phi_kernel(square, first, first_tail, second, second_tail, PLAN: tl.constexpr):
     """Returns phi(kappa) plus two addends in two floats each, for float32 kappa^2 >= 0 up to 1e36; NaN goes through.
 
@@ -105,7 +100,7 @@ def add_phi_kernel(square, first, first_tail, second, second_tail, PLAN: tl.cons
         scale = (0x3F800000 - octave_bits).to(tl.float32, bitcast=True)
         # x scale - 2 m, without the rounding of x: in the first octave this is u.
         numerator = tl.fma(u, scale, tl.fma(scale, constant_like(2.0 * m, u), constant_like(-2.0 * m, u)))
-        w = numerator * _reciprocal_kernel(numerator + 4.0 * m)
+        w = numerator * reciprocal_kernel(numerator + 4.0 * m)
         total = u + first + second
         total = tl.fma(octave_bits.to(tl.float32), constant_like(-PLAN.octave, u), total)
         total = tl.fma(negative(w), evaluate_polynomial_kernel(LOGARITHM, 0, len(LOGARITHM), w * w), total)

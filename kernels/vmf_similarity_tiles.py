@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from scf_fast.kernels._all_pairs_triton import KEPT, launch_histogram, launch_matrix, launch_top_k, vmf_pairs
 from scf_fast.kernels._common import DEFAULT_RADIUS, promoted_dtype
 from scf_fast.kernels._score_bands import (
     Band,
@@ -25,7 +26,6 @@ from scf_fast.kernels._score_bands import (
     use_tiles,
 )
 from scf_fast.kernels._vmf_common import check_faces, phi, phi_of_square, score_constant, unit_rows
-from scf_fast.kernels._vmf_similarity_triton import KEPT, launch_histogram, launch_matrix, launch_top_k
 from scf_fast.kernels.vmf_similarity import neutral_radius
 
 _PAIRS = "vmf_similarity"
@@ -80,7 +80,7 @@ def _vmf_similarity_matrix(
         for rows, band in _score_bands(mu1, kappa1, mu2, kappa2, radius, triton_kernel):
             scores[rows] = band
     elif n and m:
-        launch_matrix(mu1, kappa1, mu2, kappa2, scores, score_constant(mu1.shape[1], radius))
+        launch_matrix(vmf_pairs(mu1, kappa1, mu2, kappa2), scores, score_constant(mu1.shape[1], radius))
     return scores
 
 
@@ -111,7 +111,14 @@ def _vmf_similarity_histogram(
     elif len(mu1) and len(mu2):
         constant = score_constant(mu1.shape[1], radius)
         launch_histogram(
-            mu1, kappa1, ids1, mu2, kappa2, ids2, counts, low=low, high=high, distinct=distinct, constant=constant
+            vmf_pairs(mu1, kappa1, mu2, kappa2),
+            ids1,
+            ids2,
+            counts,
+            low=low,
+            high=high,
+            distinct=distinct,
+            constant=constant,
         )
     return counts
 
@@ -133,7 +140,7 @@ def _vmf_similarity_top_k(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (n, dim), dtype = mu1.shape, promoted_dtype(mu1, kappa1, mu2, kappa2)
     if triton_kernel and n and k <= KEPT:
-        scores, indices = launch_top_k(mu1, kappa1, mu2, kappa2, k)
+        scores, indices = launch_top_k(vmf_pairs(mu1, kappa1, mu2, kappa2), k)
         return scores.add_(score_constant(dim, radius)).to(dtype), indices
     # Ranked at the neutral radius: the constant of another would cost digits.
     bands = _score_bands(mu1, kappa1, mu2, kappa2, neutral_radius(dim), triton_kernel)

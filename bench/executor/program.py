@@ -19,7 +19,8 @@ INTEGER_TYPES: dict[str, type[Any]] = {
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{(.*?)^\}", re.S | re.M)
 _LOCATION = re.compile(r"^\s*\.loc\b[^\n]*?//\s*([^\s;]+)[^\n]*$", re.M)
-_SCOPED_BLOCK = re.compile(r"\{\s*\.reg\s+\.\w+\s+tmp\s*;\s*(.*?;)\s*\}")  # splits a 64-bit register
+# Splits a 64-bit register, or is inline assembly; none reads a register of its own before it writes it.
+_SCOPED_BLOCK = re.compile(r"\{\s*\.reg\s+\.\w+\s+\w+(?:,\s*\w+)*\s*;\s*(.*?;)\s*\}", re.S)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
 

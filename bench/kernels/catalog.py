@@ -13,6 +13,7 @@ import torch
 
 from bench.measuring.compilation import Launch, record_launches
 from scf_fast import kernels
+from scf_fast.kernels._gaussian_triton import FACTORS, SHORT_SUM
 from scf_fast.kernels.log_bessel import Function, _log_bessel
 
 Arguments = Mapping[str, Any]  # of a launch: its kernel's parameters and the options of its compilation
@@ -50,9 +51,11 @@ class Variant:
         launch: calls a public function on CPU tensors, which launches the kernel.
         unit: what is counted, such as "element" or "score".
         units: how many of them one program computes, from the launch's arguments.
-        nbytes: of one unit, read and written once; None where a matrix product sets the pace.
+        nbytes: of one unit, read and written once; None where a matrix product or ``slots`` set the pace.
+        slots: instructions that one unit takes at least, where they set the pace.
         product: the matrix product, if there is one.
         turns: of its outermost loops that hold no product themselves: over tiles, images or splits.
+        inner_turns: of the loops within those, where there is no product.
         settings: constants by which its launch is known among others of the same kernel.
     """
 
@@ -62,8 +65,10 @@ class Variant:
     unit: str
     units: Callable[[Arguments], float]
     nbytes: float | None = None
+    slots: float | None = None
     product: Product | None = None
     turns: float = 1.0
+    inner_turns: float = 1.0
     settings: tuple[tuple[str, Any], ...] = ()
 
     def record(self) -> Launch:
@@ -376,6 +381,28 @@ def _histogram(dim: int, dtype: torch.dtype, distinct: bool) -> None:
     kernels.vmf_similarity_histogram(mu, kappa, ids, mu, kappa, ids, -1.0, 1.0, distinct=distinct, backend="triton")
 
 
+def _gaussians(count: int, dim: int, dtype: torch.dtype, diagonal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    mu, log_variance = _faces(count, dim, dtype)
+    return mu, log_variance[:, None].expand(-1, dim) if diagonal else log_variance
+
+
+def _gaussian_matrix(dim: int, dtype: torch.dtype, diagonal: bool) -> None:
+    sets = *_gaussians(PROBES, dim, dtype, diagonal), *_gaussians(GALLERY, dim, dtype, diagonal)
+    kernels.mutual_likelihood_matrix(*sets, backend="triton")
+
+
+def _gaussian_top_k(dim: int, dtype: torch.dtype, diagonal: bool) -> None:
+    sets = *_gaussians(PROBES, dim, dtype, diagonal), *_gaussians(GALLERY, dim, dtype, diagonal)
+    kernels.mutual_likelihood_top_k(*sets, 16, backend="triton")
+
+
+def _gaussian_histogram(dim: int, dtype: torch.dtype, diagonal: bool) -> None:
+    mu, log_variance = _gaussians(PROBES, dim, dtype, diagonal)
+    ids = torch.zeros(PROBES, dtype=torch.int64)
+    sets = mu, log_variance, ids, mu, log_variance, ids
+    kernels.mutual_likelihood_histogram(*sets, -1.0, 1.0, distinct=True, backend="triton")
+
+
 def _pairs(dim: int, dtype: torch.dtype) -> None:
     faces = _faces(PROBES, dim, dtype)
     kernels.vmf_similarity(*faces, *faces, backend="triton")
@@ -394,6 +421,42 @@ def _scores(arguments: Arguments) -> float:
 
 def _scores_of_tiles(arguments: Arguments) -> float:
     return TILES * _scores(arguments)
+
+
+def _elements_of_scores(arguments: Arguments) -> float:
+    return _scores(arguments) * arguments["D"]
+
+
+def _gaussian_variants() -> Iterator[Variant]:
+    for name, kernel, call, tiles in (
+        ("matrix", "matrix_kernel", _gaussian_matrix, 1),
+        ("histogram", "histogram_kernel", _gaussian_histogram, 1),
+        ("top-k", "top_k_kernel", _gaussian_top_k, TILES),
+    ):
+        yield Variant(
+            f"all pairs of Gaussians, scalar, {name}, bfloat16, d = 512",
+            kernel,
+            functools.partial(call, 512, torch.bfloat16, False),
+            "score",
+            _scores_of_tiles if tiles > 1 else _scores,
+            product=Product("bfloat16", 2 * 512, 512, "BLOCK_D"),
+            turns=tiles,
+        )
+    # Top-k has the loops over dimensions within a third, and is not counted.
+    for name, kernel, call in (
+        ("matrix", "matrix_kernel", _gaussian_matrix),
+        ("histogram", "histogram_kernel", _gaussian_histogram),
+    ):
+        yield Variant(
+            f"all pairs of Gaussians, diagonal, {name}, float32, d = 512",
+            kernel,
+            functools.partial(call, 512, torch.float32, True),
+            "element",
+            _elements_of_scores,
+            slots=6.0,
+            turns=512 / SHORT_SUM,
+            inner_turns=SHORT_SUM / FACTORS,
+        )
 
 
 def _similarity_variants() -> Iterator[Variant]:
@@ -416,6 +479,7 @@ def _similarity_variants() -> Iterator[Variant]:
                 product=product,
                 turns=tiles,
             )
+    yield from _gaussian_variants()
     for dim, dtype in ((512, torch.float32), (512, torch.bfloat16), (512, torch.float64), (8192, torch.float32)):
         yield Variant(
             f"pairs, {_name(dtype)}, d = {dim}",

@@ -16,10 +16,11 @@ Columns of the table:
     spilled         bytes of a thread's registers that do not fit and go through memory
     occupancy       resident warps, of those that a multiprocessor can hold
 
-and the share of its copy bandwidth (products: of its tensor cores' rate) that each GPU can reach at most: issue of four
-warps' instructions a clock and multiprocessor, the rate of each class of instructions, everything overlapped. It is a
-bound from data sheets, not a measurement. Compilations are kept in Triton's cache; all of them take 15 minutes of one
-core. ``--update`` writes the counts that tests/kernels/test_instructions.py holds the kernels to.
+and the share of its copy bandwidth (products: of its tensor cores' rate; diagonal variances: of the rate of the fewest
+instructions that do the work) that each GPU can reach at most: issue of four warps' instructions a clock and
+multiprocessor, the rate of each class of instructions, everything overlapped. It is a bound from data sheets, not a
+measurement. Compilations are kept in Triton's cache; all of them take 15 minutes of one core.
+``--update`` writes the counts that tests/kernels/test_instructions.py holds the kernels to.
 """
 
 import argparse
@@ -48,7 +49,8 @@ ARCHITECTURES = tuple(MULTIPROCESSORS)
 
 
 def shares(variant: Variant, architecture: int, classes: dict[str, float]) -> dict[str, float]:
-    """Returns the share of copy bandwidth, or of the tensor cores' rate, that each chip of the architecture can reach.
+    """Returns the share of copy bandwidth, of the tensor cores' rate, or of the rate of the fewest instructions, that
+    each chip of the architecture can reach.
 
     Args:
         classes: a thread's instructions by class, for one unit.
@@ -59,6 +61,8 @@ def shares(variant: Variant, architecture: int, classes: dict[str, float]) -> di
             seconds = chip.seconds(classes)
             if variant.product:
                 least = variant.product.flop / chip.flops_per_second[variant.product.dtype]
+            elif variant.slots:
+                least = chip.seconds({"fp32": variant.slots})
             else:
                 least = (variant.nbytes or 0.0) / chip.copy_bytes_per_second
             found[chip.name] = round(least / max(least, seconds), 3)
@@ -73,7 +77,9 @@ def measure(variant: Variant, architecture: int) -> dict[str, Any]:
     counts = sass.count(
         compiled.sass,
         compiled.ptx,
-        sass.Turns(product.inner / launch.arguments[product.step] if product else 1, variant.turns),
+        sass.Turns(
+            product.inner / launch.arguments[product.step] if product else 1, variant.turns, variant.inner_turns
+        ),
         None if product is None else "fma" if product.dtype == "float32" else "tensor cores",
     )
     a_thread = variant.units(launch.arguments) / (32 * compiled.num_warps)  # units

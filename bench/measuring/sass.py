@@ -125,11 +125,13 @@ class Turns:
     Attributes:
         product: the loop of its matrix product, if it has one.
         outer: the loop around the product; without a product, its outermost loops.
+        inner: without a product, the loops directly within those.
     All other loops count as one run: waits, and loops that end by what the data are.
     """
 
     product: float = 1.0
     outer: float = 1.0
+    inner: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,12 @@ def count(sass: str, ptx: str, turns: Turns, product: str | None) -> Counts:
             unrolled_whole |= whole
             loops.append(_CountedLoop(loop, turns.outer if whole else turns.product / unrolled, not whole))
         else:
-            outermost = not any(loop.first in outer.loop for outer in loops)
-            is_outer = loop.surrounds_product or (product is None and outermost)
-            loops.append(_CountedLoop(loop, turns.outer if is_outer else 1.0, False))
+            depth = sum(loop.first in outer.loop for outer in loops)
+            if loop.surrounds_product or (product is None and depth == 0):
+                executions = turns.outer
+            else:
+                executions = turns.inner if product is None and depth == 1 else 1.0
+            loops.append(_CountedLoop(loop, executions, False))
     classes: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
     in_loop = products = 0.0
     for instruction in instructions:

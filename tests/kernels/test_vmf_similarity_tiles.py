@@ -5,7 +5,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from scf_fast.kernels import _vmf_similarity_triton
+from scf_fast.kernels import _all_pairs_triton
 from scf_fast.kernels._score_bands import BAND, CHUNK
 from scf_fast.kernels.vmf_similarity import neutral_radius, vmf_similarity
 from scf_fast.kernels.vmf_similarity_tiles import (
@@ -85,7 +85,7 @@ def test_triton_matrix_of_half_precision(triton_device, poisoned, faces):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_genuine_pairs_within_3e_7_of_kappa(triton_device, poisoned, dtype, unit_rows):
     """Cosines of 0.95 in 512 dimensions: tensor cores cut sums instead of rounding them, and these have one sign."""
-    if dtype == torch.bfloat16 and isinstance(_vmf_similarity_triton.matrix_kernel, InterpretedFunction):
+    if dtype == torch.bfloat16 and isinstance(_all_pairs_triton.matrix_kernel, InterpretedFunction):
         pytest.skip("the interpreter has no bf16 products")
     center = unit_rows(1, 512, torch.float32, seed=3)
     mu1, mu2 = (
@@ -115,7 +115,7 @@ def test_float32_directions_of_any_length(triton_device, poisoned, unit_rows):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_histogram_counts_the_matrix(triton_device, distinct, backend, monkeypatch, faces):
     # Two layers where there are two blocks of columns.
-    monkeypatch.setattr(_vmf_similarity_triton, "_MOST_PROGRAMS", 1)
+    monkeypatch.setattr(_all_pairs_triton, "_MOST_PROGRAMS", 1)
     mu1, kappa1 = faces(131, 16, triton_device, 1)
     mu2, kappa2 = (mu1, kappa1) if distinct else faces(40, 16, triton_device, 2)
     mu1[7] = math.nan
@@ -182,6 +182,15 @@ def test_top_k_puts_nan_first_and_takes_equal_scores_once(place):
     scores, indices = vmf_similarity_top_k(mu[1:2], kappa[1:2], mu, kappa, 4, backend=place.backend)
     assert scores[0, 0].isnan() and indices[0, 0] == 4
     assert sorted(indices[0, 1:].tolist()) == [1, 2, 3] and (scores[0, 1:] == scores[0, 1]).all()
+
+
+def test_top_k_of_a_gallery_that_ends_with_nan(place):
+    """What pads the last tile repeats the last row, and is never among the best."""
+    mu, kappa = torch.eye(4, device=place.device), torch.full((4,), 5.0, device=place.device)
+    mu[3] = math.nan
+    _, indices = vmf_similarity_top_k(mu[:2], kappa[:2], mu, kappa, 3, backend=place.backend)
+    assert indices[:, 0].tolist() == [3, 3] and indices[:, 1].tolist() == [0, 1]
+    assert ((indices[:, 2] >= 0) & (indices[:, 2] < 3)).all()
 
 
 def test_top_k_of_nothing(faces):

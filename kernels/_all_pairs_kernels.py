@@ -1,16 +1,32 @@
-"""Triton kernels that compare all pairs of two sets; ``_vmf_similarity_triton`` launches them.
+"""Triton kernels that compare all pairs of two sets; ``_all_pairs_triton`` launches them.
 
-A program computes a tile of products, then turns it into scores, strip by strip:
+A program computes a tile of products (for Gaussians with a variance in each dimension, of sums that are none), then
+turns it into scores, strip by strip:
 ``_dot_rows``, ``_products``: the tile. Half precision directions are multiplied as they are, float32 ones as sums of
     two float16 numbers, in three products.
-``_scores``: the epilogue, by ``_phi_triton``.
+``_scores``: the epilogue, by ``_phi_triton`` or ``_gaussian_triton``.
 ``matrix_kernel``, ``histogram_kernel``, ``top_k_kernel``: what becomes of the scores.
 """
+
+import enum
 
 import triton
 import triton.language as tl
 
+from scf_fast.kernels._gaussian_triton import diagonal_sums, diagonal_variance_scores, scalar_variance_scores
 from scf_fast.kernels._phi_triton import add_phi_kernel
+
+
+class Score(enum.IntEnum):
+    """What the kernels compute of a pair."""
+
+    VMF = 0  # Eqn (13) of SCF
+    SCALAR_VARIANCE = 1  # Eqn (3) of PFE, one variance in all dimensions
+    DIAGONAL_VARIANCE = 2  # the same, one for each
+
+
+_SCALAR_VARIANCE = tl.constexpr(Score.SCALAR_VARIANCE.value)
+_DIAGONAL_VARIANCE = tl.constexpr(Score.DIAGONAL_VARIANCE.value)
 
 
 @triton.jit
@@ -43,7 +59,8 @@ def _dot_rows(
 
 @triton.jit
 def _products(
-    mu1_ptr,  # (N, D) half precision, or with SPLIT (N, 2, D), the upper and lower half of each number
+    mu1_ptr,  # (N, D) half precision, or with SPLIT (N, 2, D), the upper and lower half of each number; for diagonal
+    # variances (N, 2, D) float32, directions and variances
     mu2_ptr,  # (M, D), as mu1
     mu1_stride,
     mu2_stride,
@@ -52,20 +69,27 @@ def _products(
     row_block,
     col_block,
     D: tl.constexpr,
+    SCORE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Returns one tile of mu1 mu2^T in float32. Rows beyond the last repeat it, so that no load needs a mask."""
+    """Returns one tile of mu1 mu2^T, or of ``diagonal_sums``, in float32. Rows beyond the last repeat it, so that no
+    load needs a mask.
+    """
     rows = tl.minimum(row_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK), N - 1)
     cols = tl.minimum(col_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK), M - 1)
-    rows1_ptr = mu1_ptr + rows[:, None] * mu1_stride
-    rows2_ptr = mu2_ptr + cols[None, :] * mu2_stride
-    product = tl.zeros((BLOCK, BLOCK), tl.float32)
-    if SPLIT:  # without the product of the lower halves, 2^-22 of a term
-        product = _dot_rows(rows1_ptr, rows2_ptr + D, product, D, BLOCK_D, False)
-        product = _dot_rows(rows1_ptr + D, rows2_ptr, product, D, BLOCK_D, False)
-    return _dot_rows(rows1_ptr, rows2_ptr, product, D, BLOCK_D, D > BLOCK_D)
+    rows1_ptr = mu1_ptr + rows * mu1_stride
+    rows2_ptr = mu2_ptr + cols * mu2_stride
+    if SCORE == _DIAGONAL_VARIANCE:
+        return diagonal_sums(rows1_ptr, rows2_ptr, D)
+    else:
+        rows1_ptr, rows2_ptr = rows1_ptr[:, None], rows2_ptr[None, :]
+        product = tl.zeros((BLOCK, BLOCK), tl.float32)
+        if SPLIT:  # without the product of the lower halves, 2^-22 of a term
+            product = _dot_rows(rows1_ptr, rows2_ptr + D, product, D, BLOCK_D, False)
+            product = _dot_rows(rows1_ptr + D, rows2_ptr, product, D, BLOCK_D, False)
+        return _dot_rows(rows1_ptr, rows2_ptr, product, D, BLOCK_D, D > BLOCK_D)
 
 
 @triton.jit
@@ -104,7 +128,7 @@ def _join_halves(left, right):
 
 @triton.jit
 def _load_terms(
-    terms_ptr,  # (4, padded) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
+    terms_ptr,  # (4, padded) float32
     padded,
     at,
 ):
@@ -119,8 +143,21 @@ def _load_terms(
 
 
 @triton.jit
-def _scores(product, terms1, terms2, PLAN: tl.constexpr):
-    """Returns the scores of a strip, but for their constant: kt^2 = kappa1^2 + kappa2^2 + 2 kappa1 kappa2 cos."""
+def _scores(product, terms1, terms2, D: tl.constexpr, SCORE: tl.constexpr, PLAN: tl.constexpr):
+    """Returns the scores of a strip, but for their constant."""
+    if SCORE == _DIAGONAL_VARIANCE:
+        return diagonal_variance_scores(product, terms1, terms2)
+    elif SCORE == _SCALAR_VARIANCE:
+        return scalar_variance_scores(product, terms1, terms2, D)
+    else:
+        return _vmf_scores(product, terms1, terms2, PLAN)
+
+
+@triton.jit
+def _vmf_scores(product, terms1, terms2, PLAN: tl.constexpr):
+    """Returns the scores of a strip from kt^2 = kappa1^2 + kappa2^2 + 2 kappa1 kappa2 cos; the terms of a face are
+    kappa / |mu|, kappa^2, -phi(kappa) in two floats.
+    """
     weight1, square1, unary1, tail1 = terms1
     weight2, square2, unary2, tail2 = terms2
     square = tl.fma(product * (2.0 * weight1)[:, None], weight2[None, :], square1[:, None] + square2[None, :])
@@ -132,7 +169,7 @@ def _scores(product, terms1, terms2, PLAN: tl.constexpr):
 @triton.jit
 def matrix_kernel(
     mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
-    terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
+    terms1_ptr,  # (4, padded1) float32, what ``_scores`` needs of a face
     mu2_ptr,  # (M, D) or (M, 2, D), rows of mu2_stride
     terms2_ptr,  # (4, padded2) float32, as terms1
     scores_ptr,  # (N, M) out
@@ -144,6 +181,7 @@ def matrix_kernel(
     M,
     constant,
     D: tl.constexpr,
+    SCORE: tl.constexpr,
     PLAN: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -159,7 +197,9 @@ def matrix_kernel(
     height = tl.minimum(row_blocks - first, GROUP)
     within = program % (GROUP * col_blocks)
     row_block, col_block = first + within % height, within // height
-    product = _products(mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SPLIT, BLOCK, BLOCK_D)
+    product = _products(
+        mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SCORE, SPLIT, BLOCK, BLOCK_D
+    )
     strips = _eighths(product)
     WIDTH: tl.constexpr = strips[0].shape[1]
     rows = row_block * BLOCK + tl.arange(0, BLOCK)
@@ -168,7 +208,7 @@ def matrix_kernel(
     for strip in tl.static_range(8):
         cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
         terms2 = _load_terms(terms2_ptr, padded2, cols)
-        scores = _scores(strips[strip], terms1, terms2, PLAN) + constant
+        scores = _scores(strips[strip], terms1, terms2, D, SCORE, PLAN) + constant
         tl.store(rows_ptr + cols[None, :], scores, mask=(rows < N)[:, None] & (cols < M)[None, :])
         tl.debug_barrier()  # keeps the compiler from working on two strips at a time, for which there are no registers
 
@@ -176,7 +216,7 @@ def matrix_kernel(
 @triton.jit
 def histogram_kernel(
     mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
-    terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
+    terms1_ptr,  # (4, padded1) float32, what ``_scores`` needs of a face
     ids1_ptr,  # (padded1,) int64
     mu2_ptr,  # (M, D) or (M, 2, D), rows of mu2_stride
     terms2_ptr,  # (4, padded2) float32, as terms1
@@ -194,6 +234,7 @@ def histogram_kernel(
     BINS: tl.constexpr,
     DISTINCT: tl.constexpr,
     D: tl.constexpr,
+    SCORE: tl.constexpr,
     PLAN: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -206,7 +247,9 @@ def histogram_kernel(
     if DISTINCT:
         if col_block < row_block:
             return
-    product = _products(mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SPLIT, BLOCK, BLOCK_D)
+    product = _products(
+        mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SCORE, SPLIT, BLOCK, BLOCK_D
+    )
     strips = _eighths(product)
     WIDTH: tl.constexpr = strips[0].shape[1]
     rows = row_block * BLOCK + tl.arange(0, BLOCK)
@@ -216,7 +259,7 @@ def histogram_kernel(
     for strip in tl.static_range(8):
         cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
         terms2 = _load_terms(terms2_ptr, padded2, cols)
-        scores = _scores(strips[strip], terms1, terms2, PLAN) + constant
+        scores = _scores(strips[strip], terms1, terms2, D, SCORE, PLAN) + constant
         position = tl.minimum(tl.maximum((scores - low) * bins_per_nat, 0.0), BINS - 1.0).to(tl.int32)
         counted = scores == scores  # the padding's are not
         if DISTINCT:
@@ -247,7 +290,7 @@ def _order(bits):
 @triton.jit
 def top_k_kernel(
     mu1_ptr,  # (N, D) or (N, 2, D), rows of mu1_stride
-    terms1_ptr,  # (4, padded1) float32: kappa / |mu|, kappa^2, -phi(kappa) in two floats
+    terms1_ptr,  # (4, padded1) float32, what ``_scores`` needs of a face
     mu2_ptr,  # (M, D) or (M, 2, D), rows of mu2_stride
     terms2_ptr,  # (4, padded2) float32, as terms1
     best_ptr,  # (N, parts, KEPT) int64 out
@@ -260,6 +303,7 @@ def top_k_kernel(
     blocks,
     KEPT: tl.constexpr,
     D: tl.constexpr,
+    SCORE: tl.constexpr,
     PLAN: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -282,18 +326,19 @@ def top_k_kernel(
     for step in range(tl.minimum(blocks, tl.cdiv(M, BLOCK) - part * blocks)):
         col_block = part * blocks + step
         product = _products(
-            mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SPLIT, BLOCK, BLOCK_D
+            mu1_ptr, mu2_ptr, mu1_stride, mu2_stride, N, M, row_block, col_block, D, SCORE, SPLIT, BLOCK, BLOCK_D
         )
         strips = _quarters(product)
         WIDTH: tl.constexpr = strips[0].shape[1]
         for strip in tl.static_range(4):
             cols = col_block * BLOCK + strip * WIDTH + tl.arange(0, WIDTH)
-            scores = _scores(strips[strip], terms1, _load_terms(terms2_ptr, padded2, cols), PLAN)
+            scores = _scores(strips[strip], terms1, _load_terms(terms2_ptr, padded2, cols), D, SCORE, PLAN)
             # Not by rows first: Triton 3.7 fails to compile that for sm_100 with four warps. False for NaN.
             below = scores < floor[:, None]
             if tl.min(below.to(tl.int32)) == 0:
                 numbers = tl.where(scores == scores, scores, float("nan"))  # one NaN, above all numbers
                 keys = (_order(numbers.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (0x7FFFFFFF - cols)[None, :]
+                keys = tl.where((cols < M)[None, :], keys, LOWEST)  # the padding's scores are NaN
                 better, worst = tl.max(keys, axis=1), tl.min(best, axis=1)
                 while tl.max((better > worst).to(tl.int32), axis=0) > 0:
                     best = tl.where((best == worst[:, None]) & (better > worst)[:, None], better[:, None], best)
