@@ -25,6 +25,7 @@ _FLAGS = {
     "stage1": ["--stage", "backbone", "--network", "ir_small", "--z_dim", "32", "--lr", "0.01", *_COMMON],
     "stage2": ["--stage", "confidence", "--confidence_net", "conv", "--precision", "fp32", "--lr", "1e-3", *_COMMON],
 }
+_FLAGS["stage2"] += ["--initial_kappa", "1"]  # so that eight steps have a way to go
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def train(faces, stage1, flags, tmp_path, fork_ranks):
     folders = ["--data", faces / "train", "--output_dir", tmp_path / "run"]
 
     def run(world_size, *more):
-        flags2 = [*flags["stage2"], "--confidence_net", "mlp", *weights, *folders, *more]
+        flags2 = [*flags["stage2"], "--confidence_net", "mlp", "--initial_kappa", "auto", *weights, *folders, *more]
         status, output = fork_ranks(world_size, *flags2)
         assert status == 0, output
         return lines_of(tmp_path / "run" / "metrics.jsonl"), output
