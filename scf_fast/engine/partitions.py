@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from scf_fast.engine.engine import Engine
+from scf_fast.engine.step_count import read_step_count, saved_step_count, write_step_count
 from scf_fast.errors import InputError
 
 WEIGHT = "weight"
@@ -47,24 +48,19 @@ def _pieces(engine: Engine, share: int, shares: int) -> list[Piece]:
 
 
 def shared_state(engine: Engine) -> dict[str, Any]:
-    """Returns the state that belongs to no element and is the same on every rank: step counters and the loss scale."""
-    optimizer = engine.optimizer
-    *_, last = [{}, *optimizer.state.values()]  # DeepSpeed's fused Adam counts in the last parameter's state alone
-    counters = {key: value for key, value in last.items() if not (torch.is_tensor(value) and value.dim())}
-    # Copies: the optimizer goes on counting while a checkpoint is being written.
+    """Returns the state that belongs to no element and is the same on every rank: counts of steps and the loss
+    scale.
+    """
     return {
-        "counters": {
-            key: value.to("cpu", copy=True) if torch.is_tensor(value) else value for key, value in counters.items()
-        },
-        "group_steps": [group.get("step") for group in optimizer.param_groups],
+        "optimizer_steps": read_step_count(engine.optimizer),
         "loss_scaler": engine.loss_scaler.state_dict() if engine.loss_scaler else {},
         "skipped_steps": engine.internals.skipped_steps,
     }
 
 
 def restore(engine: Engine, saved: Iterable[Piece], shared: dict, step: int) -> None:
-    """Gives a new engine the optimizer state, the counters and the loss scale of a checkpoint; the weights must be in
-    the module already.
+    """Gives a new engine the optimizer state, the counts of steps and the loss scale of a checkpoint, whichever
+    implementation of the optimizer has written it; the weights must be in the module already.
 
     Args:
         saved: all ranks' pieces, on any device.
@@ -72,21 +68,14 @@ def restore(engine: Engine, saved: Iterable[Piece], shared: dict, step: int) -> 
     saved, optimizer = list(saved), engine.optimizer
     keys = [key for key in saved[0].values if key != WEIGHT]
     for flat in {id(place.flat): place.flat for place in engine.internals.places(0, 1)}.values():
-        counters = {
-            key: value.to(flat.device, copy=True) if torch.is_tensor(value) else value
-            for key, value in shared["counters"].items()
-        }
-        optimizer.state[flat] = {
-            **{key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in keys},
-            **counters,
-        }
+        optimizer.state[flat] = {key: torch.zeros_like(flat, memory_format=torch.contiguous_format) for key in keys}
     by_name = _by_name(saved)
     for piece in _pieces(engine, 0, 1):
         for key in keys:
             _fill(piece.values[key], piece.start, by_name[piece.name], key)
-    for group, count in zip(optimizer.param_groups, shared["group_steps"]):
-        if count is not None:
-            group["step"] = count
+    count = saved_step_count(shared)
+    if keys and count is not None:  # Adam without moments begins anew
+        write_step_count(optimizer, count)
     if engine.loss_scaler and shared["loss_scaler"]:  # else the scale starts from the beginning
         engine.loss_scaler.load_state_dict(shared["loss_scaler"])
     engine.internals.global_steps, engine.internals.skipped_steps = step, shared["skipped_steps"]

@@ -5,13 +5,11 @@ test_train.py.
 import json
 import resource
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scf_fast.distributed import Runtime
-from scf_fast.engine.partitions import shared_state
 from scf_fast.run.checkpoints import Checkpoints, newest_intact
 from scf_fast.run.reporting import StepLines, forget_after
 from scf_fast.weights.files import save_torch_file
@@ -58,16 +56,6 @@ def test_latest_chooses_where_it_names_one(folder):
         assert newest_intact(folder).tag == "step00000008"
     (folder / "latest").unlink()
     assert newest_intact(folder).tag == "step00000008"
-
-
-def test_steps_are_read_where_deepspeeds_fused_adam_counts_them():
-    """Fused Adam counts on in the last parameter's state of a group alone."""
-    states = {name: {"step": step, "exp_avg": torch.zeros(3)} for name, step in (("first", 0), ("last", 7))}
-    optimizer = SimpleNamespace(state=states, param_groups=[{"step": 0}])
-    engine = SimpleNamespace(optimizer=optimizer, loss_scaler=None, internals=SimpleNamespace(skipped_steps=0))
-    assert shared_state(engine)["counters"] == {"step": 7}
-    optimizer.state = {}
-    assert shared_state(engine)["counters"] == {}
 
 
 def test_none_and_none_that_is_intact(folder, tmp_path):
