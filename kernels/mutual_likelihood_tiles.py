@@ -223,9 +223,9 @@ def mutual_likelihood_matrix(
             insists.
     Returns:
         (N, M) log likelihood (nats). NaN where an input is, a log variance is outside its range, or a direction is
-        zero. From Triton, float32 arithmetic: with scalar variances within 6e-7 of max(1 / v, D), most of it the error
-        of the cosine over v, otherwise within 5e-7 of max(mean of 1 / v_l, D), and the rounding of a constant that all
-        scores share (``python -m bench.accuracy``). Carries no gradient. Deterministic.
+        zero. From Triton, float32 arithmetic: within 6e-7 of the largest of the score, D and 1 / v (its mean over the
+        dimensions), whose part is the error of the cosine or of the squares (``python -m bench.accuracy``), and the
+        rounding of a constant that all scores share. Carries no gradient. Deterministic.
     Raises:
         ValueError: shapes or dtypes are not as above.
     """

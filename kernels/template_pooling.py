@@ -79,13 +79,17 @@ def _segments(template_ids: torch.Tensor, num_templates: int) -> tuple[torch.Ten
 @triton.jit
 def _pool_kernel(
     mu_ptr,  # (N, D), rows of mu_stride
-    kappa_ptr,  # (N,)
+    weights_ptr,  # (N,), or with DIAGONAL (N, D), rows of weights_stride
     order_ptr,  # (N,) int64
     offsets_ptr,  # (T + 1,) int64
     directions_ptr,  # (T, D) out
-    kappas_ptr,  # (T,) out
+    lengths_ptr,  # (T,) out
+    pooled_ptr,  # (T,), or with DIAGONAL (T, D), out: with GAUSSIAN, the sums of the weights
     mu_stride,
+    weights_stride,
     WEIGHTED: tl.constexpr,
+    GAUSSIAN: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     TINY: tl.constexpr,
     FP64: tl.constexpr,
     D: tl.constexpr,
@@ -98,19 +102,74 @@ def _pool_kernel(
     cols = tl.arange(0, BLOCK_D)
     inside_d = cols < D
     total = as_compute(tl.zeros((BLOCK_D,), tl.float32), FP64)
+    pooled = as_compute(tl.zeros((BLOCK_D if DIAGONAL else ROWS,), tl.float32), FP64)
     for at in range(start, stop, ROWS):
         positions = at + tl.arange(0, ROWS)
         inside = positions < stop
         images = tl.load(order_ptr + positions, mask=inside, other=0)
         mask = inside[:, None] & inside_d[None, :]
         values = as_compute(tl.load(mu_ptr + images[:, None] * mu_stride + cols[None, :], mask=mask, other=0.0), FP64)
-        if WEIGHTED:
-            values *= as_compute(tl.load(kappa_ptr + images, mask=inside, other=0.0), FP64)[:, None]
+        if DIAGONAL:
+            at_weights = weights_ptr + images[:, None] * weights_stride + cols[None, :]
+            weights = as_compute(tl.load(at_weights, mask=mask, other=0.0), FP64)
+            values *= weights
+            pooled += tl.sum(weights, axis=0)
+        elif WEIGHTED:
+            weights = as_compute(tl.load(weights_ptr + images, mask=inside, other=0.0), FP64)
+            values *= weights[:, None]
+            pooled += weights
         total += tl.sum(values, axis=0)
+    if DIAGONAL:
+        total = total / tl.where(pooled == 0.0, 1.0, pooled)
+        tl.store(pooled_ptr + template * D + cols, pooled, mask=inside_d)
+    elif GAUSSIAN:
+        tl.store(pooled_ptr + template, tl.sum(pooled))
     length = tl.sqrt(tl.sum(total * total))
     scale = 1.0 / tl.where(length < TINY, TINY, length)
     tl.store(directions_ptr + template * D + cols, total * scale, mask=inside_d)
-    tl.store(kappas_ptr + template, length)
+    tl.store(lengths_ptr + template, length)
+
+
+def _pool_templates_triton(
+    mu: torch.Tensor, weights: torch.Tensor | None, template_ids: torch.Tensor, num_templates: int, gaussian: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns directions, sums of the weights (of a ``gaussian`` only), and the lengths of the means or sums."""
+    dim, dtype = mu.shape[1], promoted_dtype(mu, weights)
+    directions = torch.empty(num_templates, dim, dtype=dtype, device=mu.device)
+    lengths = torch.empty(num_templates, dtype=dtype, device=mu.device)
+    pooled = lengths
+    diagonal = weights is not None and weights.ndim == 2
+    if gaussian and weights is not None:
+        pooled = torch.empty(num_templates, *weights.shape[1:], dtype=dtype, device=mu.device)
+    mu = dense_rows(mu)
+    if weights is None:
+        weights_or_any = mu
+    else:
+        weights_or_any = dense_rows(weights) if diagonal else weights.contiguous()
+    order, offsets = _segments(template_ids, num_templates)
+    block_d = triton.next_power_of_2(dim)
+    with torch.cuda.device_of(mu):
+        _pool_kernel[(num_templates,)](
+            mu,
+            weights_or_any,
+            order,
+            offsets,
+            directions,
+            lengths,
+            pooled,
+            mu.stride(0),
+            weights_or_any.stride(0),
+            WEIGHTED=weights is not None,
+            GAUSSIAN=gaussian,
+            DIAGONAL=diagonal,
+            TINY=torch.finfo(dtype).tiny,
+            FP64=dtype == torch.float64,
+            D=dim,
+            ROWS=max(1, min(8, _TILE // block_d)),
+            BLOCK_D=block_d,
+            num_warps=4 if block_d <= 1024 else 8,
+        )
+    return directions, pooled, lengths
 
 
 def _check_range_of_ids(template_ids: torch.Tensor, num_templates: int) -> None:
@@ -129,29 +188,7 @@ def _pool_templates(
     _check_range_of_ids(template_ids, num_templates)
     if not triton_kernel:
         return _pool_templates_torch(mu, kappa, template_ids, num_templates)
-    dim, dtype = mu.shape[1], promoted_dtype(mu, kappa)
-    directions = torch.empty(num_templates, dim, dtype=dtype, device=mu.device)
-    kappas = torch.empty(num_templates, dtype=dtype, device=mu.device)
-    mu = dense_rows(mu)
-    order, offsets = _segments(template_ids, num_templates)
-    block_d = triton.next_power_of_2(dim)
-    with torch.cuda.device_of(mu):
-        _pool_kernel[(num_templates,)](
-            mu,
-            mu if kappa is None else kappa.contiguous(),
-            order,
-            offsets,
-            directions,
-            kappas,
-            mu.stride(0),
-            WEIGHTED=kappa is not None,
-            TINY=torch.finfo(dtype).tiny,
-            FP64=dtype == torch.float64,
-            D=dim,
-            ROWS=max(1, min(8, _TILE // block_d)),
-            BLOCK_D=block_d,
-            num_warps=4 if block_d <= 1024 else 8,
-        )
+    directions, _, kappas = _pool_templates_triton(mu, kappa, template_ids, num_templates, False)
     return directions, kappas
 
 
@@ -191,14 +228,16 @@ _pool_templates.register_autograd(_backward, setup_context=_setup)
 
 @torch.library.custom_op("scf::pool_gaussian_templates", mutates_args=())
 def _pool_gaussian_templates(
-    mu: torch.Tensor, precision: torch.Tensor, template_ids: torch.Tensor, num_templates: int
+    mu: torch.Tensor, precision: torch.Tensor, template_ids: torch.Tensor, num_templates: int, triton_kernel: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check_range_of_ids(template_ids, num_templates)
+    if triton_kernel:
+        return _pool_templates_triton(mu, precision, template_ids, num_templates, True)
     return _pool_gaussian_templates_torch(mu, precision, template_ids, num_templates)
 
 
 @_pool_gaussian_templates.register_fake
-def _(mu, precision, template_ids, num_templates):
+def _(mu, precision, template_ids, num_templates, triton_kernel):
     options = {"dtype": promoted_dtype(mu, precision), "device": mu.device}
     directions = torch.empty(num_templates, mu.shape[1], **options)
     pooled = torch.empty(num_templates, *precision.shape[1:], **options)
@@ -216,7 +255,7 @@ def _backward_gaussian(ctx, grad_directions, grad_precisions, grad_lengths):
         grad, weight = grad[template_ids], weight[:, None]
         by_weight = (rows * grad).sum(dim=1)
     grad_precision = by_weight + grad_precisions[template_ids]
-    return (grad * weight).to(mu.dtype), grad_precision.to(precision.dtype), None, None
+    return (grad * weight).to(mu.dtype), grad_precision.to(precision.dtype), None, None, None
 
 
 _pool_gaussian_templates.register_autograd(_backward_gaussian, setup_context=_setup)
@@ -278,6 +317,8 @@ def pool_gaussian_templates(
     precision: torch.Tensor,
     template_ids: torch.Tensor,
     num_templates: int | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fuses Gaussian images into templates of any size, by precision. Source: section 4.2, Shi and Jain, ICCV 2019:
     1 / s^2 = sum_m 1 / s_m^2 and mu = s^2 sum_m mu_m / s_m^2 in each dimension; mu is then brought to length one.
@@ -287,13 +328,14 @@ def pool_gaussian_templates(
         precision: floating point 1 / sigma^2 >= 0, (N,), one in all dimensions, or (N, D).
         template_ids: (N,) int64 in [0, T), in any order. Their range is checked, which waits for the device.
         num_templates: T >= 1; by default the largest id plus one. torch.compile needs it given.
+        backend: "auto" runs Triton for CUDA tensors and PyTorch for others; "triton" or "torch" insists.
     Returns:
         directions (T, D), and precision (T,) or (T, D), the sum of the images', in which their agreement plays no part:
         ``pool_templates`` gives the same directions for scalar precisions, but the length of the weighted sum as kappa.
         Summed in float32, or in float64 if an argument is. A template without images has direction 0 and precision 0;
         one whose images cancel exactly has direction 0. Differentiable in mu and precision. Deterministic.
     Raises:
-        ValueError: shapes or dtypes are not as above, an id lies outside [0, T), or T is 0.
+        ValueError: shapes or dtypes are not as above, an id lies outside [0, T), T is 0, or the backend cannot run.
     """
     num_templates = _check_templates(mu, template_ids, num_templates)
     check_floating("precision", precision)
@@ -302,9 +344,10 @@ def pool_gaussian_templates(
             f"precision must be ({len(mu)},), one per row of mu, or {tuple(mu.shape)}, one per dimension, got "
             f"{tuple(precision.shape)}"
         )
+    triton_kernel = use_triton(backend, mu)
     if transformed():
         dtype = promoted_dtype(mu, precision)
         directions, pooled = _transforms.pool_gaussian_templates(mu, precision, template_ids, num_templates)
         return directions.to(dtype), pooled.to(dtype)
-    directions, pooled, _ = _pool_gaussian_templates(mu, precision, template_ids, num_templates)
+    directions, pooled, _ = _pool_gaussian_templates(mu, precision, template_ids, num_templates, triton_kernel)
     return directions, pooled

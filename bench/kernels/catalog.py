@@ -415,6 +415,16 @@ def _pool(dim: int, dtype: torch.dtype, weighted: bool) -> None:
     )
 
 
+def _gaussian_pairs(dim: int, dtype: torch.dtype, diagonal: bool) -> None:
+    faces = _gaussians(PROBES, dim, dtype, diagonal)
+    kernels.mutual_likelihood(*faces, *faces, backend="triton")
+
+
+def _pool_gaussians(dim: int, dtype: torch.dtype, diagonal: bool) -> None:
+    mu, precision = _gaussians(PROBES, dim, dtype, diagonal)
+    kernels.pool_gaussian_templates(mu, precision, torch.zeros(PROBES, dtype=torch.int64), 100, backend="triton")
+
+
 def _scores(arguments: Arguments) -> float:
     return arguments["BLOCK"] ** 2
 
@@ -499,6 +509,23 @@ def _similarity_variants() -> Iterator[Variant]:
                 _rows_of_d,
                 nbytes=dtype.itemsize,
             )
+    for diagonal in (False, True):
+        yield Variant(
+            f"pairs of Gaussians, {'diagonal' if diagonal else 'scalar'}, float32, d = 512",
+            "_mutual_likelihood_kernel",
+            functools.partial(_gaussian_pairs, 512, torch.float32, diagonal),
+            "16 elements",
+            _rows_of_d_by_16,
+            nbytes=(4 if diagonal else 2) * 16 * 4,
+        )
+        yield Variant(
+            f"pooling, {'diagonal' if diagonal else 'scalar'} precisions, float32, d = 512",
+            "_pool_kernel",
+            functools.partial(_pool_gaussians, 512, torch.float32, diagonal),
+            "element",
+            _rows_of_d,
+            nbytes=8 if diagonal else 4,
+        )
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,6 +11,8 @@ values are those of the float64 PyTorch path, which the first part compares with
                 published normalizer, whose terms cancel, loss and slope relative to its largest term
     all pairs   at the neutral radius, cosines >= 0; relative to the larger kappa of the pair, and to at least
                 max(2, d / 64): below, what terms of the size of 1 and of d round off remains
+    Gaussians   mutual likelihood of all pairs; relative to the largest of the score, 1 / v (its mean over the
+                dimensions) and d
 """
 
 import enum
@@ -24,7 +26,7 @@ import triton.language as tl
 from bench.executor.approximation import Approximation, Mode, TensorCores
 from bench.executor.launcher import ExecutedKernel, Executor, executing
 from bench.measuring.tables import text_table
-from scf_fast.kernels import log_bessel_i
+from scf_fast.kernels import log_bessel_i, mutual_likelihood_matrix
 from scf_fast.kernels._debye_series import debye_plan
 from scf_fast.kernels._loss_arguments import LossOption
 from scf_fast.kernels.debye import debye_kernel, debye_torch
@@ -41,6 +43,7 @@ LOSS_ELEMENTS = 1 << 18  # of all rows of features; at most COUNT rows, at least
 PAIR_DIMS = (2, 32, 128, 512)
 PAIR_ROWS = 48  # of each of the two sets
 PAIR_KAPPAS = (1e-2, 1e5)
+GAUSSIAN_ROWS = 16  # of each of the two sets
 _BLOCK = 512
 _INPUTS = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,6 +56,7 @@ class Table(enum.Enum):
     PUBLISHED = "SCF loss with the published normalizer, Triton, compiled, likewise"
     TORCH = "SCF loss, PyTorch, by normalizer"
     PAIRS = "All pairs, Triton, compiled, worst over the modes, by type of directions and tensor cores"
+    GAUSSIANS = "Mutual likelihood of all pairs, Triton, compiled, worst over the modes"
 
 
 class Error(NamedTuple):
@@ -91,6 +95,7 @@ BOUNDS = (
     Bound(Table.LOSS, "slope", 1e-6),
     Bound(Table.LOSS, "coefficients", 5e-7),
     Bound(Table.PAIRS, "", 3e-7),
+    Bound(Table.GAUSSIANS, "", 6e-7),
 )
 
 
@@ -298,13 +303,35 @@ def pair_errors(dim: int) -> Iterator[Error]:
                 yield largest(Table.PAIRS, f"{name} {cores.value}", dim, mode.value, error, larger)
 
 
+def gaussian_errors(dim: int) -> Iterator[Error]:
+    """Measures the mutual likelihood of the same faces, with kappa as precision, and precisions around it."""
+    generator = torch.Generator().manual_seed(1)
+    sets = [(face.mu[:GAUSSIAN_ROWS], -face.kappa[:GAUSSIAN_ROWS].log()) for face in faces_of(dim, torch.float32)]
+    several = [(mu, x[:, None] + torch.randn(GAUSSIAN_ROWS, dim, generator=generator)) for mu, x in sets]
+    for name, cores, (first, second) in (
+        ("scalar", TensorCores.A100, sets),
+        ("scalar", TensorCores.H100, sets),
+        ("diagonal", TensorCores.EXACT, several),  # needs none
+    ):
+        exact = mutual_likelihood_matrix(*(x.double() for x in (*first, *second)), backend="torch")
+        precision = torch.exp(-torch.logaddexp(first[1].double()[:, None], second[1].double()))
+        precision = precision.view(GAUSSIAN_ROWS, GAUSSIAN_ROWS, -1).mean(dim=2)
+        size = torch.maximum(exact.abs(), precision).clamp(min=dim)
+        for mode in Mode:
+            with executing(ARCHITECTURE, Approximation(mode, cores)):
+                scores = mutual_likelihood_matrix(*first, *second, backend="triton")
+            error = (scores - exact).abs() / size
+            yield largest(Table.GAUSSIANS, f"{name} {cores.value}", dim, mode.value, error, precision)
+
+
 # ---- the report
 
 
 def measure() -> list[Error]:
     """Returns the largest error of every cell."""
     errors = [error for dim in DIMS for error in (*family_errors(dim, COUNT), *loss_errors(dim, COUNT))]
-    return worst(errors + [error for dim in PAIR_DIMS for error in pair_errors(dim)])
+    errors += [error for dim in PAIR_DIMS for error in (*pair_errors(dim), *gaussian_errors(dim))]
+    return worst(errors)
 
 
 def report(errors: Sequence[Error]) -> str:

@@ -38,6 +38,9 @@ COUNTED = [
     "all pairs, matrix, bfloat16, d = 512",
     "pairs, float64, d = 512",
     "pooling, kappa weights, float32, d = 512",
+    "all pairs of Gaussians, diagonal, matrix, float32, d = 512",
+    "pairs of Gaussians, scalar, float32, d = 512",
+    "pooling, diagonal precisions, float32, d = 512",
 ]
 SPILLING_SOON = [  # products of float32, and quick to compile; the others with as many registers take a minute each
     "margin statistics, float32, d = 512",
@@ -92,6 +95,13 @@ def test_registers_spill_only_where_it_is_known(work, architecture, others, comm
 def test_products_of_half_precision_run_on_tensor_cores(counted):
     products = [variant.work for variant in variants() if variant.product and variant.work in COUNTED]
     assert len(products) == 4 and all(counted[work]["classes"]["matrix"] > 0 for work in products)
+
+
+def test_diagonal_variances_take_at_most_1_5_times_their_floor(counted):
+    """The floor is in the head of ``_gaussian_triton``: 6 instructions for each (row, column, dimension)."""
+    work = "all pairs of Gaussians, diagonal, matrix, float32, d = 512"
+    floor = next(variant.slots for variant in variants() if variant.work == work)
+    assert floor == 6 and floor < counted[work]["instructions"] <= 1.5 * floor
 
 
 def test_float64_pairs_touch_no_narrower_type(counted):

@@ -38,6 +38,21 @@ def test_pairs_against_the_reference(dim, variance, gaussian_faces):
         torch.testing.assert_close(gradient, exact, rtol=1e-9, atol=1e-10 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("dim", [2, 300])
+def test_triton_pairs_against_float64(triton_device, poisoned, dim, variance, gaussian_faces):
+    (mu1, log1), (mu2, log2) = (gaussian_faces(9, dim, variance, triton_device, seed) for seed in (1, 2))
+    mu1[1] = -2 * mu2[1]
+    mu2[2], log1[3], log2[4] = 0, math.nan, 500
+    exact = mutual_likelihood(mu1.double(), log1.double(), mu2.double(), log2.double(), backend="torch")
+    scores = mutual_likelihood(mu1, log1, mu2, log2, backend="triton")
+    assert scores.isnan().nonzero().flatten().tolist() == [2, 3]
+    torch.testing.assert_close(scores, exact.float(), rtol=1.2e-7, atol=1e-6, equal_nan=True)
+    transposed = mu1.t().contiguous().t().double()
+    double = mutual_likelihood(transposed, log1.double(), mu2.double(), log2.double(), backend="triton")
+    torch.testing.assert_close(double, exact, rtol=1e-13, atol=1e-10, equal_nan=True)
+
+
 def test_float32_inputs_cost_no_more_than_their_rounding(gaussian_faces):
     (mu1, log1), (mu2, log2) = (gaussian_faces(30, 512, "diagonal", "cpu", seed) for seed in (1, 2))
     rounded = mutual_likelihood(mu1, log1, mu2, log2)
@@ -76,7 +91,8 @@ def test_from_cosine_is_the_pair(dim, gaussian_faces):
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_operators(variance, gaussian_faces):
     leaves = [tensor.requires_grad_() for seed in (1, 2) for tensor in gaussian_faces(4, 6, variance, "cpu", seed)]
-    torch.library.opcheck(_mutual_likelihood, (*leaves, torch.float32))
+    for triton_kernel in (False, True):
+        torch.library.opcheck(_mutual_likelihood, (*leaves, torch.float32, triton_kernel))
 
 
 @pytest.mark.parametrize("variance", VARIANCES)

@@ -169,6 +169,18 @@ def test_gaussian_fusion_image_by_image(dtype, tolerance, diagonal, dim, unit_ro
     check_fusion(*reference.pool_gaussian_templates(mu, precision, ids, 8), mu, precision, ids, 1e-12)
 
 
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "dim", "tolerance"), [(torch.float32, 37, 1e-6), (torch.float64, 2, 1e-13), (torch.float16, 600, 1e-6)]
+)
+def test_triton_gaussian_fusion(triton_device, poisoned, dtype, dim, tolerance, diagonal, unit_rows):
+    mu, precision, ids = gaussian_images(20, dim, diagonal, unit_rows, dtype)
+    on_device = (tensor.to(triton_device) for tensor in (mu, precision, ids))
+    directions, pooled = pool_gaussian_templates(*on_device, 8, backend="triton")
+    assert directions.dtype == pooled.dtype == torch.promote_types(dtype, torch.float32)
+    check_fusion(directions.cpu(), pooled.cpu(), mu, precision, ids, tolerance)
+
+
 def test_scalar_precision_points_where_kappa_does(unit_rows):
     mu, precision, ids = gaussian_images(40, 16, False, unit_rows)
     directions, pooled = pool_gaussian_templates(mu, precision, ids)
@@ -184,7 +196,8 @@ def test_scalar_precision_points_where_kappa_does(unit_rows):
 def test_gaussian_operator_and_gradients(diagonal, unit_rows):
     mu, precision, ids = gaussian_images(7, 5, diagonal, unit_rows)
     leaves = mu.requires_grad_(), (0.01 * precision).detach().requires_grad_()
-    torch.library.opcheck(_pool_gaussian_templates, (*leaves, ids, 8))
+    for triton_kernel in (False, True):
+        torch.library.opcheck(_pool_gaussian_templates, (*leaves, ids, 8, triton_kernel))
     pool = lambda mu, precision: pool_gaussian_templates(mu, precision, ids, 8)  # noqa: E731
     assert torch.autograd.gradcheck(pool, leaves)
     assert torch.autograd.gradgradcheck(pool, leaves)
@@ -207,6 +220,7 @@ def test_gaussian_templates_of_no_or_of_opposite_images(diagonal):
         ({"template_ids": torch.zeros(3)}, "template_ids must be"),
         ({"num_templates": 2}, r"must lie in \[0, 2\), got 0\.\.2"),
         ({"num_templates": 0}, "at least one template"),
+        ({"backend": "numpy"}, "backend must be"),
     ],
 )
 def test_gaussian_templates_refuse(change, message):
