@@ -34,7 +34,8 @@ from typing import Any
 
 import triton
 
-from bench.kernels.catalog import Variant, variants
+from bench.kernels.catalog import variants
+from bench.kernels.variant import Variant
 from bench.measuring import sass
 from bench.measuring.chips import CHIPS, MULTIPROCESSORS, occupancy
 from bench.measuring.compilation import compile_launch

@@ -73,7 +73,13 @@ def test_bounds_hold_from_their_dimension_on():
 def test_the_command_fails_with_a_bound(tmp_path, capsys, monkeypatch):
     """A bound below what float32 can do."""
     monkeypatch.setattr(accuracy, "DENSE_COUNT", 200)
-    for name, value in (("DIMS", (DIM,)), ("COUNT", 64), ("PAIR_DIMS", (DIM,)), ("PAIR_ROWS", 16)):
+    for name, value in (
+        ("DIMS", (DIM,)),
+        ("COUNT", 64),
+        ("PAIR_DIMS", (DIM,)),
+        ("PAIR_ROWS", 16),
+        ("GAUSSIAN_DIMS", (2,)),
+    ):
         monkeypatch.setattr(compiled_accuracy, name, value)
     monkeypatch.setattr(compiled_accuracy, "_INPUTS", {"f32": torch.float32})
     monkeypatch.setattr(compiled_accuracy, "BOUNDS", (Bound(Table.PAIRS, "f32 h100", 1e-9),))

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bench.kernels import instructions
-from bench.kernels.catalog import Product, Variant, variants
+from bench.kernels.catalog import variants
+from bench.kernels.variant import Product, Variant
 from scf_fast.kernels._common import INTERPRETED
 
 
