@@ -12,7 +12,7 @@ bench.report`` makes tables and plots of the files.
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measuring import roofline
+from bench.measuring import process_group, roofline
 from bench.measuring.case import LEFT_OUT, Case, measure
-from bench.measuring.environment import DEVICE, RESULTS, ROOT, device_slug, environment
+from bench.measuring.environment import DEVICE, RESULTS, ROOT, device_slug, environment, is_installed
 from bench.measuring.results import write_json
 from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
@@ -201,13 +201,6 @@ def commands_of(name: str, options: Options) -> list[list[str]]:
     return [words if words[0] == "pytest" else [*words, "--out", str(options.out)] for words in commands]
 
 
-def is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is missing
-        return False
-
-
 def run_section(name: str, options: Options) -> Outcome:
     """Runs the processes of one section until they are done or out of time."""
     missing = [module for module in SECTIONS[name].needs if not is_installed(module)]
@@ -308,4 +301,4 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench.su
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process_group.end_process(main())

@@ -1,8 +1,7 @@
 """The command ``python -m bench.first_gpu``; the plan is in ``bench.first_gpu.plan``."""
 
-import sys
-
 from bench.first_gpu.runner import main
+from bench.measuring.process_group import end_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -1,11 +1,10 @@
 """What the first minutes on a GPU are spent on, in this order."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measuring.environment import ROOT
+from bench.measuring.environment import ROOT, is_installed
 
 KERNEL_TESTS = ROOT / "tests" / "kernels"
 _TINY_TEST = "test_template_pooling.py"  # under the interpreter it takes two seconds
@@ -25,14 +24,7 @@ class Task:
 
     def missing(self) -> list[str]:
         """Returns the needed modules that are not installed."""
-        return [module for module in self.needs if not _is_installed(module)]
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is missing
-        return False
+        return [module for module in self.needs if not is_installed(module)]
 
 
 @dataclass(frozen=True)

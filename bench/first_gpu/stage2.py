@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bench.measuring.samples import Samples
 from bench.measuring.timing import interleaved_seconds
 from bench.training.stage2_steps import (
     CLASSES,
+    PUBLISHED,
     Z_DIM,
     Step,
     cached_features,
@@ -26,38 +28,6 @@ from scf_fast.networks.backbones import Backbone
 
 NETWORK, BATCH, ROUNDS = "ir_100", 1024, 5
 TINY_NETWORK, TINY_BATCH, TINY_ROUNDS = "ir_tiny", 4, 1
-
-
-def with_tf32(step: Step, allowed: bool) -> Step:
-    """Returns the step with TF32 allowed in products and convolutions, or in neither: PyTorch's own default allows it
-    in convolutions alone.
-    """
-
-    def call(images: torch.Tensor, labels: torch.Tensor) -> None:
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-        try:
-            step(images, labels)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-    return call
-
-
-def through_backbone(step: Step, backbone: torch.nn.Module) -> Step:
-    """Returns the published step as its code is written: nothing stops the gradient, so the backward pass goes through
-    the backbone too, though no optimizer takes what it computes.
-    """
-
-    def call(images: torch.Tensor, labels: torch.Tensor) -> None:
-        backbone.requires_grad_(True)
-        try:
-            step(images, labels)
-        finally:
-            backbone.requires_grad_(False)
-            backbone.zero_grad(set_to_none=True)
-
-    return call
 
 
 def fits(step: Step, buffer: tuple[torch.Tensor, torch.Tensor]) -> bool:
@@ -106,24 +76,25 @@ def measure(out: Path, tiny: bool) -> int:
                     "median_seconds": summary.median,
                     "per_second": size / summary.median,
                     "unit": "images",
+                    **(asdict(PUBLISHED[way]) if way in PUBLISHED else {}),
                 }
             )
         write_json(out / "first_gpu_stage2.json", content)
 
     with tempfile.TemporaryDirectory() as folder:
         cached = cached_features(backbone, batch, Path(folder) / "cache")
-        # What compiles comes last: it may be all that time allows.
-        makers: list[tuple[str, Callable[[], Step]]] = [
-            ("published", lambda: with_tf32(published_step(options, backbone, centers, autocast=False), False)),
-            ("cached", lambda: our_step(options, backbone, centers, cached, bf16=True)),
-            ("published, TF32", lambda: with_tf32(published_step(options, backbone, centers, autocast=False), True)),
-            ("published, autocast", lambda: published_step(options, backbone, centers, autocast=True)),
-            ("ours", lambda: our_step(options, backbone, centers, our_backbone(backbone, without), bf16=True)),
-        ]
+
+        def make(way: str) -> Step:
+            if way in PUBLISHED:
+                return published_step(options, backbone, centers, PUBLISHED[way])
+            features_of = cached if way == "cached" else our_backbone(backbone, without)
+            return our_step(options, backbone, centers, features_of, bf16=True)
+
         buffers = buffers_of(batch)
         steps = {}
-        for way, make in makers:
-            step = make()
+        # What compiles comes last: it may be all that time allows.
+        for way in ("published", "cached", "published, TF32", "published, autocast", "ours"):
+            step = make(way)
             if fits(step, buffers[0]):
                 steps[way] = step
                 record(interleaved_seconds({way: step}, buffers, DEVICE, 1), batch)
@@ -149,12 +120,12 @@ def _measure_through_backbone(
     record: Callable[[dict[str, list[float]], int], None],
 ) -> None:
     """Measures the published step with its backward pass through the backbone, at the largest batch that fits."""
+    way = "published, backward through the backbone"
     while batch >= 1:
         buffers = buffers_of(batch)
-        step = through_backbone(with_tf32(published_step(options, backbone, centers, autocast=False), False), backbone)
+        step = published_step(options, backbone, centers, PUBLISHED[way])
         if fits(step, buffers[0]):
-            name = "published, backward through the backbone"
-            record(interleaved_seconds({name: step}, buffers, DEVICE, 2), batch)
+            record(interleaved_seconds({way: step}, buffers, DEVICE, 2), batch)
             return
         del buffers, step
         batch //= 2

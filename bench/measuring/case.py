@@ -34,7 +34,7 @@ class Case:
         way: who does it; "scf_fast..." is ours.
         prepare: builds (call, buffers) on the device: ``call(*buffer)`` is timed on one buffer after another. It checks
             values and gradients first and raises AssertionError where they are wrong, NotMeasured where the case cannot
-            run here.
+            run here. A call that has ``close`` is closed after the case.
         least: the least that any way must do.
         items: (count, unit) that one call gets through, for a rate; None where a rate has no meaning.
         facts: shapes, types and settings, written beside the time.
@@ -49,6 +49,12 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.work}, {self.way}".replace(" ", "-")
+
+
+def _close(call: Callable | None) -> None:
+    close = getattr(call, "close", None)
+    if close is not None:
+        close()
 
 
 def reset_state(seed: int = 0) -> None:
@@ -91,6 +97,7 @@ def measure(
     """
     record: dict[str, Any] = {"work": case.work, "way": case.way, **case.facts}
     reset_state()
+    call = None
     try:
         call, buffers = case.prepare()
         seconds = sampled_seconds(call, buffers, device, budget)
@@ -109,18 +116,23 @@ def measure(
         return record | {"wrong": str(error)}
     except Exception as error:
         return record | {"failed": f"{type(error).__name__}: {error}"}
+    finally:
+        _close(call)
 
 
 def benchmark_case(benchmark: "BenchmarkFixture", case: Case, device: torch.device | str, machine: Machine) -> None:
     """Measures the case under pytest-benchmark, which keeps its own statistics."""
     benchmark.group = case.work
     call, buffers = case.prepare()
-    seconds = time_case(benchmark, call, buffers, device)
-    benchmark.extra_info.update(
-        environment(device),
-        work=case.work,
-        way=case.way,
-        **case.facts,
-        **_derived(case, seconds, machine),
-        **footprint(call, buffers[0], device),
-    )
+    try:
+        seconds = time_case(benchmark, call, buffers, device)
+        benchmark.extra_info.update(
+            environment(device),
+            work=case.work,
+            way=case.way,
+            **case.facts,
+            **_derived(case, seconds, machine),
+            **footprint(call, buffers[0], device),
+        )
+    finally:
+        _close(call)

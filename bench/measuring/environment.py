@@ -1,5 +1,6 @@
 """The machine and the versions behind a measurement, written beside every number."""
 
+import importlib.util
 import os
 import platform
 import re
@@ -41,6 +42,14 @@ def _triton_version() -> str | None:
     except ImportError:
         return None
     return triton.__version__
+
+
+def is_installed(module: str) -> bool:
+    """Returns whether a module can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is missing
+        return False
 
 
 def command() -> str:

@@ -70,7 +70,7 @@ class Device:
         facts = timing.facts
         if "floor_seconds" in facts:
             return facts["floor_seconds"], facts["bound"]
-        if self.machine and timing.work.startswith("stage 2 step"):
+        if self.machine and timing.work.startswith("stage 2 step") and timing.way != "published, TF32":  # no rate of it
             dtype = "float32" if timing.way in ("published", "ours without bf16") else "bfloat16"
             return roofline.stage2_step(
                 facts["network"], facts["confidence_net"], facts["batch"], dtype, timing.way == "cached"

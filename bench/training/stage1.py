@@ -10,10 +10,11 @@ left out: the images are random and already on the device. The ways:
                           parameters
     scf_fast              channels_last images, sharded class centers on their one rank with the update in the backward
                           pass, fused SGD
-    scf_fast, compiled    the same with the backbone through torch.compile, which training does not do yet
+    scf_fast, engine      the same with the backbone in the DeepSpeed engine, as a run on one device has it; left out
+                          where DeepSpeed is not installed
+    scf_fast, compiled    without the engine, the backbone through torch.compile, which training does not do yet
 
-On a GPU all of them run the backbone under bf16 autocast, on the CPU in float32. The DeepSpeed engine around the
-backbone is left out.
+On a GPU all of them run the backbone under bf16 autocast, on the CPU in float32.
 """
 
 from collections.abc import Callable
@@ -24,14 +25,15 @@ import pytest
 import torch
 
 from bench.baselines.dense_margin_softmax import dense_margin_softmax_loss
-from bench.measuring import roofline
-from bench.measuring.case import Case, benchmark_case
-from bench.measuring.environment import DEVICE
+from bench.measuring import process_group, roofline
+from bench.measuring.case import Case, NotMeasured, benchmark_case
+from bench.measuring.environment import DEVICE, is_installed
 from bench.measuring.roofline import Machine
 from bench.measuring.timing import Buffers
 from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine.class_centers import ClassCenters
+from scf_fast.engine.engine import Engine
 from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 from scf_fast.networks.backbones import Backbone
 from scf_fast.pipelines.face_template import FACE_SIZE
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of images and labels; returns the loss
-WAYS = ("dense", "scf_fast", "scf_fast, compiled")
+WAYS = ("dense", "scf_fast", "scf_fast, engine", "scf_fast, compiled")
 DIM = 512
 
 
@@ -110,14 +112,43 @@ def our_step(backbone: Backbone, classes: int, config: BackboneConfig, half: boo
     return step
 
 
+class EngineStep:
+    """Our step as a run takes it, through the DeepSpeed engine.
+
+    Raises:
+        NotMeasured: DeepSpeed is not installed.
+    """
+
+    def __init__(self, backbone: Backbone, classes: int, config: BackboneConfig, half: bool):
+        if not is_installed("deepspeed"):
+            raise NotMeasured("deepspeed is not installed")
+        runtime, precision = process_group.join(), "bf16" if half else "fp32"
+        self.centers = ClassCenters(classes, DIM, config, runtime, precision)
+        optimizer = build_optimizer(OptimizerRule.SGD, backbone.parameters(), config, runtime.device)
+        self.engine = Engine(backbone, optimizer, config, runtime, precision)
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        features, _ = self.engine(images.contiguous(memory_format=torch.channels_last))
+        self.centers.lr = self.engine.learning_rate
+        loss, _ = self.centers.loss(features.float(), labels)
+        self.engine.backward(loss)
+        self.centers.step(self.engine.step())
+        return loss.detach()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
 def prepare(way: str, network: str, batch: int, classes: int, device: torch.device | str) -> tuple[Step, Buffers]:
     config, half = config_of(network, batch), torch.device(device).type == "cuda"
     backbone = Backbone(network, DIM).to(device)
-    step = (
-        dense_step(backbone, classes, config, half)
-        if way == "dense"
-        else our_step(backbone, classes, config, half, way != "scf_fast")
-    )
+    step: Step
+    if way == "dense":
+        step = dense_step(backbone, classes, config, half)
+    elif way == "scf_fast, engine":
+        step = EngineStep(backbone, classes, config, half)
+    else:
+        step = our_step(backbone, classes, config, half, way == "scf_fast, compiled")
     buffers = [
         (torch.randn(batch, 3, FACE_SIZE, FACE_SIZE, device=device), torch.randint(classes, (batch,), device=device))
         for _ in range(4)
@@ -146,9 +177,11 @@ def cases(device: torch.device | str, tiny: bool = False) -> list[Case]:
             (batch, "images"),
             {"network": network, "batch": batch, "classes": classes, "dim": DIM, "dtype": dtype},
         )
+        # After all others: on a CPU the engine changes how the process allocates memory.
+        for engine in (False, True)
         for network, batch, classes in settings
         for way in WAYS
-        if device == "cuda" or way != "scf_fast, compiled"
+        if engine == (way == "scf_fast, engine") and (device == "cuda" or way != "scf_fast, compiled")
     ]
 
 

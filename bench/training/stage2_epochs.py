@@ -11,7 +11,17 @@ import torch
 
 from bench.measuring.environment import DEVICE
 from bench.measuring.timing import synchronize
-from bench.training.stage2_steps import CACHE_KEY, Z_DIM, Rates, cache_layout, make_head, published_step
+from bench.training.stage2_steps import (
+    CACHE_KEY,
+    PUBLISHED,
+    PUBLISHED_EPOCHS,
+    Z_DIM,
+    PublishedSetting,
+    Rates,
+    cache_layout,
+    make_head,
+    published_step,
+)
 from scf_fast.config import ConfidenceConfig
 from scf_fast.features.store import FeatureCache
 from scf_fast.features.stream import FeatureStream
@@ -86,10 +96,10 @@ class OurRun:
 
 
 def published_epoch(
-    options: argparse.Namespace, source: ImageSource, backbone: Backbone
+    options: argparse.Namespace, source: ImageSource, backbone: Backbone, setting: PublishedSetting
 ) -> tuple[Callable[[int], None], Callable[[], None]]:
     """Returns a function that runs one epoch of the published way, given its number, and one that closes its loader."""
-    step = published_step(options, backbone, torch.randn(source.num_classes, Z_DIM, device=DEVICE), autocast=False)
+    step = published_step(options, backbone, torch.randn(source.num_classes, Z_DIM, device=DEVICE), setting)
     loader = make_loader(
         source,
         EpochSampler(len(source), options.epoch_batch),
@@ -116,11 +126,16 @@ def measure_epochs(
         OurRun(options, runtime, source, backbone, cache)
         for cache in (None, FeatureCache.open(folder / "epochs", layout, 0))
     )
-    published, close = published_epoch(options, source, backbone)
-    ways = {"published": published, "ours": uncached.epoch, "ours, cached": cached.epoch}
-    cached.epoch(0)  # fills it
-    rates: Rates = {name: [] for name in ways}
-    with contextlib.closing(uncached), contextlib.closing(cached):
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(contextlib.closing(uncached))
+        opened.enter_context(contextlib.closing(cached))
+        cached.epoch(0)  # fills it
+        ways = {}
+        for way in PUBLISHED_EPOCHS:
+            ways[way], close = published_epoch(options, source, backbone, PUBLISHED[way])
+            opened.callback(close)
+        ways |= {"ours": uncached.epoch, "ours, cached": cached.epoch}
+        rates: Rates = {name: [] for name in ways}
         for number in range(options.epochs + 1):
             for name, epoch in ways.items():
                 synchronize(DEVICE)
@@ -131,6 +146,5 @@ def measure_epochs(
                     uncached.sampler.batches_per_epoch * options.epoch_batch / (time.perf_counter() - began)
                 )
         split = uncached.stream.seconds
-        close()
     torch.compiler.reset()
     return {name: values[1:] for name, values in rates.items()}, split  # the first epoch compiles

@@ -1,9 +1,11 @@
 """Training steps of stage 2 on random images: the published way, ours with and without each switch, and cached."""
 
 import argparse
+import contextlib
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,32 @@ Features = tuple[torch.Tensor, torch.Tensor]  # embeddings and the last feature 
 Rates = dict[str, list[float]]  # images a second of each way, one for each round
 
 
+@dataclass(frozen=True)
+class PublishedSetting:
+    """How the published step is run.
+
+    Attributes:
+        autocast: under bf16 autocast.
+        tf32: with TF32 in matrix products and convolutions; else in neither, whatever the process allows. PyTorch
+            allows it in convolutions alone, our runs nowhere.
+        through_backbone: with the backward pass through the backbone too. The published code is written so: nothing in
+            it stops the gradient, though no optimizer takes what is computed there.
+    """
+
+    autocast: bool = False
+    tf32: bool = False
+    through_backbone: bool = False
+
+
+PUBLISHED = {
+    "published": PublishedSetting(),
+    "published, TF32": PublishedSetting(tf32=True),
+    "published, autocast": PublishedSetting(autocast=True),
+    "published, backward through the backbone": PublishedSetting(through_backbone=True),
+}
+PUBLISHED_EPOCHS = ("published", "published, TF32") if ON_GPU else ("published",)  # a CPU has no TF32
+
+
 def make_backbone(network: str) -> Backbone:
     """Returns a frozen backbone with random weights and the BatchNorm statistics of random images."""
     torch.manual_seed(0)
@@ -51,7 +79,34 @@ def make_head(
     ).to(DEVICE)
 
 
-def published_step(options: argparse.Namespace, backbone: Backbone, centers: torch.Tensor, autocast: bool) -> Step:
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Allows TF32 in matrix products and convolutions inside the block, or in neither."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def _gradients_of(backbone: torch.nn.Module) -> Iterator[None]:
+    """Lets a frozen backbone's weights have gradients inside the block."""
+    backbone.requires_grad_(True)
+    try:
+        yield
+    finally:
+        backbone.requires_grad_(False)
+        backbone.zero_grad(set_to_none=True)
+
+
+def published_step(
+    options: argparse.Namespace,
+    backbone: Backbone,
+    centers: torch.Tensor,
+    setting: PublishedSetting = PUBLISHED["published"],
+) -> Step:
     """Returns a function that takes the published training step."""
     net = make_head(options, backbone.architecture)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-5, weight_decay=5e-4, foreach=False)
@@ -59,11 +114,12 @@ def published_step(options: argparse.Namespace, backbone: Backbone, centers: tor
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         optimizer.zero_grad()
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            with torch.no_grad():
-                features, convf = backbone(images)
-            log_kappa = net(convf)
-        published_scf_loss(features.float(), log_kappa, scaled, labels).loss.mean().backward()
+        with _tf32(setting.tf32), _gradients_of(backbone) if setting.through_backbone else contextlib.nullcontext():
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=setting.autocast):
+                with torch.set_grad_enabled(setting.through_backbone):
+                    features, convf = backbone(images)
+                log_kappa = net(convf)
+            published_scf_loss(features.float(), log_kappa, scaled, labels).loss.mean().backward()
         optimizer.step()
 
     return step
@@ -142,8 +198,10 @@ def measure_steps(options: argparse.Namespace, backbone: Backbone, batch: int) -
     ]
     with tempfile.TemporaryDirectory() as folder:
         ways = {
-            "published": published_step(options, backbone, centers, autocast=False),
-            "published, autocast": published_step(options, backbone, centers, autocast=True),
+            **{
+                way: published_step(options, backbone, centers, PUBLISHED[way])
+                for way in (*PUBLISHED_EPOCHS, "published, autocast")
+            },
             "ours": our_step(options, backbone, centers, our_backbone(backbone), bf16=True),
             **{
                 f"ours without {switch}": our_step(

@@ -7,6 +7,7 @@ Steps. The frozen backbone's forward pass, the confidence net's forward and back
 that are already on the device:
 
     published             float32, NCHW, eager, unfolded; the loss through SciPy on the host, as in the published code
+    published, TF32       the same with TF32 in products and convolutions, on a GPU
     published, autocast   the same under bf16 autocast
     ours                  BatchNorm folded, channels_last, bf16, compiled (on a GPU as CUDA graphs), fused loss and Adam
     ours without ...      all of that except one switch
@@ -16,6 +17,9 @@ Epochs. The same from a file of JPEGs, as a run has it: with decoding, ours unde
 and the confidence net in ``--precision``, the published way with two decoding processes. ``cached`` is any epoch but
 the first.
 
+TF32 is off in steps and epochs, in the published way and in ours, except where a way says that it is on. The file
+has the settings of each published way.
+
 Cache. For each dtype: bytes an image (both orientations), the relative error of the map, and the largest relative
 difference over 40 steps between the losses of training on it and on the exact map.
 
@@ -24,25 +28,26 @@ that a real backbone has to meet are not applied.
 """
 
 import argparse
-import importlib.util
 import itertools
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench.input.decode import make_records
-from bench.measuring.environment import DEVICE, environment
+from bench.measuring.environment import DEVICE, environment, is_installed
 from bench.measuring.results import add_out_argument, write_json
 from bench.measuring.tables import text_table
 from bench.training.stage2_epochs import measure_epochs
 from bench.training.stage2_steps import (
     CACHED_BATCHES,
     ON_GPU,
+    PUBLISHED,
     Z_DIM,
     Rates,
     cache_layout,
@@ -151,8 +156,10 @@ def measure(options: argparse.Namespace) -> None:
         "section": "throughput",
         "environment": environment(DEVICE),
         **{key: value for key, value in vars(options).items() if key != "out"},
+        "published": {way: asdict(setting) for way, setting in PUBLISHED.items()},
         "results": results,
     }
+    torch.backends.cudnn.allow_tf32 = False  # from the first step on, as distributed.start() has it from the epochs on
     runtime = None
     for network in options.networks:
         backbone = make_backbone(network)
@@ -164,7 +171,7 @@ def measure(options: argparse.Namespace) -> None:
             rates = result["steps"][batch] = measure_steps(options, backbone, batch)
             print_rates(f"steps of {batch}", rates)
             write_json(path, content)
-        if importlib.util.find_spec("deepspeed") is None:
+        if not is_installed("deepspeed"):
             print("epochs: left out, DeepSpeed is not installed", flush=True)
             continue
         runtime = runtime or distributed.start()

@@ -157,12 +157,24 @@ def test_the_command_runs_sections_in_processes(tmp_path):
     assert json.loads((tmp_path / "center_memory-2000.json").read_text())["holds"]["no_logits"]
 
 
-@pytest.mark.parametrize("name", ["objective_losses", "margin_softmax", "stage1", "scoring"])
+@pytest.mark.parametrize("name", ["objective_losses", "margin_softmax", "scoring"])
 def test_sections_run_at_tiny_sizes(name, tmp_path):
     """Their cases run here, since a process for each would load everything again."""
     (tmp_path / "floors.json").write_text(json.dumps({"machine": MACHINE.as_dict()}))
     assert suite.run_worker(name, options(tmp_path)) == 0
     check_section(tmp_path, name)
+
+
+def test_stage_1_goes_through_the_engine_in_a_process_of_its_own(tmp_path, fork_ranks):
+    """That process has to leave the group that it has joined."""
+    (tmp_path / "floors.json").write_text(json.dumps({"machine": MACHINE.as_dict()}))
+    status, output = fork_ranks(
+        0, "--worker", "stage1", "--tiny", "--budget", 0.001, "--out", tmp_path, module="bench.suite"
+    )
+    assert status == 0, output
+    check_section(tmp_path, "stage1")
+    records = json.loads((tmp_path / "stage1.json").read_text())["records"]
+    assert [record["way"] for record in records if "seconds" in record] == ["dense", "scf_fast", "scf_fast, engine"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.first_gpu import runner, stage2, workers
+from bench.first_gpu import runner, workers
 from bench.first_gpu.plan import PARTS, Part, Task
 from bench.first_gpu.report import predicted_seconds, write_report
 
@@ -88,7 +88,7 @@ def test_the_chosen_cases_and_kernels_exist(monkeypatch):
                 workers.re.fullmatch(chosen.work, case.work) and case.way == way for case in workers.kernel_cases(False)
             ), (chosen, way)
     assert len(found) == len(list(workers.kernel_cases(False))) and 15 <= len(found) <= 30
-    for ways in ("scf_fast", "dense"), ("scf_fast, compiled",):
+    for ways in ("scf_fast", "dense", "scf_fast, engine"), ("scf_fast, compiled",):
         assert len(workers._stage1_cases(ways, False)) == len(ways)
 
 
@@ -134,19 +134,6 @@ def test_a_time_is_set_against_the_prediction(tmp_path):
     assert "stage1: no time was left for it" in text
 
 
-def test_the_published_step_through_the_backbone_reaches_its_weights_and_leaves_them_frozen():
-    backbone = torch.nn.Linear(2, 2).requires_grad_(False)
-    seen = []
-
-    def step(images, labels):
-        seen.append(backbone.weight.requires_grad)
-        backbone(images).sum().backward()
-        seen.append(backbone.weight.grad is not None)
-
-    stage2.through_backbone(step, backbone)(torch.ones(1, 2), torch.zeros(1))
-    assert seen == [True, True] and not backbone.weight.requires_grad and backbone.weight.grad is None
-
-
 def test_without_deepspeed_and_dali(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
@@ -157,7 +144,7 @@ def test_without_deepspeed_and_dali(tmp_path):
         "sys.meta_path.insert(0, Absent())\n"
     )
     out = tmp_path / "out"
-    words = ["--tiny", "--out", str(out), "--parts", "floors,stage2,engine,leftovers"]
+    words = ["--tiny", "--out", str(out), "--parts", "floors,stage2,stage1,engine,leftovers"]
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MASTER_PORT")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -165,8 +152,14 @@ def test_without_deepspeed_and_dali(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "left out: needs deepspeed" in done.stdout and "left out: needs nvidia.dali" in done.stdout
-    ways = [record["way"] for record in json.loads((out / "first_gpu_stage2.json").read_text())["records"]]
-    assert ways[:2] == ["published", "cached"] and "published, backward through the backbone" in ways
+    records = {record["way"]: record for record in json.loads((out / "first_gpu_stage2.json").read_text())["records"]}
+    assert list(records)[:2] == ["published", "cached"]
+    for setting in ("tf32", "autocast", "through_backbone"):
+        assert sum(record.get(setting, False) for record in records.values()) == 1
+    assert records["published, TF32"]["tf32"] and records["published, autocast"]["autocast"]
+    assert records["published, backward through the backbone"]["through_backbone"]
+    (_, _, engine) = json.loads((out / "stage1.json").read_text())["records"]
+    assert (engine["way"], engine["not_measured"]) == ("scf_fast, engine", "deepspeed is not installed")
     with tarfile.open(out / "first_gpu.tar.gz") as archive:
         assert {"first_gpu.json", "report.txt", "floors.json", "first_gpu_stage2.json"} <= set(archive.getnames())
 
