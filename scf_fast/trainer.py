@@ -5,13 +5,11 @@ import itertools
 import logging
 import os
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from scf_fast import distributed
 from scf_fast.config import ConfidenceConfig, Config
@@ -30,7 +28,9 @@ from scf_fast.run.checkpoints import Checkpoints, ResumePoint, RunState
 from scf_fast.run.patience import Patience
 from scf_fast.run.reporting import Reporter, StepLines, forget_after, log_to_files, set_up_logging
 from scf_fast.run.step_guard import StepGuard, Votes
+from scf_fast.run.step_outcome import StepOutcome
 from scf_fast.run.stop_signal import StopSignal
+from scf_fast.run.summary import log_summary
 from scf_fast.run.timing import Breakdown, StepProfile
 from scf_fast.stages.base import VALIDATION_LOSS, Progress, StepResult, flop_per_image
 from scf_fast.stages.inputs import Inputs, check_world, open_inputs
@@ -113,32 +113,6 @@ def train(config: Config) -> str | None:
         engine.close()
         distributed.finish()
         return stopped_by
-
-
-@dataclass(frozen=True)
-class _StepOutcome:
-    """Values to log of one optimizer step, still on the device.
-
-    Attributes:
-        loss_name: name of the first of ``values``.
-        names: of the other ones.
-        values: means over the micro-batches.
-        distributions: of the last micro-batch, by name.
-        votes: what the ranks have agreed on.
-        dropped: why no weight has changed; None where they have.
-    """
-
-    loss_name: str
-    names: list[str]
-    values: torch.Tensor
-    distributions: dict[str, torch.Tensor]
-    votes: Votes
-    dropped: Dropped | None
-
-    def averaged(self) -> dict[str, float]:
-        """Returns means over ranks, the loss first; synchronizes with the device."""
-        means = distributed.average_over_ranks(self.values.clone()).tolist()
-        return dict(zip([self.loss_name, *self.names], means))
 
 
 class _Run:
@@ -342,7 +316,7 @@ class _Run:
         if self.unwritten:
             raise Incomplete(f"{self.unwritten}; free some space and --resume: only the files are missing")
 
-    def _step(self, batch: Any, stop: bool) -> _StepOutcome:
+    def _step(self, batch: Any, stop: bool) -> StepOutcome:
         """Makes one optimizer step, or none where the loss has no finite value on any rank.
 
         Args:
@@ -380,14 +354,14 @@ class _Run:
         self.clock.mark("optimizer")
         return self._outcome(result, total / micro_batches, votes, dropped)
 
-    def _outcome(self, last: StepResult, values: torch.Tensor, votes: Votes, dropped: Dropped | None) -> _StepOutcome:
-        return _StepOutcome(self.stage.loss_name, list(last.metrics), values, last.distributions, votes, dropped)
+    def _outcome(self, last: StepResult, values: torch.Tensor, votes: Votes, dropped: Dropped | None) -> StepOutcome:
+        return StepOutcome(self.stage.loss_name, list(last.metrics), values, last.distributions, votes, dropped)
 
     def _names(self, step: int) -> list[str]:
         """Returns the names of this rank's images of a step."""
         return [self.source.name(int(i)) for i in self.sampler.indices(*divmod(step - 1, self.per_epoch))]
 
-    def _log(self, step: int, outcome: _StepOutcome, rate: float, reporter: Reporter) -> None:
+    def _log(self, step: int, outcome: StepOutcome, rate: float, reporter: Reporter) -> None:
         if outcome.votes.not_finite:
             return
         plateau = self.schedule.plateau
@@ -449,42 +423,18 @@ class _Run:
         seconds = sum(self.clock.seconds.values())
         self.clock.split("data", loader.seconds)
         broken = torch.tensor(float(loader.count_broken()), device=self.runtime.device)
-        counts = {
-            "steps": step - self.first_step,
-            "skipped_not_finite": self.guard.dropped[Dropped.LOSS],
-            "skipped_gradient_not_finite": self.guard.dropped[Dropped.GRADIENT],
-            "skipped_by_loss_scale": self.guard.dropped[Dropped.LOSS_SCALE],
-            "broken_images": round(distributed.average_over_ranks(broken).item() * self.runtime.world_size),
-        }
-        lost = [f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name != "steps"]
-        rate = counts["steps"] * self.sampler.images_per_batch / seconds
-        flops = rate * flop_per_image(self.config, self.stage.network(), self.source.num_classes)
         is_known = self.runtime.device.type == "cuda" and self.precision != "fp32"
         peak = peak_flops(torch.cuda.get_device_name()) if is_known else None
-        share = flops / (peak * self.runtime.world_size) if peak else None
-        communication = profile.communication
-        log.info(
-            "%s: %d steps in %s, %.0f img/s%s%s; %s%s",
-            f"stopped by {stopped_by} after step {step}, --resume continues" if stopped_by else "done",
-            counts["steps"],
-            tqdm.format_interval(seconds),
-            rate,
-            "" if share is None else f" ({100 * share:.0f} % of the device's peak)",
-            "".join(f"; {', '.join(lost)}" if lost else ""),
-            self.clock,
-            ""
-            if communication is None
-            else f"; communication {100 * communication:.0f} % of a step, partly beside these",
-            extra={
-                "event": "stopped" if stopped_by else "done",
-                "step": step,
-                "counts": counts,
-                "seconds": {part: round(value, 3) for part, value in self.clock.seconds.items()},
-                "rates": {
-                    "images_per_second": rate,
-                    "flops": flops,
-                    "share_of_peak": share,
-                    "communication": communication,
-                },
-            },
+        log_summary(
+            step=step,
+            steps=step - self.first_step,
+            stopped_by=stopped_by,
+            dropped=self.guard.dropped,
+            broken_images=round(distributed.average_over_ranks(broken).item() * self.runtime.world_size),
+            seconds=seconds,
+            images_per_step=self.sampler.images_per_batch,
+            flop_per_image=flop_per_image(self.config, self.stage.network(), self.source.num_classes),
+            peak_flops=peak * self.runtime.world_size if peak else None,
+            clock=self.clock,
+            communication=profile.communication,
         )

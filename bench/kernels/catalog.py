@@ -2,6 +2,8 @@
 
 The tests that compile kernels and ``bench.kernels.instructions`` go through this one list. float16 is left out where
 bfloat16 is there: but for the type of a conversion or a product the code is the same.
+
+Over 450 lines because it is a list, one entry a kernel and form.
 """
 
 import functools
