@@ -42,6 +42,14 @@ def fits(step: Step, buffer: tuple[torch.Tensor, torch.Tensor]) -> bool:
             torch.cuda.empty_cache()
 
 
+def buffers_of(size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns batches of random images and labels."""
+    return [
+        (torch.randn(size, 3, 112, 112, device=DEVICE), torch.randint(CLASSES, (size,), device=DEVICE))
+        for _ in range(3)
+    ]
+
+
 def measure(out: Path, tiny: bool) -> int:
     """Measures each way and writes ``first_gpu_stage2.json`` after each step of the work."""
     network, batch, rounds = (TINY_NETWORK, TINY_BATCH, TINY_ROUNDS) if tiny else (NETWORK, BATCH, ROUNDS)
@@ -57,12 +65,6 @@ def measure(out: Path, tiny: bool) -> int:
     }
     backbone = make_backbone(network)
     centers = torch.randn(CLASSES, Z_DIM, device=DEVICE)
-
-    def buffers_of(size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [
-            (torch.randn(size, 3, 112, 112, device=DEVICE), torch.randint(CLASSES, (size,), device=DEVICE))
-            for _ in range(3)
-        ]
 
     def record(seconds: dict[str, list[float]], size: int) -> None:
         work = f"stage 2 step, {network}, conv, B = {size}"
@@ -105,7 +107,7 @@ def measure(out: Path, tiny: bool) -> int:
         del records[:first]
         record(seconds, batch)
     del buffers
-    _measure_through_backbone(options, backbone, centers, batch, buffers_of, record)
+    _measure_through_backbone(options, backbone, centers, batch, record)
     content["complete"] = True
     write_json(out / "first_gpu_stage2.json", content)
     return 0
@@ -116,7 +118,6 @@ def _measure_through_backbone(
     backbone: Backbone,
     centers: torch.Tensor,
     batch: int,
-    buffers_of: Callable[[int], list[tuple[torch.Tensor, torch.Tensor]]],
     record: Callable[[dict[str, list[float]], int], None],
 ) -> None:
     """Measures the published step with its backward pass through the backbone, at the largest batch that fits."""
