@@ -6,9 +6,9 @@ Every rank holds a contiguous block of rows and its momentum, and computes the l
     embeddings, labels  --all-gather-->  statistics of the own rows  --two all-reduces of (B,)-->  loss
     loss  --backward, reduce-scatter-->  gradient of the features
 
-Communication runs beside computation where there is any that does not wait for it: the embeddings are gathered while
-the labels find their rows and the sample is drawn, and the gradient of the features is scattered while the last block
-of class centers (on a GPU often the only one) gets its gradient and its update. The order of sums does not change.
+Communication runs beside computation where there is any that does not wait for it: before the backbone runs the labels
+are gathered, find their rows and the sample is drawn, and the gradient of the features is scattered while the last
+block of class centers (on a GPU often the only one) gets its gradient and update. The order of sums does not change.
 
 The class centers live outside the DeepSpeed engine, which would give every rank the rows of rank 0. It averages the
 backbone's gradients over ranks, while this loss is already the mean over all ranks' images: the gradient of the
@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
+from scf_fast.engine.class_sampling import ClassSelection
 from scf_fast.errors import InputError
 from scf_fast.kernels.margin_softmax import (
     MarginSoftmaxStatistics,
@@ -52,21 +53,6 @@ def rows_of(rank: int, world_size: int, num_classes: int) -> tuple[int, int]:
     size, longer = divmod(num_classes, world_size)
     start = rank * size + min(rank, longer)
     return start, start + size + (rank < longer)
-
-
-def _mix(values: torch.Tensor) -> torch.Tensor:
-    """A hash of int64 values onto [0, 2^31), the same on every device: two rounds of xor-shift and multiply."""
-    for factor in (0x45D9F3B, 0x119DE1F3):
-        values = ((values ^ (values >> 16)) * factor) & 0x7FFFFFFF
-    return values ^ (values >> 15)
-
-
-def sampled_classes(start: int, stop: int, rate: float, seed: int, draw: int, device: torch.device) -> torch.Tensor:
-    """Returns (stop - start,) bool, the classes that this draw takes: each with probability ``rate``, by a hash of
-    seed, draw and class alone.
-    """
-    key = _mix(_mix(torch.tensor(seed & 0x7FFFFFFF)) ^ (draw & 0x7FFFFFFF)).item()
-    return _mix(_mix(torch.arange(start, stop, device=device)) ^ key) < int(rate * 2**31)
 
 
 class ClassCenters:
@@ -116,19 +102,38 @@ class ClassCenters:
             low, high = max(first, self.start), min(first + _INITIAL_ROWS, self.stop)
             self.weight[low - self.start : high - self.start] = block[low - first : high - first].to(self.weight.device)
 
-    def loss(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, labels: torch.Tensor) -> ClassSelection:
+        """Returns the classes that take part in the next batch; collective.
+
+        Asked for before the backbone gets the images, a sample costs the host no wait for the backbone.
+
+        Args:
+            labels: (B,) int64 of this rank's images, as many on every rank.
+        """
+        of_all_ranks = _start_gather(labels, self.runtime.world_size)()
+        if not self._samples:
+            return ClassSelection.of_all(of_all_ranks, self.start, self.stop)
+        config = self.config
+        return ClassSelection.of_sample(
+            of_all_ranks, self.start, self.stop, config.sample_rate, config.seed, self._draw
+        )
+
+    def loss(
+        self, features: torch.Tensor, labels: torch.Tensor, selection: ClassSelection | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the mean margin-softmax loss over the images of all ranks; collective, and so is its backward pass.
 
         Args:
             features: (B, D) float32 of this rank's images, as many on every rank.
             labels: (B,) int64; -1 leaves an image out, any other label outside [0, num_classes) makes the loss NaN.
+            selection: :meth:`select` of these labels, since the last loss; None: made here.
         Returns:
             (loss, correct): the scalar loss, equal on all ranks and differentiable in features; (B,) bool whether the
             own class center is the nearest of all (of those sampled). The backward pass also updates the class centers
             where ``fused``, else adds to their gradient.
         """
         self._noise.manual_seed(((self.config.seed * 1_000_003 + self._draw) * 1_000_003 + self.start) % 2**63)
-        result = _ShardedLoss.apply(features, labels, self)
+        result = _ShardedLoss.apply(features, labels, selection, self)
         self._draw += 1
         return result
 
@@ -173,19 +178,6 @@ class ClassCenters:
             stored.copy_(_stochastic_bfloat16(momentum, self._noise))
         if not isinstance(rows, slice):  # copies, then
             self.weight[rows], self.momentum[rows] = weight, stored
-
-    def _active(self, labels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Returns (rows that take part in this draw or None for all, position of each label among them or -1)."""
-        here = (labels >= self.start) & (labels < self.stop)
-        local = torch.where(here, labels - self.start, -1)
-        if not self._samples:
-            return None, local
-        active = sampled_classes(
-            self.start, self.stop, self.config.sample_rate, self.config.seed, self._draw, self.weight.device
-        )
-        active[local[here]] = True
-        position = torch.cumsum(active, dim=0) - 1
-        return active.nonzero().squeeze(1), torch.where(here, position[local], -1) if len(position) else local
 
     # ---- checkpoints
 
@@ -291,11 +283,11 @@ class _ShardedLoss(torch.autograd.Function):
     """The loss over all ranks as a function of this rank's features."""
 
     @staticmethod
-    def forward(ctx, features, labels, centers):
+    def forward(ctx, features, labels, selection, centers):
         config, world_size = centers.config, centers.runtime.world_size
         embeddings = _start_gather(features.float(), world_size)
-        labels = _start_gather(labels, world_size)()
-        rows, local = centers._active(labels)
+        selection = selection or centers.select(labels)
+        labels, local, rows = selection.labels, selection.position, selection.rows()
         embeddings = embeddings()
         smoothing = config.label_smoothing > 0
         own = margin_softmax_statistics(
@@ -361,7 +353,7 @@ class _ShardedLoss(torch.autograd.Function):
             compute_dtype=centers.compute_dtype,
             skip_below=centers.config.skip_below,
         )
-        return scattered() * (grad_loss * world_size), None, None
+        return scattered() * (grad_loss * world_size), None, None, None
 
 
 def _combine(

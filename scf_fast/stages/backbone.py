@@ -63,9 +63,10 @@ class BackboneStage(Stage):
     def loss(self, engine: Engine, batch: Batch) -> StepResult:
         """Returns the loss of one micro-batch, over all ranks' images."""
         assert self.centers is not None, "build comes first"
+        selection = self.centers.select(batch.labels)  # first: what the host waits for is done before the backbone is
         features, _ = engine(batch.images)
         self.centers.lr = engine.learning_rate
-        loss, correct = self.centers.loss(features.float(), batch.labels)
+        loss, correct = self.centers.loss(features.float(), batch.labels, selection)
         return StepResult(loss, {"accuracy": correct.float().mean()})
 
     def check_metrics(self, step: int, means: dict[str, float]) -> None:

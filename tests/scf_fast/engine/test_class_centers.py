@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from scf_fast.config import BackboneConfig
 from scf_fast.distributed import Runtime
 from scf_fast.engine import class_centers as class_centers_module
-from scf_fast.engine.class_centers import ClassCenters, rows_of, sampled_classes
+from scf_fast.engine.class_centers import ClassCenters, rows_of
+from scf_fast.engine.class_sampling import sampled_classes
 from scf_fast.stages.backbone import BackboneStage
 from scf_fast.weights.reading import read_weights
 
@@ -312,18 +313,6 @@ def test_class_centers_start_the_same_at_any_world_size():
     parts = [ClassCenters(9001, 4, config, Runtime(rank, 3, torch.device("cpu"))).weight for rank in range(3)]
     assert torch.equal(whole, torch.cat(parts))
     assert whole.std().item() == pytest.approx(0.01, rel=0.02) and not torch.equal(whole[:4096], whole[4096:8192])
-
-
-def test_samples_depend_on_seed_draw_and_class_alone():
-    device = torch.device("cpu")
-    drawn = torch.stack([sampled_classes(0, 20_000, 0.3, 7, draw, device) for draw in range(40)])
-    assert torch.equal(drawn[5, 1234:9000], sampled_classes(1234, 9000, 0.3, 7, 5, device))
-    assert not torch.equal(drawn[0], sampled_classes(0, 20_000, 0.3, 8, 0, device))
-    sigma = (0.3 * 0.7 / 20_000) ** 0.5
-    assert ((drawn.float().mean(1) - 0.3).abs() < 5 * sigma).all()
-    assert ((drawn.float().mean(0) - 0.3).abs() < 6 * (0.3 * 0.7 / 40) ** 0.5).all()  # no class is favored over draws
-    both = (drawn[:-1] & drawn[1:]).float().mean(1)  # nor does one draw tell of the next
-    assert ((both - 0.09).abs() < 6 * sigma).all()
 
 
 def test_sampling_keeps_the_own_classes_and_leaves_the_others_alone():
