@@ -1,7 +1,6 @@
 """The order of a training run, whichever its stage: inputs, engine, steps, logs, checkpoints, resume."""
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 import os
@@ -40,13 +39,6 @@ from scf_fast.stages.published_files import flag_notes
 log = logging.getLogger(__name__)
 
 
-def _as_started(config: Config, point: ResumePoint | None) -> Config:
-    """Returns the configuration with what a resumed run keeps from its start, whatever today's default is."""
-    if point is None or not isinstance(config, ConfidenceConfig):
-        return config
-    return dataclasses.replace(config, slope=point.state.slope or "exact")
-
-
 def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None, Inputs]:
     """Checks everything before the group of ranks forms, on one rank: the others must not see files that this one has
     just written.
@@ -58,7 +50,7 @@ def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None,
         load_deepspeed_config(config.deepspeed_config)
     point = run_folder.claim(config)
     check_world(config, world_size)
-    inputs = open_inputs(_as_started(config, point))
+    inputs = open_inputs(config)
     if point is not None:
         point.check_data(config.data, inputs.source.num_classes, len(inputs.source))
         if isinstance(config, ConfidenceConfig):
@@ -93,7 +85,6 @@ def train(config: Config) -> str | None:
             point, inputs = _check_on_main(config, world_size)
         runtime = distributed.start()
         point = distributed.broadcast_from_main(point)
-        config = _as_started(config, point)
         for note in flag_notes(config, launched):
             log.info(note)
         torch.manual_seed(config.seed)  # the same weights on every rank
@@ -408,7 +399,6 @@ class _Run:
             zero_stage=self.engine.zero_stage,
             objective=list(self.config.objective) if isinstance(self.config, ConfidenceConfig) else None,
             patience=self.patience.state() if self.patience else None,
-            slope=self.config.slope if isinstance(self.config, ConfidenceConfig) else None,
         )
         self.checkpoints.save(self.engine, state, self.stage.centers)
 

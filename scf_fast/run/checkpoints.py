@@ -55,7 +55,6 @@ class RunState:
         world_size, zero_stage: layout of the ranks that wrote it.
         objective: of stage 2, by the names in its options; None in stage 1 and of older versions, which had SCF alone.
         patience: lowest loss of people held out, and epochs since then; None where nobody waits for it.
-        slope: that stage 2 trains by; None in stage 1 and of older versions, which had the exact one alone.
     """
 
     step: int
@@ -68,7 +67,6 @@ class RunState:
     zero_stage: int
     objective: list[str] | None = None
     patience: list[float] | None = None
-    slope: str | None = None
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunState":
@@ -76,7 +74,7 @@ class RunState:
         Raises:
             KeyError: an entry is missing that every version writes.
         """
-        values = {"objective": None, "patience": None, "slope": None, **values}
+        values = {"objective": None, "patience": None, **values}
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 

@@ -243,8 +243,6 @@ def test_stage_2_goes_on_from_its_checkpoint_and_its_cache(old, tmp_path, fork_r
             bound = 1e-6 * value.abs().max().item()  # decay and moment may cancel
             torch.testing.assert_close(found[key].double(), value, rtol=1e-5, atol=bound, msg=f"{key} of {name}")
     assert_same_records(cache, old.root / "cache_bf16")
-    newest = max((run / "checkpoints").glob("step*/state.json"))
-    assert json.loads(newest.read_text())["slope"] == "exact"  # the only one there was, whatever today's default is
 
 
 def test_stage_2_starts_from_old_weights_and_an_old_cache(old, tmp_path, fork_ranks):
