@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from torch import nn
 
@@ -200,6 +201,11 @@ def test_stage_2_goes_on_from_its_checkpoint_and_its_cache(old, tmp_path, fork_r
     assert status == 0, output
     assert "resumed at step 6 (epoch 2), written by 2 ranks with ZeRO 2" in output
     assert "frozen backbone" not in output  # it has nothing to compute
+    assert "--slope bounded: the run goes on with exact" in output  # there was no other, and is no flag for it
+    assert "starts at" not in output and "is lowered" not in output
+    assert yaml.safe_load((run / "config.yaml").read_text())["config"]["slope"] == "exact"
+    state = json.loads((run / "checkpoints" / "step00000008" / "state.json").read_text())
+    assert (state["slope"], state["objective"], "limit" in state["schedule"]) == ("exact", ["scf"], False)
 
     updates = script.STEP - script.SKIPPED
     weights = {name: value.double() for name, value in script.trained(content.net).items()}
