@@ -50,7 +50,7 @@ def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None,
         load_deepspeed_config(config.deepspeed_config)
     point = run_folder.claim(config)
     check_world(config, world_size)
-    inputs = open_inputs(config)
+    inputs = open_inputs(config if point is None else run_folder.continued(config, point))
     if point is not None:
         point.check_data(config.data, inputs.source.num_classes, len(inputs.source))
         if isinstance(config, ConfidenceConfig):
@@ -91,7 +91,7 @@ def train(config: Config) -> str | None:
         precision = resolve_precision(config, runtime.device)
         log.info("precision: %s (%s)", precision, "auto" if config.precision == "auto" else "as given")
         with distributed.shared_input_errors(runtime):
-            inputs = inputs or open_inputs(config)
+            inputs = inputs or open_inputs(config if point is None else run_folder.continued(config, point))
             if inputs.memory is not None:
                 log.info("%s", inputs.memory)
             module = inputs.stage.build(runtime, precision)
@@ -399,6 +399,7 @@ class _Run:
             zero_stage=self.engine.zero_stage,
             objective=list(self.config.objective) if isinstance(self.config, ConfidenceConfig) else None,
             patience=self.patience.state() if self.patience else None,
+            slope=self.config.slope if isinstance(self.config, ConfidenceConfig) else None,
         )
         self.checkpoints.save(self.engine, state, self.stage.centers)
 

@@ -55,6 +55,7 @@ class RunState:
         world_size, zero_stage: layout of the ranks that wrote it.
         objective: of stage 2, by the names in its options; None in stage 1 and of older versions, which had SCF alone.
         patience: lowest loss of people held out, and epochs since then; None where nobody waits for it.
+        slope: of stage 2, as --slope has it; None in stage 1 and of older versions.
     """
 
     step: int
@@ -67,6 +68,7 @@ class RunState:
     zero_stage: int
     objective: list[str] | None = None
     patience: list[float] | None = None
+    slope: str | None = None
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunState":
@@ -74,7 +76,7 @@ class RunState:
         Raises:
             KeyError: an entry is missing that every version writes.
         """
-        values = {"objective": None, "patience": None, **values}
+        values = {"objective": None, "patience": None, "slope": None, **values}
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 

@@ -1,8 +1,10 @@
 """The folder of a run: which run it belongs to, and that nobody else is writing to it."""
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -17,9 +19,11 @@ import torch
 from scf_fast import __version__
 from scf_fast import config as configuration
 from scf_fast.command import split_paths
-from scf_fast.config import Config
+from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.errors import InputError
 from scf_fast.run.checkpoints import ResumePoint, newest_intact
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
 _LOCK_SECONDS = 15  # workers of a run that was killed notice within 5
@@ -63,7 +67,7 @@ def claim(config: Config) -> ResumePoint | None:
         _check_nothing_else_is_lost(config)
     old = folder / CONFIG_FILE
     if not old.exists() and config.resume and (folder / CHECKPOINTS).is_dir():
-        return newest_intact(folder / CHECKPOINTS)
+        return _find_slope(newest_intact(folder / CHECKPOINTS), {})
     if not old.exists():
         if folder.exists() and any(folder.iterdir()) and not config.overwrite:
             raise InputError(
@@ -73,12 +77,38 @@ def claim(config: Config) -> ResumePoint | None:
         return None
     if config.overwrite:
         return None
-    _check_same_run(configuration.load_saved(old), config)
+    before = configuration.load_saved(old)
+    _check_same_run(before, config)
     if not config.resume:
         raise InputError(
             f"--output_dir {folder}: holds this run already; give --resume to continue it, or --overwrite to delete it"
         )
-    return newest_intact(folder / CHECKPOINTS)
+    return _find_slope(newest_intact(folder / CHECKPOINTS), before)
+
+
+def _find_slope(point: ResumePoint | None, before: dict[str, Any]) -> ResumePoint | None:
+    """Returns the checkpoint with the slope that it was trained by, where its version has not noted that in it.
+
+    Args:
+        before: the options that the folder's run was started with; the first versions had no other slope than exact.
+    """
+    if point is None or point.state.slope is not None:
+        return point
+    slope = before.get("slope") or "exact"
+    return dataclasses.replace(point, state=dataclasses.replace(point.state, slope=slope))
+
+
+def continued(config: Config, point: ResumePoint) -> Config:
+    """Returns the configuration of a run that goes on: its slope is the one that it began with, whatever is the
+    default now or is given. Adam's moments are of that slope.
+    """
+    slope = point.state.slope
+    if not isinstance(config, ConfidenceConfig) or slope in (None, config.slope):
+        return config
+    log.info(
+        "--slope %s: the run goes on with %s, as it began; another one needs another --output_dir", config.slope, slope
+    )
+    return dataclasses.replace(config, slope=slope)
 
 
 def _check_same_run(before: dict[str, Any], config: Config) -> None:

@@ -1,12 +1,13 @@
 """Whose folder it is, and what --overwrite may delete."""
 
 import dataclasses
+import json
 
 import pytest
 import yaml
 
 from scf_fast import config as configuration
-from scf_fast.config import ConfidenceConfig
+from scf_fast.config import BackboneConfig, ConfidenceConfig
 from scf_fast.run import folder as run_folder
 
 
@@ -80,3 +81,48 @@ def test_an_option_that_the_run_did_not_know_yet_had_its_default(folder):
     assert run_folder.claim(stage2(folder, resume=True)) is None
     with pytest.raises(ValueError, match="confidence_net 'mlp' -> 'conv'"):
         run_folder.claim(stage2(folder, resume=True, confidence_net="conv"))
+
+
+STATE = {"step": 4, "schedule": {}, "num_classes": 2, "num_images": 8, "metric": None, "epoch_loss": [1.0, 2.0]}
+
+
+def write_state(folder, **more):
+    """The newest checkpoint of the run, without a file of weights."""
+    point = folder / run_folder.CHECKPOINTS / "step00000004"
+    point.mkdir(parents=True)
+    state = {**STATE, "world_size": 1, "zero_stage": 0, "files": {}, **more}
+    (point / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("in_state", "in_config", "slope"),
+    [
+        ({}, {}, "exact"),  # before there was another
+        ({}, {"slope": "bounded"}, "bounded"),  # while config.yaml alone had it
+        ({"slope": "exact"}, {"slope": "bounded"}, "exact"),
+        ({"slope": "bounded"}, {"slope": "exact"}, "bounded"),
+        ({}, None, "exact"),  # the file was deleted
+        ({"slope": "bounded"}, None, "bounded"),
+    ],
+)
+def test_a_run_goes_on_with_the_slope_that_it_began_with(in_state, in_config, slope, folder):
+    path = folder / run_folder.CONFIG_FILE
+    saved = yaml.safe_load(path.read_text())
+    for name in ("slope", "initial_kappa", "max_first_step", "objective", "update_rule", "variance", "validation"):
+        del saved["config"][name]
+    if in_config is None:
+        path.unlink()
+    else:
+        path.write_text(yaml.safe_dump({**saved, "config": saved["config"] | in_config}))
+    write_state(folder, **in_state)
+    for given in ({}, {"slope": "exact"}, {"slope": "bounded"}):
+        config = stage2(folder, resume=True, lr=0.5, **given)
+        found = run_folder.continued(config, run_folder.claim(config))
+        assert found == dataclasses.replace(config, slope=slope)
+
+
+def test_stage_1_has_no_slope(folder):
+    config = BackboneConfig(data="data", output_dir=str(folder), resume=True)
+    configuration.save(config, folder / run_folder.CONFIG_FILE, {})
+    write_state(folder)
+    assert run_folder.continued(config, run_folder.claim(config)) is config

@@ -5,12 +5,13 @@ A script of tests/legacy writes what a commit left on disk. Here the commands of
 the project decides the expected values: they are those that the script has drawn, or follow from them in plain PyTorch.
 To that end gradients are clipped to nothing, so that weights, optimizer state and learning rate alone decide a step.
 
-A version that changes a format, or adds a key to one, adds a script to COMMITS, and to a test here a value of that key
-that is not its default, with its consequence.
+A version that changes a format, or adds a key to one, adds a script: to COMMITS where it writes all the folders, or
+like `pairs` beside them; and to a test here a value of that key that is not its default, with its consequence.
 """
 
 import importlib
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
+from scipy.special import ive
 from torch import nn
+
+from scf_fast.model import SCF
+from scf_fast.objectives import Objective
 
 COMMITS = ("0428aba",)
 SCRIPTS = Path(__file__).resolve().parents[2] / "legacy"
@@ -36,6 +42,17 @@ def old(request, faces, tmp_path_factory):
         script = importlib.import_module(f"write_run_{request.param}")
     script.main([str(root), "--rec", str(rec)])
     return SimpleNamespace(root=root, script=script, content=script.Content(rec))
+
+
+@pytest.fixture(scope="module")
+def pairs(old, faces):
+    """The run of write_run_objectives.py, beside the folders of `old`: its `folder`, `content` and `script`."""
+    rec = faces / "train" / "train.rec"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        script = importlib.import_module("write_run_objectives")
+    script.main([str(old.root), "--rec", str(rec)])
+    return SimpleNamespace(folder=old.root / "pairs", script=script, content=script.Content(rec))
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +217,11 @@ def test_stage_2_goes_on_from_its_checkpoint_and_its_cache(old, tmp_path, fork_r
     assert status == 0, output
     assert "resumed at step 6 (epoch 2), written by 2 ranks with ZeRO 2" in output
     assert "frozen backbone" not in output  # it has nothing to compute
+    assert "--slope bounded: the run goes on with exact" in output  # there was no other, and is no flag for it
+    assert "starts at" not in output and "is lowered" not in output
+    assert yaml.safe_load((run / "config.yaml").read_text())["config"]["slope"] == "exact"
+    state = json.loads((run / "checkpoints" / "step00000008" / "state.json").read_text())
+    assert (state["slope"], state["objective"], "limit" in state["schedule"]) == ("exact", ["scf"], False)
 
     updates = script.STEP - script.SKIPPED
     weights = {name: value.double() for name, value in script.trained(content.net).items()}
@@ -278,3 +300,81 @@ def test_an_old_model_embeds_images(old, tmp_path, fork_ranks):
     with np.load(out) as found:
         np.testing.assert_allclose(found["mu"], F.normalize(features), atol=1e-5)
         np.testing.assert_allclose(found["kappa"], kappa, rtol=1e-4)
+
+
+def pair_losses(cosine, first, second, radius):
+    """PFE-G and PFE-v of pairs, (P,) float64, from their cosines and each one's (variance, kappa)."""
+    dim = 32
+    variance = first[0] + second[0]
+    gaussian = (1 - cosine) / variance + dim / 2 * (variance.log() + math.log(2 * math.pi))
+
+    def log_normalizer(kappa):
+        log_bessel = torch.from_numpy(np.log(ive(dim / 2 - 1, kappa.numpy()))) + kappa
+        return (dim / 2 - 1) * kappa.log() - dim / 2 * math.log(2 * math.pi) - log_bessel
+
+    of_sum = (first[1] ** 2 + second[1] ** 2 + 2 * first[1] * second[1] * cosine).sqrt()
+    scores = log_normalizer(first[1]) + log_normalizer(second[1]) - log_normalizer(of_sum)
+    return gaussian, dim * math.log(radius) - scores
+
+
+def test_two_objectives_of_pairs_go_on(old, pairs, tmp_path, fork_ranks):
+    """On one rank: groups of a person, the lowered rate, Adam's count, and a folder for each net."""
+    run, cache, content, script, first = tmp_path / "run", tmp_path / "cache", pairs.content, pairs.script, old.script
+    shutil.copytree(pairs.folder, run)
+    shutil.copytree(old.root / "cache_bf16", cache)
+    weights = ["--saved_bkb", old.root / "stage1" / "backbone.pth", "--feature_cache", cache]
+    more = [*weights, *first.COMMON_FLAGS, "--data", old.root / "data", *NO_GRADIENTS]
+    status, output = fork_ranks(0, *script.FLAGS, *more, "--output_dir", run, "--resume")
+    assert status == 0, output
+    assert "resumed at step 6 (epoch 2), written by 2 ranks with ZeRO 2" in output
+    assert "starts at" not in output and "is lowered" not in output and "goes on with" not in output
+
+    updates, rate = first.STEP - first.SKIPPED, script.LIMIT * script.GAMMA
+    state = {name: value.double() for name, value in first.trained(content.net).items()}
+    moments = {name: (content.exp_avg[name].double(), content.exp_avg_sq[name].double()) for name in state}
+    nets = {name: confidence_net(net) for name, net in content.nets.items()}
+    expected = []
+    for step in (first.STEP + 1, first.STEPS):
+        images, mirrored = content.images(step), content.mirrored(step)
+        maps = content.maps[images, mirrored].bfloat16().float()
+        with torch.no_grad():
+            variance, kappa = (kappa_of(nets[name], maps).double() for name in script.OBJECTIVES)
+        groups = torch.arange(len(images)) // script.IMAGES
+        one, other = torch.triu_indices(len(images), len(images), 1)
+        one, other = one[groups[one] == groups[other]], other[groups[one] == groups[other]]
+        mu = F.normalize(content.features[images, mirrored].double())
+        cosine = (mu[one] * mu[other]).sum(1)
+        parameters = [(variance[rows], kappa[rows]) for rows in (one, other)]
+        of_pfe, of_pfe_vmf = (losses.mean().item() for losses in pair_losses(cosine, *parameters, first.RADIUS))
+        seen = {"pfe/total_loss": of_pfe, "pfe_vmf/total_loss": of_pfe_vmf, "total_loss": of_pfe + of_pfe_vmf}
+        seen |= {"pfe/variance": variance.mean().item(), "pfe_vmf/kappa": kappa.mean().item()}
+        expected.append({**seen, "pfe/pair_cos": cosine.mean().item(), "pfe/pairs": len(one), "lr": rate})
+        updates += 1
+        for name, value in state.items():
+            state[name], *moments[name] = adam_step(value, *moments[name], updates, rate, first.WEIGHT_DECAY)
+        for name, net in nets.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            net.load_state_dict(own, strict=False)
+    records = json_lines(run / "metrics.jsonl")[first.STEP :]
+    for record, values in zip(records, expected, strict=True):
+        assert {key: record[key] for key in values} == pytest.approx(values, rel=1e-4)
+    shown = json_lines(run / "samples_rank0.jsonl")[first.STEP :]
+    assert [record["images"] for record in shown] == [content.images(step) for step in (7, 8)]
+    progress = {"epoch": 1, "global_step": first.STEPS - 1}
+    for name, net in nets.items():
+        confidence, model = (torch.load(run / name / file) for file in ("confidence.pth", "scf_model.pt"))
+        assert_has(confidence, {**progress, "objective": name})
+        assert_has(model, {**progress, "objective": name, "radius": first.RADIUS})
+        assert_same_bits(model["uncer_net_state_dict"], confidence["uncer_net_state_dict"])
+        for key, before in first.trained(content.nets[name]).items():
+            assert_moved_to(confidence["uncer_net_state_dict"][key], state[f"{name}.{key}"], before)
+        torch.testing.assert_close(confidence["uncer_net_state_dict"], dict(net.state_dict()), rtol=1e-4, atol=1e-6)
+    saved = json.loads((run / "checkpoints" / "step00000008" / "state.json").read_text())
+    assert_has(saved, {"objective": [*script.OBJECTIVES], "schedule": {"limit": script.LIMIT}, "slope": "bounded"})
+    losses = [values["total_loss"] for values in expected]
+    assert saved["metric"] == pytest.approx((script.LOSSES + sum(losses)) / 4, rel=1e-4)  # of the whole epoch
+
+
+def test_an_old_model_keeps_its_objective(pairs):
+    for name in pairs.script.OBJECTIVES:
+        assert SCF.from_checkpoint(pairs.folder / name).objective is Objective(name)
