@@ -60,6 +60,7 @@ def rounding(mu1, kappa1, mu2, kappa2, radius):
     return 3e-7 * torch.maximum(kappa1, kappa2) + 4e-7 * of_cosine + of_score
 
 
+@pytest.mark.executed_for("dim", [(37,), (512,)])
 @pytest.mark.parametrize("dim", [2, 37, 512])
 def test_triton_matrix_against_float64(triton_device, poisoned, dim, faces):
     (mu1, kappa1), (mu2, kappa2) = faces(130, dim, triton_device, 1), faces(3, dim, triton_device, 2)
@@ -111,6 +112,7 @@ def test_float32_directions_of_any_length(triton_device, poisoned, unit_rows):
     assert vmf_similarity_matrix(mu, kappa, mu, kappa, backend="triton")[2].isnan().all()
 
 
+@pytest.mark.executed_for("distinct, backend", [(True, "triton")])
 @pytest.mark.parametrize("distinct", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_histogram_counts_the_matrix(triton_device, distinct, backend, monkeypatch, faces):
@@ -155,6 +157,7 @@ def test_matrix_to_1e_11_nats(dim, unit_rows):
     torch.testing.assert_close(vmf_similarity_matrix(mu1, kappa1, mu2, kappa2, 1.0), pairs, rtol=1e-14, atol=2e-11)
 
 
+@pytest.mark.executed_for("n, m, dim, k", [(70, 150, 37, 11), (1, 1, 2, 1)])
 @pytest.mark.parametrize(
     ("n", "m", "dim", "k"), [(1, 1, 2, 1), (70, 150, 37, 11), (9, 300, 16, 16), (3, 40, 16, 20), (130, 65, 16, 3)]
 )
