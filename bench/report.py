@@ -32,6 +32,7 @@ TABLES = {
     "log_bessel": "Log-Bessel family",
     "scf_loss": "SCF loss",
     "objective_losses": "Losses of the published table",
+    "objective_epochs": "Epochs of the published table from one cache",
     "margin_softmax": "Margin softmax",
     "stage1": "Stage 1, steps",
     "stage2": "Stage 2, steps and epochs",
