@@ -35,7 +35,12 @@ def predicted_seconds(record: dict[str, Any], predictions: dict[str, Any], chip:
     for chosen in CHOSEN:
         if record["way"] in chosen.ways and record["way"].startswith("scf_fast") and chip is not None:
             shares = [counted[work].get(chip) for work in chosen.kernels if work in counted]
-            if re.fullmatch(chosen.work, record["work"]) and len(shares) == len(chosen.kernels) and all(shares):
+            if (
+                re.fullmatch(chosen.work, record["work"])
+                and shares
+                and len(shares) == len(chosen.kernels)
+                and all(shares)
+            ):
                 return record["floor_seconds"] / min(shares)
     return None
 

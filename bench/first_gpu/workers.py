@@ -32,7 +32,8 @@ class Chosen:
         section: of the suite.
         work: pattern that all of a case's name must match.
         ways: in order of their value; ours first.
-        kernels: names in ``bench.kernels.catalog`` of what our way launches.
+        kernels: names in ``bench.kernels.catalog`` of what our way launches; none where the catalog counts another
+            form, as it does of pairs (one partner a row).
     """
 
     section: str
@@ -53,6 +54,18 @@ CHOSEN = (
         r"scf_loss, forward_backward \(finetune\), B = 16384, C = 85742",
         ("scf_fast", "published"),
         ("SCF loss with coefficients and terms, float32, d = 512", "gradient of features, float32, d = 512"),
+    ),
+    Chosen(
+        "objective_losses",
+        r"SCF-G, forward_backward, B = 4096",
+        ("scf_fast", "eager"),
+        ("Gaussian center loss with coefficients, scalar, float32, d = 512",),
+    ),
+    Chosen(
+        "objective_losses",
+        r"(PFE-G, diagonal|PFE-v), forward_backward, B = 4096",
+        ("scf_fast", "eager"),
+        (),
     ),
     Chosen(
         "log_bessel",
