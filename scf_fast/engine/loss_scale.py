@@ -62,14 +62,10 @@ class StepWithoutZero:
 
     Args:
         max_norm: bound of the norm of the gradients without the loss scale; 0 is none.
-    Attributes:
-        gradient_norm: 0-dim float64, of the last step's gradients without the loss scale and before clipping, equal on
-            all ranks; None before the first.
     """
 
     def __init__(self, loss_scaler: LossScaler | None, max_norm: float):
         self._loss_scaler, self._max_norm, self._unscaled = loss_scaler, max_norm, False
-        self.gradient_norm: torch.Tensor | None = None
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss * self._loss_scaler.scale if self._loss_scaler else loss
@@ -80,7 +76,7 @@ class StepWithoutZero:
         """
         gradients = gradients_of(optimizer)
         scale = self._loss_scaler.scale if self._loss_scaler else 1.0
-        norm = self.gradient_norm = total_norm(gradients) / scale
+        norm = total_norm(gradients) / scale
         if self._max_norm > 0:
             # Of gradients that are not finite it makes NaN or 0; that step is left out.
             factor = ((self._max_norm / (norm + _NORM_FLOOR)).clamp(max=1.0) / scale).float()
