@@ -163,7 +163,7 @@ def test_streams_that_lack_letters_get_others(monkeypatch):
     out = ascii_stream()
     accept_all_text((out,))
     out.write("κ 0.98 ± 0.01 – “é” 人 \ud800\udcff")
-    assert written(out) == "k 0.98 ~ 0.01 - \"\\u00e9\" \\u4eba \\ud800\\xff"
+    assert written(out) == 'k 0.98 ~ 0.01 - "\\u00e9" \\u4eba \\ud800\\xff'
     latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     accept_all_text((latin, object()))  # the second cannot be set up, and needs not
     latin.write("é ± κ")

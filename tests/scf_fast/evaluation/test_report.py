@@ -21,7 +21,7 @@ from scf_fast.evaluation.results import (
     VerificationResult,
 )
 
-NAMES = ["a|b\n## done", "<script>alert(1)</script>", "[x](javascript:alert(1))", "# $\\frac$", os.fsdecode(b"\xc8\xcb")]
+NAMES = ["a|b\n## done", "<script>alert(1)</script>", "[x](javascript:alert(1))", "# $\\fr$", os.fsdecode(b"\xc8\xcb")]
 SEEN = ["a|b\\n## done", *NAMES[1:4], "\\xc8\\xcb"]
 
 
