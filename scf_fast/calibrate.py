@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from scf_fast.command import Parser, run, split_paths
+from scf_fast.command import Parser, print_lines, run, split_paths
 from scf_fast.config import load_saved
 from scf_fast.errors import InputError
 from scf_fast.held_out import Held, measure_reliability
@@ -98,7 +98,8 @@ def calibrate(arguments: argparse.Namespace) -> None:
     before = measure_reliability(held)
     after = measure_reliability(Held(held.mu, before.factor * held.kappa, held.labels))
     for name, found in (("before", before), ("after", after)):
-        print(f"{name}: mean difference of cosine and A_d(kappa) by decile {found.error:.4f}\n{found.table()}")
+        title = f"{name}: mean difference of cosine and A_d(kappa) by decile {found.error:.4f}"
+        print_lines(title, *found.lines())
     assert model.confidence_net is not None, "required"
     net = model.confidence_net.cpu()
     net.multiply(before.factor)
@@ -107,7 +108,8 @@ def calibrate(arguments: argparse.Namespace) -> None:
     weights.facts = dataclasses.replace(weights.facts, kappa_factor=factor)
     write_weights(weights, arguments.output, "safetensors" if arguments.output.suffix == ".safetensors" else "scf_fast")
     people = len(np.unique(held.labels))
-    print(f"{arguments.output}: kappa times {before.factor:.4g}, from {len(held.labels)} images of {people} people")
+    images = f"{len(held.labels)} images of {people} people"
+    print_lines(f"{arguments.output}: kappa times {before.factor:.4g}, from {images}")
 
 
 def main(arguments: list[str] | None = None) -> int:

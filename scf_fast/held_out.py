@@ -65,13 +65,13 @@ class Reliability:
         columns = {name: getattr(self, name).tolist() for name in ("kappa", "predicted", "observed")}
         return {"error": self.error, "factor": self.factor, **columns}
 
-    def table(self) -> str:
-        """Returns a line for each decile."""
+    def lines(self) -> list[str]:
+        """Returns a table: a header, and a line for each decile."""
         lines = [
             f"{kappa:10.4g}  {predicted:9.3f}  {observed:8.3f}"
             for kappa, predicted, observed in zip(self.kappa, self.predicted, self.observed)
         ]
-        return "\n".join(["     kappa  predicted  observed", *lines])
+        return ["     kappa  predicted  observed", *lines]
 
 
 @dataclass(frozen=True)

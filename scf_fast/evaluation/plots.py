@@ -14,6 +14,7 @@ from scf_fast.held_out import Reliability
 from scf_fast.inference import Embeddings
 from scf_fast.pipelines.loading.decode import load_face
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.text import as_plot_text
 
 if TYPE_CHECKING:  # imported where a figure is drawn: it takes half a second, and most ranks draw none
     from matplotlib.axes import Axes
@@ -59,7 +60,7 @@ def _new_figure(**options: Any) -> "Figure":
 def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: float = 4.4) -> "tuple[Figure, Axes]":
     figure = _new_figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=12, fontweight="bold", loc="left")
+    axes.set_title(as_plot_text(title), fontsize=12, fontweight="bold", loc="left")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(color="#e4e6ea", lw=0.8)
     axes.set_axisbelow(True)
@@ -90,7 +91,7 @@ def _styles(curves: Curves) -> dict[tuple[str, str], Style]:
     )
     lines = dict(zip(dict.fromkeys(score for _, score in curves), itertools.cycle(("-", "--"))))
     return {
-        (what, score): {"label": f"{what}, {score}", "color": colors[what], "ls": lines[score], "lw": 1.8}
+        (what, score): {"label": as_plot_text(f"{what}, {score}"), "color": colors[what], "ls": lines[score], "lw": 1.8}
         for what, score in curves
     }
 

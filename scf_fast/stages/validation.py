@@ -106,5 +106,7 @@ def _measured(parts: list[_Part], criterion: Criterion) -> dict[str, float]:
     values |= {"spearman": measures.spearman, "reject_area": measures.reject_area}
     if measures.reliability is not None:
         values |= {"reliability_error": measures.reliability.error, "kappa_factor": measures.reliability.factor}
-        log.info("validation: mean cosine with the own center by decile of kappa\n%s", measures.reliability.table())
+        log.info("validation: mean cosine with the own center by decile of kappa")
+        for line in measures.reliability.lines():
+            log.info("%s", line)
     return values
