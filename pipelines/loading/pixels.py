@@ -10,7 +10,7 @@ The range is what the file states (maxval of a PGM, 12 bits a sample in a TIFF),
 about it. For floating-point numbers 0..1 is tried first, and may be passed by half, as resampling does.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -41,7 +41,7 @@ class _Stored(NamedTuple):
         """Reads it from an image that is open and not decoded yet."""
         mode = image.mode.partition(";")[0]
         if mode not in _DEEP:
-            tiles = getattr(image, "tile", ())  # of an image that is in memory already there are none
+            tiles: Any = getattr(image, "tile", ())  # of an image that is in memory already there are none
             return cls(has_deep_colors=bool(tiles) and ";16" in str(tiles[0][3]))  # their raw mode is in there
         if image.format == "PPM" and mode == "I":  # Pillow has scaled it from its maxval
             return cls(range=65535)
