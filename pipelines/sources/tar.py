@@ -16,7 +16,7 @@ from scf_fast.pipelines.aliases import ByteArray, Progress, StrPath
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.formats.mapped_file import map_file
-from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES
+from scf_fast.pipelines.sources.image_names import IMAGE_SUFFIXES
 from scf_fast.pipelines.sources.indexed import Scan, check_labels
 from scf_fast.pipelines.sources.packed import PackedImages, as_lengths
 
