@@ -8,7 +8,6 @@ or decoded have no row: FILE.left_out.txt lists them with the reasons; --strict 
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,14 +16,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from scf_fast.command import Parser, run
+from scf_fast.command import Parser, log_to_terminal, print_lines, run
 from scf_fast.errors import InputError
 from scf_fast.inference import Embedder, Embeddings, InferenceOptions, embed_batches, open_embedder
 from scf_fast.inference_arguments import add_inference_arguments, find_images, inference_options
 from scf_fast.model import confidence_of
-from scf_fast.pipelines.formats.atomic_file import atomic_output, write_bytes
+from scf_fast.pipelines.formats.atomic_file import atomic_output, write_text
 from scf_fast.pipelines.sources.base import ImageFiles
 from scf_fast.pipelines.sources.image_names import list_skipped
+from scf_fast.pipelines.text import printable
 
 
 def embed_images(embedder: Embedder, source: ImageFiles, options: InferenceOptions) -> Embeddings:
@@ -128,15 +128,16 @@ def _embed(arguments: argparse.Namespace) -> None:
     listed.unlink(missing_ok=True)  # of an earlier call
     without = "" if embedder.objective is not None else f"; no kappa: {arguments.model} is a backbone alone"
     if embeddings.left_out:
-        write_bytes(listed, b"".join(os.fsencode(reason) + b"\n" for reason in embeddings.left_out.values()))
+        write_text(listed, "".join(f"{printable(reason)}\n" for reason in embeddings.left_out.values()))
         without += f"; {len(embeddings.left_out)} images left out, listed with the reasons in {listed}"
     without += list_skipped(found.skipped)
-    print(f"{out}: {len(kept)} images, {images_per_second:.0f} images/s{without}")
+    print_lines(f"{out}: {len(kept)} images, {images_per_second:.0f} images/s{without}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
+    log_to_terminal()
     return run(parser.prog, lambda: _embed(options))
 
 

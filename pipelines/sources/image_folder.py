@@ -14,6 +14,7 @@ from scf_fast.pipelines.sources.base import read_image_file, reason_of
 from scf_fast.pipelines.sources.digest import fingerprint_of_folders
 from scf_fast.pipelines.sources.image_names import is_system_folder, subfolders, walk_images
 from scf_fast.pipelines.sources.indexed import Arrays, IndexedImages, Scan, check_labels
+from scf_fast.pipelines.text import shown_names
 
 _OUTSIDE = "images outside the folders of identities"
 _WITHOUT = "folders without an image, whose class numbers stay unused"
@@ -126,8 +127,7 @@ def image_path(folder: StrPath, label: int, position: int, suffix: str) -> Path:
 
 
 def _shown(names: Sequence[bytes]) -> str:
-    shown = ", ".join(repr(os.fsdecode(name)) for name in names[:_NAMED])
-    return shown + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")
+    return shown_names([os.fsdecode(name) for name in names], _NAMED)
 
 
 def _pack(key: str, names: Sequence[bytes]) -> Arrays:

@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from scf_fast.pipelines.command import Parser, run
+from scf_fast.pipelines.command import Parser, print_lines, run
 from scf_fast.pipelines.synthetic.dataset import write_synthetic_set
 from scf_fast.pipelines.synthetic.pictures import Parameters
 
@@ -73,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.out, parameters, workers=options.workers, overwrite=options.overwrite
             )
         except KeyboardInterrupt:
-            print(f"the same command goes on with what lies in {options.out}", file=sys.stderr)
+            print_lines(f"the same command goes on with what lies in {options.out}", file=sys.stderr)
             raise
-        print(f"{options.out}: {json.dumps(manifest['counts'])}")
+        print_lines(f"{options.out}: {json.dumps(manifest['counts'])}")
 
     return run(parser.prog, write)
 

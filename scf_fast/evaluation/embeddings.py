@@ -17,6 +17,7 @@ from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.loading.decode import load_face
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.sources.digest import content_digest
+from scf_fast.pipelines.text import printable
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PREDICTION_KEYS = {Density.VMF: "log_kappa", Density.GAUSSIAN: "log_variance"}  # beside "features"
@@ -95,7 +96,13 @@ class EmbeddingStore:
         ]
         left_out = self._left_out()
         stream = load_batches(self.embedder, source, batches, self._decoding, left_out)
-        bar = tqdm(total=sum(map(len, parts)), desc=description, unit=" images", mininterval=1, disable=self._rank > 0)
+        bar = tqdm(
+            total=sum(map(len, parts)),
+            desc=printable(description),
+            unit=" images",
+            mininterval=1,
+            disable=self._rank > 0,
+        )
         with contextlib.closing(stream), bar as progress:
             for part, paths in parts.items():
                 whole = [store._allocate(len(part)) for store in paths]

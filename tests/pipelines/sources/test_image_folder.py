@@ -54,14 +54,14 @@ def test_folders_without_an_image_keep_their_numbers_and_are_named(tmp_path):
     source = FolderIndex.open(root)
     assert source.labels.tolist() == [0, 2] and source.num_classes == 3
     assert source.skipped["folders without an image, whose class numbers stay unused"] == 2
-    assert source.remarks() == ["without an image       'bob', 'dora'"]
+    assert source.remarks() == ["without an image       bob, dora"]
     fill(root, {"bob/1.jpg": b"b"})
     source = FolderIndex.open(root)
-    assert source.labels.tolist() == [0, 1, 2] and source.remarks() == ["without an image       'dora'"]
+    assert source.labels.tolist() == [0, 1, 2] and source.remarks() == ["without an image       dora"]
     numbered = fill(
         tmp_path / "numbered", {"0/a.jpg": b"a", "7/b.txt": b"", "9/a.jpg": b"a", "property": b"20,112,112"}
     )
-    assert FolderIndex.open(numbered).remarks() == ["without an image       '7'"]
+    assert FolderIndex.open(numbered).remarks() == ["without an image       7"]
 
 
 def test_index_of_an_earlier_version_is_kept_and_says_what_it_counts(tmp_path):
@@ -83,7 +83,7 @@ def test_index_of_an_earlier_version_is_kept_and_says_what_it_counts(tmp_path):
     first, second = source.remarks()
     assert "of an earlier version, which chose the images in another way; runs that began with it go on" in first
     assert first.endswith(f"for a new one delete {tmp_path / 'data.index'}")
-    assert second == "counted as images      those in '@eaDir', which a system or a program made for itself"
+    assert second == "counted as images      those in @eaDir, which a system or a program made for itself"
 
 
 def test_an_identity_may_be_a_link(tmp_path):
