@@ -14,6 +14,7 @@ import numpy as np
 
 from scf_fast.pipelines.aliases import ByteArray, Progress, StrPath
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.formats import file_kinds
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.formats.mapped_file import map_file
 from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES
@@ -39,7 +40,7 @@ class TarIndex(PackedImages):
     ``property`` file beside the shards gives ``num_classes``.
     """
 
-    FORMAT, SUFFIX = "tar shards", ".tar"
+    FORMAT, SUFFIX, KIND = "tar shards", ".tar", file_kinds.TAR
 
     def encoded(self, i: int) -> ByteArray:
         return np.frombuffer(self._stored(i), dtype=np.uint8)
