@@ -95,7 +95,9 @@ class ListIndex(IndexedImages):
     @classmethod
     def _scan(cls, path: Path, progress: Progress) -> Scan:
         layout: _Layout | None = None
-        offsets, lengths, labels = [], [], []
+        offsets: list[int] = []
+        lengths: list[int] = []
+        labels: list[int] = []
         for number, start, line in read_lines(path, progress):
             layout = layout or _layout_of(line, path.suffix == ".lst")
             try:

@@ -19,7 +19,7 @@ from scf_fast.pipelines.text import printable
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PREDICTION_KEYS = {Density.VMF: "log_kappa", Density.GAUSSIAN: "log_variance"}  # beside "features"
-_PIXELS = 2  # counts the changes in how files become pixels; stored embeddings of an earlier count are not used
+_PIXELS = 3  # counts the changes in how files become pixels; stored embeddings of an earlier count are not used
 
 
 class EmbeddingStore:

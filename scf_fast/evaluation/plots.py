@@ -10,6 +10,7 @@ from PIL import Image
 from scf_fast.evaluation.metrics import tar_at_far
 from scf_fast.evaluation.quality import Rejection
 from scf_fast.evaluation.results import DENSITY_MEASURES, Quality, Score, ScoreHistogram
+from scf_fast.held_out import Reliability
 from scf_fast.inference import Embeddings
 from scf_fast.pipelines.loading.decode import load_face
 from scf_fast.pipelines.sources.base import ImageSource
@@ -151,6 +152,18 @@ def plot_severity(confidence: Confidence, severity: np.ndarray, correlation: flo
     axes.plot(center, middle, color=_ORANGE, lw=2.2, label="median")
     axes.set_yscale("log")
     axes.legend(frameon=False)
+    return _png(figure)
+
+
+def plot_reliability(reliability: Reliability) -> bytes:
+    """Plots the mean cosine with the own center by decile of kappa over the one that kappa predicts."""
+    figure, axes = _figure("Reliability of κ", "cosine that κ predicts", "mean cosine with the own center")
+    predicted, observed = reliability.predicted, reliability.observed
+    low, high = min(predicted.min(), observed.min()), max(predicted.max(), observed.max())
+    axes.plot([low, high], [low, high], color=_GREY, lw=1.2, ls=":", label="as predicted")
+    label = f"by decile of κ (mean difference {reliability.error:.3f})"
+    axes.plot(predicted, observed, color=_ORANGE, lw=2.2, marker="o", label=label)
+    axes.legend(frameon=False, title=f"κ fits these people times {reliability.factor:.3f}", alignment="left")
     return _png(figure)
 
 

@@ -106,7 +106,7 @@ def make_tables(models: Models) -> list[Table]:
     if any(results.identification for results in several):
         tables += _identification_tables(models)
     if any(results.rejection or results.template_quality for results in several):
-        tables.append(_quality_table(models))
+        tables += _quality_tables(models)
     if any(results.rejection for results in several):
         tables.append(_rejection_table(models))
     return tables
@@ -287,14 +287,18 @@ def _identification_table(models: Models, protocol: str, found: dict[str, Identi
     )
 
 
-def _quality_table(models: Models) -> Table:
+def _quality_by_set(results: Results) -> dict[str, QualityResult]:
+    images: dict[str, QualityResult] = {}
+    if results.rejection is not None:
+        images[results.rejection.name] = results.rejection.images
+    if results.template_quality is not None:
+        images |= results.template_quality.in_order()
+    return images
+
+
+def _quality_tables(models: Models) -> list[Table]:
     rows: dict[str, Rows] = {}
     for name, results in models.items():
-        images: dict[str, QualityResult] = {}
-        if results.rejection is not None:
-            images[results.rejection.name] = results.rejection.images
-        if results.template_quality is not None:
-            images |= results.template_quality.in_order()
         rows[name] = [
             [
                 measure.label,
@@ -302,11 +306,30 @@ def _quality_table(models: Models) -> Table:
                 *(f"{value:.4g}" for value in (quantiles.p05, quantiles.median, quantiles.p95)),
                 _fraction(quantiles.severity_spearman),
             ]
-            for set_name, result in images.items()
+            for set_name, result in _quality_by_set(results).items()
             for measure, quantiles in result.measures.items()
         ]
     header = ["quality", "images of", "5 %", "median", "95 %", "Spearman with severity"]
-    return Table("Quality", *_with_model_column(models, header, rows))
+    return [Table("Quality", *_with_model_column(models, header, rows)), *_reliability_tables(models)]
+
+
+def _reliability_tables(models: Models) -> list[Table]:
+    """Says for each set whether kappa means what it says; no table where none has a kappa."""
+    rows: dict[str, Rows] = {}
+    for name, results in models.items():
+        for set_name, result in _quality_by_set(results).items():
+            if result.reliability is not None:
+                cells = [_fraction(result.reliability.error), f"{result.reliability.factor:.4g}"]
+                rows.setdefault(name, []).append([set_name, *cells])
+    if not rows:
+        return []
+    header = ["images of", "mean difference", "κ fits times"]
+    about = (
+        "The cosine of an image with the center of its person, estimated from the person's other images, against the "
+        "one that κ predicts: mean difference over the deciles of κ, and the one factor on κ that fits these people, "
+        "which python -m scf_fast.calibrate stores with the model."
+    )
+    return [Table("Reliability of κ", *_with_model_column(models, header, rows), about)]
 
 
 def _rejection_table(models: Models) -> Table:
