@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from scf_fast.pipelines.aliases import ByteArray, IntArray, Progress, StrPath
 from scf_fast.pipelines.errors import InputError, UnreadableError
+from scf_fast.pipelines.formats.file_kinds import EMPTY, FileKind, Wanted, refusal
 from scf_fast.pipelines.sources.base import LARGE_FILE, LARGEST_FILE, ReadFiles, reason_of
 from scf_fast.pipelines.sources.digest import fingerprint_of_files
 from scf_fast.pipelines.sources.image_names import visible
@@ -31,6 +32,7 @@ class PackedImages(IndexedImages):
     """
 
     SUFFIX: str
+    KIND: FileKind  # of the files
     _descriptors: list[int] | None = None  # of all files; None where there are too many
 
     def __init__(self, path: StrPath, index_path: StrPath, root: StrPath | None = None):
@@ -182,7 +184,7 @@ class PackedImages(IndexedImages):
             try:
                 part, reasons = cls._scan_file(name, progress)
             except InputError as error:
-                raise InputError(f"{name}: {error}") from error
+                raise InputError(f"{name}: {refusal(name, Wanted.DATA, cls.KIND, EMPTY) or error}") from error
             parts.append(part)
             for reason, count in reasons.items():
                 skipped[reason] = skipped.get(reason, 0) + count

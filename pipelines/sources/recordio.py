@@ -6,6 +6,7 @@ import numpy as np
 
 from scf_fast.pipelines.aliases import ByteArray, IntArray, Progress
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.formats import file_kinds
 from scf_fast.pipelines.formats.mapped_file import map_file
 from scf_fast.pipelines.formats.recordio import Record, images_in, read_record, scan_image_records
 from scf_fast.pipelines.sources.image_names import visible
@@ -24,7 +25,7 @@ class RecordIndex(PackedImages):
     itself says where its records are.
     """
 
-    FORMAT = "RecordIO"
+    FORMAT, KIND = "RecordIO", file_kinds.RECORDIO
 
     def encoded(self, i: int) -> ByteArray:
         return self._record(i).image

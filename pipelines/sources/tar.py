@@ -15,6 +15,7 @@ import numpy as np
 
 from scf_fast.pipelines.aliases import ByteArray, Progress, StrPath
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.formats import file_kinds
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.formats.mapped_file import map_file
 from scf_fast.pipelines.sources.image_names import (
@@ -57,7 +58,7 @@ class TarIndex(PackedImages):
     shards are refused. A ``property`` file beside the shards gives ``num_classes``.
     """
 
-    FORMAT, SUFFIX = "tar shards", ".tar"
+    FORMAT, SUFFIX, KIND = "tar shards", ".tar", file_kinds.TAR
     RULES = 1
 
     def encoded(self, i: int) -> ByteArray:

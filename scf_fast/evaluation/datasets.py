@@ -20,9 +20,12 @@ from scf_fast.pipelines.evaluation_sets.template_protocol import (
     read_template_protocol,
 )
 from scf_fast.pipelines.evaluation_sets.verification_set import draw_pairs, read_verification_set
+from scf_fast.pipelines.formats.file_kinds import Wanted
+from scf_fast.pipelines.formats.text_file import read_text
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.sources.base import ImageFiles, ImageSource
 from scf_fast.pipelines.sources.image_names import visible
+from scf_fast.pipelines.text import shown
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,9 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
         InputError: the file cannot be read, a line is malformed, or an image is not there.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, Wanted.PAIRS).split("\n")
     except OSError as error:
         raise InputError(f"cannot read the pairs {path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be a .bin or a text file with lines `path path label`: {error}") from error
     images, same = [], []
     for number, line in enumerate(lines, 1):
         words = line.strip().split("\t") if "\t" in line else line.split()
@@ -139,7 +140,8 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
             continue
         if len(words) != 3 or words[2] not in ("0", "1"):
             raise InputError(
-                f"{path} line {number} must be `path path label` with label 0 or 1, got {line[:80]!r}; repair the line"
+                f"{path} line {number} must be `path path label` with label 0 or 1, got {shown(line, 80)}; repair the "
+                "line"
             )
         for word in words[:2]:
             image = path.parent / word

@@ -36,6 +36,7 @@ from scf_fast.inference import Embeddings
 from scf_fast.kernels import pool_templates
 from scf_fast.objectives import Density
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery
+from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.sources.image_names import visible
 
@@ -436,7 +437,8 @@ def all_evaluations(data: Path, for_table: bool = False) -> list[Evaluation]:
     elif templates is not None:
         evaluations.append(Risk(templates))
     else:
-        raise InputError(f"{data} must hold verification/*.bin or templates/meta; give --data the folder that has them")
+        what = f" and {refusal(data, Wanted.FOLDER)}" if data.is_file() else "; " + Wanted.FOLDER.value
+        raise InputError(f"{data} must hold verification/*.bin or templates/meta{what}")
     for evaluation in evaluations:
         evaluation.draws = not for_table
     return evaluations

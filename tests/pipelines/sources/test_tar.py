@@ -274,7 +274,7 @@ def test_other_files(tmp_path):
     import gzip
 
     (tmp_path / "a.tar").write_bytes(gzip.compress(os.urandom(2000)))
-    with pytest.raises(ValueError, match=r"a\.tar: no tar member starts at byte 0: compressed, damaged or no tar file"):
+    with pytest.raises(ValueError, match=r"a\.tar: is a file compressed by gzip; uncompress it"):
         TarIndex.open(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(bytes(10240))
     with pytest.raises(ValueError, match="it holds no image"):
