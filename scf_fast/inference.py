@@ -19,6 +19,7 @@ from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT
 from scf_fast.weights.digest import digest_weights
 
 
@@ -27,7 +28,8 @@ class Decoding:
     """How images are read and decoded; see :func:`scf_fast.pipelines.loader.make_loader`."""
 
     backend: str = "auto"  # "dali", "torch", or "auto": DALI where it is installed
-    num_workers: int | None = None  # threads of DALI, processes of PyTorch; None: by the CPU cores of a rank
+    num_workers: int | None = None  # threads of DALI, or processes; None: by the CPU cores of a rank
+    timeout: float = DEFAULT_TIMEOUT  # seconds without progress
 
 
 DEFAULT_DECODING = Decoding()
@@ -327,6 +329,7 @@ def load_batches(
         device=embedder.device,
         backend=decoding.backend,
         num_workers=decoding_workers(decoding.num_workers),
+        timeout=decoding.timeout,
     ) as loader:
         for images, _, indices in loader.batches(epoch=0):
             yield indices, images

@@ -9,6 +9,7 @@ from scf_fast.errors import InputError
 from scf_fast.inference import Decoding, InferenceOptions
 from scf_fast.networks.precision import PRECISION_DTYPES
 from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES
+from scf_fast.pipelines.waiting import add_timeout_argument
 
 
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="decoding threads or processes a rank (default: one less than it has CPU cores, 1 to 16)",
     )
+    add_timeout_argument(parser)
 
 
 def inference_options(arguments: argparse.Namespace) -> InferenceOptions:
@@ -53,7 +55,7 @@ def inference_options(arguments: argparse.Namespace) -> InferenceOptions:
         device=arguments.device,
         precision=arguments.precision,
         batch_size=arguments.batch_size,
-        decoding=Decoding(arguments.loader, arguments.num_workers),
+        decoding=Decoding(arguments.loader, arguments.num_workers, arguments.input_timeout),
     )
 
 

@@ -17,8 +17,8 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from scf_fast.engine.engine import Engine
 from scf_fast.engine.partitions import Piece
 from scf_fast.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import write_json, write_text
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, Wait, result_of
 from scf_fast.weights.files import save_torch_file
 
 log = logging.getLogger(__name__)
@@ -131,17 +132,27 @@ class Checkpoints:
         keep: number of the newest that stay.
         keep_best: whether the one with the lowest ``metric`` stays too.
         background: whether files are written while training goes on, from a copy of the state in host memory.
+        timeout: seconds that writing may take without progress, see :mod:`scf_fast.pipelines.waiting`.
     Attributes:
         written: name of the newest complete checkpoint, equal on all ranks; None before the first.
         failed: whether the last one could not be written, equal on all ranks.
     """
 
-    def __init__(self, folder: Path, runtime: Runtime, keep: int, keep_best: bool, background: bool):
+    def __init__(
+        self,
+        folder: Path,
+        runtime: Runtime,
+        keep: int,
+        keep_best: bool,
+        background: bool,
+        timeout: float = DEFAULT_TIMEOUT,
+    ):
         self.folder, self.keep, self.keep_best = folder, keep, keep_best
         self.runtime, self.background = runtime, background
         self.written: str | None = None
         self.failed = False
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = DaemonThreads(1, "checkpoint")
+        self._timeout, self._bytes_written = timeout, 0
         self._pending: _Pending | None = None
 
     @property
@@ -205,8 +216,11 @@ class Checkpoints:
         if rows is not None:
             files[ClassCenters.file_name(rank)] = rows
         for name, value in files.items():
-            save_torch_file(value, folder / name)
-        write_json(folder / f"rank{rank}.json", {name: _fingerprint(folder / name) for name in files})
+            save_torch_file(value, folder / name, self._count)
+        write_json(folder / f"rank{rank}.json", {name: _fingerprint(folder / name, self._count) for name in files})
+
+    def _count(self, size: int) -> None:
+        self._bytes_written += size
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on every rank's disk, then makes it count: no other moment leaves a folder
@@ -214,14 +228,25 @@ class Checkpoints:
 
         A disk that is full, or gone, is logged and remembered in ``failed``, and the half checkpoint deleted: the run
         goes on with the older ones.
+
+        Raises:
+            TimedOut: the disk takes nothing and says nothing.
         """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         tag, state = pending.tag, pending.state
-        error = pending.future.exception()
-        if error is not None and not isinstance(error, OSError):
-            raise error
+        wait = Wait(
+            f"rank {self.runtime.rank}",
+            f"the background writer of checkpoint {self.folder / tag}",
+            self._timeout,
+            lambda: self._bytes_written,
+        )
+        error: OSError | None = None
+        try:
+            result_of(pending.future, wait)
+        except OSError as problem:
+            error = problem
         complete = all_ranks_agree(error is None)
         if complete and self.runtime.is_main:
             try:
@@ -406,12 +431,13 @@ def _delete(folder: Path) -> None:
         log.warning("checkpoint %s could not be deleted: %s", folder, error)
 
 
-def _fingerprint(path: Path) -> list[int]:
-    """Returns [bytes, CRC-32] of a file."""
+def _fingerprint(path: Path, read: Callable[[int], object] = lambda count: None) -> list[int]:
+    """Returns [bytes, CRC-32] of a file; calls ``read`` with the number of bytes of each piece."""
     size = checksum = 0
     with open(path, "rb") as file:
         while block := file.read(_READ_BYTES):
             size, checksum = size + len(block), zlib.crc32(block, checksum)
+            read(len(block))
     return [size, checksum]
 
 
