@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scf_fast.pipelines.aliases import StrPath
-from scf_fast.pipelines.command import Parser, run
+from scf_fast.pipelines.command import Parser, log_to_terminal, print_lines, run
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.decode import load_face, read_header
 from scf_fast.pipelines.sources.base import ConcatenatedSources, ImageSource, reason_of, spread_evenly
@@ -219,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, metavar="W", help="processes that decode (default: one for each core)")
     add_timeout_argument(parser)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
 
     def report() -> int:
         if (options.workers or 0) < 0:
@@ -230,14 +229,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = find_broken(source, options.workers, options.input_timeout)
             source.record_broken(list(found))
             source = open_source(options.data, options.root, options.cache_dir)
-        print("\n".join(describe(source)))
+        print_lines(*describe(source))
         if isinstance(source, RecordIndex):
             for path in source.rec_paths:
-                print(_check_offsets_file(source, path))
+                print_lines(_check_offsets_file(source, path))
         for message in list(found.values())[:_SHOWN]:
-            print(f"broken                 {message}")
+            print_lines(f"broken                 {message}")
         if len(found) > _SHOWN:
-            print(f"broken                 ... and {len(found) - _SHOWN:,} more")
+            print_lines(f"broken                 ... and {len(found) - _SHOWN:,} more")
         return 1 if found else 0
 
     return run(parser.prog, report)

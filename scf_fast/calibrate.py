@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from scf_fast.command import Parser, run, split_paths
+from scf_fast.command import Parser, print_lines, run, split_paths
 from scf_fast.config import load_saved
 from scf_fast.errors import InputError
-from scf_fast.held_out import Held, Reliability, measure
+from scf_fast.held_out import Held, measure_reliability
 from scf_fast.inference import Embedder, Embeddings, InferenceOptions, default_device, embed_batches
 from scf_fast.inference_arguments import add_inference_arguments, inference_options
 from scf_fast.model import SCF
@@ -80,12 +80,6 @@ def embed(embedder: Embedder, source: ImageSource, images: np.ndarray, options: 
     return Held(found.mu.numpy()[images], found.kappa[images].astype(np.float64), source.labels[images])
 
 
-def _reliability(held: Held) -> Reliability:
-    found = measure(held, is_vmf=True).reliability
-    assert found is not None, "asked for"
-    return found
-
-
 def calibrate(arguments: argparse.Namespace) -> None:
     """Fits, reports and writes."""
     if arguments.output.exists() and not arguments.overwrite:
@@ -101,10 +95,11 @@ def calibrate(arguments: argparse.Namespace) -> None:
     model = SCF.from_checkpoint(arguments.model, normalization=options.normalization)
     embedder = Embedder(model, options.device or default_device(), options.precision, options.flip)
     held = embed(embedder, source, np.flatnonzero(chosen), options)
-    before = _reliability(held)
-    after = _reliability(Held(held.mu, before.factor * held.kappa, held.labels))
+    before = measure_reliability(held)
+    after = measure_reliability(Held(held.mu, before.factor * held.kappa, held.labels))
     for name, found in (("before", before), ("after", after)):
-        print(f"{name}: mean difference of cosine and A_d(kappa) by decile {found.error:.4f}\n{found.table()}")
+        title = f"{name}: mean difference of cosine and A_d(kappa) by decile {found.error:.4f}"
+        print_lines(title, *found.lines())
     assert model.confidence_net is not None, "required"
     net = model.confidence_net.cpu()
     net.multiply(before.factor)
@@ -113,7 +108,8 @@ def calibrate(arguments: argparse.Namespace) -> None:
     weights.facts = dataclasses.replace(weights.facts, kappa_factor=factor)
     write_weights(weights, arguments.output, "safetensors" if arguments.output.suffix == ".safetensors" else "scf_fast")
     people = len(np.unique(held.labels))
-    print(f"{arguments.output}: kappa times {before.factor:.4g}, from {len(held.labels)} images of {people} people")
+    images = f"{len(held.labels)} images of {people} people"
+    print_lines(f"{arguments.output}: kappa times {before.factor:.4g}, from {images}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from scf_fast.command import Parser, run
+from scf_fast.command import Parser, print_lines, run
 from scf_fast.errors import InputError
 from scf_fast.inference import Embedder, Embeddings, InferenceOptions, embed_batches, open_embedder
 from scf_fast.inference_arguments import add_inference_arguments, find_images, inference_options
@@ -111,7 +111,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     images_per_second = len(paths) / (time.perf_counter() - began)
     write_embeddings(arguments.out, embeddings, paths)
     without = "" if embedder.objective is not None else f"; no kappa: {arguments.model} is a backbone alone"
-    print(f"{arguments.out}: {len(paths)} images, {images_per_second:.0f} images/s{without}")
+    print_lines(f"{arguments.out}: {len(paths)} images, {images_per_second:.0f} images/s{without}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scf_fast.command import Parser, run
+from scf_fast.command import Parser, print_lines, run
 from scf_fast.errors import InputError
 from scf_fast.inference_arguments import add_normalization_argument
 from scf_fast.model import SCF, confidence_of
@@ -283,7 +283,7 @@ def _export(options: argparse.Namespace) -> None:
             images = f"(B, 3, {FACE_SIZE}, {FACE_SIZE}) float32 RGB, {model.normalization} scaling"
         opset = f", opset {options.opset}" if options.out.suffix == ".onnx" else ""
         content = f"{images} -> {' and '.join(output_names(model))}{opset}"
-    print(f"{options.out}: {content}; output within {TOLERANCE:.0e} of PyTorch's")
+    print_lines(f"{options.out}: {content}; output within {TOLERANCE:.0e} of PyTorch's")
 
 
 def main(arguments: list[str] | None = None) -> int:

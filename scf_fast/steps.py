@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scf_fast.pipelines.command import print_lines
 from scf_fast.pipelines.formats.atomic_file import write_json
 
 
@@ -150,9 +151,9 @@ def _run_group(group: list[Step], done: DoneSteps) -> int:
     waiting = []
     for step in group:
         if done.has(step):
-            print(f"== {step.title}: there already ({done.seconds[step.name]:.0f} s)", flush=True)
+            print_lines(f"== {step.title}: there already ({done.seconds[step.name]:.0f} s)")
         else:
-            print(f"== {step.title}", flush=True)
+            print_lines(f"== {step.title}")
             waiting.append(step)
     running = {step.name: _Process(step, f"[{step.name}] " if len(group) > 1 else None) for step in waiting}
     try:

@@ -24,9 +24,10 @@ from scf_fast.networks.flops import peak_flops
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.run import checkpoints
 from scf_fast.run import folder as run_folder
-from scf_fast.run.checkpoints import Checkpoints, ResumePoint, RunState
+from scf_fast.run.checkpoints import Checkpoints, ResumePoint
 from scf_fast.run.patience import Patience
 from scf_fast.run.reporting import Reporter, StepLines, forget_after, log_to_files, set_up_logging
+from scf_fast.run.run_state import RunState
 from scf_fast.run.step_guard import StepGuard, Votes
 from scf_fast.run.step_outcome import StepOutcome
 from scf_fast.run.stop_signal import StopSignal

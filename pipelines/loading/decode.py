@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
+from scf_fast.pipelines.loading.pixels import upright_rgb
 from scf_fast.pipelines.sources.base import LARGE_FILE, ImageSource
 
 MAX_PIXELS = 1 << 24  # a header that announces more is refused before memory is set aside for it: 48 MB an image
@@ -46,7 +47,8 @@ class Header(NamedTuple):
 def decode_face(encoded: bytes | np.ndarray) -> np.ndarray:
     """Decodes an image: upright as EXIF says, in RGB, resized whole to FACE_SIZE where the size differs.
 
-    Resizing averages (triangle filter, antialiased).
+    Pixels of any kind become 8-bit RGB by the rule of :mod:`scf_fast.pipelines.loading.pixels`. Resizing averages
+    (triangle filter, antialiased).
 
     Args:
         encoded: a JPEG, PNG, WebP, BMP, PPM/PGM, TIFF or GIF file; (bytes,) uint8 where it is an array.
@@ -55,16 +57,24 @@ def decode_face(encoded: bytes | np.ndarray) -> np.ndarray:
     Raises:
         InputError: Pillow cannot decode it, or read_header refuses it.
     """
-    encoded = np.frombuffer(encoded, dtype=np.uint8)
-    try:
-        with open_image(encoded) as opened:
-            upright = ImageOps.exif_transpose(opened) if "exif" in opened.info else opened
-            image = upright.convert("RGB")
-    except Exception as error:
-        raise _undecodable(error, encoded) from error
+    image = decode_rgb(np.frombuffer(encoded, dtype=np.uint8))
     if image.size != (FACE_SIZE, FACE_SIZE):
         image = image.resize((FACE_SIZE, FACE_SIZE), Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def decode_rgb(encoded: np.ndarray) -> Image.Image:
+    """Decodes an untrusted image file, (bytes,) uint8, to 8-bit RGB in its own size, upright as EXIF says.
+
+    Raises:
+        InputError: as decode_face.
+    """
+    try:
+        read_header(encoded)
+        with _open(encoded) as opened:
+            return upright_rgb(opened)
+    except Exception as error:
+        raise _undecodable(error, encoded) from error
 
 
 def _undecodable(error: Exception, encoded: np.ndarray) -> InputError:
@@ -77,20 +87,6 @@ def _undecodable(error: Exception, encoded: np.ndarray) -> InputError:
     return InputError(str(error) or type(error).__name__)
 
 
-def open_image(encoded: np.ndarray) -> Image.Image:
-    """Opens an untrusted image file by Pillow: only what read_header accepts, and by a reader that starts no program.
-
-    Args:
-        encoded: (bytes,) uint8.
-    Returns:
-        The image, not decoded yet; close it.
-    Raises:
-        InputError: read_header refuses it. Decoding raises almost any exception where a file is damaged.
-    """
-    read_header(encoded)
-    return _open(encoded)
-
-
 def load_face(source: ImageSource, i: int) -> np.ndarray:
     """Returns face i of a source: the source's own pixels, or the image file decoded by :func:`decode_face`.
 
@@ -98,7 +94,7 @@ def load_face(source: ImageSource, i: int) -> np.ndarray:
         InputError: it cannot be read or decoded; the message names it.
     """
     pixels = source.pixels(i)
-    return _named(source, i, decode_face, source.encoded(i)) if pixels is None else pixels
+    return with_name(source, i, decode_face, source.encoded(i)) if pixels is None else pixels
 
 
 def load_encoded(
@@ -127,10 +123,10 @@ def load_encoded(
             return pack_face(pixels), True
         encoded = source.encoded(i)
     if not convert:
-        header = _named(source, i, read_header, encoded)
+        header = with_name(source, i, read_header, encoded)
         if header.is_common and header.height * header.width <= _LARGE_PIXELS and len(encoded) <= LARGE_FILE:
             return encoded, (header.height, header.width) == (FACE_SIZE, FACE_SIZE)
-    face = _named(source, i, decode_face, encoded)
+    face = with_name(source, i, decode_face, encoded)
     return pack_face(face), True
 
 
@@ -144,8 +140,8 @@ def is_packed(encoded: np.ndarray) -> bool:
     return encoded[: len(_PPM_HEADER)].tobytes() == _PPM_HEADER
 
 
-def _named(source: ImageSource, i: int, function: Callable[[np.ndarray], _Result], encoded: np.ndarray) -> _Result:
-    """Calls function(encoded); its InputError gets the name of image i."""
+def with_name(source: ImageSource, i: int, function: Callable[[np.ndarray], _Result], encoded: np.ndarray) -> _Result:
+    """Calls function(encoded), which decodes image i of a source; its InputError gets the image's name."""
     try:
         return function(encoded)
     except InputError as error:

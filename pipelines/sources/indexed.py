@@ -18,6 +18,7 @@ from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.array_file import Array, map_arrays, write_arrays
 from scf_fast.pipelines.formats.recordio import read_num_classes
 from scf_fast.pipelines.sources.base import ImageSource, reason_of
+from scf_fast.pipelines.text import printable
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 1  # of the arrays in an index; one with another number is made again
@@ -146,7 +147,12 @@ class IndexedImages(ImageSource):
         """Scans the data and writes its index into the first of the places that can be written to; returns its path."""
         began = time.monotonic()
         with tqdm(
-            total=cls._scan_size(path), desc=f"indexing {path.name}", unit="B", unit_scale=True, delay=2, disable=None
+            total=cls._scan_size(path),
+            desc=f"indexing {printable(path.name)}",
+            unit="B",
+            unit_scale=True,
+            delay=2,
+            disable=None,
         ) as bar:
             try:
                 arrays, skipped = cls._scan(path, bar.update)

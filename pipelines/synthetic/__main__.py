@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from scf_fast.pipelines.command import Parser, run
+from scf_fast.pipelines.command import Parser, print_lines, run
 from scf_fast.pipelines.synthetic.dataset import write_synthetic_set
 from scf_fast.pipelines.synthetic.pictures import Parameters
 from scf_fast.pipelines.waiting import add_timeout_argument
@@ -79,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 timeout=options.input_timeout,
             )
         except KeyboardInterrupt:
-            print(f"the same command goes on with what lies in {options.out}", file=sys.stderr)
+            print_lines(f"the same command goes on with what lies in {options.out}", file=sys.stderr)
             raise
-        print(f"{options.out}: {json.dumps(manifest['counts'])}")
+        print_lines(f"{options.out}: {json.dumps(manifest['counts'])}")
 
     return run(parser.prog, write)
 

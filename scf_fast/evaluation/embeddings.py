@@ -15,10 +15,11 @@ from scf_fast.objectives import Density
 from scf_fast.pipelines.formats.atomic_file import atomic_output
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.sources.digest import content_digest
+from scf_fast.pipelines.text import printable
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PREDICTION_KEYS = {Density.VMF: "log_kappa", Density.GAUSSIAN: "log_variance"}  # beside "features"
-_PIXELS = 2  # counts the changes in how files become pixels; stored embeddings of an earlier count are not used
+_PIXELS = 3  # counts the changes in how files become pixels; stored embeddings of an earlier count are not used
 
 
 class EmbeddingStore:
@@ -86,7 +87,13 @@ class EmbeddingStore:
             for start in range(part.start, part.stop, self._batch_size)
         ]
         stream = load_batches(self.embedder, source, batches, self._decoding)
-        bar = tqdm(total=sum(map(len, parts)), desc=description, unit=" images", mininterval=1, disable=self._rank > 0)
+        bar = tqdm(
+            total=sum(map(len, parts)),
+            desc=printable(description),
+            unit=" images",
+            mininterval=1,
+            disable=self._rank > 0,
+        )
         with contextlib.closing(stream), bar as progress:
             for part, paths in parts.items():
                 whole = [store._allocate(len(part)) for store in paths]

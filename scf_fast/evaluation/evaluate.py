@@ -153,7 +153,8 @@ class Templates(Evaluation):
                 )
             if Weighting.DETECTOR not in protocols.pooling_weights(embeddings, templates.protocol):
                 notes.append(f"All detector scores of {name} are equal, so pooling by them is left out.")
-            qualities[name] = quality.summarize_quality(embeddings, templates.severity)
+            people = quality.people_of_templates(templates.protocol)
+            qualities[name] = quality.summarize_quality(embeddings, templates.severity, people)
         first = next(iter(self._sets))
         results = Results(templates=BySet(first, one_to_one), template_quality=BySet(first, qualities))
         if one_to_many:
@@ -325,7 +326,9 @@ class Risk(Evaluation):
             score = likelihood.score
         if isinstance(data, PairSet):
             judged = _judge_pairs(data, embeddings, likelihood, device)
+            people = quality.people_of_pairs(data.same)
         else:
+            people = quality.people_of_templates(data.protocol)
             # The length of a sum over media is no concentration that a likelihood could take.
             judged = _judge_templates(data, embeddings, likelihood, device, by_media=score is Score.COSINE)
         values = judged.scores[score]
@@ -340,7 +343,7 @@ class Risk(Evaluation):
                 order: [curve.error_at(fraction) for fraction in REJECTED_FRACTIONS]
                 for order, curve in rejection.curves.items()
             },
-            images=quality.summarize_quality(embeddings, data.severity),
+            images=quality.summarize_quality(embeddings, data.severity, people),
         )
         if not self.draws:
             return Measured(Results(rejection=result))
@@ -369,6 +372,8 @@ class Risk(Evaluation):
         if severity is not None:
             correlation = result.images.measures[shown.quality].severity_spearman
             pngs[FigureKind.SEVERITY] = plots.plot_severity(shown, severity, correlation)
+        if result.images.reliability is not None:
+            pngs[FigureKind.RELIABILITY] = plots.plot_reliability(result.images.reliability)
         return [ReportFigure(kind, png, confidence=shown.quality) for kind, png in pngs.items()]
 
 

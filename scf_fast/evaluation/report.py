@@ -11,6 +11,7 @@ from scf_fast.evaluation.report_html import make_page
 from scf_fast.evaluation.results import FIGURE_FILE, Measured
 from scf_fast.evaluation.tables import Table, make_tables, tables_as_text
 from scf_fast.pipelines.formats.atomic_file import write_bytes, write_json, write_text
+from scf_fast.pipelines.text import as_markdown
 
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "report.md", "report.html"
 Request = dict[str, Any]  # everything asked for that decides the numbers, as results.json keeps it
@@ -72,11 +73,12 @@ class Report:
             for figure in model.measured.figures:
                 file_name = f"model{number}-{figure.file_name}" if several else figure.file_name
                 write_bytes(out / file_name, figure.png)
-                links.append(f"![{figure.title}{f', {name}' if several else ''}]({file_name})")
+                of_model = f", {name}" if several else ""
+                links.append(f"![{as_markdown(figure.title + of_model)}]({file_name})")
             for file_name, text in model.measured.files.items():
                 write_text(out / file_name, text)
         title = f"Evaluation of {', '.join(self.models)}"
-        write_text(out / MARKDOWN_FILE, "\n\n".join([f"# {title}", self.as_text(), *links]) + "\n")
+        write_text(out / MARKDOWN_FILE, "\n\n".join([f"# {as_markdown(title)}", self.as_text(), *links]) + "\n")
         figures = {name: model.measured.figures for name, model in self.models.items()}
         write_text(out / HTML_FILE, make_page(title, self.request, self.tables(), figures, self.notes()))
         if self.system_tables:

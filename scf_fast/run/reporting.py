@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from scf_fast.command import LineFormatter
 from scf_fast.distributed import Runtime
 
 log = logging.getLogger(__name__)
@@ -47,23 +48,21 @@ _early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
 
 def set_up_logging(is_main: bool) -> None:
     """Sends log lines to stderr; from the other ranks errors alone, and what they know of broken images."""
+    to_terminal = logging.StreamHandler(sys.stderr)
+    to_terminal.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     # A full disk must not fill the terminal with tracebacks of lines it could not take.
     logging.raiseExceptions = False
     _early.buffer.clear()
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.ERROR,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-        handlers=[logging.StreamHandler(sys.stderr), _early],
-    )
+    level = logging.INFO if is_main else logging.ERROR
+    logging.basicConfig(level=level, force=True, handlers=[to_terminal, _early])
     logging.getLogger("scf_fast.pipelines.loading.broken").setLevel(logging.WARNING)
 
 
 def log_to_files(folder: Path) -> None:
     """Writes what has been logged, and will be, into the run's files too."""
     root = logging.getLogger()
-    for handler in (logging.FileHandler(folder / LOG_FILE), _EventHandler(folder / EVENTS_FILE)):
+    lines = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
+    for handler in (lines, _EventHandler(folder / EVENTS_FILE, encoding="utf-8")):
         handler.setFormatter(root.handlers[0].formatter)
         for record in _early.buffer:
             handler.handle(record)

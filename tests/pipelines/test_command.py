@@ -48,7 +48,7 @@ def test_input_errors_are_one_line(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert run("prog", lambda: None) == 0 and run("prog", lambda: 7) == 7
     assert run("prog", fail_with(InputError("two\n lines"))) == INPUT_ERROR
-    assert capsys.readouterr().err == "prog: error: two lines\n"
+    assert capsys.readouterr().err == "prog: error: two\\n lines\n"
     assert run("prog", fail_with(FileNotFoundError(2, "No such file", "a"))) == INPUT_ERROR
     assert capsys.readouterr().err == "prog: error: [Errno 2] No such file: 'a'\n"
     assert run("prog", fail_with(KeyboardInterrupt())) == INTERRUPTED

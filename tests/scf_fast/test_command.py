@@ -103,11 +103,11 @@ def fail_with(error):
     return action
 
 
-@pytest.mark.parametrize("error", [InputError("no\n such  file"), OSError("no such file")])
+@pytest.mark.parametrize("error", [InputError("no\nsuch file"), OSError("no\nsuch file")])
 def test_input_errors_are_one_line_and_status_2(error, capsys, monkeypatch):
     monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
     assert run("python -m command", fail_with(error)) == INPUT_ERROR == 2
-    assert capsys.readouterr().err == "python -m command: error: no such file\n"
+    assert capsys.readouterr().err == "python -m command: error: no\\nsuch file\n"
     monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
     with pytest.raises(type(error)) as raised:
         run("python -m command", fail_with(error))

@@ -213,6 +213,7 @@ def test_full_report(data, tmp_path, capsys, monkeypatch):
         "## Templates: tiny, 1:1",
         "## Identification: tiny, 1:N",
         "## Quality",
+        "## Reliability of κ",
         "## Error versus reject",
     ):
         assert section in printed and section in (out / "report.md").read_text()
@@ -266,7 +267,8 @@ def test_a_report_of_gaussians_names_what_it_measures(model, data, tmp_path, cap
         assert not any(other in text for other in ("κ", "Eqn", "kappa", "vmf"))
     assert "1/σ² against known severity" in page and "Faces by 1/σ²" in page
     names = {path.name for path in out.glob("*.png")}
-    assert names == {f"{kind.value}.png" for kind in FigureKind if kind is not FigureKind.HISTOGRAM}
+    of_kappa = (FigureKind.HISTOGRAM, FigureKind.RELIABILITY)
+    assert names == {f"{kind.value}.png" for kind in FigureKind if kind not in of_kappa}
     people = data / "people"
     words = ["identify", "--gallery", people / "gallery", "--probe", people / "probe", "--overwrite"]
     assert run(*words, "--model", tmp_path / model, "--out", out) == 0
@@ -356,7 +358,9 @@ def test_a_backbone_alone_has_every_number_that_needs_no_kappa(words, data, tmp_
         and printed.count(notes[0]) == 1
     )
     needs_kappa = {
-        path for path in whole if any(word in part for part in path for word in ("kappa", "vmf", "comparisons"))
+        path
+        for path in whole
+        if any(word in part for part in path for word in ("kappa", "vmf", "comparisons", "reliability"))
     }
     assert (
         alone == {path: value for path, value in whole.items() if path not in needs_kappa}
@@ -365,7 +369,7 @@ def test_a_backbone_alone_has_every_number_that_needs_no_kappa(words, data, tmp_
     )
     need_kappa = {"scores.png"}
     if words[0] == "report":
-        need_kappa |= {"severity.png", "kappa_histogram.png", "faces.png"}
+        need_kappa |= {"severity.png", "reliability.png", "kappa_histogram.png", "faces.png"}
     assert figures - left == need_kappa and left < figures
     assert "Eqn" not in printed and printed.count("κ") == 1
 
@@ -375,7 +379,7 @@ def test_a_backbone_alone_beside_a_model(data, tmp_path, capsys):
         run("report", "--model", tmp_path / "whole", tmp_path / "alone", "--data", data, "--out", tmp_path / "out") == 0
     )
     page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
-    assert page.count("<figcaption>whole") - page.count("<figcaption>alone") == 4
+    assert page.count("<figcaption>whole") - page.count("<figcaption>alone") == 5
     assert printed.count("| whole | mixed | Eqn (13) |") == 1 and printed.count("| alone | mixed | cosine   |") == 1
 
 
