@@ -164,6 +164,15 @@ def _parse_insightface_line(line: bytes) -> _Listed:
     return _Listed(len(flag) + 1, path, int(label))
 
 
+def _parse_insightface_words(line: bytes) -> _Listed:
+    """Parses a line of such a ``.lst`` whose columns somebody has separated by blanks; the path may hold some."""
+    flag, rest = line.split(maxsplit=1)
+    path, label = rest.rstrip().rsplit(maxsplit=1)
+    if not float(flag):
+        raise _NotAligned
+    return _Listed(line.index(path, line.index(flag) + len(flag)), path, int(label))
+
+
 class _Layout(NamedTuple):
     """How the lines of a list are to be read."""
 
@@ -174,6 +183,7 @@ class _Layout(NamedTuple):
 _PATH_LABEL = _Layout(_parse_line, "`path label`")
 _IM2REC = _Layout(_parse_im2rec_line, "number, label and path, separated by tabs,")
 _INSIGHTFACE = _Layout(_parse_insightface_line, "1 for an aligned face, path and label, separated by tabs,")
+_INSIGHTFACE_WORDS = _Layout(_parse_insightface_words, "1 for an aligned face, path and label")
 
 
 def _layout_of(line: bytes, is_lst: bool) -> _Layout:
@@ -185,8 +195,13 @@ def _layout_of(line: bytes, is_lst: bool) -> _Layout:
     are_numbers = [_is_number(column) for column in line.rstrip().split(b"\t")]
     if are_numbers[:3] == [True, False, True]:
         return _INSIGHTFACE
-    is_im2rec = len(are_numbers) >= 3 and all(are_numbers[:-1]) and not are_numbers[-1]
-    return _IM2REC if is_lst or is_im2rec else _PATH_LABEL
+    if len(are_numbers) >= 3 and all(are_numbers[:-1]) and not are_numbers[-1]:
+        return _IM2REC
+    if is_lst and len(are_numbers) < 3:
+        words = [_is_number(word) for word in line.split()]
+        if len(words) >= 2 and words[-1] and not words[-2]:
+            return _INSIGHTFACE_WORDS if len(words) > 2 and words[0] else _PATH_LABEL
+    return _IM2REC if is_lst else _PATH_LABEL
 
 
 def _is_number(column: bytes) -> bool:

@@ -37,7 +37,17 @@ def save_torch_file(value: Any, path: str | Path) -> None:
         OSError: it could not be written, for instance because the disk is full; names the file.
     """
     with atomic_output(path) as file:
-        torch.save(value, file)
+        torch.save(_compact(value), file)
+
+
+def _compact(value: Any) -> Any:
+    """Returns a value with a copy of every tensor that is a part of a larger one, which would be written as a whole."""
+    if isinstance(value, torch.Tensor):
+        whole = value.untyped_storage().nbytes()
+        return value if whole <= value.numel() * value.element_size() else value.clone()
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _compact(entry)) for key, entry in value.items())
+    return value
 
 
 def save_safetensors_file(
@@ -49,8 +59,8 @@ def save_safetensors_file(
         OSError: it could not be written; names the file.
     """
     with atomic_path(path) as aside:
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, aside, {"format": "pt", _METADATA_KEY: json.dumps(facts)})
+        own = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+        safetensors.torch.save_file(own, aside, {"format": "pt", _METADATA_KEY: json.dumps(facts)})
 
 
 def load_tensor_file(path: str | Path, flag: str) -> Any:

@@ -128,7 +128,20 @@ def test_lists_are_told_by_their_columns(tmp_path):
             (tmp_path / name).write_text(text)
             source = open_source(tmp_path / name)
             assert source.labels.tolist() == labels and source.encoded(0).tobytes() == b"face"
+    for text, labels in (  # columns of a .lst that somebody has separated otherwise
+        ("1\ta.jpg 3\n", [3]),
+        ("1 a.jpg 3\n1  a.jpg\t0\n", [3, 0]),
+        ("a.jpg 3\n", [3]),
+        ("1 b c/1.jpg 3\n", [3]),
+    ):
+        (tmp_path / "b c").mkdir(exist_ok=True)
+        (tmp_path / "b c" / "1.jpg").write_bytes(b"face")
+        (tmp_path / "words.lst").write_text(text)
+        source = open_source(tmp_path / "words.lst")
+        assert source.labels.tolist() == labels and source.encoded(0).tobytes() == b"face"
     for text, said in (
+        ("0 a.jpg 3\n", "line 1 says that its face is not aligned"),
+        ("1\t2.0\n", "line 1 must be number, label and path, separated by tabs,"),
         ("0\ta.jpg\t3\n", "line 1 says that its face is not aligned (0 in the first column)"),
         ("1\ta.jpg\t3\n0\ta.jpg\t3\n", "line 2 says that its face is not aligned"),
         ("1\ta.jpg\t3\n1\t2.0\ta.jpg\n", "line 2 must be 1 for an aligned face, path and label"),
