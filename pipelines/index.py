@@ -20,6 +20,7 @@ from scf_fast.pipelines.loading.decode import load_face, read_header
 from scf_fast.pipelines.sources.base import ConcatenatedSources, ImageSource, reason_of, spread_evenly
 from scf_fast.pipelines.sources.image_folder import FolderIndex
 from scf_fast.pipelines.sources.image_list import ListIndex
+from scf_fast.pipelines.sources.image_names import is_hidden
 from scf_fast.pipelines.sources.indexed import IndexedImages
 from scf_fast.pipelines.sources.packed import PackedImages
 from scf_fast.pipelines.sources.recordio import RecordIndex
@@ -83,6 +84,7 @@ def _kind(path: Path) -> type[IndexedImages]:
             entries = list(listed)
     except OSError as error:
         raise InputError(f"cannot list {path}: {reason_of(error)}; check its permissions") from error
+    entries = [entry for entry in entries if not is_hidden(entry.name)]
     for suffix, kind in _KINDS.items():
         if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
             return kind
@@ -119,6 +121,7 @@ def describe(source: IndexedImages) -> list[str]:
         f"identities             {len(used):,} with images, {source.num_classes - len(used):,} numbers without",
         f"images per identity    {used.min():,} to {used.max():,}, median {np.median(used):g}, mean {used.mean():.1f}",
         *(f"skipped                {count:,} {reason}" for reason, count in source.skipped.items() if count),
+        *source.remarks(),
     ]
     kinds: collections.Counter[str] = collections.Counter()
     bad: collections.Counter[str] = collections.Counter()

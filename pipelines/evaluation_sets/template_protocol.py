@@ -30,7 +30,8 @@ from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output, write_bytes
 from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
 from scf_fast.pipelines.formats.text_file import read_text_bytes
-from scf_fast.pipelines.sources.base import ImageFiles, reason_of
+from scf_fast.pipelines.sources.base import ImageFiles, ImageSource, reason_of
+from scf_fast.pipelines.sources.image_names import visible
 from scf_fast.pipelines.text import shown
 
 _IMAGES = "_face_tid_mid.txt"
@@ -50,7 +51,7 @@ class TemplateProtocol(NamedTuple):
     detector_score: npt.NDArray[np.float32]  # (N,)
     pair_template_ids: IntArray  # (P, 2)
     pair_labels: BoolArray  # (P,) whether both templates show one person
-    source: ImageFiles  # the N crops
+    source: ImageSource  # the N crops
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def read_template_protocol(root: StrPath) -> TemplateProtocol:
     root = Path(root)
     if root.is_file():
         raise InputError(f"{root} must be a folder with meta/ and {_CROPS}/, and {refusal(root, Wanted.FOLDER)}")
-    found = sorted((root / "meta").glob("*" + _IMAGES))
+    found = visible((root / "meta").glob("*" + _IMAGES))
     if len(found) != 1:
         raise InputError(
             f"{root}/meta must hold exactly one '*{_IMAGES}', found {[path.name for path in found]}; "
@@ -277,7 +278,7 @@ def read_galleries(root: StrPath, protocol: TemplateProtocol) -> list[Gallery]:
             without images, a template has two subjects, or a subject two templates in the galleries.
     """
     meta = Path(root) / "meta"
-    galleries, probes = sorted(meta.glob(f"*{_GALLERY}*.csv")), sorted(meta.glob(f"*{_PROBES}.csv"))
+    galleries, probes = visible(meta.glob(f"*{_GALLERY}*.csv")), visible(meta.glob(f"*{_PROBES}.csv"))
     if not galleries and not probes:
         return []
     if len(probes) != 1 or not galleries:

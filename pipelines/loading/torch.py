@@ -1,5 +1,6 @@
 """The loader for machines without DALI: Pillow in PyTorch worker processes, a whole batch per task."""
 
+import functools
 import gc
 from collections.abc import Generator, Iterable, Iterator
 from typing import NamedTuple
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.base import Decoded, Loader, Preprocessing, Request
-from scf_fast.pipelines.loading.broken import BrokenImages
-from scf_fast.pipelines.loading.decode import load_face
+from scf_fast.pipelines.loading.broken import BrokenImages, OnBroken
+from scf_fast.pipelines.loading.decode import BLACK_FACE, load_face
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 
@@ -37,7 +38,7 @@ class TorchLoader(Loader):
         self._epoch_requests = _Requests()
         self._started = False
         self._workers: DataLoader | None = DataLoader(
-            _FaceBatches(source, broken.replaces),
+            _FaceBatches(source, broken.on_broken),
             batch_size=None,
             sampler=self._epoch_requests,
             num_workers=num_workers,
@@ -88,9 +89,9 @@ class _FaceBatches(Dataset[_Answer | InputError]):
     An error raised in a worker would reach the user as its traceback in text; returned, it stays one line.
     """
 
-    def __init__(self, source: ImageSource, replace: bool):
+    def __init__(self, source: ImageSource, on_broken: OnBroken):
         self._source = source
-        self._broken = BrokenImages(source, replace, log=False)  # each worker finds out by itself; the loader logs
+        self._broken = BrokenImages(source, on_broken, log=False)  # each worker finds out by itself; the loader logs
 
     def __getitem__(self, request: Request) -> _Answer | InputError:
         known = len(self._broken.found)
@@ -98,7 +99,7 @@ class _FaceBatches(Dataset[_Answer | InputError]):
         shown = np.empty(len(request.indices), dtype=np.int64)
         try:
             for row, (i, flip) in enumerate(zip(request.indices.tolist(), request.flips.tolist())):
-                shown[row], face = self._broken.load(i, lambda j: load_face(self._source, j))
+                shown[row], face = self._broken.load(i, functools.partial(load_face, self._source), BLACK_FACE)
                 faces[row] = face[:, :: -1 if flip else 1]
         except InputError as error:
             return error

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scf_fast.pipelines.aliases import ByteArray, Progress, StrPath
-from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.errors import InputError, UnreadableError
 from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
 from scf_fast.pipelines.formats.text_file import LONGEST_LINE, read_lines
 from scf_fast.pipelines.sources.base import read_image_file, reason_of, spread_evenly
@@ -68,7 +68,7 @@ class ListIndex(IndexedImages):
         try:
             name = os.pread(self._text, int(self._arrays["lengths"][i]), int(self._arrays["offsets"][i]))
         except OSError as error:
-            raise InputError(
+            raise UnreadableError(
                 f"cannot read {self._path}: {reason_of(error)}; check that the data is still there"
             ) from error
         return os.path.join(self._base, name)

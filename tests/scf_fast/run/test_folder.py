@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zlib
 
 import pytest
 import yaml
@@ -87,10 +88,12 @@ STATE = {"step": 4, "schedule": {}, "num_classes": 2, "num_images": 8, "metric":
 
 
 def write_state(folder, **more):
-    """The newest checkpoint of the run, without a file of weights."""
+    """The newest checkpoint of the run, with a file in place of the weights."""
     point = folder / run_folder.CHECKPOINTS / "step00000004"
     point.mkdir(parents=True)
-    state = {**STATE, "world_size": 1, "zero_stage": 0, "files": {}, **more}
+    (point / "rank0.pt").write_bytes(b"weights")
+    files = {"rank0.pt": [7, zlib.crc32(b"weights")]}
+    state = {**STATE, "world_size": 1, "zero_stage": 0, "files": files, **more}
     (point / "state.json").write_text(json.dumps(state))
 
 
