@@ -157,6 +157,11 @@ def _join_shards(shards: list[torch.Tensor], source: str) -> torch.Tensor:
     return torch.cat(shards) if len(shards) > 1 else shards[0]
 
 
+def files_of(spec: str | Path, flag: str) -> list[str]:
+    """Returns the files that :func:`read_weights` reads; raises what it does where none is there."""
+    return [_chosen(path)[0] for path in _expand(spec, flag)]
+
+
 def _expand(spec: str | Path, flag: str) -> list[str]:
     """Returns the files that ``spec`` names, shards in the order of their ranks."""
     text = str(spec)
