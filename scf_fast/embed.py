@@ -8,6 +8,7 @@ or decoded have no row: FILE.left_out.txt lists them with the reasons; --strict 
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from scf_fast.model import confidence_of
 from scf_fast.pipelines.formats.atomic_file import atomic_output, write_text
 from scf_fast.pipelines.sources.base import ImageFiles
 from scf_fast.pipelines.sources.image_names import list_skipped
-from scf_fast.pipelines.text import printable
+from scf_fast.pipelines.text import is_utf8, printable
 
 
 def embed_images(embedder: Embedder, source: ImageFiles, options: InferenceOptions) -> Embeddings:
@@ -54,7 +55,7 @@ def embed_images(embedder: Embedder, source: ImageFiles, options: InferenceOptio
 
 def write_embeddings(path: Path, embeddings: Embeddings, image_paths: list[Path]) -> None:
     """Writes mu, the confidence and log variances if there are any, and the paths, in the format of the suffix: .npz or
-    .parquet.
+    .parquet. Where a path is not UTF-8, those in .parquet are binary; in .npz they are as os.fsdecode gives them.
     """
     columns = {"mu": embeddings.mu.numpy()}
     if embeddings.prediction is not None:
@@ -75,7 +76,11 @@ def write_embeddings(path: Path, embeddings: Embeddings, image_paths: list[Path]
                 return values
             return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
 
-        paths, mu = columns.pop("path").tolist(), columns.pop("mu")
+        names, mu = columns.pop("path").tolist(), columns.pop("mu")
+        if any(not is_utf8(name) for name in names):
+            paths = pyarrow.array(list(map(os.fsencode, names)), pyarrow.binary())
+        else:
+            paths = pyarrow.array(names, pyarrow.string())
         others = {name: column(values) for name, values in columns.items()}
         pyarrow.parquet.write_table(pyarrow.table({"path": paths, **others, "mu": column(mu)}), file)
 

@@ -130,7 +130,7 @@ def _write_subjects(
 
 def _write_rows(root: Path, name: str, rows: Iterable[Iterable[Any]], separator: str = " ") -> None:
     with atomic_output(root / "meta" / name) as file:
-        file.writelines(f"{separator.join(map(str, row))}\n".encode() for row in rows)
+        file.writelines(os.fsencode(separator.join(map(str, row))) + b"\n" for row in rows)
 
 
 def read_template_protocol(root: StrPath) -> TemplateProtocol:
@@ -197,14 +197,15 @@ def _read_named_rows(path: str, num_values: int, dtype: type[np.generic]) -> tup
     empty.
     """
     content = _read(path)
-    rows = [line.split() for line in content.decode(errors="surrogateescape").splitlines() if line.strip()]
+    # As bytes, which are split at the blanks of ASCII alone: names may hold others.
+    rows = [line.split() for line in content.splitlines() if line.strip()]
     if not rows:
         raise InputError(f"{path} must list images, and is empty; restore the file")
     try:
         values = np.array([row[1:] for row in rows], dtype=dtype).reshape(len(rows), num_values)
     except (ValueError, OverflowError) as error:
         raise _bad_row(path, content, 1, num_values, dtype) from error
-    return [row[0] for row in rows], values
+    return [os.fsdecode(row[0]) for row in rows], values
 
 
 def _read_pairs(path: str, template_ids: IntArray) -> tuple[IntArray, BoolArray]:
@@ -242,7 +243,7 @@ def _bad_row(path: str, content: bytes, num_names: int, num_values: int, dtype: 
             return True
         return False
 
-    rows = [line.split() for line in content.decode(errors="surrogateescape").splitlines()]
+    rows = [line.split() for line in content.splitlines()]
     bad = [(number, row) for number, row in enumerate(rows, start=1) if row and is_bad(row)]
     if not bad:  # as with digits of another script, which only one of the two parsers accepts
         return InputError(
@@ -251,7 +252,7 @@ def _bad_row(path: str, content: bytes, num_names: int, num_values: int, dtype: 
     number, row = bad[0]
     return InputError(
         f"{path} row {number} must hold {num_names + num_values} columns ({num_values} of them "
-        f"{np.dtype(dtype).name}), got {shown(' '.join(row), 80)}; repair the row"
+        f"{np.dtype(dtype).name}), got {shown(b' '.join(row), 80)}; repair the row"
     )
 
 

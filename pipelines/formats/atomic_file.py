@@ -72,8 +72,10 @@ def write_bytes(path: StrPath, content: bytes | bytearray | memoryview, sync: bo
 
 
 def write_text(path: StrPath, text: str) -> None:
-    """Writes a text file in UTF-8 with its line ends as they are; see :func:`atomic_output`."""
-    write_bytes(path, text.encode())
+    """Writes a text file in UTF-8 with its line ends as they are; see :func:`atomic_output`. Bytes of file names that
+    are not UTF-8, as os.fsdecode keeps them, are written as they were.
+    """
+    write_bytes(path, text.encode(errors="surrogateescape"))
 
 
 def write_json(path: StrPath, value: Any, *, indent: int | None = None, end: str = "", allow_nan: bool = True) -> None:

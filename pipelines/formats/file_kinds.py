@@ -130,6 +130,11 @@ PICKLE = FileKind(
 )
 ZIP = FileKind("a zip archive", "unpack it (unzip FILE -d FOLDER) and give what is in it")
 
+_JPEG, _PNG, _GIF = FileKind("a JPEG image"), FileKind("a PNG image"), FileKind("a GIF image")
+_WEBP, _TIFF = FileKind("a WebP image"), FileKind("a TIFF image")
+_BMP, _PNM = FileKind("a BMP image"), FileKind("a PNM image")
+IMAGES = (_JPEG, _PNG, _GIF, _WEBP, _TIFF, _BMP, _PNM)  # those that are read here
+
 _SIMPLE: tuple[tuple[int, bytes, FileKind], ...] = (  # byte at which it stands, bytes, kind
     (0, b"7z\xbc\xaf\x27\x1c", FileKind("a 7-Zip archive", "unpack it (7z x FILE) and give what is in it")),
     (0, b"Rar!\x1a\x07", FileKind("a RAR archive", "unpack it (unrar x FILE) and give what is in it")),
@@ -152,12 +157,12 @@ _SIMPLE: tuple[tuple[int, bytes, FileKind], ...] = (  # byte at which it stands,
     (257, b"ustar", TAR),
     (0, b"version https://git-lfs.github.com/spec/", GIT_LFS),
     (0, b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", TORCH),  # its format until PyTorch 1.6
-    (0, b"\xff\xd8\xff", FileKind("a JPEG image")),
-    (0, b"\x89PNG\r\n\x1a\n", FileKind("a PNG image")),
-    (0, b"GIF8", FileKind("a GIF image")),
-    (8, b"WEBP", FileKind("a WebP image")),
-    (0, b"II*\0", FileKind("a TIFF image")),
-    (0, b"MM\0*", FileKind("a TIFF image")),
+    (0, b"\xff\xd8\xff", _JPEG),
+    (0, b"\x89PNG\r\n\x1a\n", _PNG),
+    (0, b"GIF8", _GIF),
+    (8, b"WEBP", _WEBP),
+    (0, b"II*\0", _TIFF),
+    (0, b"MM\0*", _TIFF),
     (0, b"II+\0", FileKind("a BigTIFF image")),
     (0, b"8BPS", FileKind("a Photoshop image")),
     (0, b"\0\0\0\x0cjP  \r\n", FileKind("a JPEG 2000 image")),
@@ -172,7 +177,6 @@ _BRANDS = {  # of the ISO media format, in which phones write images and videos
     **{brand: FileKind("a HEIC image") for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")},
 }
 _VIDEO = FileKind("a video (MP4 or QuickTime)")
-_BMP, _PNM = FileKind("a BMP image"), FileKind("a PNM image")
 _COMPRESSED = {b"\x1f\x8b\x08": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz"}
 _UNCOMPRESS = {"gzip": "gunzip -k FILE", "bzip2": "bunzip2 -k FILE", "xz": "unxz -k FILE"}
 _IS_PYTHON = re.compile(

@@ -157,7 +157,7 @@ class ImageFiles(ImageSource):
         for path in self._paths:
             status = os.stat(path)
             name = "/".join(Path(path).parts[-2:])  # of a picture and its identity; the data set may move
-            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(name) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
 
 
 class SelectedImages(ImageSource):

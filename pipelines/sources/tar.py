@@ -4,6 +4,7 @@ other.
 
 import io
 import json
+import os
 import struct
 import tarfile
 from collections import Counter
@@ -65,7 +66,7 @@ class TarIndex(PackedImages):
         return np.frombuffer(self._stored(i), dtype=np.uint8)
 
     def _name_in_file(self, i: int) -> str:
-        return f"member {self._stored(i, before=_BLOCK)[:100].split(bytes(1))[0].decode(errors='replace')}"
+        return f"member {_text(self._stored(i, before=_BLOCK)[:100].split(bytes(1))[0])}"
 
     @classmethod
     def _scan_file(cls, path: Path, progress: Progress) -> Scan:
@@ -303,7 +304,7 @@ def _label_in(content: bytes, suffix: bytes, key: bytes) -> float | None:
 
 
 def _text(name: bytes) -> str:
-    return name.decode(errors="replace")
+    return os.fsdecode(name)
 
 
 def write_shard(path: StrPath, images: Iterable[tuple[str, str, bytes | ByteArray, int]]) -> None:

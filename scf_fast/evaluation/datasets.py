@@ -1,6 +1,7 @@
 """Data sets of the evaluation: pairs, templates and subjects, opened and checked before the first image is embedded."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.sources.base import ImageFiles, ImageSource
 from scf_fast.pipelines.sources.image_names import visible
 from scf_fast.pipelines.text import shown
+
+_BLANKS = " \t\f\v"  # those of ASCII: names may hold others
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
         raise InputError(f"cannot read the pairs {path}: {error.strerror}; check the path") from error
     images, same = [], []
     for number, line in enumerate(lines, 1):
-        words = line.strip().split("\t") if "\t" in line else line.split()
+        line = line.strip(_BLANKS)
+        words = line.split("\t") if "\t" in line else re.split(f"[{_BLANKS}]+", line)
         if not any(words):
             continue
         if len(words) != 3 or words[2] not in ("0", "1"):

@@ -155,9 +155,10 @@ def _count(galleries: Sequence[Gallery], field: str) -> int:
 
 
 def _note(name: str, what: list[str], embeddings: Embeddings) -> str:
-    listed = "; ".join(list(embeddings.left_out.values())[:_LISTED])
-    if len(embeddings.left_out) > _LISTED:
-        listed += f"; and {len(embeddings.left_out) - _LISTED:,} more, which the log names"
+    reasons = list(dict.fromkeys(embeddings.left_out.values()))  # a pair set may have an image many times
+    listed = "; ".join(reasons[:_LISTED])
+    if len(reasons) > _LISTED:
+        listed += f"; and {len(reasons) - _LISTED:,} more, which the log names"
     parts = f"; {', '.join(what)} are left out" if what else ""
     return f"{name}: {len(embeddings.left_out):,} images cannot be decoded{parts}: {listed}."
 

@@ -17,12 +17,14 @@ from scf_fast.pipelines.text import shown, shown_names
 from scf_fast.weights.contents import STATISTICS, Facts, Part, Weights
 from scf_fast.weights.family_names import StateDict
 from scf_fast.weights.files import BACKBONE_FILE, CENTERS_FILE, MODEL_FILE, load_tensor_file
+from scf_fast.weights.integrity import not_finite
 from scf_fast.weights.recognition import parts_in, under_prefix
 
 # What a folder may stand for: insightface's shards of all ranks, the model of stage 2, the two files of stage 1. In its
 # releases until 2022 insightface put a rank's class centers into a file of their own, beside the backbone.
 _FOLDERS = (("checkpoint_gpu_*.pt",), (MODEL_FILE,), (BACKBONE_FILE, CENTERS_FILE, "rank[:_]*_softmax_weight.pt"))
 _CHOICE, _IN = "#", "/"  # FILE#entry/entry names a dict in a file that holds several
+_DEEPEST = 32
 _OPTIMIZER = {"state", "param_groups"}  # keys of an optimizer's state_dict, whose moments have the shapes of weights
 
 
@@ -47,6 +49,7 @@ def read_weights(spec: str | Path, flag: str = "file") -> Weights:
     shards: list[torch.Tensor] = []
     for path in _expand(spec, flag):
         found = _read_file(path, flag)
+        _check_finite(found, f"{flag} {path}")
         if found.class_centers is not None:
             shards.append(found.class_centers)
         weights.backbone = _the_same(weights.backbone, found.backbone, f"{source}: must hold one backbone", path)
@@ -114,6 +117,21 @@ def _entry(value: Any, name: str, source: str) -> Any:
         known = shown_names([key for key, entry in entries.items() if isinstance(entry, dict)], 8) or "none"
         raise InputError(f"{source}: there is no entry {shown(name)} in the file, which has {known}")
     return below
+
+
+def _check_finite(found: Weights, source: str) -> None:
+    """
+    Raises:
+        InputError: a value is not finite.
+    """
+    centers = {} if found.class_centers is None else {"the class centers": found.class_centers}
+    for tensors in (found.backbone or {}, found.confidence_net or {}, centers):
+        problem = not_finite(tensors)
+        if problem:
+            raise InputError(
+                f"{source}: weights must be finite, and {problem}; the file is damaged or its training diverged: give "
+                "another checkpoint"
+            )
 
 
 def _the_same(old: StateDict | None, new: StateDict | None, must: str, path: str) -> StateDict | None:
@@ -201,13 +219,17 @@ def _by_rank(paths: list[str], spec: str, flag: str) -> list[str]:
     return [path for _, path in numbered]
 
 
-def _collect(value: Any, weights: Weights, places: dict[Part, str], place: str = "") -> None:
-    """Puts what a checkpoint holds, however nested, into ``weights``.
+def _collect(value: Any, weights: Weights, places: dict[Part, str], place: tuple[str, ...] = ()) -> None:
+    """Puts what a checkpoint holds, nested as checkpoints are, into ``weights``.
 
     Args:
         places: where each part was found, as ``entry/entry``; filled here.
-        place: of the value.
+        place: names that lead to the value.
+    Raises:
+        InputError: it is nested deeper than any checkpoint.
     """
+    if len(place) > _DEEPEST:
+        raise InputError(f"{weights.source}: is nested more than {_DEEPEST} levels deep; save the state_dict alone")
     if isinstance(value, torch.Tensor):
         value = {"weight": value}
     if isinstance(value, (list, tuple)) and not place:  # as torch.save([network, epoch]) leaves it
@@ -220,9 +242,9 @@ def _collect(value: Any, weights: Weights, places: dict[Part, str], place: str =
         if isinstance(entry, torch.Tensor) and isinstance(key, str):
             tensors[key] = entry
         elif isinstance(entry, dict) and not entry.keys() >= _OPTIMIZER and not str(key).startswith("optim"):
-            _collect(entry, weights, places, f"{place}{_IN}{key}" if place else str(key))
+            _collect(entry, weights, places, (*place, str(key)))
     for part, found, prefix in parts_in(tensors):
-        _add(part, found, weights, places, f"{place}{_IN}{prefix}" if place and prefix else place or prefix)
+        _add(part, found, weights, places, _IN.join([*place, *([prefix] if prefix else [])]))
 
 
 def _add(

@@ -214,7 +214,7 @@ def test_a_model_is_left_as_it_is(model_file, faces):
         (["{empty}"], "no images under"),
         (["{root}/album/notes.txt"], "none of the 1 images can be decoded, the first: "),
         (["{root}/album", "{root}/album/notes.txt", "--strict"], "notes.txt cannot be decoded: unknown format"),
-        (["{root}/album", "--model", "{root}/single.png"], "is no checkpoint"),
+        (["{root}/album", "--model", "{root}/single.png"], "single.png: is a PNG image; give a state_dict"),
     ],
 )
 def test_command_refuses_in_one_line(model_file, faces, tmp_path, capsys, arguments, message):
@@ -284,7 +284,12 @@ def test_images_that_cannot_be_decoded_are_left_out_and_listed(model_file, faces
     assert "; skipped 1 files without the suffix of an image" in printed.out
     for suffix in (".heic", ".avif"):
         assert f"; skipped 1 {suffix} images, which are not read here; convert them" in printed.out
-    reasons = ["truncated|broken|cut off", "says 5000 x 4100", "it is HEIC, which is not read here", "unknown format"]
+    reasons = [
+        "truncated|broken|cut off",
+        "says 5000 x 4100",
+        "it is a HEIC image, which is not read here",
+        "it is a web page",
+    ]
     lines = listed.read_text().splitlines()
     for line, name, reason in zip(lines, bad, reasons, strict=True):
         assert re.search(rf"photos/{name} cannot be decoded: .*({reason})", line) and line in caplog.text

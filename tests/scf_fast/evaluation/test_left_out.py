@@ -61,7 +61,7 @@ def huge():
 
 
 CORRUPT, PHONE = picture(3)[:300], b"\0\0\0\x18ftypheic" + bytes(300)
-BAD = {"truncated": CORRUPT, "5000 x 4100": huge(), "it is HEIC, which is not read here": PHONE}
+BAD = {"truncated": CORRUPT, "5000 x 4100": huge(), "it is a HEIC image, which is not read here": PHONE}
 
 
 def run(out, *arguments):
