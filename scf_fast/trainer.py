@@ -22,7 +22,7 @@ from scf_fast.engine.learning_rate import LearningRate
 from scf_fast.errors import Incomplete
 from scf_fast.networks.flops import peak_flops
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.run import checkpoints
+from scf_fast.run import checkpoints, same_inputs
 from scf_fast.run import folder as run_folder
 from scf_fast.run.checkpoints import Checkpoints, ResumePoint
 from scf_fast.run.line_files import StepLines, forget_after
@@ -57,6 +57,8 @@ def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None,
         point.check_data(config.data, inputs.source.num_classes, len(inputs.source))
         if isinstance(config, ConfidenceConfig):
             point.check_objective(config.objective)
+    if config.resume:
+        same_inputs.check(config, inputs.source)
     epoch_sampler(config, inputs.source, 0, world_size)
     return point, inputs
 
@@ -107,6 +109,7 @@ def train(config: Config) -> str | None:
         with distributed.shared_input_errors(runtime):  # from here on the folder changes
             if runtime.is_main:
                 held.enter_context(run_folder.prepare(config, locked))
+                same_inputs.note(config, inputs.source)
         if runtime.is_main:
             log_to_files(folder)
         engine = Engine(module, optimizer, config, runtime, precision)
