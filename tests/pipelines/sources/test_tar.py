@@ -148,6 +148,39 @@ def test_names_with_dots_pair_by_all_but_the_suffix(tmp_path, images_of):
         open_source(tar(tmp_path / "c.tar", [("x.face.jpg", b"1"), ("x.cls", b"0")]))
 
 
+def test_images_and_labels_that_stand_apart_are_paired_by_their_names(tmp_path, images_of):
+    """As tar packs a folder that it does not sort; of names that come twice nobody can say which belong together."""
+    members = [
+        ("a.jpg", b"a"),
+        ("b.1.png", b"b"),
+        ("c.jpg", b"c"),
+        ("d.jpg", b"no"),
+        ("d.jpg.meta", b""),
+        ("e.jpg", b""),
+    ]
+    members += [("e.cls", b"4"), ("c.cls", b"2"), ("x.cls", b"9"), ("b.1.cls", b"1"), ("a.json", b'{"label": 0}')]
+    members += [
+        ("f.jpg", b"f"),
+        ("f.cls", b"5"),
+        ("d.cls", b"3"),
+        ("g.cls", b"6"),
+        ("d.jpg", b"no"),
+        ("y.meta.json", b"{"),
+    ]
+    source = open_source(tar(tmp_path / "a.tar", members))
+    assert images_of(source) == [b"a", b"b", b"c", b"f"] and source.labels.tolist() == [0, 1, 2, 5]
+    assert source.skipped == {"images without label": 2, "labels without image": 3, "empty images": 1}
+    assert [source.name(i).rpartition(" ")[2] for i in range(4)] == ["a.jpg", "b.1.png", "c.jpg", "f.jpg"]
+    twice = open_source(
+        tar(
+            tmp_path / "b.tar",
+            [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"0"), ("b.cls", b"1")] * 2
+            + [("c.jpg", b"3"), ("c.cls", b"2")],
+        )
+    )
+    assert images_of(twice) == [b"3"] and twice.skipped == {"images without label": 4, "labels without image": 4}
+
+
 def test_what_macos_and_a_nas_put_into_an_archive_is_skipped(tmp_path, images_of):
     apple = b"\0\5\x16\7Mac OS X"
     members = [("./._a.jpg", apple), ("./a.jpg", b"a"), ("./._a.cls", apple), ("./a.cls", b"0"), (".DS_Store", apple)]
