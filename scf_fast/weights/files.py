@@ -20,6 +20,13 @@ from scf_fast.pipelines.formats import file_kinds
 from scf_fast.pipelines.formats.atomic_file import atomic_output, atomic_path
 from scf_fast.pipelines.formats.file_kinds import Wanted, recognize, refusal
 from scf_fast.pipelines.text import one_line
+from scf_fast.weights.integrity import (
+    DamagedFileError,
+    check_archive,
+    check_checksum,
+    check_claims,
+    checksum_of,
+)
 
 # What the two stages call their files.
 BACKBONE_FILE = "backbone.pth"
@@ -27,7 +34,8 @@ CENTERS_FILE = "fc.pth"
 CONFIDENCE_FILE = "confidence.pth"
 MODEL_FILE = "scf_model.pt"
 
-_METADATA_KEY = "scf_fast"  # of the entry in a safetensors header that holds our facts, as JSON
+# Of entries in a safetensors header: our facts, as JSON, and the checksum of facts and tensors.
+_METADATA_KEY, _CHECKSUM_KEY = "scf_fast", "scf_fast_crc32"
 
 
 def save_torch_file(value: Any, path: str | Path) -> None:
@@ -50,7 +58,9 @@ def save_safetensors_file(
     """
     with atomic_path(path) as aside:
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, aside, {"format": "pt", _METADATA_KEY: json.dumps(facts)})
+        noted = json.dumps(facts)
+        metadata = {"format": "pt", _METADATA_KEY: noted, _CHECKSUM_KEY: str(checksum_of(contiguous, noted))}
+        safetensors.torch.save_file(contiguous, aside, metadata)
 
 
 def load_tensor_file(path: str | Path, flag: str) -> Any:
@@ -64,11 +74,19 @@ def load_tensor_file(path: str | Path, flag: str) -> Any:
     try:
         if recognize(path) is file_kinds.SAFETENSORS:
             with safetensors.safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-                return {**facts, **{key: file.get_tensor(key) for key in file.keys()}}
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            noted = metadata.get(_METADATA_KEY, "{}")
+            check_checksum(tensors, noted, metadata.get(_CHECKSUM_KEY))
+            return {**json.loads(noted), **tensors}
+        check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it would warn of pickle's protocol just before the error that says it all
-            return _load_tensors(path)
+            content = _load_tensors(path)
+        check_claims(content)
+        return content
+    except DamagedFileError as error:
+        raise InputError(f"{flag} {path}: {refusal(path, Wanted.WEIGHTS, file_kinds.TORCH) or error}") from None
     except OSError as error:
         raise InputError(
             f"{flag} {path}: cannot be read ({error.strerror or error}); give the path of a checkpoint file"

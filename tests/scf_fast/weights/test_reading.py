@@ -225,6 +225,6 @@ def test_files_of_another_kind_are_named_for_what_they_are(tmp_path, save_as):
     )
     assert "no backbone: must have 'output_layer.3.weight'" in refused(backbone_in, tmp_path / "other")
     torch.save(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), tmp_path / "zero")
-    assert "no row zero" in refused(class_centers_in, tmp_path / "zero")
+    assert "no row of the class centers must be zero" in refused(class_centers_in, tmp_path / "zero")
     torch.save(torch.tensor([[1.0, float("nan")]]), tmp_path / "nan")
     assert "must be finite" in refused(class_centers_in, tmp_path / "nan")
