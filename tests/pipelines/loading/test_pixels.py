@@ -11,8 +11,10 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from scf_fast.evaluation.alignment import AlignedFaces
+from scf_fast.pipelines.convert import FORMATS, convert
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import TEMPLATE
+from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.loading.decode import decode_face, load_face
@@ -307,3 +309,13 @@ def test_both_loaders_and_alignment_give_the_same_pixels():
     moved = AlignedFaces(source, np.tile(TEMPLATE + [3, 0], (len(source), 1, 1)))
     for i in range(len(source)):
         np.testing.assert_array_equal(load_face(moved, i)[:, :-3], expected[i, :, 3:])
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_converted_images_have_the_same_pixels(tmp_path, to):
+    files = [GRAYS[kind] for kind in ("PNG, 12 bits in 16", "PGM, maxval 4095", "PFM, float 0..1", "TIFF, uint32")]
+    files += [STUMBLES["JPEG of two pictures"], COLORS["palette with transparency"], ink()]
+    convert(EncodedImages(files, labels=[0] * len(files)), tmp_path / to, to)
+    written = open_source(tmp_path / to)
+    for i, file in enumerate(files):
+        np.testing.assert_array_equal(load_face(written, i), decode_face(file))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.sources.tar import TarIndex, _members, write_shard
+from scf_fast.pipelines.text import one_line
 
 
 def tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -247,6 +248,16 @@ def test_sparse_members_are_counted_and_passed(tmp_path, old, images_of):
 def test_pax_names_with_line_breaks(tmp_path, images_of):
     members = [("a\n12 path=x.jpg/ü.jpg", b"a"), ("a\n12 path=x.jpg/ü.cls", b"3")]
     assert open_source(tar(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)).labels.tolist() == [3]
+
+
+def test_names_that_are_not_utf8_are_kept_and_shown(tmp_path, images_of):
+    """As programs write them that take text for Latin-1, or GBK."""
+    name = os.fsdecode("张.1".encode("gbk"))
+    good = open_source(tar(tmp_path / "a.tar", [(f"{name}.jpg", b"a"), (f"{name}.cls", b"0")]))
+    assert images_of(good) == [b"a"] and os.fsencode(good.name(0)).endswith(b"member \xd5\xc5.1.jpg")
+    with pytest.raises(ValueError, match="must hold a label") as error:
+        open_source(tar(tmp_path / "b.tar", [(f"{name}.jpg", b"a"), (f"{name}.cls", b"one")]))
+    assert r"member \xd5\xc5.1.cls must hold" in one_line(error.value)
 
 
 def test_members_lead_nowhere(tmp_path, images_of):
