@@ -88,8 +88,9 @@ def upright_rgb(opened: Image.Image) -> Image.Image:
     if stored.palette is not None:
         image.putpalette(stored.palette)
     image.info.pop("transparency", None)  # alpha is dropped, and Pillow would warn of it
-    image = image.convert(_PREMULTIPLIED.get(image.mode, image.mode))
-    image = image if image.mode == "RGB" else image.convert("LA" if image.mode == "LA" else "RGB").convert("RGB")
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
+    image = image if image.mode == "RGB" else image.convert("RGB")
     if stored.has_deep_colors and np.asarray(image).max() <= _DARKEST_WHITE:
         raise InputError(
             "its colors have 16 bits and use 12 of them at most, so that little is left in 8 bits; scale them to the "

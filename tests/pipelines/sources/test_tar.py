@@ -246,7 +246,7 @@ def test_sparse_members_are_counted_and_passed(tmp_path, old, images_of):
 
 
 def test_pax_names_with_line_breaks(tmp_path, images_of):
-    members = [("a\n12 path=x.jpg/ü.jpg", b"a"), ("a\n12 path=x.jpg/ü.cls", b"3")]
+    members = [("a\nü.jpg", b"a"), ("a\nü.cls", b"3")]
     assert open_source(tar(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)).labels.tolist() == [3]
 
 
