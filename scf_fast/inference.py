@@ -20,6 +20,7 @@ from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.loading.broken import OnBroken
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT
 from scf_fast.weights.digest import digest_weights
 
 
@@ -28,7 +29,8 @@ class Decoding:
     """How images are read and decoded; see :func:`scf_fast.pipelines.loader.make_loader`."""
 
     backend: str = "auto"  # "dali", "torch", or "auto": DALI where it is installed
-    num_workers: int | None = None  # threads of DALI, processes of PyTorch; None: by the CPU cores of a rank
+    num_workers: int | None = None  # threads of DALI, or processes; None: by the CPU cores of a rank
+    timeout: float = DEFAULT_TIMEOUT  # seconds without progress
 
 
 DEFAULT_DECODING = Decoding()
@@ -354,6 +356,7 @@ def load_batches(
         backend=decoding.backend,
         num_workers=decoding_workers(decoding.num_workers),
         on_broken=(OnBroken.RAISE if left_out is None else OnBroken.LEAVE_OUT).value,
+        timeout=decoding.timeout,
     ) as loader:
         for images, _, indices in loader.batches(epoch=0):
             if left_out is not None:

@@ -142,6 +142,7 @@ class _Run:
             config.keep_checkpoints,
             config.keep_best,
             runtime.device.type == "cuda" if in_background is None else in_background,
+            config.input_timeout,
         )
         self.checkpoints.resume_from(point.tag if point else None)
         not_finite = folder / f"not_finite_rank{runtime.rank}.jsonl"

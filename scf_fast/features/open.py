@@ -69,7 +69,15 @@ def open_stream(
 
     def calibration() -> torch.Tensor:  # the same on every rank and after a resume, so that all settle on one precision
         sample = EpochSampler(len(source), min(CHECK_IMAGES, len(source)))
-        with make_loader(source, sample, preprocessing, backend="torch", num_workers=0, on_broken="replace") as loader:
+        with make_loader(
+            source,
+            sample,
+            preprocessing,
+            backend="torch",
+            num_workers=0,
+            on_broken="replace",
+            timeout=config.input_timeout,
+        ) as loader:
             return next(loader.batches(0)).images
 
     precisions, cache = frozen_precisions(config.precision, runtime.device), None
@@ -93,6 +101,7 @@ def open_stream(
         flip=config.flip,
         device=runtime.device,
         cache=cache,
+        timeout=config.input_timeout,
     )
 
 
@@ -147,7 +156,7 @@ def _open_cache(
             meta.convf_error,
         )
     dist.barrier()
-    return FeatureCache.open(folder, layout, runtime.rank), read_meta(folder).key.precision
+    return FeatureCache.open(folder, layout, runtime.rank, config.input_timeout), read_meta(folder).key.precision
 
 
 def _normalization(config: FeatureConfig) -> str:

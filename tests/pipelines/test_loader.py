@@ -424,7 +424,7 @@ def test_torch_takes_over_where_dali_is_missing(source, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="scf_fast.pipelines.loader"):
         assert [make_loader(source, sampler).backend for _ in range(2)] == ["torch", "torch"]
     assert [record.message for record in caplog.records] == [
-        "reading images with PyTorch workers, because NVIDIA DALI cannot be imported: libcuda.so.1 is missing"
+        "images are decoded by Pillow in worker processes: NVIDIA DALI cannot be imported: libcuda.so.1 is missing"
     ]
     with pytest.raises(ValueError, match="backend='dali' needs NVIDIA DALI: libcuda"):
         make_loader(source, sampler, backend="dali")
@@ -488,5 +488,6 @@ def test_workers_forked_after_dali_gave_up_do_not_wait_for_its_threads(source):
     del loader, error
     kept.clear()
     with make_loader(source, EpochSampler(NUM_IMAGES, 4), backend="torch", num_workers=1) as loader:
-        loader._workers.worker_init_fn = lambda _: gc.collect()
+        decode = loader._decode_batch
+        loader._decode_batch = lambda *batch: (gc.collect(), decode(*batch))[1]
         assert len(list(loader.batches(0))) == 5
