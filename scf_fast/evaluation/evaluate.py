@@ -87,12 +87,13 @@ class Verification(Evaluation):
         self.sources = [NamedSource(pairs.source, name) for name, pairs in sets.items()]
 
     def measure(self, store: EmbeddingStore) -> Measured:
-        summaries, curves = {}, {}
+        summaries, curves, few = {}, {}, []
         for name, pairs in self._sets.items():
             embeddings = store.load(pairs.source, name)
             likelihood = likelihood_of(embeddings, store.embedder.radius)
             scores = protocols.score_verification_set(embeddings, likelihood, store.embedder.device)
             summaries[name] = protocols.summarize_verification(scores, pairs.same)
+            few += _note_on_few_impostors(name, pairs.same)
             if self.draws:
                 for score, values in scores.items():
                     curves[name, score.label] = plots.roc_points(values, pairs.same)
@@ -106,9 +107,23 @@ class Verification(Evaluation):
         return Measured(
             Results(verification=BySet(self._first, summaries)),
             figures,
-            [f"{pairs.drawn}; a report keeps them in {file}, which --data takes." for file, pairs in drawn.items()],
+            [f"{pairs.drawn}; a report keeps them in {file}, which --data takes." for file, pairs in drawn.items()]
+            + few,
             {file: pairs.as_list() for file, pairs in drawn.items()},
         )
+
+
+def _note_on_few_impostors(name: str, same: np.ndarray) -> list[str]:
+    """Returns what a set's impostor pairs are too few for; nothing where they are enough."""
+    count = np.count_nonzero(~same)
+    if count >= plots.FEW_IMPOSTORS:
+        return []
+    return [
+        f"{name} has {count} impostor pairs: TAR at FAR below {10 / count:.2g} is left out, since it takes ten of them "
+        "that pass, and curves start where none does."
+        if count > 10
+        else f"{name} has {count} impostor pairs, and TAR at FAR takes more than ten; curves start where none passes."
+    ]
 
 
 class Templates(Evaluation):
@@ -153,6 +168,7 @@ class Templates(Evaluation):
                 )
             if Weighting.DETECTOR not in protocols.pooling_weights(embeddings, templates.protocol):
                 notes.append(f"All detector scores of {name} are equal, so pooling by them is left out.")
+            notes += _note_on_few_impostors(name, templates.protocol.pair_labels)
             people = quality.people_of_templates(templates.protocol)
             qualities[name] = quality.summarize_quality(embeddings, templates.severity, people)
         first = next(iter(self._sets))

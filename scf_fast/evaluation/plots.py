@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # imported where a figure is drawn: it takes half a second, a
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY, _GREEN, _PURPLE, _RED = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63", "#7c5cbf", "#c23b4e"
+# Of fewer impostor pairs ten are more than a tenth, which leaves too little of a curve to see.
+FEW_IMPOSTORS = 100
 Style = dict[str, Any]  # keyword arguments of Axes.plot
 _REJECTION_STYLES: dict[Quality, Style] = {
     Quality.KAPPA: {"color": _ORANGE, "lw": 2.2},
@@ -77,9 +79,10 @@ def _png(figure: "Figure") -> bytes:
 
 def roc_points(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns 400 points (FAR, TAR), as many as a curve can show, evenly spaced on a logarithmic axis from where ten
-    impostor pairs pass.
+    impostor pairs pass; with fewer than FEW_IMPOSTORS, from where none does.
     """
-    fars = np.geomspace(min(1, 10 / np.count_nonzero(~same)), 1, 400)  # of ten impostor pairs all are 1
+    impostors = np.count_nonzero(~same)
+    fars = np.geomspace((0.5 if impostors < FEW_IMPOSTORS else 10) / impostors, 1, 400)
     tars = tar_at_far(scores, same, fars.tolist())
     return fars, np.array([tars[far] for far in fars.tolist()])
 
