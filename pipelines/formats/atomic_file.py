@@ -3,18 +3,22 @@
     atomic_output(path)                    context manager: a binary file to write into
     atomic_path(path)                      context manager: a path, for libraries that open the file themselves
     write_bytes, write_text, write_json    the whole content at once
+    aside_folder(path)                     context manager: a folder beside path, for what becomes several files
     publish(aside, path)                   gives a file that was finished elsewhere its name
 
 All of them write aside, flush, sync the file, rename it, and sync its folder: after a power failure there is the old
 file or the new one. On any exception what was written aside is removed. An ``OSError`` names the file that was to be
-written.
+written. What a killed process has left aside is removed by the next one that writes into the folder, an hour later.
 """
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +26,8 @@ from typing import Any, BinaryIO
 from scf_fast.pipelines.aliases import StrPath
 
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # some file systems and folders do not offer it
+_ASIDE = re.compile(r"\..+\.(\d+)\.part")
+_ABANDONED = 3600.0  # seconds
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -51,6 +57,21 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
         _sync(aside)
 
 
+@contextlib.contextmanager
+def aside_folder(path: StrPath) -> Iterator[Path]:
+    """Makes an empty folder beside ``path`` that goes away at the end; missing parent folders are created."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_over(path.parent)
+    aside = _aside(path)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_bytes(path: StrPath, content: bytes | bytearray | memoryview, sync: bool = True) -> None:
     """Writes a file; see :func:`atomic_output`."""
     with atomic_output(path, sync) as file:
@@ -78,8 +99,9 @@ def publish(aside: StrPath, path: StrPath) -> None:
 def _set_aside(path: StrPath, sync: bool) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps ranks that write the same cache apart.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if sync:  # not for each of many small files
+        _remove_left_over(path.parent)
+    aside = _aside(path)
     try:
         yield aside
         os.replace(aside, path)
@@ -92,6 +114,40 @@ def _set_aside(path: StrPath, sync: bool) -> Iterator[Path]:
         raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    """Returns the name of what becomes ``path``; the process id keeps ranks that write the same cache apart."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+@functools.cache
+def _remove_left_over(folder: Path) -> None:
+    """Removes what processes that were killed have left aside in a folder, once a process.
+
+    A process of that number may run on another machine that shares the disk; it would have written in the last hour.
+    """
+    found_aside: list[Path] = []
+    with contextlib.suppress(OSError):
+        found_aside += folder.glob(".*.part")
+    for path in found_aside:
+        found = _ASIDE.fullmatch(path.name)
+        with contextlib.suppress(OSError):
+            if found and not _is_alive(int(found[1])) and path.lstat().st_mtime < time.time() - _ABANDONED:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _os_error_behind(error: Exception) -> OSError | None:

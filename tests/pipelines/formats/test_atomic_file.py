@@ -3,12 +3,15 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file as save_safetensors
 
+from scf_fast.pipelines.formats import atomic_file
 from scf_fast.pipelines.formats.atomic_file import (
     atomic_output,
     atomic_path,
@@ -146,3 +149,35 @@ def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(IsADirectoryError, match=r"Is a directory: '.*/folder'"):
         write_bytes(tmp_path / "folder", b"")
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_what_killed_processes_left_is_removed_by_the_next_writer(tmp_path):
+    """Half files and half exports; nothing young, of a living process, or of another name."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+
+    def leave(name, age=7200, folder=False):
+        path = tmp_path / name
+        if folder:
+            path.mkdir()
+            (path / "m.onnx").touch()
+        else:
+            path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+
+    leave(f".results.json.{dead.pid}.part")
+    leave(f".m.onnx.{dead.pid}.part", folder=True)
+    kept = [f".results.json.{os.getppid()}.part", f".young.{dead.pid}.part", ".somebody.part", f"x.{dead.pid}.part"]
+    for name in kept:
+        leave(name, 60 if "young" in name else 7200)
+    atomic_file._remove_left_over.cache_clear()
+    atomic_file.write_text(tmp_path / "new.txt", "text")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "new.txt"}
+
+
+def test_a_folder_aside_goes_away_whatever_happens(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_file.aside_folder(tmp_path / "deep" / "m.onnx") as folder:
+        (folder / "part").touch()
+        assert folder.parent == tmp_path / "deep" and atomic_file._ASIDE.fullmatch(folder.name)
+        1 // 0  # noqa: B018
+    assert list((tmp_path / "deep").iterdir()) == []
