@@ -14,11 +14,14 @@ from tqdm import tqdm
 from scf_fast.pipelines.aliases import StrPath
 from scf_fast.pipelines.command import Parser, log_to_terminal, print_lines, run
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.formats.file_kinds import Wanted, recognize, refusal
 from scf_fast.pipelines.loading.decode import load_face, read_header
 from scf_fast.pipelines.sources.base import ConcatenatedSources, ImageSource, reason_of, spread_evenly
 from scf_fast.pipelines.sources.image_folder import FolderIndex
 from scf_fast.pipelines.sources.image_list import ListIndex
+from scf_fast.pipelines.sources.image_names import is_hidden
 from scf_fast.pipelines.sources.indexed import IndexedImages
+from scf_fast.pipelines.sources.packed import PackedImages
 from scf_fast.pipelines.sources.recordio import RecordIndex
 from scf_fast.pipelines.sources.tar import TarIndex
 from scf_fast.pipelines.sources.tfrecord import TFRecordIndex, TFRecordList, is_tfrecord_list
@@ -28,7 +31,7 @@ _SAMPLE = 2000  # images whose headers the report reads where not all are decode
 _CHUNK = 256  # images in a task of --verify
 _SHOWN = 20  # broken images named in the report
 # A folder that holds several of these kinds is the first of them.
-_KINDS: dict[str, type[IndexedImages]] = {".rec": RecordIndex, ".tar": TarIndex, ".tfrecord": TFRecordIndex}
+_KINDS: dict[str, type[PackedImages]] = {".rec": RecordIndex, ".tar": TarIndex, ".tfrecord": TFRecordIndex}
 
 
 @overload
@@ -75,21 +78,38 @@ def _open_indexed(path: StrPath, root: StrPath | None, cache_dir: StrPath | None
 
 def _kind(path: Path) -> type[IndexedImages]:
     if not path.is_dir():
-        return _KINDS.get(path.suffix) or (TFRecordList if is_tfrecord_list(path) else ListIndex)
+        return _KINDS.get(path.suffix) or _kind_of_file(path)
     try:
-        with os.scandir(path) as found:
-            entries = list(found)
+        with os.scandir(path) as listed:
+            entries = list(listed)
     except OSError as error:
         raise InputError(f"cannot list {path}: {reason_of(error)}; check its permissions") from error
+    entries = [entry for entry in entries if not is_hidden(entry.name)]
     for suffix, kind in _KINDS.items():
         if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
             return kind
     if any(entry.is_dir() for entry in entries):
         return FolderIndex
+    files = sorted(entry.path for entry in entries if entry.is_file())
+    found = refusal(files[0], Wanted.DATA) if files else None
     raise InputError(
         f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; check the "
-        "path, or give the file of an image list"
+        "path, or give the file of an image list" + (f" ({os.path.basename(files[0])} {found})" if found else "")
     )
+
+
+def _kind_of_file(path: Path) -> type[IndexedImages]:
+    """Returns the source of a file whose name does not say what it is."""
+    try:
+        kind = recognize(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason_of(error)}; check the path") from error
+    for source in _KINDS.values():
+        if source.KIND is kind:
+            return source
+    if not kind.is_text:
+        raise InputError(f"{path} is {kind.name}, no data set; {kind.advice(Wanted.DATA)}")
+    return TFRecordList if is_tfrecord_list(path) else ListIndex
 
 
 def describe(source: IndexedImages) -> list[str]:
@@ -101,6 +121,7 @@ def describe(source: IndexedImages) -> list[str]:
         f"identities             {len(used):,} with images, {source.num_classes - len(used):,} numbers without",
         f"images per identity    {used.min():,} to {used.max():,}, median {np.median(used):g}, mean {used.mean():.1f}",
         *(f"skipped                {count:,} {reason}" for reason, count in source.skipped.items() if count),
+        *source.remarks(),
     ]
     kinds: collections.Counter[str] = collections.Counter()
     bad: collections.Counter[str] = collections.Counter()

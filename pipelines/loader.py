@@ -12,7 +12,7 @@ import torch
 
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.loading.base import Loader, Preprocessing
-from scf_fast.pipelines.loading.broken import BrokenImages
+from scf_fast.pipelines.loading.broken import BrokenImages, OnBroken
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT
@@ -45,8 +45,9 @@ def make_loader(
         num_workers: decoding threads (DALI, at least one) or processes ('torch'; 0 decodes in the calling process).
         prefetch: batches decoded ahead; the 'torch' backend keeps at least one for each process.
         on_broken: what happens at an image that cannot be read or decoded. 'raise' ends the iteration with an error
-            that names it: right where every image counts, as in evaluation. 'replace' puts the next good image of the
-            source in its place, label and all, and names the broken one in the log: right for training. See
+            that names it: right where every image counts. 'replace' puts the next good image of the source in its
+            place, label and all, and names the broken one in the log: right for training. 'leave_out' gives a black
+            face with index and label -1: right where images are embedded. See
             :class:`scf_fast.pipelines.loading.broken.BrokenImages`.
         timeout: seconds that a batch may take without any progress; an error then says what was waited for. 0: none.
     Raises:
@@ -61,11 +62,12 @@ def make_loader(
         raise InputError(f"backend must be 'auto', 'dali' or 'torch', got {backend!r}")
     if num_workers < 0 or prefetch < 1:
         raise InputError(f"num_workers must be at least 0 and prefetch at least 1, got {num_workers} and {prefetch}")
-    if on_broken not in ("raise", "replace"):
-        raise InputError(f"on_broken must be 'raise' or 'replace', got {on_broken!r}")
+    if on_broken not in {choice.value for choice in OnBroken}:
+        choices = ", ".join(repr(choice.value) for choice in OnBroken)
+        raise InputError(f"on_broken must be one of {choices}, got {on_broken!r}")
     if not 0 <= timeout < math.inf:
         raise InputError(f"timeout must be 0 or more seconds, got {timeout}")
-    broken = BrokenImages(source, replace=on_broken == "replace")
+    broken = BrokenImages(source, OnBroken(on_broken))
     return _loader_class(backend)(
         source, sampler, preprocessing or Preprocessing(), device, dtype, broken, num_workers, prefetch, timeout
     )

@@ -7,6 +7,7 @@
     as_plot_text  for matplotlib, which takes what stands between dollars for a formula
     shown         a value as messages quote it, cut where it is long
     shown_names   several names in a row, the first few of them
+    is_utf8       whether a name can be written as UTF-8
     one_line      a whole message, as commands and logs write it
     accept_all_text   makes a stream write what its encoding lacks
 
@@ -74,6 +75,15 @@ def _escape(character: str) -> str:
     if code < 0x80:
         return _NAMED.get(character, f"\\x{code:02x}")
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def is_utf8(name: str) -> bool:
+    """Tells whether the bytes of a file's name, which os.fsdecode has turned to text, are UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # of what stands for the other bytes
+        return False
+    return True
 
 
 def as_markdown(text: object, begins_block: bool = False) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from scf_fast.command import Parser, print_lines, run, split_paths
+from scf_fast.command import Parser, log_to_terminal, print_lines, run, split_paths
 from scf_fast.config import load_saved
 from scf_fast.errors import InputError
 from scf_fast.held_out import Held, measure_reliability
@@ -26,7 +26,7 @@ from scf_fast.model import SCF
 from scf_fast.objectives import Density
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.sampling.selection import hold_out_people
-from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.sources.base import ImageSource, SelectedImages
 from scf_fast.weights.reading import read_weights
 from scf_fast.weights.writing import write_weights
 
@@ -67,15 +67,18 @@ def embed(embedder: Embedder, source: ImageSource, images: np.ndarray, options: 
     Args:
         images: (M,) positions.
     Raises:
-        InputError: an image cannot be decoded or gives unusable numbers.
+        InputError: an image gives unusable numbers; or cannot be decoded, with ``options.strict``: otherwise it is left
+            out, and the log names it.
     """
+    left_out: dict[int, str] | None = None if options.strict else {}
     found = Embeddings.allocate(len(source), embedder.embedding_dim, True)
     batches = np.split(images, range(options.batch_size, len(images), options.batch_size))
     with tqdm(total=len(images), desc="embedding", unit=" images", mininterval=1) as progress:
-        for indices, batch in embed_batches(embedder, source, batches, options.decoding):
-            batch.check_usable(source, int(indices[0]))
+        for indices, batch in embed_batches(embedder, source, batches, options.decoding, left_out):
+            batch.check_usable(SelectedImages(source, indices.numpy()))
             found.write_rows(indices, batch)
             progress.update(len(batch))
+    images = images[~np.isin(images, list(left_out or ()))]
     assert found.kappa is not None, "allocated with kappa"
     return Held(found.mu.numpy()[images], found.kappa[images].astype(np.float64), source.labels[images])
 
@@ -122,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     add_inference_arguments(parser)
     options = parser.parse_args(arguments)
+    log_to_terminal()
     return run(parser.prog, lambda: calibrate(options))
 
 

@@ -25,8 +25,9 @@ from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.run import checkpoints
 from scf_fast.run import folder as run_folder
 from scf_fast.run.checkpoints import Checkpoints, ResumePoint
+from scf_fast.run.line_files import StepLines, forget_after
 from scf_fast.run.patience import Patience
-from scf_fast.run.reporting import Reporter, StepLines, forget_after, log_to_files, set_up_logging
+from scf_fast.run.reporting import Reporter, log_to_files, set_up_logging
 from scf_fast.run.run_state import RunState
 from scf_fast.run.step_guard import StepGuard, Votes
 from scf_fast.run.step_outcome import StepOutcome
@@ -390,6 +391,9 @@ class _Run:
                 self.patience.add(metric)
         if epoch_ends:
             self.epoch_loss.zero_()
+        reporter.sync()  # the lines of a checkpoint's steps are on the disk when it is
+        if self.samples:
+            self.samples.sync()
         state = RunState(
             step=step,
             schedule=self.schedule.state_dict(),

@@ -13,7 +13,7 @@ import torch
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.augmentation import PRESETS, Augmentation
-from scf_fast.pipelines.loading.broken import BrokenImages
+from scf_fast.pipelines.loading.broken import LEFT_OUT, BrokenImages
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
@@ -58,7 +58,8 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # (B, 3, 112, 112) in the loader's dtype, channels_last, on its device
     labels: torch.Tensor  # (B,) int64 on the loader's device
-    # (B,) int64 on the CPU, positions in the source of the images shown, so of the replacement of a broken image.
+    # (B,) int64 on the CPU, positions in the source of the images shown, so of the replacement of a broken image;
+    # LEFT_OUT of one that is left out.
     indices: torch.Tensor
 
 
@@ -75,7 +76,7 @@ class Decoded(NamedTuple):
     # (B, 112, 112, 3): uint8, valid until the next one is asked for; or normalized, in the loader's dtype, and valid
     # for as long as it is kept.
     faces: torch.Tensor
-    shown: np.ndarray  # (B,) int64, positions of the images in the source
+    shown: np.ndarray  # (B,) int64, positions of the images in the source; LEFT_OUT of those left out
 
 
 class Loader(BatchLoader[Batch]):
@@ -184,7 +185,7 @@ class Loader(BatchLoader[Batch]):
             images = self._preprocessing.normalize(faces, self._dtype)
         else:
             images = faces.permute(0, 3, 1, 2)
-        labels = torch.from_numpy(self._source.labels[shown])
+        labels = torch.from_numpy(np.where(shown < 0, LEFT_OUT, self._source.labels[shown]))
         return Batch(images, labels.to(self._device, non_blocking=True), torch.from_numpy(shown.copy()))
 
     @abc.abstractmethod

@@ -37,8 +37,8 @@ from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading import generated_files
 from scf_fast.pipelines.loading.base import Decoded, Loader, Preprocessing, Request
-from scf_fast.pipelines.loading.broken import BrokenImages
-from scf_fast.pipelines.loading.decode import is_packed, load_encoded, load_face, read_headers
+from scf_fast.pipelines.loading.broken import BrokenImages, OnBroken
+from scf_fast.pipelines.loading.decode import BLACK_FACE, is_packed, load_encoded, load_face, pack_face, read_headers
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, TimedOut, Wait, promptly, result_of
@@ -49,6 +49,7 @@ if tuple(map(int, dali_version.split(".")[:2])) < (2, 2):
     )
 
 _LOG = logging.getLogger(__name__)
+_BLANK = pack_face(BLACK_FACE), True  # as load_encoded returns a face
 _ALL_VALUES = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1)
 _DTYPES = {torch.float32: types.DALIDataType.FLOAT, torch.float16: types.DALIDataType.FLOAT16}
 _READ_TOGETHER = 256  # images
@@ -294,7 +295,7 @@ class DaliLoader(Loader):
         for row in np.flatnonzero(doubtful).tolist():
             i = int(shown[row])
             load = functools.partial(self._load, i, encoded[row] if lengths[row] else None)
-            shown[row], (encoded[row], is_face_sized) = self.broken.load(i, load)
+            shown[row], (encoded[row], is_face_sized) = self.broken.load(i, load, _BLANK)
             resized[row] = not is_face_sized
             self._moves += 1
         return _Read(request, shown, encoded, resized)
@@ -315,6 +316,7 @@ class DaliLoader(Loader):
             InputError: an image is broken and broken images are not to be replaced; or no image is at fault.
         """
         shown = list(dict.fromkeys(itertools.chain.from_iterable(read.shown.tolist() for read in decoding)))
+        shown = [i for i in shown if i >= 0]  # not those left out
         looks = [self._readers.submit(self._decoding_error, i) for i in shown]
         errors = [
             result_of(look, Wait("the DALI loader", f"Pillow, which decodes {self._source.name(i)}", self._timeout))
@@ -322,7 +324,7 @@ class DaliLoader(Loader):
         ]
         found = {i: str(error) for i, error in zip(shown, errors) if error is not None}
         if found:
-            if not self.broken.replaces:
+            if self.broken.on_broken is OnBroken.RAISE:
                 raise InputError(next(iter(found.values())))
             self.broken.add(found)
             return

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
+from scf_fast.pipelines.formats.file_kinds import BINARY, IMAGES, TEXT, recognize_bytes
 from scf_fast.pipelines.loading.pixels import upright_rgb
 from scf_fast.pipelines.sources.base import LARGE_FILE, ImageSource
 
@@ -31,6 +32,8 @@ _MARKERS[[0xC4, 0xDB, 0xDD, *range(0xE0, 0xFF)]] = _TABLE
 _CHANNELS = np.isin(np.arange(256), (1, 3, 4))  # gray, YCbCr or RGB, CMYK
 _PPM_HEADER = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # of the file that pack_face makes
 _JPEG_END, _PNG_START, _PNG_END = b"\xff\xd9", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_RECOGNIZED = 1 << 12  # bytes of a file that is no image, by which it is told what it is
+BLACK_FACE = np.zeros((FACE_SIZE, FACE_SIZE, 3), dtype=np.uint8)
 _Result = TypeVar("_Result")
 
 
@@ -83,7 +86,12 @@ def _undecodable(error: Exception, encoded: np.ndarray) -> InputError:
     For Pillow any exception is one: a damaged file raises OSError, SyntaxError, struct.error, zlib.error and others.
     """
     if isinstance(error, UnidentifiedImageError):  # its text is the address of an object
-        return InputError("unknown format" if len(encoded) else "it has no bytes")
+        if not len(encoded):
+            return InputError("it has no bytes")
+        kind = recognize_bytes(encoded[:_RECOGNIZED].tobytes(), size=len(encoded))
+        if kind in (TEXT, BINARY):
+            return InputError("unknown format")
+        return InputError("its header is damaged" if kind in IMAGES else f"it is {kind.name}, which is not read here")
     return InputError(str(error) or type(error).__name__)
 
 

@@ -8,8 +8,8 @@ import torch
 
 from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.base import Decoded, Loader, Preprocessing, Request
-from scf_fast.pipelines.loading.broken import BrokenImages
-from scf_fast.pipelines.loading.decode import load_face
+from scf_fast.pipelines.loading.broken import BrokenImages, OnBroken
+from scf_fast.pipelines.loading.decode import BLACK_FACE, load_face
 from scf_fast.pipelines.loading.workers import DecodingProcesses
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
@@ -36,7 +36,7 @@ class TorchLoader(Loader):
         timeout: float = DEFAULT_TIMEOUT,
     ):
         super().__init__(source, sampler, preprocessing, device, dtype, broken, num_workers, prefetch, timeout)
-        self._decode_batch = _BatchDecoder(source, broken.replaces)
+        self._decode_batch = _BatchDecoder(source, broken.on_broken)
         self._processes: DecodingProcesses | None = None
         self._thread = DaemonThreads(1, "face-decoder")
 
@@ -99,9 +99,9 @@ class TorchLoader(Loader):
 class _BatchDecoder:
     """Decodes batches by Pillow; each process finds out by itself what is broken, and the loader logs it."""
 
-    def __init__(self, source: ImageSource, replace: bool):
+    def __init__(self, source: ImageSource, on_broken: OnBroken):
         self._source = source
-        self._broken = BrokenImages(source, replace, log=False)
+        self._broken = BrokenImages(source, on_broken, log=False)
 
     def __call__(
         self, request: Request, faces: np.ndarray, shown: np.ndarray, note: Callable[[int], None]
@@ -113,6 +113,6 @@ class _BatchDecoder:
             return load_face(self._source, i)
 
         for row, (i, flip) in enumerate(zip(request.indices.tolist(), request.flips.tolist())):
-            shown[row], face = self._broken.load(i, load)
+            shown[row], face = self._broken.load(i, load, BLACK_FACE)
             faces[row] = face[:, :: -1 if flip else 1]
         return dict(list(self._broken.found.items())[known:])

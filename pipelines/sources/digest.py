@@ -3,6 +3,7 @@
 All values are kept in files, so none of them may change.
 """
 
+import codecs
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -51,6 +52,16 @@ def fingerprint_of_files(files: Sequence[StrPath]) -> str:
         except OSError as error:
             raise InputError(f"cannot open {name}: {reason_of(error)}; check the path") from error
     return digest.hexdigest()
+
+
+def fingerprint_of_text(path: StrPath) -> str:
+    """Returns the digest of a text file; another one than :func:`fingerprint_of_files` where it starts with the mark of
+    UTF-8, which the first versions took for the beginning of its first name.
+    """
+    fingerprint = fingerprint_of_files([path])
+    with open(path, "rb") as file:
+        marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    return f"{fingerprint} after its mark" if marked else fingerprint
 
 
 def fingerprint_of_folders(folders: Iterable[bytes], are_numbered: bool) -> str:

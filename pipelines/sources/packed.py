@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from scf_fast.pipelines.aliases import ByteArray, IntArray, Progress, StrPath
-from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.errors import InputError, UnreadableError
+from scf_fast.pipelines.formats.file_kinds import EMPTY, FileKind, Wanted, refusal
 from scf_fast.pipelines.sources.base import LARGE_FILE, LARGEST_FILE, ReadFiles, reason_of
 from scf_fast.pipelines.sources.digest import fingerprint_of_files
+from scf_fast.pipelines.sources.image_names import visible
 from scf_fast.pipelines.sources.indexed import Arrays, IndexedImages, Scan
 
 LARGEST_OFFSET = 1 << 62  # bytes
@@ -25,10 +27,12 @@ class PackedImages(IndexedImages):
     """Base of the sources whose images lie in a few large files.
 
     The index holds ``offsets``, ``lengths`` (N,) and ``first`` (F + 1,), where images first[f]..first[f + 1] - 1 lie in
-    file f of ``_files(path)``. A file is ``path``, or each in a folder that ends in ``SUFFIX``, by name.
+    file f of ``_files(path)``. A file is ``path``, or each in a folder that ends in ``SUFFIX``, by name, but for hidden
+    ones.
     """
 
     SUFFIX: str
+    KIND: FileKind  # of the files
     _descriptors: list[int] | None = None  # of all files; None where there are too many
 
     def __init__(self, path: StrPath, index_path: StrPath, root: StrPath | None = None):
@@ -112,7 +116,7 @@ class PackedImages(IndexedImages):
             with self._opened(file) as descriptor:
                 data = os.pread(descriptor, length, int(self._offsets[i]) + start)
         except OSError as error:
-            raise InputError(
+            raise UnreadableError(
                 f"cannot read image {i} in {self._names[file]}: {reason_of(error)}; check that the data is still there"
             ) from error
         if len(data) != length:
@@ -161,7 +165,7 @@ class PackedImages(IndexedImages):
     @classmethod
     def _files(cls, path: Path) -> list[Path]:
         """Returns the large files, in the order of the index; at least one."""
-        return (sorted(path.glob(f"*{cls.SUFFIX}")) or [path / f"*{cls.SUFFIX}"]) if path.is_dir() else [path]
+        return (visible(path.glob(f"*{cls.SUFFIX}")) or [path / f"*{cls.SUFFIX}"]) if path.is_dir() else [path]
 
     @classmethod
     @abc.abstractmethod
@@ -180,7 +184,7 @@ class PackedImages(IndexedImages):
             try:
                 part, reasons = cls._scan_file(name, progress)
             except InputError as error:
-                raise InputError(f"{name}: {error}") from error
+                raise InputError(f"{name}: {refusal(name, Wanted.DATA, cls.KIND, EMPTY) or error}") from error
             parts.append(part)
             for reason, count in reasons.items():
                 skipped[reason] = skipped.get(reason, 0) + count
@@ -204,7 +208,7 @@ def _open(name: Path) -> int:
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise InputError(f"cannot open {name}: {reason_of(error)}; check the path") from error
+        raise UnreadableError(f"cannot open {name}: {reason_of(error)}; check the path") from error
     # Without this advice each 10 KB image would bring 100 KB of its neighbors.
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     return descriptor

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scf_fast import distributed
-from scf_fast.command import Parser, print_lines, run
+from scf_fast.command import Parser, log_to_terminal, print_lines, run
 from scf_fast.errors import InputError
 from scf_fast.evaluation import datasets
 from scf_fast.evaluation.comparison import Comparison, name_models
@@ -282,6 +282,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
+    log_to_terminal()
     return run(parser.prog, lambda: _write_table(options) if options.command == "table" else _evaluate(options))
 
 

@@ -11,6 +11,7 @@ from scf_fast.errors import InputError
 from scf_fast.evaluation import datasets, plots, protocols, quality
 from scf_fast.evaluation.datasets import PairSet, Subjects, TemplateSet
 from scf_fast.evaluation.embeddings import EmbeddingStore
+from scf_fast.evaluation.left_out import usable_pairs, usable_subjects, usable_templates
 from scf_fast.evaluation.likelihoods import COSINE, Faces, Likelihood, Similarity, likelihood_of
 from scf_fast.evaluation.pair_scores import PairScores
 from scf_fast.evaluation.results import (
@@ -35,7 +36,9 @@ from scf_fast.inference import Embeddings
 from scf_fast.kernels import pool_templates
 from scf_fast.objectives import Density
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery
+from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.sources.image_names import visible
 
 _HISTOGRAMS = {Density.VMF: FigureKind.HISTOGRAM, Density.GAUSSIAN: FigureKind.PRECISION_HISTOGRAM}
 
@@ -87,13 +90,15 @@ class Verification(Evaluation):
         self.sources = [NamedSource(pairs.source, name) for name, pairs in sets.items()]
 
     def measure(self, store: EmbeddingStore) -> Measured:
-        summaries, curves, few = {}, {}, []
-        for name, pairs in self._sets.items():
-            embeddings = store.load(pairs.source, name)
+        summaries, curves = {}, {}
+        notes: list[str] = []
+        for name, given in self._sets.items():
+            pairs, embeddings, found = usable_pairs(given, store.load(given.source, name))
+            notes += found
             likelihood = likelihood_of(embeddings, store.embedder.radius)
             scores = protocols.score_verification_set(embeddings, likelihood, store.embedder.device)
             summaries[name] = protocols.summarize_verification(scores, pairs.same)
-            few += _note_on_few_impostors(name, pairs.same)
+            notes += protocols.note_on_few_impostors(name, pairs.same)
             if self.draws:
                 for score, values in scores.items():
                     curves[name, score.label] = plots.roc_points(values, pairs.same)
@@ -107,23 +112,10 @@ class Verification(Evaluation):
         return Measured(
             Results(verification=BySet(self._first, summaries)),
             figures,
-            [f"{pairs.drawn}; a report keeps them in {file}, which --data takes." for file, pairs in drawn.items()]
-            + few,
+            notes
+            + [f"{pairs.drawn}; a report keeps them in {file}, which --data takes." for file, pairs in drawn.items()],
             {file: pairs.as_list() for file, pairs in drawn.items()},
         )
-
-
-def _note_on_few_impostors(name: str, same: np.ndarray) -> list[str]:
-    """Returns what a set's impostor pairs are too few for; nothing where they are enough."""
-    count = np.count_nonzero(~same)
-    if count >= plots.FEW_IMPOSTORS:
-        return []
-    return [
-        f"{name} has {count} impostor pairs: TAR at FAR below {10 / count:.2g} is left out, since it takes ten of them "
-        "that pass, and curves start where none does."
-        if count > 10
-        else f"{name} has {count} impostor pairs, and TAR at FAR takes more than ten; curves start where none passes."
-    ]
 
 
 class Templates(Evaluation):
@@ -142,8 +134,9 @@ class Templates(Evaluation):
         one_to_one, one_to_many, qualities = {}, {}, {}
         figures: list[ReportFigure] = []
         notes: list[str] = []
-        for number, (name, templates) in enumerate(self._sets.items()):
-            embeddings = store.load(templates.source, name)
+        for number, (name, given) in enumerate(self._sets.items()):
+            templates, embeddings, found_broken = usable_templates(given, store.load(given.source, name))
+            notes += found_broken
             likelihood = likelihood_of(embeddings, store.embedder.radius)
             found = _match_templates(embeddings, templates, likelihood, store.embedder.device, self.draws)
             one_to_one[name] = _template_result(templates, found.tar_at_far)
@@ -168,7 +161,7 @@ class Templates(Evaluation):
                 )
             if Weighting.DETECTOR not in protocols.pooling_weights(embeddings, templates.protocol):
                 notes.append(f"All detector scores of {name} are equal, so pooling by them is left out.")
-            notes += _note_on_few_impostors(name, templates.protocol.pair_labels)
+            notes += protocols.note_on_few_impostors(name, templates.protocol.pair_labels)
             people = quality.people_of_templates(templates.protocol)
             qualities[name] = quality.summarize_quality(embeddings, templates.severity, people)
         first = next(iter(self._sets))
@@ -279,11 +272,13 @@ class Identification(Evaluation):
             )
 
     def measure(self, store: EmbeddingStore) -> Measured:
-        gallery = store.load(self._gallery_source.images, self._gallery_source.name)
-        probes = store.load(self._probe_source.images, self._probe_source.name)
-        subjects, row = np.unique(self._gallery.names, return_inverse=True)
+        loaded = store.load(self._gallery_source.images, self._gallery_source.name)
+        enrolled_faces, gallery, notes = usable_subjects("gallery", self._gallery, loaded)
+        loaded = store.load(self._probe_source.images, self._probe_source.name)
+        probe_faces, probes, more_notes = usable_subjects("probes", self._probe, loaded)
+        subjects, row = np.unique(enrolled_faces.names, return_inverse=True)
         # A number for every subject, enrolled or not.
-        numbers = np.unique(np.concatenate([subjects, self._probe.names]), return_inverse=True)[1]
+        numbers = np.unique(np.concatenate([subjects, probe_faces.names]), return_inverse=True)[1]
         numbers, probe_subjects = np.split(numbers, [len(subjects)])
         device, index = store.embedder.device, torch.from_numpy(row)
         likelihood = likelihood_of(gallery, store.embedder.radius)
@@ -306,7 +301,7 @@ class Identification(Evaluation):
             if self.draws:
                 figures.append(ReportFigure(FigureKind.SCORES, plots.plot_scores("All comparisons of 1:N", histogram)))
         result = IdentificationResult(["gallery"], len(subjects), len(probes), found, histogram)
-        return Measured(Results(identification=BySet("gallery", {"gallery": result})), figures)
+        return Measured(Results(identification=BySet("gallery", {"gallery": result})), figures, notes + more_notes)
 
 
 @dataclass(frozen=True)
@@ -333,8 +328,12 @@ class Risk(Evaluation):
         self.sources = [NamedSource(data.source, data.name)]
 
     def measure(self, store: EmbeddingStore) -> Measured:
-        data = self._data
-        embeddings = store.load(data.source, data.name)
+        loaded = store.load(self._data.source, self._data.name)
+        data, embeddings, notes = (
+            usable_pairs(self._data, loaded)
+            if isinstance(self._data, PairSet)
+            else usable_templates(self._data, loaded)
+        )
         likelihood, device = likelihood_of(embeddings, store.embedder.radius), store.embedder.device
         score = self.score
         if score is None:
@@ -362,23 +361,23 @@ class Risk(Evaluation):
             images=quality.summarize_quality(embeddings, data.severity, people),
         )
         if not self.draws:
-            return Measured(Results(rejection=result))
+            return Measured(Results(rejection=result), notes=notes)
         figures = [ReportFigure(FigureKind.REJECT, plots.plot_rejection(rejection, score.label))]
-        figures += self._quality_figures(embeddings, judged, result)
+        figures += self._quality_figures(data, embeddings, judged, result)
         if isinstance(data, PairSet):
             shown = plots.Confidence.of(embeddings)
             png = plots.plot_pairs(data.source, values, judged.same, shown, score.label)
             figures.append(ReportFigure(FigureKind.PAIRS, png))
-        return Measured(Results(rejection=result), figures)
+        return Measured(Results(rejection=result), figures, notes)
 
     def _quality_figures(
-        self, embeddings: Embeddings, judged: _JudgedPairs, result: RejectionResult
+        self, data: PairSet | TemplateSet, embeddings: Embeddings, judged: _JudgedPairs, result: RejectionResult
     ) -> list[ReportFigure]:
         """Draws the figures that need a confidence."""
         shown = plots.Confidence.of(embeddings)
         if shown is None:
             return []
-        source, severity = self._data.source, self._data.severity
+        source, severity = data.source, data.severity
         pngs = {
             _HISTOGRAMS[embeddings.density]: plots.plot_confidence_histogram(
                 plots.Confidence(judged.quality[shown.quality], shown.quality), judged.same
@@ -428,7 +427,7 @@ def all_evaluations(data: Path, for_table: bool = False) -> list[Evaluation]:
     Raises:
         InputError: there is neither, or something in it is malformed.
     """
-    has_pairs = any((data / "verification").glob("*.bin")) or any(data.glob("*.bin"))
+    has_pairs = any(visible([*(data / "verification").glob("*.bin"), *data.glob("*.bin")]))
     sets = datasets.open_pair_sets([data]) if has_pairs else {}
     folder = data / "templates" if datasets.is_template_set(data / "templates") else data
     templates = datasets.open_template_set(folder) if datasets.is_template_set(folder) else None
@@ -440,7 +439,8 @@ def all_evaluations(data: Path, for_table: bool = False) -> list[Evaluation]:
     elif templates is not None:
         evaluations.append(Risk(templates))
     else:
-        raise InputError(f"{data} must hold verification/*.bin or templates/meta; give --data the folder that has them")
+        what = f" and {refusal(data, Wanted.FOLDER)}" if data.is_file() else "; " + Wanted.FOLDER.value
+        raise InputError(f"{data} must hold verification/*.bin or templates/meta{what}")
     for evaluation in evaluations:
         evaluation.draws = not for_table
     return evaluations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from scf_fast.evaluation.metrics import tar_at_far
+from scf_fast.evaluation.metrics import FEW_IMPOSTORS, tar_at_far
 from scf_fast.evaluation.quality import Rejection
 from scf_fast.evaluation.results import DENSITY_MEASURES, Quality, Score, ScoreHistogram
 from scf_fast.held_out import Reliability
@@ -21,8 +21,6 @@ if TYPE_CHECKING:  # imported where a figure is drawn: it takes half a second, a
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY, _GREEN, _PURPLE, _RED = "#2f6db3", "#e07b28", "#8a8f98", "#3d9a63", "#7c5cbf", "#c23b4e"
-# Of fewer impostor pairs ten are more than a tenth, which leaves too little of a curve to see.
-FEW_IMPOSTORS = 100
 Style = dict[str, Any]  # keyword arguments of Axes.plot
 _REJECTION_STYLES: dict[Quality, Style] = {
     Quality.KAPPA: {"color": _ORANGE, "lw": 2.2},

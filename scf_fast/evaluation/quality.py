@@ -3,6 +3,7 @@ decline a pair.
 """
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from scf_fast.evaluation.results import DENSITY_MEASURES, Quality, QualityQuanti
 from scf_fast.held_out import Held, Reliability, measure_reliability
 from scf_fast.inference import Embeddings
 from scf_fast.pipelines.evaluation_sets.template_protocol import TemplateProtocol
+from scf_fast.pipelines.formats.text_file import read_text
+from scf_fast.pipelines.text import shown
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,10 @@ def people_of_templates(protocol: TemplateProtocol) -> np.ndarray:
     return people
 
 
+def _is_filled(row: dict) -> bool:
+    return any(isinstance(value, str) and value.strip() for value in row.values())
+
+
 def read_severity(path: Path, column: str, names: list[str]) -> np.ndarray:
     """Reads (N,) float64 degradation severities in [0, 1] by name, from a CSV with its rows in any order.
 
@@ -123,17 +130,18 @@ def read_severity(path: Path, column: str, names: list[str]) -> np.ndarray:
     Raises:
         InputError: a column or a name is missing, or a severity is not a number in [0, 1].
     """
-    with open(path, newline="", errors="replace") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    try:
         if not {column, "severity"} <= set(reader.fieldnames or ()):
             raise InputError(
-                f"{path} must have the columns {column} and severity, got {reader.fieldnames}; write it again with the "
-                "data set"
+                f"{path} must have the columns {column} and severity, got {shown(reader.fieldnames)}; write it again "
+                "with the data set"
             )
-        try:
-            severity = {row[column]: float(row["severity"]) for row in reader}
-        except (TypeError, ValueError, csv.Error):
-            raise InputError(f"{path} line {reader.line_num}: severity must be a number; repair the row") from None
+        severity = {row[column]: float(row["severity"]) for row in reader if _is_filled(row)}
+    except (TypeError, ValueError, csv.Error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} line {reader.line_num}: severity must be a number; repair the row") from None
     missing = [name for name in names if name not in severity]
     if missing:
         raise InputError(

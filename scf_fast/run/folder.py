@@ -21,6 +21,7 @@ from scf_fast import config as configuration
 from scf_fast.command import split_paths
 from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.errors import InputError
+from scf_fast.pipelines.text import is_utf8
 from scf_fast.run.checkpoints import ResumePoint, newest_intact
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,10 @@ def claim(config: Config) -> ResumePoint | None:
         InputError: the folder holds another run, or this one without --resume.
     """
     folder = Path(config.output_dir)
+    if not is_utf8(os.fspath(folder)):  # after an epoch it would fail
+        raise InputError(
+            f"--output_dir {folder}: its name must be UTF-8, or PyTorch cannot map the files in it; give another folder"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: is a file; give a folder")
     if config.overwrite:

@@ -18,10 +18,12 @@ from scf_fast.networks.confidence import is_confidence_net
 from scf_fast.weights.contents import STATISTICS, Facts, Part, Weights
 from scf_fast.weights.family_names import StateDict, native_state
 from scf_fast.weights.files import BACKBONE_FILE, CENTERS_FILE, MODEL_FILE, load_tensor_file
+from scf_fast.weights.integrity import not_finite
 
 # What a folder may stand for: insightface's shards of all ranks, the model of stage 2, the two files of stage 1. In its
 # releases until 2022 insightface put a rank's class centers into a file of their own, beside the backbone.
 _FOLDERS = (("checkpoint_gpu_*.pt",), (MODEL_FILE,), (BACKBONE_FILE, CENTERS_FILE, "rank[:_]*_softmax_weight.pt"))
+_DEEPEST = 32
 _OPTIMIZER = {"state", "param_groups"}  # keys of an optimizer's state_dict, whose moments have the shapes of weights
 
 
@@ -45,6 +47,7 @@ def read_weights(spec: str | Path, flag: str = "file") -> Weights:
     shards: list[torch.Tensor] = []
     for path in _expand(spec, flag):
         found = _read_file(path, flag)
+        _check_finite(found, f"{flag} {path}")
         if found.class_centers is not None:
             shards.append(found.class_centers)
         weights.backbone = _the_same(weights.backbone, found.backbone, f"{source}: must hold one backbone", path)
@@ -83,6 +86,21 @@ def _read_file(path: str, flag: str) -> Weights:
             "without tensors"
         )
     return found
+
+
+def _check_finite(found: Weights, source: str) -> None:
+    """
+    Raises:
+        InputError: a value is not finite.
+    """
+    centers = {} if found.class_centers is None else {"the class centers": found.class_centers}
+    for tensors in (found.backbone or {}, found.confidence_net or {}, centers):
+        problem = not_finite(tensors)
+        if problem:
+            raise InputError(
+                f"{source}: weights must be finite, and {problem}; the file is damaged or its training diverged: give "
+                "another checkpoint"
+            )
 
 
 def _the_same(old: StateDict | None, new: StateDict | None, must: str, path: str) -> StateDict | None:
@@ -165,8 +183,14 @@ def _by_rank(paths: list[str], spec: str, flag: str) -> list[str]:
     return [path for _, path in numbered]
 
 
-def _collect(value: Any, weights: Weights) -> None:
-    """Puts what a checkpoint holds, however nested, into ``weights``."""
+def _collect(value: Any, weights: Weights, depth: int = 0) -> None:
+    """Puts what a checkpoint holds, nested as checkpoints are, into ``weights``.
+
+    Raises:
+        InputError: it is nested deeper than any checkpoint.
+    """
+    if depth > _DEEPEST:
+        raise InputError(f"{weights.source}: is nested more than {_DEEPEST} levels deep; save the state_dict alone")
     if isinstance(value, torch.Tensor):
         value = {"weight": value}
     if not isinstance(value, dict):
@@ -178,7 +202,7 @@ def _collect(value: Any, weights: Weights) -> None:
             key = key.removeprefix("module.")
             groups[_owner(key)][key.removeprefix(f"{_owner(key)}.")] = entry
         elif isinstance(entry, dict) and not entry.keys() >= _OPTIMIZER:
-            _collect(entry, weights)
+            _collect(entry, weights, depth + 1)
     for state in groups.values():
         _add(state, weights)
 

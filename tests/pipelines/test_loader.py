@@ -248,6 +248,24 @@ def test_broken_images_are_replaced_counted_and_named(source, backend, prefetch,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_broken_images_that_are_left_out_are_black_and_have_no_number(source, backend):
+    """A whole batch of them, some that only the decoder finds, and one that is known."""
+    images, replaced = broken_images(source)
+    images._images[19:22], images.broken = [b"none"] * 3, np.array([7])
+    expected = sorted({*replaced, 7, 19, 20, 21})
+    sampler = EpochSampler(24, 3, shuffle=False)
+    workers = FEWEST_WORKERS[backend]
+    with make_loader(images, sampler, backend=backend, num_workers=workers, on_broken="leave_out") as loader:
+        batches = list(loader.batches(0))
+        assert sorted(loader.broken.found) == expected
+    indices = torch.cat([batch.indices for batch in batches])
+    assert indices.tolist() == [-1 if i in expected else i for i in range(24)]
+    assert torch.equal(indices, torch.cat([batch.labels for batch in batches]))
+    pixels = torch.cat([batch.images for batch in batches])
+    assert (pixels[indices < 0] == -1).all() and (pixels[indices >= 0].amax(dim=(1, 2, 3)) > -1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_known_to_be_broken_is_not_tried(source, backend, caplog):
     images, replaced = broken_images(source)
     images.broken = np.array(sorted(replaced))
@@ -425,7 +443,7 @@ def test_bad_arguments(source):
         ({"dtype": torch.uint8}, "floating-point type, got torch.uint8"),
         ({"num_workers": -1}, "num_workers must be at least 0"),
         ({"prefetch": 0}, "prefetch at least 1"),
-        ({"on_broken": "skip"}, "on_broken must be 'raise' or 'replace', got 'skip'"),
+        ({"on_broken": "skip"}, "on_broken must be one of 'raise', 'replace', 'leave_out', got 'skip'"),
     ):
         with pytest.raises(ValueError, match=message):
             make_loader(source, sampler, **arguments)

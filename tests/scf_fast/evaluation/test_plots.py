@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scf_fast.evaluation import evaluate, plots
+from scf_fast.evaluation import plots, protocols
 
 
 @pytest.mark.parametrize("impostors", [1, 2, 9, 10, 11, 99])
@@ -28,6 +28,6 @@ def test_many_start_where_ten_pass():
 
 def test_the_note_says_what_is_left_out():
     same = np.arange(60) < 20
-    assert evaluate._note_on_few_impostors("x", same)[0].startswith("x has 40 impostor pairs: TAR at FAR below 0.25 is")
-    assert "x has 3 impostor pairs, and TAR at FAR takes more" in evaluate._note_on_few_impostors("x", same[17:23])[0]
-    assert evaluate._note_on_few_impostors("x", np.arange(120) < 20) == []
+    assert protocols.note_on_few_impostors("x", same)[0].startswith("x has 40 impostor pairs: TAR at FAR below 0.25 is")
+    assert "x has 3 impostor pairs, and TAR at FAR takes more" in protocols.note_on_few_impostors("x", same[17:23])[0]
+    assert protocols.note_on_few_impostors("x", np.arange(120) < 20) == []

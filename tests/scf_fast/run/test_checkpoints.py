@@ -17,7 +17,6 @@ import torch
 from scf_fast.distributed import Runtime
 from scf_fast.pipelines.waiting import TimedOut
 from scf_fast.run.checkpoints import Checkpoints, _Pending, clear_away, newest_intact
-from scf_fast.run.reporting import StepLines, forget_after
 from scf_fast.run.run_state import DamagedStateError, fingerprint_of, read_state, write_state
 from scf_fast.weights.files import save_torch_file
 
@@ -171,30 +170,6 @@ def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["f.pt"]
     assert torch.equal(torch.load(tmp_path / "f.pt")["x"], torch.zeros(3))
-
-
-def test_lines_wait_for_room_and_come_once(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    lines = StepLines(tmp_path / "m.jsonl")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
-    try:
-        for step in range(10):
-            lines.add({"step": step, "loss": 0.5})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert len((tmp_path / "m.jsonl").read_text().splitlines()) < 10
-    lines.add({"step": 99})
-    lines.close()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
-    assert steps == [*range(10), 99]
-    with open(tmp_path / "m.jsonl", "a") as file:
-        file.write('{"step": 100, "lo')
-    forget_after(tmp_path / "m.jsonl", 7)
-    assert [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()] == list(range(8))
-    with open(tmp_path / "m.jsonl", "ab") as file:
-        file.write(b"\0" * 64 + b'1}\n{"step": 3}\n')  # as a file system leaves a block that it had not written
-    forget_after(tmp_path / "m.jsonl", 7)
-    assert [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()] == list(range(8))
 
 
 def test_what_cannot_be_deleted_or_read_costs_no_other_checkpoint(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import zlib
 
 import pytest
@@ -129,3 +130,11 @@ def test_stage_1_has_no_slope(folder):
     configuration.save(config, folder / run_folder.CONFIG_FILE, {})
     write_state(folder)
     assert run_folder.continued(config, run_folder.claim(config)) is config
+
+
+def test_a_folder_that_pytorch_cannot_map_files_in_is_refused_before_the_work(tmp_path):
+    """Its name is not UTF-8; data of such names is no hindrance (test_names_of_bytes.py)."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xca\xfd")
+    with pytest.raises(ValueError, match="its name must be UTF-8, or PyTorch cannot map the files in it"):
+        run_folder.claim(stage2(name))
+    assert run_folder.claim(stage2(tmp_path / "数据", data=name)) is None
