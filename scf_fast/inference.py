@@ -355,8 +355,8 @@ def load_batches(
         device=embedder.device,
         backend=decoding.backend,
         num_workers=decoding_workers(decoding.num_workers),
-        timeout=decoding.timeout,
         on_broken=(OnBroken.RAISE if left_out is None else OnBroken.LEAVE_OUT).value,
+        timeout=decoding.timeout,
     ) as loader:
         for images, _, indices in loader.batches(epoch=0):
             if left_out is not None:

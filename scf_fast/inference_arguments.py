@@ -43,12 +43,12 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="decoding threads or processes a rank (default: one less than it has CPU cores, 1 to 16)",
     )
-    add_timeout_argument(parser)
     parser.add_argument(
         "--strict",
         action="store_true",
         help="end at an image that cannot be decoded (default: it is left out, counted and listed with the reason)",
     )
+    add_timeout_argument(parser)
 
 
 def inference_options(arguments: argparse.Namespace) -> InferenceOptions:

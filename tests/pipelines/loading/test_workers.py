@@ -116,6 +116,7 @@ def test_processes_end_with_the_one_that_trains():
     reading, writing = os.pipe()
     trainer = os.fork()
     if trainer == 0:
+        torch.set_num_threads(1)  # OpenMP's threads do not live in a forked process
         loader = open_loader(Faces(16), num_workers=2)
         next(loader.batches(0))
         os.write(writing, " ".join(str(p.pid) for p in loader._processes._processes).encode())
