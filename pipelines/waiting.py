@@ -176,7 +176,8 @@ def in_processes(
     initializer: Callable[..., object] | None = None,
     initargs: tuple = (),
 ) -> Generator[_Result, None, None]:
-    """Yields the results of tasks as they are done, in processes that end with the iteration.
+    """Yields the results of tasks as they are done, in processes that end with the iteration; with one worker in a
+    thread of this process, which takes no processes and none of the shared memory that their locks need.
 
     Processes start anew ("spawn"), so that they share no lock with threads of this one. They ignore an interrupt, which
     reaches every process of a terminal, and finish what they are at.
@@ -187,11 +188,11 @@ def in_processes(
         timeout: seconds in which none of them finishes a task.
         initializer, initargs: called in each before its first task.
     Raises:
-        InputError: a process has died, as by the hand of a system without memory.
+        InputError: processes cannot be started, or one has died, as by the hand of a system without memory.
         TimedOut: none of them has finished a task for too long.
     """
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_process, (initializer, initargs))
+    pool = _start_pool(workers, doing, initializer, initargs)
     done: queue.SimpleQueue[Future[_Result]] = queue.SimpleQueue()
     try:
         futures = [pool.submit(function, task) for task in tasks]
@@ -211,6 +212,22 @@ def in_processes(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_pool(workers: int, doing: str, initializer: Callable[..., object] | None, initargs: tuple) -> Executor:
+    if workers == 1:
+        if initializer is not None:
+            initializer(*initargs)
+        return DaemonThreads(1, "task")
+    try:
+        return ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), _start_process, (initializer, initargs)
+        )
+    except OSError as error:
+        raise InputError(
+            f"{workers} processes that {doing} cannot be started ({error.strerror or error}): their locks need a "
+            "/dev/shm that can be written, and open files; --workers 1 does without"
+        ) from error
 
 
 def _next(done: "queue.SimpleQueue[_Result]", wait: Wait) -> _Result:

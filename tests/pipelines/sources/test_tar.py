@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import tarfile
 from collections import Counter
 
@@ -347,3 +348,20 @@ def test_written_shard_is_plain_tar(tmp_path):
         found = {member.name: shard.extractfile(member).read() for member in shard}
     assert found == {"000.jpg": b"one", "000.cls": b"7", "001.png": b"two", "001.cls": b"0"}
     assert json.loads(found["000.cls"]) == 7
+
+
+def test_many_shards_leave_room_for_other_files(tmp_path):
+    """A process may hold 1024 files as a rule, and several data sets have hundreds of shards each."""
+    for number in range(40):
+        tar(tmp_path / f"{number:02d}.tar", [(f"{number}.jpg", b"face"), (f"{number}.cls", b"%d" % (number % 3))])
+    before, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 60, limits[1]))
+    try:
+        source = open_source(tmp_path)
+        assert len(os.listdir("/proc/self/fd")) < before + 10
+        assert [source.encoded(i).tobytes() for i in range(40)] == [b"face"] * 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        with pytest.raises(ValueError, match=r"Too many open files \(`ulimit -n` raises the limit\)"):
+            source.encoded(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
