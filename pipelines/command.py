@@ -58,9 +58,11 @@ def run(prog: str, action: Callable[[], int | None]) -> int:
     except (InputError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        if int(os.environ.get("RANK", 0)):
+        if os.environ.get("RANK", "0") != "0":
             # As a rule rank 0 has the same error and prints it, and the launcher ends this rank in the meantime.
             time.sleep(_RANK_0_SPEAKS_FIRST)
+        if getattr(error, "told_by_another", False):
+            return INPUT_ERROR
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return INPUT_ERROR
 

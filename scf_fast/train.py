@@ -25,7 +25,7 @@ def _train(arguments: list[str] | None) -> int:
     config = command_line.parse(arguments)
     if not config.cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif config.gpu_ids and "RANK" not in os.environ:  # a launcher has chosen already
+    elif config.gpu_ids and distributed.find_place().launcher == "python":  # a launcher has chosen already
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids.replace(" ", "")
     from scf_fast import trainer  # after the flags are known to be good: DeepSpeed and DALI take seconds to import
 

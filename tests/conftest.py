@@ -107,7 +107,8 @@ def start_ranks(tmp_path_factory):
     start (tests/rank_server.py).
 
     ``command`` is a script or ``-m module``, and its arguments; ``world_size`` 0 is plain python, without a launcher.
-    The output is appended to ``log``; ``file_bytes`` limits the size of any file that is written.
+    The output is appended to ``log``; ``file_bytes`` limits the size of any file that is written; ``launcher="srun"``
+    gives the ranks Slurm's variables.
     """
     logs = tmp_path_factory.mktemp("ranks")
     server = None
@@ -129,10 +130,11 @@ def start_ranks(tmp_path_factory):
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
-    def start(world_size, *command, log=None, file_bytes=None):
+    def start(world_size, *command, log=None, file_bytes=None, launcher=None):
         log = log or logs / f"{len(list(logs.iterdir()))}.log"
         log.touch()
-        request = {"ranks": world_size, "command": list(map(str, command)), "log": str(log), "file_bytes": file_bytes}
+        request = {"ranks": world_size, "command": list(map(str, command)), "log": str(log)}
+        request |= {"file_bytes": file_bytes, "launcher": launcher}
         return Launch(ask, ask(request), log)
 
     yield start

@@ -4,11 +4,12 @@ Four fifths of a small launch are the imports of its launcher and its ranks. Tes
 launched, start them here; the launchers themselves are tested with real launches. One JSON object a line comes in, one
 line of JSON goes out:
 
-    {"ranks", "command", "log", "file_bytes"}   ->   the launch's process id, which is its process group's too
-    {"wait", "seconds"}                         ->   the exit status of that launch, or null if it is still running
+    {"ranks", "command", "log", "file_bytes", "launcher"} -> the launch's process id, which is its process group's too
+    {"wait", "seconds"}                                   -> the exit status of that launch, or null if it still runs
 
-``ranks`` 0 is plain python, without a launcher's variables. ``command`` is ``["-m", module, ...]`` or ``[path, ...]``;
-``file_bytes`` limits the size of any file it writes. As under a launcher, a rank that fails ends the others.
+``ranks`` 0 is plain python, without a launcher's variables; ``launcher`` "srun" sets Slurm's, null torchrun's.
+``command`` is ``["-m", module, ...]`` or ``[path, ...]``; ``file_bytes`` limits the size of any file it writes. As
+under a launcher, a rank that fails ends the others.
 """
 
 import functools
@@ -68,7 +69,12 @@ def fork(action) -> int:
 def become_rank(rank: int, request: dict, port: str) -> None:
     size = str(request["ranks"])
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if request["launcher"] == "srun":
+        place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "MASTER_PORT": port}
+        place |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": size, "SLURM_STEP_NUM_NODES": "1"}
+        place |= {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_STEP_TASKS_PER_NODE": size}
+    os.environ.update(place)
     become(request["command"])
 
 
