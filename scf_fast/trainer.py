@@ -22,7 +22,7 @@ from scf_fast.engine.learning_rate import LearningRate
 from scf_fast.errors import Incomplete
 from scf_fast.networks.flops import peak_flops
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.run import checkpoints
+from scf_fast.run import checkpoints, cluster_checks
 from scf_fast.run import folder as run_folder
 from scf_fast.run.checkpoints import Checkpoints, ResumePoint, RunState
 from scf_fast.run.patience import Patience
@@ -70,16 +70,25 @@ def _train(config: Config, runtime: Runtime, launched: bool) -> str | None:
         precision = resolve_precision(config, runtime.device)
         log.info("precision: %s (%s)", precision, "auto" if config.precision == "auto" else "as given")
         inputs = start_up.open_in_turn(config, runtime, point, inputs)
+        found = cluster_checks.check_nodes(config, inputs.source, runtime)
         with distributed.shared_input_errors(runtime):
             if inputs.memory is not None:
                 log.info("%s", inputs.memory)
             module = inputs.stage.build(runtime, precision)
             if point:
                 checkpoints.load_weights(module, point)
-            else:
+            elif not config.check:
                 inputs.stage.prepare(module, inputs.source, runtime)
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = inputs.stage.build_optimizer(trained, runtime.device)
+            needed = cluster_checks.checkpoint_bytes(optimizer, inputs.stage.centers)
+            if runtime.is_main:
+                found.append(cluster_checks.check_space(config, needed))
+        if config.check:
+            for line in found:
+                log.info("checked: %s", line)
+            log.info("all is ready; without --check this run %s", f"goes on from {point.tag}" if point else "starts")
+            return None
         config = inputs.stage.config  # the inputs have settled the rest of it
         with distributed.shared_input_errors(runtime):  # from here on the folder changes
             if runtime.is_main:

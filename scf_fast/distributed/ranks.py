@@ -242,7 +242,9 @@ def all_ranks_agree(flag: bool) -> bool:
 
 
 def broadcast_from_main(value: _Value) -> _Value:
-    """Returns the main rank's value, on every rank; collective."""
+    """Returns the main rank's value, on every rank; collective; without a group, the value."""
+    if not dist.is_initialized():
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -270,8 +272,9 @@ def shared_input_errors(runtime: Runtime) -> Iterator[None]:
         yield
     except (InputError, OSError) as error:
         problem = str(error)
-    problems: list[str | None] = [None] * runtime.world_size
-    dist.all_gather_object(problems, problem)
+    problems: list[str | None] = [problem] * runtime.world_size
+    if runtime.world_size > 1:
+        dist.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):
         if found is not None:
             where = "" if _meeting is None else f" on {_meeting.members[rank].host}"
