@@ -6,6 +6,7 @@ The same as ``python -m scf_fast.train`` where the package is installed.
 import os
 import sys
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: where a rank is lost it prints stacks of its own
 from scf_fast import command_line, distributed
 from scf_fast.command import INTERRUPTED, run
 from scf_fast.errors import Incomplete

@@ -112,11 +112,13 @@ class Heart:
         """Tells the other ranks that this one ends with an error."""
         self._is_leaving = True
         self._judge(f"{self._meeting.own} has ended: {reason}", status, self._rank)
+        if self._rank == 0:
+            self._ended.wait(3 * self._interval)  # the store ends with this process
 
     @property
     def longest_wait(self) -> float:
         """Seconds after which a rank that is lost has been found."""
-        return self._timeout + 4 * self._interval
+        return self._timeout + 4 * self._interval + 4 * _QUIET_SECONDS
 
     def wait_for_verdict(self, seconds: float) -> None:
         """Returns after this time; if the failure that this rank has met is another rank's, the process ends before."""
@@ -299,7 +301,8 @@ class Heart:
         if self._is_leaving and verdict["rank"] == self._rank:
             return  # the main thread is telling its error
         if self._meeting.is_first_on_node or verdict["rank"] in (m.rank for m in self._meeting.neighbors[:1]):
-            text = "%s; the run ends here, --resume goes on from the newest checkpoint"
+            way = "; the run ends here, --resume goes on from the newest checkpoint"
+            text = "%s" + way * (verdict["status"] == FAILED)
             log.critical(text, verdict["message"], extra={"event": "rank_lost"})
         else:
             time.sleep(_QUIET_SECONDS)

@@ -3,13 +3,13 @@
 Whatever is missing or in the way is one line, on the node that sees it, within a stated time.
 """
 
+import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
+import secrets
 import socket
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from scf_fast.distributed import network
 from scf_fast.distributed.place import Place
 from scf_fast.errors import InputError
 
@@ -25,9 +26,8 @@ log = logging.getLogger(__name__)
 
 _SPEAK_SECONDS = 10.0  # between lines about what is waited for
 _RETRY_SECONDS = 0.2
-_RESOLVE_SECONDS = 10.0  # for a name server that does not answer at once
-_EVERYBODY = "everybody"
-_SIOCGIFADDR = 0x8915  # of <linux/sockios.h>: an interface's address
+_TELL_SECONDS = 3.0  # that the others may take to hear of it
+_EVERYBODY, _TOLD, _NONCE, _ENDPOINT = "everybody", "told", "nonce", "scf_fast/endpoint"
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,43 @@ def meet(place: Place, seconds: float) -> Meeting:
     assert place.master_address is not None and place.master_port is not None, "the place has been checked"
     address, port = place.master_address, place.master_port
     deadline = time.monotonic() + seconds
-    _check_resolves(address)
-    keeps_store = place.rank == 0 and not place.has_agent
-    if keeps_store:
+    network.check_resolves(address)
+    network.check_loopback(address)
+    if place.rank == 0 and not place.has_agent:
         _check_port_is_free(address, port)
     else:
         _wait_for_store(place, address, port, deadline)
+    while True:
+        try:
+            if place.has_agent:
+                store, address, port = _meet_beside_agent(place, deadline)
+            else:
+                store = _open_store(address, port, place, place.rank == 0, seconds)
+            own = Member(place.rank, os.getpid(), node_identity(), socket.gethostname(), network.own_address(address))
+            return Meeting(place, _call_roll(place, store, own, deadline), store, address, port)
+        except _OverError:  # ranks that were started again come while those before them end
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"another launch with rank {place.rank} is still running at MASTER_ADDR={address}, port {port}; "
+                    "wait for its end, or give each launch its own MASTER_PORT"
+                ) from None
+            time.sleep(_RETRY_SECONDS)
+            _wait_for_store(place, address, port, deadline)
+        except dist.DistError as error:
+            raise InputError(
+                f"rank {place.rank} on {socket.gethostname()} has lost the connection to MASTER_ADDR={address}, port "
+                f"{port}, while the ranks were meeting ({_first_line(error)}); its own last line may say why"
+            ) from None
+
+
+class _OverError(Exception):
+    """The ranks that meet here have all come already."""
+
+
+def _open_store(address: str, port: int, place: Place, keeps: bool, seconds: float) -> dist.TCPStore:
     try:
-        store = dist.TCPStore(
-            address, port, place.world_size, keeps_store, timedelta(seconds=seconds), wait_for_workers=False
+        return dist.TCPStore(
+            address, port, place.world_size, keeps, timedelta(seconds=max(1.0, seconds)), wait_for_workers=False
         )
     except (RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "in use" in str(error):
@@ -128,45 +156,42 @@ def meet(place: Place, seconds: float) -> Meeting:
             f"the ranks cannot meet at MASTER_ADDR={address}, port {port}, as {socket.gethostname()} sees it "
             f"({_first_line(error)}); check that no firewall is between the nodes"
         ) from None
-    own = Member(place.rank, os.getpid(), node_identity(), socket.gethostname(), _own_address(address))
-    try:
-        members = _call_roll(place, store, own, deadline)
-    except dist.DistError as error:
-        raise InputError(
-            f"rank {place.rank} on {own.host} has lost the connection to MASTER_ADDR={address}, port {port}, while the "
-            f"ranks were meeting ({_first_line(error)}); its own last line may say why"
-        ) from None
-    return Meeting(place, members, store, address, port)
+
+
+def _meet_beside_agent(place: Place, deadline: float) -> tuple[dist.TCPStore, str, int]:
+    """Returns a store that rank 0 keeps, and where it is; rank 0 says so in the store of torchrun's agents.
+
+    That one outlives the ranks: after a restart it still has what the ranks before have written, so that a rank could
+    not tell these from its own.
+    """
+    assert place.master_address is not None and place.master_port is not None, "the place has been checked"
+    left = max(1.0, deadline - time.monotonic())
+    agent = _open_store(place.master_address, place.master_port, place, False, left)
+    if place.rank == 0:
+        nonce, own = secrets.token_hex(8), network.own_address(place.master_address)
+        store = _open_store(own or "127.0.0.1", 0, place, True, left)
+        store.set(_NONCE, nonce)
+        addresses = [own, *(address for _, address in network.interfaces() if address != own)]
+        agent.set(_ENDPOINT, json.dumps({"addresses": addresses, "port": store.port, "nonce": nonce}))
+        return store, own or "127.0.0.1", store.port
+    while time.monotonic() < deadline:
+        if agent.check([_ENDPOINT]):
+            told = json.loads(agent.get(_ENDPOINT))
+            for address in told["addresses"]:
+                if network.connect(address, told["port"], 2.0) is None:
+                    with contextlib.suppress(dist.DistError):  # it was the store of ranks that end
+                        store = _open_store(address, told["port"], place, False, left)
+                        if store.check([_NONCE]) and store.get(_NONCE).decode() == told["nonce"]:
+                            return store, address, told["port"]
+        time.sleep(_RETRY_SECONDS)
+    raise InputError(
+        f"rank 0 has not been reached from {socket.gethostname()} within the time that the ranks have to join; check "
+        "that no firewall is between the nodes"
+    )
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _check_resolves(address: str) -> None:
-    deadline = time.monotonic() + _RESOLVE_SECONDS
-    while True:
-        try:
-            socket.getaddrinfo(address, None)
-            return
-        except (socket.gaierror, UnicodeError) as error:
-            if getattr(error, "errno", None) == socket.EAI_AGAIN and time.monotonic() < deadline:
-                time.sleep(1)
-                continue
-            reason = getattr(error, "strerror", None) or str(error)
-            raise InputError(
-                f"MASTER_ADDR={address} does not resolve on {socket.gethostname()} ({reason}); give a name or number "
-                "that every node knows"
-            ) from None
-
-
-def _connect(address: str, port: int) -> OSError | None:
-    """Returns why a connection cannot be made; None where it can."""
-    try:
-        with socket.create_connection((address, port), timeout=5):
-            return None
-    except OSError as error:
-        return error
 
 
 def _in_use(port: int) -> InputError:
@@ -178,31 +203,21 @@ def _in_use(port: int) -> InputError:
 
 def _check_port_is_free(address: str, port: int) -> None:
     """Checks what would else be a long wait, on the rank that keeps the store."""
-    error = _connect(address, port)
+    error = network.connect(address, port)
     if error is None:
         raise _in_use(port)
     if error.errno == errno.EACCES:
         raise InputError(f"MASTER_PORT={port} may not be used here ({error.strerror}); give one above 1023")
     if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL):
-        raise InputError(_unreachable(address, error))
-
-
-def _unreachable(address: str, error: OSError) -> str:
-    way = "check the routes and the interfaces of this node (ip address)"
-    if address.startswith("127.") or address == "localhost":
-        way = "its loopback interface is down (ip link set lo up)"
-    return f"MASTER_ADDR={address} cannot be reached from {socket.gethostname()} ({error.strerror or error}); {way}"
+        raise network.unreachable(address, error.strerror or str(error))
 
 
 def _wait_for_store(place: Place, address: str, port: int, deadline: float) -> None:
     """Waits until rank 0, or its launcher, listens."""
     keeper = "the launcher of rank 0" if place.has_agent else "rank 0"
     began = spoken = time.monotonic()
-    while (error := _connect(address, port)) is not None:
+    while (error := network.connect(address, port)) is not None:
         now = time.monotonic()
-        loopback = address.startswith("127.") or address == "localhost"
-        if loopback and error.errno == errno.ENETUNREACH:
-            raise InputError(_unreachable(address, error))
         if now > deadline:
             raise InputError(
                 f"{keeper} has not been reached from {socket.gethostname()} at MASTER_ADDR={address}, port {port}, "
@@ -225,6 +240,8 @@ def _wait_for_store(place: Place, address: str, port: int, deadline: float) -> N
 
 def _call_roll(place: Place, store: dist.Store, own: Member, deadline: float) -> tuple[Member, ...]:
     """Enters this rank, and returns all ranks once they have come."""
+    if store.check([_EVERYBODY]):
+        raise _OverError
     if store.add(f"joined/{place.rank}", 1) > 1:
         raise InputError(
             f"RANK={place.rank} has joined already at port {place.master_port}: two processes have the same RANK, or "
@@ -236,14 +253,19 @@ def _call_roll(place: Place, store: dist.Store, own: Member, deadline: float) ->
             members = _told_apart(_wait_for_all(place, store, deadline))
         except InputError as error:
             store.set(_EVERYBODY, json.dumps({"problem": str(error)}))
+            time.sleep(_TELL_SECONDS)  # the store ends with this process
             raise
         store.set(_EVERYBODY, json.dumps({"members": [asdict(member) for member in members]}))
+        tell_until = time.monotonic() + _TELL_SECONDS
+        while store.add(_TOLD, 0) < place.world_size - 1 and time.monotonic() < tell_until:
+            time.sleep(_RETRY_SECONDS / 10)
         return members
     while not store.check([_EVERYBODY]):
         if time.monotonic() > deadline + 2 * _SPEAK_SECONDS:
             raise InputError(f"rank 0 has not told {own} within the time that all ranks had to join; start again")
         time.sleep(_RETRY_SECONDS / 4)
     told = json.loads(store.get(_EVERYBODY))
+    store.add(_TOLD, 1)
     if "problem" in told:
         raise InputError(told["problem"])
     return tuple(Member(**member) for member in told["members"])
@@ -303,17 +325,6 @@ def _told_apart(members: list[Member]) -> tuple[Member, ...]:
     )
 
 
-def _own_address(address: str) -> str:
-    """Returns the address of this node from which another one is reached; nothing is sent."""
-    family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)
-            return probe.getsockname()[0]
-    except OSError:
-        return ""
-
-
 def choose_interface(meeting: Meeting) -> str | None:
     """Returns the network interface through which this rank reaches the others; None where none is found.
 
@@ -324,13 +335,5 @@ def choose_interface(meeting: Meeting) -> str | None:
     others = [member for member in meeting.members if member.node != meeting.own.node]
     if others and meeting.own.node == meeting.members[0].node:
         # Here the store's name may resolve to the loopback.
-        address = _own_address(others[0].address)
-    for _, name in socket.if_nameindex():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # no IPv4 address
-                continue
-        if socket.inet_ntoa(found[20:24]) == address:
-            return name
-    return None
+        address = network.own_address(others[0].address)
+    return next((name for name, found in network.interfaces() if found == address), None)

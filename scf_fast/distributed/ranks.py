@@ -165,14 +165,13 @@ def _form_group(backend: str, place: Place) -> None:
             backend, store=store, rank=place.rank, world_size=place.world_size, timeout=_GROUP_TIMEOUT
         )
     except RuntimeError as error:
-        first = str(error).strip().partition("\n")[0]
+        problem = (
+            f"cannot be connected to the other ranks ({str(error).strip().splitlines()[0]}); set GLOO_SOCKET_IFNAME, "
+            "on GPUs NCCL_SOCKET_IFNAME, to the interface between the nodes, which must be up (ip address lists them)"
+        )
         if _heart is not None:
-            _heart.report_failure("the ranks cannot be connected", INPUT_ERROR)
-        raise InputError(
-            f"rank {place.rank} on {socket.gethostname()} cannot be connected to the other ranks ({first}); set "
-            "GLOO_SOCKET_IFNAME, on GPUs NCCL_SOCKET_IFNAME, to the interface between the nodes, which must be up (ip "
-            "address lists them)"
-        ) from None
+            _heart.report_failure(problem, INPUT_ERROR)
+        raise InputError(f"rank {place.rank} on {socket.gethostname()} {problem}") from None
     mark("start")
 
 

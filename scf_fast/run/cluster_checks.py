@@ -28,9 +28,9 @@ from scf_fast.pipelines.sources.digest import sampled_digest
 from scf_fast.run.folder import CHECKPOINTS, versions
 
 CLOCK_SECONDS = 60.0  # that clocks may differ by
-_SEEN_SECONDS = 20.0  # after which a file that one node has written is seen by the others, on NFS too
+_SEEN_SECONDS = 10.0  # after which a file that one node has written is seen by the others, on NFS too
 _POLL_SECONDS = 0.2
-_IMAGES = 64  # whose bytes count in the digest of the data, beside all labels
+_IMAGES = 1024  # whose bytes count in the digest of the data, beside all labels
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of each weight file, beside its size
 # Options that may differ between nodes: paths whose contents are compared, and what belongs to a machine.
 _OF_A_NODE = frozenset(
@@ -47,7 +47,7 @@ class Report:
         code: digest of the program's sources.
         clock: seconds since 1970, right after a moment that all ranks share.
         gpu: its identity; None on a CPU.
-        files: digest of what the options name, by option.
+        files: digest of what the options name, by option; of the data on one rank of each node.
     """
 
     rank: int
@@ -94,7 +94,9 @@ def check_nodes(config: Config, source: ImageSource, runtime: Runtime) -> list[s
 
 def _report(config: Config, source: ImageSource, runtime: Runtime) -> Report:
     meeting = distributed.current_meeting()
-    files = {"data": sampled_digest(source, images=_IMAGES)}
+    files: dict[str, str] = {}
+    if meeting is None or meeting.is_first_on_node:
+        files["data"] = sampled_digest(source, images=_IMAGES)
     for name in ("saved_bkb", "saved_fc", "deepspeed_config"):
         path = getattr(config, name, None)
         if path:
@@ -151,7 +153,7 @@ def differences(reports: Sequence[Report]) -> list[str]:
     first, found = reports[0], []
 
     def compare(what: str, of: Callable[[Report], Any], way: str, show: bool = True) -> None:
-        others = [report for report in reports if of(report) != of(first)]
+        others = [report for report in reports if of(report) not in (of(first), _ABSENT)]
         if others:
             other = others[0]
             values = f" ({of(other)!r}, {of(first)!r} on {first.host})" if show else ""
@@ -172,9 +174,11 @@ def differences(reports: Sequence[Report]) -> list[str]:
 
 
 def _entry(table: str, name: str) -> Callable[[Report], Any]:
-    return lambda report: getattr(report, table).get(name)
+    return lambda report: getattr(report, table).get(name, _ABSENT if table == "files" else None)
 
 
+_ABSENT = object()
+_ABSENT = object()
 _COPY = "copy it again from one node to the others, or give a path that all share"
 
 

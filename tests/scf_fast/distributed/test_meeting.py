@@ -8,6 +8,7 @@ import pytest
 
 from scf_fast import distributed
 from scf_fast.distributed import meeting as meeting_module
+from scf_fast.distributed import network
 from scf_fast.distributed.meeting import Meeting, Member, choose_interface, meet, spans
 from scf_fast.errors import InputError
 
@@ -46,7 +47,7 @@ def test_rank_0_that_does_not_come_is_named(place, monkeypatch, caplog):
 
 
 def test_an_address_that_does_not_resolve_is_one_line(place, monkeypatch):
-    monkeypatch.setattr(meeting_module, "_RESOLVE_SECONDS", 0.0)
+    monkeypatch.setattr(network, "_RESOLVE_SECONDS", 0.0)
     wrong = dataclasses.replace(place(0, 2, 1234), master_address="no.such.host.invalid")
     with pytest.raises(InputError, match=r"MASTER_ADDR=no.such.host.invalid does not resolve on .*; give a name"):
         meet(wrong, 1)
