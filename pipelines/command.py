@@ -72,6 +72,8 @@ def run(prog: str, action: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0").strip() != "0":
             # As a rule rank 0 has the same error and prints it, and the launcher ends this rank in the meantime.
             time.sleep(_RANK_0_SPEAKS_FIRST)
+        if getattr(error, "told_by_another", False):
+            return INPUT_ERROR
         print(f"{prog}: error: {one_line(error)}{_way_out(error)}", file=sys.stderr)
         return INPUT_ERROR
 
