@@ -12,6 +12,7 @@ line of JSON goes out:
 """
 
 import functools
+import gc
 import json
 import os
 import resource
@@ -140,4 +141,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # else every launch looks several times through all that is imported, and copies those pages
     serve()
