@@ -1,4 +1,4 @@
-"""Real launches of train.py: both stages on two ranks, resume, the three launchers, and bad input."""
+"""Launches of train.py: both stages on two ranks, resume, plain python and torchrun, and bad input."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from scf_fast import distributed
-from scf_fast.distributed import free_port, launcher
+from scf_fast.distributed import free_port
 from scf_fast.model import SCF
 from scf_fast.networks.backbones import Backbone
 from scf_fast.run import folder as run_folder
@@ -116,42 +116,25 @@ def test_cached_stage_2_trains_the_same_and_computes_nothing_twice(faces, stage1
     assert losses(tmp_path / "again", "total_loss") == pytest.approx(losses(stage2[0], "total_loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize("zero_stage, how", [(0, "python"), (1, "torchrun"), (3, "deepspeed")])
-def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, stage1, flags, tmp_path, run_command):
+@pytest.mark.parametrize("zero_stage, how", [(0, "python"), (1, "torchrun"), (3, "forked")])
+def test_other_launchers_and_zero_stages_train_the_same(
+    zero_stage, how, faces, stage1, flags, tmp_path, run_command, fork_ranks
+):
     """One rank or two, ZeRO 0 to 3: BatchNorm sees other batches on one rank, so only the two-rank losses must agree
-    closely.
+    closely. The deepspeed launcher runs the published command, in stages/test_published_files.py.
     """
-    start = {
-        "python": [sys.executable, "train.py"],
-        "deepspeed": launcher(2),
-        "torchrun": [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            2,
-            "--master_port",
-            free_port(),
-            "train.py",
-        ],
-    }[how]
+    command = [*flags["stage1"], "--zero_stage", zero_stage, "--data", faces / "train"]
+    command += ["--output_dir", tmp_path / "run"]
     before = set(os.listdir("/dev/shm"))
-    profile = ["--profile"] * (how == "python")
-    status, output = run_command(
-        [
-            *start,
-            *flags["stage1"],
-            *profile,
-            "--zero_stage",
-            zero_stage,
-            "--data",
-            faces / "train",
-            "--output_dir",
-            tmp_path / "run",
-        ]
-    )
+    if how == "python":
+        status, output = run_command([sys.executable, "train.py", *command, "--profile"])
+    elif how == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
+        status, output = run_command([sys.executable, *torchrun, "train.py", *command])
+    else:
+        status, output = fork_ranks(2, *command)
     assert status == 0, output
-    if profile:
+    if how == "python":
         trace = json.loads((tmp_path / "run" / "profile" / "steps6-8_rank0.json").read_text())
         assert any("convolution" in event.get("name", "") for event in trace["traceEvents"])
     assert set(os.listdir("/dev/shm")) <= before
@@ -354,7 +337,7 @@ def snapshot(folder):
 
 @pytest.mark.parametrize("case", list(BAD))
 def test_bad_input_is_one_line_and_status_2(case, faces, stage1, flags, tmp_path, monkeypatch, capsys):
-    """In this process, so that ten starts of the interpreter are saved; the launched form is tested below."""
+    """In this process, so that ten starts of the interpreter are saved; that of several ranks is tested below."""
     from scf_fast import train
 
     (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
@@ -411,19 +394,10 @@ def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, 
     assert len(error.strip().splitlines()) == 1 and ("must hold" in error if swap == "both" else expected in error)
 
 
-def test_bad_input_under_the_launcher(faces, flags, tmp_path, run_command):
-    status, output = run_command(
-        [
-            *launcher(2),
-            *flags["stage1"],
-            "--batch_size",
-            "33",
-            "--data",
-            faces / "train",
-            "--output_dir",
-            tmp_path / "out",
-        ]
-    )
+def test_bad_input_of_two_ranks_is_said_once(faces, flags, tmp_path, fork_ranks):
+    """That the deepspeed launcher passes a status on is seen where a signal stops the ranks, run/test_step_guard.py."""
+    words = ["--batch_size", 33, "--data", faces / "train", "--output_dir", tmp_path / "out"]
+    status, output = fork_ranks(2, *flags["stage1"], *words)
     assert status == 2
     assert output.count("--batch_size 33 must be divisible by ranks") == 1
     assert "Traceback" not in output and not Path(tmp_path / "out").exists()
