@@ -16,6 +16,7 @@ from scf_fast.pipelines.text import accept_all_text, one_line, printable
 INPUT_ERROR = 2  # exit status of a command whose input cannot be used; argparse has the same
 INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT
 TRACEBACK_VARIABLE = "SCF_FAST_TRACEBACK"  # set to 1, it shows where an error arose
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _RANK_0_SPEAKS_FIRST = 3.0  # seconds
 
 
@@ -49,13 +50,16 @@ def run(prog: str, action: Callable[[], int | None]) -> int:
 
     An :class:`InputError` or OSError ends it with ``PROG: error: MESSAGE`` on one line of standard error and status 2,
     unless ``SCF_FAST_TRACEBACK=1`` asks for the traceback. Any other exception is a bug and keeps its traceback. What
-    the terminal's encoding lacks is written in ASCII.
+    the terminal's encoding lacks is written in ASCII. Variables of launchers that are empty are taken as unset.
 
     Args:
         prog: the command as the user has typed it.
         action: does the work; its return value is the status, None is 0.
     """
     accept_all_text((sys.stdout, sys.stderr))
+    for name in _OF_LAUNCHERS:
+        if not os.environ.get(name, name).strip():  # empty, as a script or a container leaves it: not set
+            del os.environ[name]
     _name_user()
     try:
         return action() or 0
@@ -65,9 +69,11 @@ def run(prog: str, action: Callable[[], int | None]) -> int:
     except (InputError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        if int(os.environ.get("RANK", 0)):
+        if os.environ.get("RANK", "0").strip() != "0":
             # As a rule rank 0 has the same error and prints it, and the launcher ends this rank in the meantime.
             time.sleep(_RANK_0_SPEAKS_FIRST)
+        if getattr(error, "told_by_another", False):
+            return INPUT_ERROR
         print(f"{prog}: error: {one_line(error)}{_way_out(error)}", file=sys.stderr)
         return INPUT_ERROR
 

@@ -27,6 +27,7 @@ from scf_fast.objectives import Density
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.sampling.selection import hold_out_people
 from scf_fast.pipelines.sources.base import ImageSource, SelectedImages
+from scf_fast.run.same_inputs import is_data_of
 from scf_fast.weights.reading import read_weights
 from scf_fast.weights.writing import write_weights
 
@@ -50,7 +51,8 @@ def choose_images(model: Path, data: str | None) -> tuple[ImageSource, np.ndarra
             raise InputError(f"--data must be given: there is no {saved_file} that says what the model was trained on")
         data = saved["data"]
     source = open_source(list(split_paths(data)), None if saved is None else saved.get("dataroot"), None)
-    if not set(trained_on) & {Path(path).resolve() for path in split_paths(data)}:
+    given = {Path(path).resolve() for path in split_paths(data)}
+    if not set(trained_on) & given and not is_data_of(saved_file.parent, source):  # which may have moved
         return source, np.ones(len(source), dtype=bool)
     assert saved is not None, "it has named the data"
     if not saved.get("validation"):

@@ -21,9 +21,28 @@ _PRINTED_BYTES = 4096  # of each
 def sampled_digest(source: ImageSource, images: int) -> str:
     """Returns the digest of a source's labels and of up to ``images`` of its image files, evenly spread."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels).data)
-    for i in spread_evenly(len(source), images):
-        digest.update(source.encoded(i).data)
+    _update_with_images(digest, source, images)
     return digest.hexdigest()
+
+
+def labels_digest(source: ImageSource) -> str:
+    """Returns the digest of a source's labels."""
+    return hashlib.sha256(np.ascontiguousarray(source.labels).data).hexdigest()
+
+
+def sampled_images_digest(source: ImageSource, images: int) -> str:
+    """Returns the digest of up to ``images`` of a source's image files, evenly spread."""
+    digest = hashlib.sha256()
+    _update_with_images(digest, source, images)
+    return digest.hexdigest()
+
+
+def _update_with_images(digest: "hashlib._Hash", source: ImageSource, images: int) -> None:
+    for i in spread_evenly(len(source), images):
+        try:
+            digest.update(source.encoded(i).data)
+        except InputError:  # training replaces it, and names it
+            digest.update(b"unreadable")
 
 
 def content_digest(source: ImageSource, settings: str) -> str:

@@ -25,12 +25,12 @@ _SHOWN = 80  # characters of a line in a message
 class ListIndex(IndexedImages):
     """The images that a list names; made by ``ListIndex.open(list_file, root=folder)``.
 
-    A line is a path, white space, and a label, a whole number from 0 on. The path may hold spaces; empty lines are
-    skipped. A line of columns separated by tabs may also be a number, a label, possibly more labels, and a path, as in
-    a ``.lst`` of MXNet's im2rec; or a flag that says whether the face is aligned, a path, and a label, as in a ``.lst``
-    of insightface. The first line decides, by which of its columns are numbers. Relative paths start from ``root``, by
-    default the folder of the list. ``num_classes`` is the largest label + 1. The index says where in the list each path
-    lies, 20 bytes an image, so that millions of paths cost no memory.
+    A line is a path, white space or a comma, and a label, a whole number from 0 on. The path may hold spaces; empty
+    lines are skipped. A line of columns separated by tabs may also be a number, a label, possibly more labels, and a
+    path, as in a ``.lst`` of MXNet's im2rec; or a flag that says whether the face is aligned, a path, and a label, as
+    in a ``.lst`` of insightface. The first line decides. Relative paths start from ``root``, by default the folder of
+    the list. ``num_classes`` is the largest label + 1. The index says where in the list each path lies, 20 bytes an
+    image, so that millions of paths cost no memory.
     """
 
     FORMAT = "image list"
@@ -53,9 +53,18 @@ class ListIndex(IndexedImages):
         if not any(map(os.path.exists, tried)):
             raise InputError(
                 f"{path} names {tried[0]} first, and there is no such file, nor {len(tried) - 1} others that it names; "
-                "give the folder that its paths start from"
+                + source._advice()
             )
         return source
+
+    def _advice(self) -> str:
+        """Returns what to do where no path leads to a file."""
+        first = self._listed(0)
+        if b"\\" in first:
+            return "its paths have backslashes, as on Windows: write them with / instead"
+        if os.path.isabs(first):
+            return "its paths are absolute, of another machine: cut off what differs, and give the folder of the rest"
+        return "give the folder that its paths start from"
 
     def encoded(self, i: int) -> ByteArray:
         return read_image_file(self._file(i))
@@ -64,14 +73,17 @@ class ListIndex(IndexedImages):
         return os.fsdecode(self._file(i))
 
     def _file(self, i: int) -> bytes:
+        return os.path.join(self._base, self._listed(i))
+
+    def _listed(self, i: int) -> bytes:
+        """Returns path i as it stands in the list."""
         assert self._text is not None
         try:
-            name = os.pread(self._text, int(self._arrays["lengths"][i]), int(self._arrays["offsets"][i]))
+            return os.pread(self._text, int(self._arrays["lengths"][i]), int(self._arrays["offsets"][i]))
         except OSError as error:
             raise UnreadableError(
                 f"cannot read {self._path}: {reason_of(error)}; check that the data is still there"
             ) from error
-        return os.path.join(self._base, name)
 
     @classmethod
     def _is_sound(cls, meta: dict[str, Any], arrays: Arrays) -> bool:
@@ -142,6 +154,14 @@ def _parse_line(line: bytes) -> _Listed:
     return _Listed(line.index(path), path, int(label))
 
 
+def _parse_comma_line(line: bytes) -> _Listed:
+    """Parses ``path,label``; the path may hold commas."""
+    path, _, label = line.strip().rpartition(b",")
+    if not path:
+        raise ValueError
+    return _Listed(line.index(path), path, int(label))
+
+
 class _NotAligned(Exception):
     """A line says that its face is not aligned."""
 
@@ -164,6 +184,15 @@ def _parse_insightface_line(line: bytes) -> _Listed:
     return _Listed(len(flag) + 1, path, int(label))
 
 
+def _parse_insightface_words(line: bytes) -> _Listed:
+    """Parses a line of such a ``.lst`` whose columns somebody has separated by blanks; the path may hold some."""
+    flag, rest = line.split(maxsplit=1)
+    path, label = rest.rstrip().rsplit(maxsplit=1)
+    if not float(flag):
+        raise _NotAligned
+    return _Listed(line.index(path, line.index(flag) + len(flag)), path, int(label))
+
+
 class _Layout(NamedTuple):
     """How the lines of a list are to be read."""
 
@@ -172,8 +201,10 @@ class _Layout(NamedTuple):
 
 
 _PATH_LABEL = _Layout(_parse_line, "`path label`")
+_COMMA = _Layout(_parse_comma_line, "`path,label`")
 _IM2REC = _Layout(_parse_im2rec_line, "number, label and path, separated by tabs,")
 _INSIGHTFACE = _Layout(_parse_insightface_line, "1 for an aligned face, path and label, separated by tabs,")
+_INSIGHTFACE_WORDS = _Layout(_parse_insightface_words, "1 for an aligned face, path and label")
 
 
 def _layout_of(line: bytes, is_lst: bool) -> _Layout:
@@ -182,11 +213,19 @@ def _layout_of(line: bytes, is_lst: bool) -> _Layout:
     Args:
         is_lst: whether the list is called ``.lst``, and so has columns separated by tabs.
     """
+    path, comma, label = line.strip().rpartition(b",")
+    if comma and path and label.strip().isdigit() and b"\t" not in line and len(label) == len(label.strip()):
+        return _COMMA
     are_numbers = [_is_number(column) for column in line.rstrip().split(b"\t")]
     if are_numbers[:3] == [True, False, True]:
         return _INSIGHTFACE
-    is_im2rec = len(are_numbers) >= 3 and all(are_numbers[:-1]) and not are_numbers[-1]
-    return _IM2REC if is_lst or is_im2rec else _PATH_LABEL
+    if len(are_numbers) >= 3 and all(are_numbers[:-1]) and not are_numbers[-1]:
+        return _IM2REC
+    if is_lst and len(are_numbers) < 3:
+        words = [_is_number(word) for word in line.split()]
+        if len(words) >= 2 and words[-1] and not words[-2]:
+            return _INSIGHTFACE_WORDS if len(words) > 2 and words[0] else _PATH_LABEL
+    return _IM2REC if is_lst else _PATH_LABEL
 
 
 def _is_number(column: bytes) -> bool:

@@ -53,6 +53,12 @@ class Config:
         False, "continue from the newest checkpoint in --output_dir, or start if there is none", group="task"
     )
     overwrite: bool = option(False, "delete what an earlier run left in --output_dir", group="task")
+    check: bool = option(
+        False,
+        "only check what training would need, on all ranks: files, folders, memory, versions, clocks, free space; "
+        "leaves nothing behind",
+        group="task",
+    )
     seed: int = option(777, "seed of weights, shuffle and flips", group="task", identity=True)
     batch_size: int = option(
         PerStage(512, 1024), "images per optimizer step over all ranks; of pfe: P x K", identity=True
@@ -167,6 +173,12 @@ class Config:
         choices=("none", "cpu"),
         group="system",
     )
+    timeout: float = option(
+        60.0,
+        "seconds without a sign of life of a rank after which the run ends and names it; the ranks may take 10 times "
+        "as long to come, and to make a step; 0: no limit",
+        group="system",
+    )
     deepspeed_config: str | None = option(
         None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE", reads=True
     )
@@ -273,6 +285,7 @@ class Config:
                 "max_steps",
                 "max_images_per_identity",
                 "images_per_identity",
+                "timeout",
             ),
             lambda value: value >= 0,
             "0 or more",

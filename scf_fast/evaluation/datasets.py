@@ -31,6 +31,9 @@ from scf_fast.pipelines.text import shown
 _BLANKS = " \t\f\v"  # those of ASCII: names may hold others
 
 
+_LFW_HEADER = re.compile(r"\s*\d+(\s+\d+)?\s*")  # folds and pairs of a kind in each; without folds in pairsDevTest.txt
+
+
 @dataclass(frozen=True)
 class PairSet:
     """Verification pairs of aligned faces."""
@@ -125,7 +128,9 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
     """Reads pairs from a text file with lines ``path path label``, label 1 for one person and 0 for two.
 
     Blanks separate the columns, or tabs where paths hold blanks; relative paths start from the file's folder.
-    Consecutive tenths of the lines are the folds.
+    Consecutive tenths of the lines are the folds. LFW's own ``pairs.txt`` is read too: a line with the numbers of folds
+    and pairs, then ``name i j`` for one person and ``name i name j`` for two; images are ``name/name_000i.jpg``, or
+    ``.png``.
 
     Returns:
         Images, 2k and 2k + 1 of line k, and (P,) bool.
@@ -136,6 +141,8 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
         lines = read_text(path, Wanted.PAIRS).split("\n")
     except OSError as error:
         raise InputError(f"cannot read the pairs {path}: {error.strerror}; check the path") from error
+    if _LFW_HEADER.fullmatch(lines[0]):
+        lines = _lfw_pairs(path, lines)
     images, same = [], []
     for number, line in enumerate(lines, 1):
         line = line.strip(_BLANKS)
@@ -157,6 +164,33 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
             images.append(image)
         same.append(words[2] == "1")
     return ImageFiles(images), np.array(same, dtype=bool)
+
+
+def _lfw_pairs(path: Path, lines: list[str]) -> list[str]:
+    """Returns the lines of LFW's ``pairs.txt`` as ``path path label`` with tabs between, under the same numbers.
+
+    Raises:
+        InputError: a line is malformed.
+    """
+    suffix = ".jpg"
+    pairs = [""]
+    for number, line in enumerate(lines[1:], 2):
+        words = line.strip(_BLANKS).split("\t" if "\t" in line else None)
+        if not any(words):
+            pairs.append("")
+            continue
+        if len(words) == 3:
+            words = [words[0], words[1], words[0], words[2]]
+        if len(words) != 4 or not (words[1].isdecimal() and words[3].isdecimal()):
+            raise InputError(
+                f"{path} line {number} must be `name i j` or `name i name j`, as in LFW's pairs.txt, got "
+                f"{shown(line, 80)}; repair the line"
+            )
+        names = [f"{name}/{name}_{int(i):04d}" for name, i in (words[:2], words[2:])]
+        if len(pairs) == 1 and not (path.parent / f"{names[0]}{suffix}").exists():
+            suffix = ".png"
+        pairs.append(f"{names[0]}{suffix}\t{names[1]}{suffix}\t{int(words[0] == words[2])}")
+    return pairs
 
 
 def check_pairs(path: StrPath, same: np.ndarray) -> None:

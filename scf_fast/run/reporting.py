@@ -45,7 +45,9 @@ _early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
 
 
 def set_up_logging(is_main: bool) -> None:
-    """Sends log lines to stderr; from the other ranks errors alone, and what they know of broken images."""
+    """Sends log lines to stderr; from the other ranks errors alone, what they know of broken images, and whom they wait
+    for.
+    """
     to_terminal = logging.StreamHandler(sys.stderr)
     to_terminal.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     # A full disk must not fill the terminal with tracebacks of lines it could not take.
@@ -53,7 +55,8 @@ def set_up_logging(is_main: bool) -> None:
     _early.buffer.clear()
     level = logging.INFO if is_main else logging.ERROR
     logging.basicConfig(level=level, force=True, handlers=[to_terminal, _early])
-    logging.getLogger("scf_fast.pipelines.loading.broken").setLevel(logging.WARNING)
+    for speaker in ("scf_fast.pipelines.loading.broken", "scf_fast.distributed"):
+        logging.getLogger(speaker).setLevel(logging.INFO if is_main else logging.WARNING)
 
 
 def log_to_files(folder: Path) -> None:

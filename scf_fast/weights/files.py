@@ -51,7 +51,7 @@ def save_torch_file(value: Any, path: str | Path, wrote: Callable[[int], object]
         OSError: it could not be written, for instance because the disk is full; names the file.
     """
     with atomic_output(path) as file:
-        torch.save(value, file if wrote is None else cast(BinaryIO, _Watched(file, wrote)))
+        torch.save(_compact(value), file if wrote is None else cast(BinaryIO, _Watched(file, wrote)))
 
 
 class _Watched(io.BufferedIOBase):
@@ -76,6 +76,16 @@ class _Watched(io.BufferedIOBase):
         self._file.flush()
 
 
+def _compact(value: Any) -> Any:
+    """Returns a value with a copy of every tensor that is a part of a larger one, which would be written as a whole."""
+    if isinstance(value, torch.Tensor):
+        whole = value.untyped_storage().nbytes()
+        return value if whole <= value.numel() * value.element_size() else value.clone()
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _compact(entry)) for key, entry in value.items())
+    return value
+
+
 def save_safetensors_file(
     tensors: dict[str, torch.Tensor], path: str | Path, facts: dict[str, int | float | str]
 ) -> None:
@@ -85,10 +95,10 @@ def save_safetensors_file(
         OSError: it could not be written; names the file.
     """
     with atomic_path(path) as aside:
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        own = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         noted = json.dumps(facts)
-        metadata = {"format": "pt", _METADATA_KEY: noted, _CHECKSUM_KEY: str(checksum_of(contiguous, noted))}
-        safetensors.torch.save_file(contiguous, aside, metadata)
+        metadata = {"format": "pt", _METADATA_KEY: noted, _CHECKSUM_KEY: str(checksum_of(own, noted))}
+        safetensors.torch.save_file(own, aside, metadata)
 
 
 def load_tensor_file(path: str | Path, flag: str) -> Any:
@@ -114,7 +124,8 @@ def load_tensor_file(path: str | Path, flag: str) -> Any:
         check_claims(content)
         return content
     except DamagedFileError as error:
-        raise InputError(f"{flag} {path}: {refusal(path, Wanted.WEIGHTS, file_kinds.TORCH) or error}") from None
+        what = refusal(path, Wanted.WEIGHTS, file_kinds.TORCH, file_kinds.SAFETENSORS) or str(error)
+        raise InputError(f"{flag} {path}: {what}") from None
     except OSError as error:
         raise InputError(
             f"{flag} {path}: cannot be read ({error.strerror or error}); give the path of a checkpoint file"

@@ -128,7 +128,20 @@ def test_lists_are_told_by_their_columns(tmp_path):
             (tmp_path / name).write_text(text)
             source = open_source(tmp_path / name)
             assert source.labels.tolist() == labels and source.encoded(0).tobytes() == b"face"
+    for text, labels in (  # columns of a .lst that somebody has separated otherwise
+        ("1\ta.jpg 3\n", [3]),
+        ("1 a.jpg 3\n1  a.jpg\t0\n", [3, 0]),
+        ("a.jpg 3\n", [3]),
+        ("1 b c/1.jpg 3\n", [3]),
+    ):
+        (tmp_path / "b c").mkdir(exist_ok=True)
+        (tmp_path / "b c" / "1.jpg").write_bytes(b"face")
+        (tmp_path / "words.lst").write_text(text)
+        source = open_source(tmp_path / "words.lst")
+        assert source.labels.tolist() == labels and source.encoded(0).tobytes() == b"face"
     for text, said in (
+        ("0 a.jpg 3\n", "line 1 says that its face is not aligned"),
+        ("1\t2.0\n", "line 1 must be number, label and path, separated by tabs,"),
         ("0\ta.jpg\t3\n", "line 1 says that its face is not aligned (0 in the first column)"),
         ("1\ta.jpg\t3\n0\ta.jpg\t3\n", "line 2 says that its face is not aligned"),
         ("1\ta.jpg\t3\n1\t2.0\ta.jpg\n", "line 2 must be 1 for an aligned face, path and label"),
@@ -153,3 +166,46 @@ def test_a_recipe_that_is_no_yaml_is_told_where(tmp_path):
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(ValueError, match=said):
             load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_commas_windows_and_other_machines(tmp_path):
+    for name in ("a.jpg", "b,c.jpg"):
+        (tmp_path / name).write_bytes(b"face")
+    (tmp_path / "list.csv").write_text("a.jpg,3\nb,c.jpg,0\n")
+    source = open_source(tmp_path / "list.csv")
+    assert source.labels.tolist() == [3, 0] and source.name(1) == str(tmp_path / "b,c.jpg")
+    (tmp_path / "mixed.txt").write_text("b,c.jpg 3\na.jpg 0\n")
+    assert open_source(tmp_path / "mixed.txt").labels.tolist() == [3, 0]
+    for text, said in (
+        ("faces\\a\\0.jpg 0\n", "its paths have backslashes, as on Windows: write them with / instead"),
+        ("/home/someone/faces/0.jpg 0\n", "its paths are absolute, of another machine"),
+        ("faces/0.jpg 0\n", "give the folder that its paths start from"),
+        ("a.jpg,3\nb.jpg,x\n", "line 2 must be `path,label`"),
+    ):
+        (tmp_path / "bad.txt").write_text(text)
+        with pytest.raises(ValueError) as raised:
+            open_source(tmp_path / "bad.txt")
+        assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("header", ["2\t1", "2"])
+def test_pairs_as_lfw_has_them(suffix, header, tmp_path):
+    for name, number in (("Ann_B", 1), ("Ann_B", 12), ("Çem", 3)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{name}_{number:04d}{suffix}").write_bytes(b"face")
+    (tmp_path / "pairs.txt").write_text(f"{header}\nAnn_B\t1\t12\nAnn_B 12 Çem 3\n\n", encoding="utf-8-sig")
+    names, same = pairs(tmp_path / "pairs.txt")
+    assert same == [True, False] and [name.rpartition("/")[2].partition(".")[0] for name in names] == [
+        "Ann_B_0001",
+        "Ann_B_0012",
+        "Ann_B_0012",
+        "Çem_0003",
+    ]
+    for line in ("Ann_B\t1\tx", "Ann_B 1", "Ann_B 1 Çem 3 1"):
+        (tmp_path / "bad.txt").write_text(f"{header}\nAnn_B 1 12\n{line}\n")
+        with pytest.raises(ValueError, match="line 3 must be `name i j` or `name i name j`"):
+            pairs(tmp_path / "bad.txt")
+    (tmp_path / "bad.txt").write_text(f"{header}\nAnn_B 1 13\n")
+    with pytest.raises(ValueError, match=r"line 2 names .*Ann_B_0013.*, and there is no such file"):
+        pairs(tmp_path / "bad.txt")

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from scf_fast.pipelines import memory, waiting
 from scf_fast.pipelines.errors import InputError

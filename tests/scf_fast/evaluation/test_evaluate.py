@@ -5,6 +5,7 @@ pixels.
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -504,6 +505,18 @@ def test_ijb_command(data, tmp_path, capsys):
     assert "## Templates: tiny, 1:1" in printed and "norm × detector" in printed and "rank 10" in printed
     assert run("ijb", "--model", tmp_path / "m", "--data", data / "templates", data / "templates") == 2
     assert "different protocols" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf_8(encoding, data, tmp_path, monkeypatch):
+    words = ["--data", data / "templates", "--no-align", "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run("ijb", "--model", f"κ面={tmp_path / 'm'}", f"b={tmp_path / 'n'}", *words) == 0
+    terminal.flush()
+    printed = terminal.buffer.getvalue().decode(encoding)
+    assert f"norm {'x' if encoding == 'ascii' else '×'} detector" in printed and "| k\\u9762" in printed
+    assert "κ面" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def slow_log_normalizer(kappa, dim):

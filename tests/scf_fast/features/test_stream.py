@@ -329,7 +329,6 @@ def test_a_step_never_waits_for_the_device(rows, faces, backbone, tmp_path):
 
 
 def test_a_cache_goes_on_in_its_own_precision_unless_another_was_asked_for(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr("scf_fast.features.open.dist.barrier", lambda: None)
     source = open_source(faces / "train")
     state = Backbone("ir_tiny", 16).state_dict()
 

@@ -199,7 +199,7 @@ def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags,
         "--output_dir",
         tmp_path / "run",
     ]
-    status, output = fork_ranks(2, *command, "--no_tensorboard", file_bytes=1_000_000)
+    status, output = fork_ranks(2, *command, "--no_tensorboard", file_bytes=100_000)
     assert status == 1, output
     assert "checkpoint of step 4 could not be written" in output and "training goes on" in output
     assert "Traceback" not in output and "free some space and --resume" in output

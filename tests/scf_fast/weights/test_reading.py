@@ -151,8 +151,11 @@ def test_two_backbones_are_refused(tmp_path, small_backbone):
     torch.save({key: value + 1 for key, value in net.state_dict().items()}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"must hold one backbone, but .*b.pt has another"):
         read_weights(f"{tmp_path}/a.pt,{tmp_path}/b.pt")
-    torch.save({"state_dict": net.state_dict(), "averaged": net.state_dict()}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match=r"c.pt: must hold backbone once, got several"):
+    averaged = {key: value + 1 for key, value in net.state_dict().items()}
+    torch.save({"state_dict": net.state_dict(), "averaged": averaged}, tmp_path / "c.pt")
+    with pytest.raises(
+        ValueError, match=r"c.pt: must hold backbone once, got several, in 'state_dict' and in 'averaged'"
+    ):
         read_weights(tmp_path / "c.pt")
 
 
