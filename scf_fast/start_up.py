@@ -9,7 +9,7 @@ from scf_fast.data import epoch_sampler
 from scf_fast.distributed import Runtime
 from scf_fast.engine.deepspeed_config import load_deepspeed_config
 from scf_fast.run import folder as run_folder
-from scf_fast.run import folder_lock
+from scf_fast.run import folder_lock, same_inputs
 from scf_fast.run.checkpoints import ResumePoint
 from scf_fast.stages.inputs import Inputs, check_world, open_inputs
 
@@ -51,6 +51,8 @@ def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None,
         point.check_data(config.data, inputs.source.num_classes, len(inputs.source))
         if isinstance(config, ConfidenceConfig):
             point.check_objective(config.objective)
+    if config.resume:
+        same_inputs.check(config, inputs.source)
     epoch_sampler(config, inputs.source, 0, world_size)
     return point, inputs
 

@@ -8,7 +8,7 @@ import sys
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: where a rank is lost it prints stacks of its own
 from scf_fast import command_line, distributed
-from scf_fast.command import INTERRUPTED, run
+from scf_fast.command import INTERRUPTED, print_lines, run
 from scf_fast.errors import Incomplete
 
 _PROG = "train.py"
@@ -33,13 +33,13 @@ def _train(arguments: list[str] | None) -> int:
     try:
         stopped_by = trainer.train(config)
     except KeyboardInterrupt:
-        print(f"{_PROG}: interrupted, without a checkpoint of this step", file=sys.stderr)
+        print_lines(f"{_PROG}: interrupted, without a checkpoint of this step", file=sys.stderr)
         return INTERRUPTED
     except FloatingPointError as error:
-        print(f"{_PROG}: stopped: {error}", file=sys.stderr)
+        print_lines(f"{_PROG}: stopped: {error}", file=sys.stderr)
         return _FAILED
     except Incomplete as error:
-        print(f"{_PROG}: {error}", file=sys.stderr)
+        print_lines(f"{_PROG}: {error}", file=sys.stderr)
         return _FAILED
     return distributed.STOPPED if stopped_by else 0
 

@@ -22,11 +22,13 @@ from scf_fast.engine.learning_rate import LearningRate
 from scf_fast.errors import Incomplete
 from scf_fast.networks.flops import peak_flops
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.run import checkpoints, cluster_checks
+from scf_fast.run import checkpoints, cluster_checks, same_inputs
 from scf_fast.run import folder as run_folder
-from scf_fast.run.checkpoints import Checkpoints, ResumePoint, RunState
+from scf_fast.run.checkpoints import Checkpoints, ResumePoint
+from scf_fast.run.line_files import StepLines, forget_after
 from scf_fast.run.patience import Patience
-from scf_fast.run.reporting import Reporter, StepLines, forget_after, log_to_files, set_up_logging
+from scf_fast.run.reporting import Reporter, log_to_files, set_up_logging
+from scf_fast.run.run_state import RunState
 from scf_fast.run.step_guard import StepGuard, Votes
 from scf_fast.run.step_outcome import StepOutcome
 from scf_fast.run.stop_signal import StopSignal
@@ -95,6 +97,7 @@ def _train(config: Config, runtime: Runtime, launched: bool) -> str | None:
         with distributed.shared_input_errors(runtime):  # from here on the folder changes
             if runtime.is_main:
                 held.enter_context(run_folder.prepare(config, locked))
+                same_inputs.note(config, inputs.source)
         if runtime.is_main:
             log_to_files(folder)
         engine = Engine(module, optimizer, config, runtime, precision)
@@ -129,6 +132,7 @@ class _Run:
             config.keep_checkpoints,
             config.keep_best,
             runtime.device.type == "cuda" if in_background is None else in_background,
+            config.input_timeout,
         )
         self.checkpoints.resume_from(point.tag if point else None)
         not_finite = folder / f"not_finite_rank{runtime.rank}.jsonl"
@@ -381,6 +385,9 @@ class _Run:
                 self.patience.add(metric)
         if epoch_ends:
             self.epoch_loss.zero_()
+        reporter.sync()  # the lines of a checkpoint's steps are on the disk when it is
+        if self.samples:
+            self.samples.sync()
         state = RunState(
             step=step,
             schedule=self.schedule.state_dict(),

@@ -2,6 +2,7 @@
 them first.
 """
 
+import gc
 import json
 import os
 import signal
@@ -72,6 +73,13 @@ def pytest_collection_modifyitems(config, items):
         return longest, item.path not in launching
 
     items.sort(key=place)
+
+
+def pytest_collection_finish():
+    """Spares each collection of garbage from here on, which loaders and engines ask for, the look through all that is
+    imported: a quarter of a second.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ folders. As under a launcher, a rank that fails ends the others.
 
 import ctypes
 import functools
+import gc
 import json
 import os
 import resource
@@ -174,4 +175,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # else every launch looks several times through all that is imported, and copies those pages
     serve()

@@ -12,6 +12,7 @@ from scf_fast.command import split_paths
 from scf_fast.config.options import PerStage, option, option_of
 from scf_fast.errors import InputError
 from scf_fast.pipelines.loading.augmentation import PRESETS
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, TIMEOUT_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,7 @@ class Config:
     index_dir: str | None = option(
         None, "folder for the indices of the data; default: beside the data", group="input", metavar="DIR", reads=True
     )
+    input_timeout: float = option(DEFAULT_TIMEOUT, TIMEOUT_HELP, group="input", metavar="SECONDS")
     on_broken: str = option(
         "replace",
         "an image that cannot be decoded: replaced by the next good one and counted, or the end of the run",
@@ -279,6 +281,7 @@ class Config:
                 "max_grad_norm",
                 "max_grad_clip",
                 "checkpoint_every",
+                "input_timeout",
                 "max_steps",
                 "max_images_per_identity",
                 "images_per_identity",

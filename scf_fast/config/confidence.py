@@ -292,17 +292,11 @@ class ConfidenceConfig(FeatureConfig):
         if not self.validation:
             return
         for flag, neutral in (
-            ("finetune_bkb", False),
             ("data_weights", ()),
             ("max_images_per_identity", 0),
             ("images_per_identity", 0),
         ):
             require(getattr(self, flag) == neutral, flag, "left out with --validation")
-        if self.is_pairwise:
-            raise InputError(
-                f"--validation {self.validation:g} cannot be given with --objective {','.join(self.objective)}: people "
-                "are held out of batches of single images alone"
-            )
 
     def _check_objective(self) -> None:
         require, named = self._require, ",".join(self.objective)

@@ -69,7 +69,15 @@ def open_stream(
 
     def calibration() -> torch.Tensor:  # the same on every rank and after a resume, so that all settle on one precision
         sample = EpochSampler(len(source), min(CHECK_IMAGES, len(source)))
-        with make_loader(source, sample, preprocessing, backend="torch", num_workers=0, on_broken="replace") as loader:
+        with make_loader(
+            source,
+            sample,
+            preprocessing,
+            backend="torch",
+            num_workers=0,
+            on_broken="replace",
+            timeout=config.input_timeout,
+        ) as loader:
             return next(loader.batches(0)).images
 
     precisions, cache = frozen_precisions(config.precision, runtime.device), None
@@ -93,6 +101,7 @@ def open_stream(
         flip=config.flip,
         device=runtime.device,
         cache=cache,
+        timeout=config.input_timeout,
     )
 
 
@@ -136,7 +145,7 @@ def _open_cache(
         if makes_it and not runtime.is_main:
             FeatureCache.create_or_check(folder, made[0], layout, made[1])
     with distributed.shared_input_errors(runtime):
-        return FeatureCache.open(folder, layout, runtime.rank), made[0].precision
+        return FeatureCache.open(folder, layout, runtime.rank, config.input_timeout), made[0].precision
     raise AssertionError("an error of any rank is every rank's")
 
 

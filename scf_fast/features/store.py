@@ -21,7 +21,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from scf_fast.errors import InputError
 from scf_fast.features.records import CACHE_DTYPES, CacheLayout, encode
 from scf_fast.pipelines.formats.atomic_file import write_json
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, TimedOut, Wait, result_of
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +78,14 @@ class FeatureCache:
     Attributes:
         present: (num_images,) bool, which images were there at the last :meth:`refresh`.
         problem: the error that ended writing; None while all is well.
+        records_moved: counts those read and written, about: it shows only that there is progress.
     """
 
     present: np.ndarray
 
-    def __init__(self, folder: Path, layout: CacheLayout, rank: int):
-        self.folder, self.layout = folder, layout
+    def __init__(self, folder: Path, layout: CacheLayout, rank: int, timeout: float = DEFAULT_TIMEOUT):
+        self.folder, self.layout, self._timeout = folder, layout, timeout
+        self.records_moved = 0
         self._mark = folder / f"writing-{rank}"
         self._shards = [
             os.open(_shard_path(folder, shard), os.O_RDWR)
@@ -95,8 +98,8 @@ class FeatureCache:
         self._checksums = self._checksums_file.reshape(-1, 2)
         self.problem: OSError | None = None
         self._verified = np.zeros(self._checksums.shape, dtype=bool)  # compared with the checksum by this process
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="feature-cache")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="feature-cache-writer")
+        self._threads = DaemonThreads(_THREADS, "feature-cache")
+        self._writer = DaemonThreads(1, "feature-cache-writer")
         self._writing: deque[Future[None]] = deque()
         self.refresh()
 
@@ -159,9 +162,13 @@ class FeatureCache:
         )
 
     @classmethod
-    def open(cls, folder: Path, layout: CacheLayout, rank: int) -> "FeatureCache":
-        """Opens the cache and marks it as being written, unless it is complete: several runs may read it then."""
-        cache = cls(folder, layout, rank)
+    def open(cls, folder: Path, layout: CacheLayout, rank: int, timeout: float = DEFAULT_TIMEOUT) -> "FeatureCache":
+        """Opens the cache and marks it as being written, unless it is complete: several runs may read it then.
+
+        Args:
+            timeout: seconds that writing may take without progress, see :mod:`scf_fast.pipelines.waiting`.
+        """
+        cache = cls(folder, layout, rank, timeout)
         if not cache.present.all():
             cache._mark.touch()
         return cache
@@ -202,6 +209,7 @@ class FeatureCache:
             if os.pwrite(shard, rows[row], offset) < len(rows[row]):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._checksums[indices[row]] = self._checksums_of(rows[row].data)
+            self.records_moved += 1
 
         try:
             list(self._threads.map(store, np.flatnonzero(indices < self.layout.num_images)))
@@ -216,9 +224,26 @@ class FeatureCache:
             self.problem = error
 
     def flush(self, but: int = 0) -> None:
-        """Waits for the batches that are being written, except for the newest ``but``."""
+        """Waits for the batches that are being written, except for the newest ``but``.
+
+        Raises:
+            TimedOut: nothing of them gets onto the disk; they are given up.
+        """
         while len(self._writing) > but:
-            self._writing.popleft().result()
+            try:
+                self._finish(self._writing.popleft())
+            except TimedOut:
+                self._writing.clear()  # or closing would wait for them once more
+                raise
+
+    def _finish(self, written: Future[None]) -> None:
+        wait = Wait(
+            "stage 2",
+            f"the background writer of the feature cache {self.folder}",
+            self._timeout,
+            lambda: self.records_moved,
+        )
+        result_of(written, wait)
 
     def read(self, indices: np.ndarray, flips: np.ndarray, pin_memory: bool = False) -> torch.Tensor:
         """Reads present images in the orientation asked for: (B, view_bytes) uint8 on the CPU, for
@@ -235,6 +260,7 @@ class FeatureCache:
 
         def fill(part: np.ndarray) -> None:
             for row in part:
+                self.records_moved += 1
                 shard, offset = self._place(indices[row])
                 if os.preadv(shard, [rows[row]], offset + size * int(flips[row])) != size:
                     raise OSError(
@@ -288,17 +314,24 @@ class FeatureCache:
         return bad
 
     def close(self) -> None:
-        """Writes everything out and takes the mark away."""
+        """Writes everything out and takes the mark away.
+
+        Raises:
+            TimedOut: the disk does not take it; the mark stays.
+        """
         try:
             self.flush()
+            self._finish(self._writer.submit(self._close_files))
         finally:
             self._writer.shutdown()
             self._threads.shutdown()
+        self._mark.unlink(missing_ok=True)
+
+    def _close_files(self) -> None:
         for shard in self._shards:
             os.fsync(shard)
             os.close(shard)
         self._checksums_file.flush()
-        self._mark.unlink(missing_ok=True)
 
 
 def read_meta(folder: Path) -> CacheMeta:

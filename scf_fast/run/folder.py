@@ -16,9 +16,10 @@ import torch
 
 from scf_fast import __version__
 from scf_fast import config as configuration
-from scf_fast.command import split_paths
 from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.errors import InputError
+from scf_fast.pipelines.text import is_utf8
+from scf_fast.run import same_inputs
 from scf_fast.run.checkpoints import ResumePoint, newest_intact
 from scf_fast.run.folder_lock import PREFIX as LOCK_PREFIX
 from scf_fast.run.folder_lock import locked
@@ -60,6 +61,10 @@ def claim(config: Config) -> ResumePoint | None:
         InputError: the folder holds another run, or this one without --resume.
     """
     folder = Path(config.output_dir)
+    if not is_utf8(os.fspath(folder)):  # after an epoch it would fail
+        raise InputError(
+            f"--output_dir {folder}: its name must be UTF-8, or PyTorch cannot map the files in it; give another folder"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: is a file; give a folder")
     if config.overwrite:
@@ -120,10 +125,17 @@ def _check_same_run(before: dict[str, Any], config: Config) -> None:
     """
     now, paths = config.identity(), {name for name, _ in config.input_paths()}
     defaults = config.defaults()
+    # What has moved is compared by its content, once it is open.
+    compared = {
+        name
+        for name, entry in same_inputs.noted(Path(config.output_dir)).items()
+        if name in paths and same_inputs.is_same_path(entry["path"], before.get(name)) and now.get(name)
+    }
     different = [
         f"{name} {old!r} -> {value!r}"
         for name, value in now.items()
-        if not _is_same(name in paths, old := before.get(name, defaults.get(name)), value)
+        if name not in compared
+        and not _is_same(name in paths, old := before.get(name, defaults.get(name)), value)
         and not (name == "normalization" and value is None)  # stage 2 finds it out later
     ]
     if different:
@@ -135,9 +147,7 @@ def _check_same_run(before: dict[str, Any], config: Config) -> None:
 
 def _is_same(is_path: bool, before: Any, now: Any) -> bool:
     """Returns whether an option has the value that it had, however a path is spelled."""
-    if is_path and before and now:
-        before, now = ([os.path.realpath(path) for path in split_paths(text)] for text in (before, now))
-    return before == now
+    return same_inputs.is_same_path(before, now) if is_path else before == now
 
 
 def _check_nothing_else_is_lost(config: Config) -> None:

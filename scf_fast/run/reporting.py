@@ -1,10 +1,7 @@
 """Output of a run: log lines, progress bar, metrics, TensorBoard, and one JSON line for every event."""
 
-import contextlib
-import errno
 import json
 import logging.handlers
-import os
 import re
 import sys
 import time
@@ -13,7 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from scf_fast.command import LineFormatter
 from scf_fast.distributed import Runtime
+from scf_fast.run.line_files import LineHandler, StepLines, forget_after
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ _LINE_SECONDS = 10.0  # between log lines where there is no progress bar
 _EXTRA = ("step", "images", "seconds", "counts", "rates", "signal")
 
 
-class _EventHandler(logging.FileHandler):
+class _EventHandler(LineHandler):
     """Writes every log record as a JSON object: time (seconds since 1970), level, event, message, and the fields of
     ``_EXTRA`` that the record has.
     """
@@ -49,16 +48,13 @@ def set_up_logging(is_main: bool) -> None:
     """Sends log lines to stderr; from the other ranks errors alone, what they know of broken images, and whom they wait
     for.
     """
+    to_terminal = logging.StreamHandler(sys.stderr)
+    to_terminal.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     # A full disk must not fill the terminal with tracebacks of lines it could not take.
     logging.raiseExceptions = False
     _early.buffer.clear()
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.ERROR,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-        handlers=[logging.StreamHandler(sys.stderr), _early],
-    )
+    level = logging.INFO if is_main else logging.ERROR
+    logging.basicConfig(level=level, force=True, handlers=[to_terminal, _early])
     for speaker in ("scf_fast.pipelines.loading.broken", "scf_fast.distributed"):
         logging.getLogger(speaker).setLevel(logging.INFO if is_main else logging.WARNING)
 
@@ -66,63 +62,12 @@ def set_up_logging(is_main: bool) -> None:
 def log_to_files(folder: Path) -> None:
     """Writes what has been logged, and will be, into the run's files too."""
     root = logging.getLogger()
-    for handler in (logging.FileHandler(folder / LOG_FILE), _EventHandler(folder / EVENTS_FILE)):
+    for handler in (LineHandler(folder / LOG_FILE), _EventHandler(folder / EVENTS_FILE)):
         handler.setFormatter(root.handlers[0].formatter)
         for record in _early.buffer:
             handler.handle(record)
         root.addHandler(handler)
     root.removeHandler(_early)
-
-
-def forget_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps from a file of :class:`StepLines`: a run that died had made them after its last
-    checkpoint, and makes them again.
-    """
-    if path.exists():
-        with open(path, "r+b") as file:
-            kept = 0
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line ends the file
-                for line in file:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                        break
-                    kept += len(line)
-            file.truncate(kept)
-
-
-class StepLines:
-    """A file of JSON lines, one a step, that survives a full disk: lines that could not be written are written with the
-    next one.
-    """
-
-    def __init__(self, path: Path):
-        self._file = open(path, "ab", buffering=0)  # a buffer would try again by itself, and write twice
-        self._pending: list[bytes] = []
-        self._size, self._warned = self._file.tell(), False
-
-    def add(self, record: dict) -> None:
-        self._pending.append((json.dumps(record) + "\n").encode())
-        self._flush()
-
-    def _flush(self) -> None:
-        data = b"".join(self._pending)
-        try:
-            if self._file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self._file.truncate(self._size)
-            if not self._warned:
-                log.warning(
-                    "%s: %s; its lines are kept in memory and written when there is room",
-                    self._file.name,
-                    error.strerror,
-                )
-                self._warned = True
-            return
-        self._pending, self._size, self._warned = [], self._size + len(data), False
-
-    def close(self) -> None:
-        self._flush()
-        self._file.close()
 
 
 class Reporter:
@@ -213,6 +158,14 @@ class Reporter:
         except Exception as error:  # what its writing thread died of, as a rule a full disk
             log.warning("TensorBoard files end here (%s); %s goes on", str(error).splitlines()[0], METRICS_FILE)
             self._writer = None
+
+    def sync(self) -> None:
+        """Waits until metrics and log are on the disk: they belong to a checkpoint."""
+        if self.is_main:
+            self._metrics.sync()
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, LineHandler):
+                    handler.sync()
 
     def close(self) -> None:
         if self.is_main:

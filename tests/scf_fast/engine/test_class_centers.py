@@ -20,7 +20,7 @@ from scf_fast.stages.backbone import BackboneStage
 from scf_fast.weights.reading import read_weights
 
 ONE_RANK = Runtime(0, 1, torch.device("cpu"))
-STEPS, BATCH, CLASSES, WIDTH, CLIP = 20, 12, 11, 5, 0.5
+STEPS, BATCH, CLASSES, WIDTH, CLIP = 12, 12, 11, 5, 0.5
 SCENARIOS = {
     "plain": {},
     "unfused": {"fused_center_update": False},
@@ -123,6 +123,7 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
     """
     from scf_fast.engine.engine import Engine
     from scf_fast.run import checkpoints as run_checkpoints
+    from scf_fast.run.run_state import RunState
 
     config = make_config(zero_stage=zero_stage, max_grad_norm=CLIP)
     runtime = Runtime(rank, world_size, torch.device("cpu"))
@@ -149,7 +150,7 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
         engine.backward(loss)
         centers.step(engine.step())
         losses.append(loss.item())
-    state = run_checkpoints.RunState(last, {}, CLASSES, 0, None, [0.0, 0.0], world_size, engine.zero_stage)
+    state = RunState(last, {}, CLASSES, 0, None, [0.0, 0.0], world_size, engine.zero_stage)
     checkpoints.save(engine, state, centers)
     checkpoints.close()
     engine.close()

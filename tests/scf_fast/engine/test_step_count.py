@@ -114,6 +114,7 @@ class Kernels:
 
 def install(set_item, set_attribute):
     """Puts the stand-ins into place."""
+    import cpuinfo
     import deepspeed.ops.adam
 
     modules = {name: types.ModuleType(name) for name in ("apex", "apex.optimizers", "amp_C")}
@@ -123,6 +124,7 @@ def install(set_item, set_attribute):
     modules["apex.optimizers"].FusedAdam, modules["apex.optimizers"].FusedSGD = FusedAdam, FusedSGD
     set_attribute(sys.modules[deepspeed.ops.adam.FusedAdam.__module__], "FusedAdamBuilder", Kernels)
     set_attribute(sys.modules[deepspeed.ops.adam.DeepSpeedCPUAdam.__module__], "CPUAdamBuilder", Kernels)
+    set_attribute(cpuinfo, "get_cpu_info", dict)  # a process of a second for each optimizer, to warn of AMD's in fp16
 
 
 def make_config(**options):
@@ -184,6 +186,7 @@ def work(folder):
     from scf_fast import distributed
     from scf_fast.engine.engine import Engine
     from scf_fast.run import checkpoints
+    from scf_fast.run.run_state import RunState
 
     install(dict.__setitem__, setattr)
     gc.freeze()  # ZeRO 3 collects garbage with each engine: not through all that is imported
@@ -216,7 +219,7 @@ def work(folder):
                 engine = make_engine(rule, before, stage)
                 steps(engine, 0, STOP)
                 writer = checkpoints.Checkpoints(folder / f"{stage} {rule.value} {before}", runtime, 1, False, False)
-                writer.save(engine, checkpoints.RunState(STOP, {}, 1, 1, None, [0.0, 0.0], runtime.world_size, stage))
+                writer.save(engine, RunState(STOP, {}, 1, 1, None, [0.0, 0.0], runtime.world_size, stage))
                 writer.close()
                 engine.close()
                 point = checkpoints.newest_intact(writer.folder)

@@ -1,5 +1,7 @@
 import json
 import os
+import threading
+import time
 import zlib
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from scf_fast.features.open import cache_key
 from scf_fast.features.records import CacheLayout, decode, encoding_error
 from scf_fast.features.store import CacheKey, FeatureCache, read_meta
+from scf_fast.pipelines.waiting import TimedOut
 
 KEY = CacheKey("b", "d", "insightface", "fp32")
 
@@ -251,3 +254,33 @@ def test_a_map_that_the_dtype_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--cache_dtype fp16: cannot hold the last map"):
         FeatureCache.create_or_check(tmp_path / "c", KEY, layout, error)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_disk_that_hangs_ends_reading_and_writing_with_the_caches_name(small, monkeypatch):
+    """Writing in the background, and closing after it, which does not wait once more."""
+    monkeypatch.setattr("scf_fast.pipelines.waiting._JOIN", 0.1)
+    folder, layout = small
+    cache, hang = FeatureCache.open(folder, layout, 0, timeout=0.3), threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda *_: hang.wait())
+        cache.write(np.arange(4), views(layout, 4))
+        with pytest.raises(
+            TimedOut, match=f"^stage 2 has waited 0 s for the background writer of the feature cache {folder}"
+        ):
+            cache.flush()
+    began = time.monotonic()
+    with pytest.raises(TimedOut):  # the writer is still held up
+        cache.close()
+    assert time.monotonic() - began < 2 and (folder / "writing-0").exists()
+    hang.set()
+
+
+def test_a_disk_that_is_slow_is_waited_for(small, monkeypatch):
+    folder, layout = small
+    cache, write = FeatureCache.open(folder, layout, 0, timeout=0.3), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: (time.sleep(0.1), write(*arguments))[1])
+    cache.write(np.arange(48), views(layout, 48))  # six of each of the eight threads: twice the limit
+    cache.close()
+    again = FeatureCache.open(folder, layout, 0)
+    assert again.present.sum() == 48
+    again.close()

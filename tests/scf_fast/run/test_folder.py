@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import zlib
 
 import pytest
 import yaml
@@ -88,10 +90,12 @@ STATE = {"step": 4, "schedule": {}, "num_classes": 2, "num_images": 8, "metric":
 
 
 def write_state(folder, **more):
-    """The newest checkpoint of the run, without a file of weights."""
+    """The newest checkpoint of the run, with a file in place of the weights."""
     point = folder / run_folder.CHECKPOINTS / "step00000004"
     point.mkdir(parents=True)
-    state = {**STATE, "world_size": 1, "zero_stage": 0, "files": {}, **more}
+    (point / "rank0.pt").write_bytes(b"weights")
+    files = {"rank0.pt": [7, zlib.crc32(b"weights")]}
+    state = {**STATE, "world_size": 1, "zero_stage": 0, "files": files, **more}
     (point / "state.json").write_text(json.dumps(state))
 
 
@@ -149,3 +153,11 @@ def test_overwrite_leaves_the_lock(folder):
     with folder_lock.locked(folder), run_folder.prepare(stage2(folder, overwrite=True), is_locked=True):
         assert (folder / ".lock").exists() and not list((folder / "checkpoints").iterdir())
     assert not (folder / ".lock").exists()
+
+
+def test_a_folder_that_pytorch_cannot_map_files_in_is_refused_before_the_work(tmp_path):
+    """Its name is not UTF-8; data of such names is no hindrance (test_names_of_bytes.py)."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xca\xfd")
+    with pytest.raises(ValueError, match="its name must be UTF-8, or PyTorch cannot map the files in it"):
+        run_folder.claim(stage2(name))
+    assert run_folder.claim(stage2(tmp_path / "数据", data=name)) is None
