@@ -58,6 +58,7 @@ setup(
             "pytest-timeout>=2.2",
             "pytest-xdist>=3.5",
             "hypothesis>=6.90",
+            "markdown-it-py>=3.0",
             "mpmath>=1.3",
             "scikit-learn>=1.4",
             "kernels>=0.10",  # Hugging Face's: ours is tested beside it

@@ -14,7 +14,6 @@ where it stopped; at the end everything is read again and compared with the sour
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +24,15 @@ import numpy as np
 from tqdm import tqdm
 
 from scf_fast.pipelines.aliases import ByteArray, Progress, StrPath
-from scf_fast.pipelines.command import INTERRUPTED, Parser, run
+from scf_fast.pipelines.command import INTERRUPTED, Parser, log_to_terminal, print_lines, run
 from scf_fast.pipelines.errors import InputError
-from scf_fast.pipelines.formats.atomic_file import atomic_output, publish, write_bytes, write_json
+from scf_fast.pipelines.formats.atomic_file import (
+    atomic_output,
+    publish,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
 from scf_fast.pipelines.formats.mapped_file import map_file
 from scf_fast.pipelines.formats.recordio import pack_record, whole_records, write_property
 from scf_fast.pipelines.formats.tfrecord import write_shard as write_tfrecords
@@ -99,6 +104,7 @@ def convert(source: ImageSource, dst: StrPath, to: str, shard_images: int = 10_0
 def _claim(dst: Path, state: dict[str, Any]) -> bool:
     """Checks that ``dst`` is free or this conversion's, and tells whether there is work left to do in it."""
     dst.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(dst)
     if not (dst / _STATE).exists():
         if any(dst.iterdir()):
             raise InputError(
@@ -193,6 +199,8 @@ def _write_tfrecord(images: ImageSource, dst: Path, shard_images: int, progress:
 
 
 def _write_folder(images: ImageSource, dst: Path, _: int, progress: Progress) -> None:
+    for identity in filter(Path.is_dir, dst.iterdir()):
+        remove_leftovers(identity)
     present = {int(path.stem) for path in dst.glob("*/*") if path.stem.isdigit()}
     for i in range(len(images)):
         if i not in present:
@@ -261,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="images in a tar or TFRecord shard (default %(default)s)",
     )
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
 
     def convert_and_report() -> int:
         if options.shard_images < 1:
@@ -270,10 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             count = convert(source, options.dst, options.to, options.shard_images)
         except KeyboardInterrupt:
-            print(f"stopped; the same command continues with what lies in {options.dst}", file=sys.stderr)
+            print_lines(f"stopped; the same command continues with what lies in {options.dst}", file=sys.stderr)
             return INTERRUPTED
         left_out = f", {len(source.broken):,} broken ones left out" if len(source.broken) else ""
-        print(f"{options.dst}: {count:,} images of {source.num_classes:,} identities, equal to the source{left_out}")
+        identities = f"{source.num_classes:,} identities"
+        print_lines(f"{options.dst}: {count:,} images of {identities}, equal to the source{left_out}")
         return 0
 
     return run(parser.prog, convert_and_report)

@@ -1,12 +1,10 @@
 """Opens any data set by its path, and reports on one: ``python -m scf_fast.pipelines.index DATA [--verify]``."""
 
 import collections
-import logging
-import multiprocessing
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import overload
 
@@ -14,22 +12,26 @@ import numpy as np
 from tqdm import tqdm
 
 from scf_fast.pipelines.aliases import StrPath
-from scf_fast.pipelines.command import Parser, run
+from scf_fast.pipelines.command import Parser, log_to_terminal, print_lines, run
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.formats.file_kinds import Wanted, recognize, refusal
 from scf_fast.pipelines.loading.decode import load_face, read_header
 from scf_fast.pipelines.sources.base import ConcatenatedSources, ImageSource, reason_of, spread_evenly
 from scf_fast.pipelines.sources.image_folder import FolderIndex
 from scf_fast.pipelines.sources.image_list import ListIndex
+from scf_fast.pipelines.sources.image_names import is_hidden
 from scf_fast.pipelines.sources.indexed import IndexedImages
+from scf_fast.pipelines.sources.packed import PackedImages
 from scf_fast.pipelines.sources.recordio import RecordIndex
 from scf_fast.pipelines.sources.tar import TarIndex
 from scf_fast.pipelines.sources.tfrecord import TFRecordIndex, TFRecordList, is_tfrecord_list
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, add_timeout_argument, in_processes
 
 _SAMPLE = 2000  # images whose headers the report reads where not all are decoded
 _CHUNK = 256  # images in a task of --verify
 _SHOWN = 20  # broken images named in the report
 # A folder that holds several of these kinds is the first of them.
-_KINDS: dict[str, type[IndexedImages]] = {".rec": RecordIndex, ".tar": TarIndex, ".tfrecord": TFRecordIndex}
+_KINDS: dict[str, type[PackedImages]] = {".rec": RecordIndex, ".tar": TarIndex, ".tfrecord": TFRecordIndex}
 
 
 @overload
@@ -76,21 +78,38 @@ def _open_indexed(path: StrPath, root: StrPath | None, cache_dir: StrPath | None
 
 def _kind(path: Path) -> type[IndexedImages]:
     if not path.is_dir():
-        return _KINDS.get(path.suffix) or (TFRecordList if is_tfrecord_list(path) else ListIndex)
+        return _KINDS.get(path.suffix) or _kind_of_file(path)
     try:
-        with os.scandir(path) as found:
-            entries = list(found)
+        with os.scandir(path) as listed:
+            entries = list(listed)
     except OSError as error:
         raise InputError(f"cannot list {path}: {reason_of(error)}; check its permissions") from error
+    entries = [entry for entry in entries if not is_hidden(entry.name)]
     for suffix, kind in _KINDS.items():
         if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
             return kind
     if any(entry.is_dir() for entry in entries):
         return FolderIndex
+    files = sorted(entry.path for entry in entries if entry.is_file())
+    found = refusal(files[0], Wanted.DATA) if files else None
     raise InputError(
         f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; check the "
-        "path, or give the file of an image list"
+        "path, or give the file of an image list" + (f" ({os.path.basename(files[0])} {found})" if found else "")
     )
+
+
+def _kind_of_file(path: Path) -> type[IndexedImages]:
+    """Returns the source of a file whose name does not say what it is."""
+    try:
+        kind = recognize(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason_of(error)}; check the path") from error
+    for source in _KINDS.values():
+        if source.KIND is kind:
+            return source
+    if not kind.is_text:
+        raise InputError(f"{path} is {kind.name}, no data set; {kind.advice(Wanted.DATA)}")
+    return TFRecordList if is_tfrecord_list(path) else ListIndex
 
 
 def describe(source: IndexedImages) -> list[str]:
@@ -102,6 +121,7 @@ def describe(source: IndexedImages) -> list[str]:
         f"identities             {len(used):,} with images, {source.num_classes - len(used):,} numbers without",
         f"images per identity    {used.min():,} to {used.max():,}, median {np.median(used):g}, mean {used.mean():.1f}",
         *(f"skipped                {count:,} {reason}" for reason, count in source.skipped.items() if count),
+        *source.remarks(),
     ]
     kinds: collections.Counter[str] = collections.Counter()
     bad: collections.Counter[str] = collections.Counter()
@@ -129,23 +149,37 @@ def describe(source: IndexedImages) -> list[str]:
     return lines
 
 
-def find_broken(source: ImageSource, workers: int | None = None) -> dict[int, str]:
+def find_broken(source: ImageSource, workers: int | None = None, timeout: float = DEFAULT_TIMEOUT) -> dict[int, str]:
     """Decodes every image, in ``workers`` processes (one for each core by default).
 
+    Args:
+        timeout: seconds without progress, see :mod:`scf_fast.pipelines.waiting`.
     Returns:
         position -> message of the broken ones, ascending.
+    Raises:
+        InputError: a process has died, or none of them makes progress.
     """
     workers = workers or len(os.sched_getaffinity(0))
     starts = range(0, len(source), _CHUNK)
     broken: dict[int, str] = {}
+    parts = in_processes(
+        _broken_from,
+        starts,
+        workers,
+        who="the search for broken images",
+        doing="decode images",
+        timeout=timeout,
+        initializer=_set_source,
+        initargs=(source,),
+    )
     with (
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_source, (source,)) as pool,
+        contextlib.closing(parts),
         tqdm(total=len(source), desc="decoding", unit="img", unit_scale=True, disable=None) as bar,
     ):
-        for start, found in zip(starts, pool.map(_broken_from, starts)):
+        for looked_at, found in parts:
             broken.update(found)
-            bar.update(min(_CHUNK, len(source) - start))
-    return broken
+            bar.update(looked_at)
+    return dict(sorted(broken.items()))
 
 
 _source: ImageSource  # of a worker process of find_broken
@@ -156,15 +190,16 @@ def _set_source(source: ImageSource) -> None:
     _source = source
 
 
-def _broken_from(start: int) -> dict[int, str]:
-    found = {}
-    for i in range(start, min(start + _CHUNK, len(_source))):
+def _broken_from(start: int) -> tuple[int, dict[int, str]]:
+    """Returns how many images a task has, and which of them are broken."""
+    found, images = {}, range(start, min(start + _CHUNK, len(_source)))
+    for i in images:
         try:
             _source.check(i)
             load_face(_source, i)
         except InputError as error:
             found[i] = str(error)
-    return found
+    return len(images), found
 
 
 def _check_offsets_file(source: RecordIndex, rec_path: Path) -> str:
@@ -202,8 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "exit status 1 if there are any",
     )
     parser.add_argument("--workers", type=int, metavar="W", help="processes that decode (default: one for each core)")
+    add_timeout_argument(parser)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_terminal()
 
     def report() -> int:
         if (options.workers or 0) < 0:
@@ -211,17 +247,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         source, found = open_source(options.data, options.root, options.cache_dir), {}
         if options.verify:
-            found = find_broken(source, options.workers)
+            found = find_broken(source, options.workers, options.input_timeout)
             source.record_broken(list(found))
             source = open_source(options.data, options.root, options.cache_dir)
-        print("\n".join(describe(source)))
+        print_lines(*describe(source))
         if isinstance(source, RecordIndex):
             for path in source.rec_paths:
-                print(_check_offsets_file(source, path))
+                print_lines(_check_offsets_file(source, path))
         for message in list(found.values())[:_SHOWN]:
-            print(f"broken                 {message}")
+            print_lines(f"broken                 {message}")
         if len(found) > _SHOWN:
-            print(f"broken                 ... and {len(found) - _SHOWN:,} more")
+            print_lines(f"broken                 ... and {len(found) - _SHOWN:,} more")
         return 1 if found else 0
 
     return run(parser.prog, report)

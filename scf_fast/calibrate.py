@@ -16,17 +16,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from scf_fast.command import Parser, run, split_paths
+from scf_fast.command import Parser, log_to_terminal, print_lines, run, split_paths
 from scf_fast.config import load_saved
 from scf_fast.errors import InputError
-from scf_fast.held_out import Held, Reliability, measure
+from scf_fast.held_out import Held, measure_reliability
 from scf_fast.inference import Embedder, Embeddings, InferenceOptions, default_device, embed_batches
 from scf_fast.inference_arguments import add_inference_arguments, inference_options
 from scf_fast.model import SCF
 from scf_fast.objectives import Density
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.sampling.selection import hold_out_people
-from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.sources.base import ImageSource, SelectedImages
+from scf_fast.run.same_inputs import is_data_of
 from scf_fast.weights.reading import read_weights
 from scf_fast.weights.writing import write_weights
 
@@ -50,7 +51,8 @@ def choose_images(model: Path, data: str | None) -> tuple[ImageSource, np.ndarra
             raise InputError(f"--data must be given: there is no {saved_file} that says what the model was trained on")
         data = saved["data"]
     source = open_source(list(split_paths(data)), None if saved is None else saved.get("dataroot"), None)
-    if not set(trained_on) & {Path(path).resolve() for path in split_paths(data)}:
+    given = {Path(path).resolve() for path in split_paths(data)}
+    if not set(trained_on) & given and not is_data_of(saved_file.parent, source):  # which may have moved
         return source, np.ones(len(source), dtype=bool)
     assert saved is not None, "it has named the data"
     if not saved.get("validation"):
@@ -67,23 +69,20 @@ def embed(embedder: Embedder, source: ImageSource, images: np.ndarray, options: 
     Args:
         images: (M,) positions.
     Raises:
-        InputError: an image cannot be decoded or gives unusable numbers.
+        InputError: an image gives unusable numbers; or cannot be decoded, with ``options.strict``: otherwise it is left
+            out, and the log names it.
     """
+    left_out: dict[int, str] | None = None if options.strict else {}
     found = Embeddings.allocate(len(source), embedder.embedding_dim, True)
     batches = np.split(images, range(options.batch_size, len(images), options.batch_size))
     with tqdm(total=len(images), desc="embedding", unit=" images", mininterval=1) as progress:
-        for indices, batch in embed_batches(embedder, source, batches, options.decoding):
-            batch.check_usable(source, int(indices[0]))
+        for indices, batch in embed_batches(embedder, source, batches, options.decoding, left_out):
+            batch.check_usable(SelectedImages(source, indices.numpy()))
             found.write_rows(indices, batch)
             progress.update(len(batch))
+    images = images[~np.isin(images, list(left_out or ()))]
     assert found.kappa is not None, "allocated with kappa"
     return Held(found.mu.numpy()[images], found.kappa[images].astype(np.float64), source.labels[images])
-
-
-def _reliability(held: Held) -> Reliability:
-    found = measure(held, is_vmf=True).reliability
-    assert found is not None, "asked for"
-    return found
 
 
 def calibrate(arguments: argparse.Namespace) -> None:
@@ -101,10 +100,11 @@ def calibrate(arguments: argparse.Namespace) -> None:
     model = SCF.from_checkpoint(arguments.model, normalization=options.normalization)
     embedder = Embedder(model, options.device or default_device(), options.precision, options.flip)
     held = embed(embedder, source, np.flatnonzero(chosen), options)
-    before = _reliability(held)
-    after = _reliability(Held(held.mu, before.factor * held.kappa, held.labels))
+    before = measure_reliability(held)
+    after = measure_reliability(Held(held.mu, before.factor * held.kappa, held.labels))
     for name, found in (("before", before), ("after", after)):
-        print(f"{name}: mean difference of cosine and A_d(kappa) by decile {found.error:.4f}\n{found.table()}")
+        title = f"{name}: mean difference of cosine and A_d(kappa) by decile {found.error:.4f}"
+        print_lines(title, *found.lines())
     assert model.confidence_net is not None, "required"
     net = model.confidence_net.cpu()
     net.multiply(before.factor)
@@ -113,7 +113,8 @@ def calibrate(arguments: argparse.Namespace) -> None:
     weights.facts = dataclasses.replace(weights.facts, kappa_factor=factor)
     write_weights(weights, arguments.output, "safetensors" if arguments.output.suffix == ".safetensors" else "scf_fast")
     people = len(np.unique(held.labels))
-    print(f"{arguments.output}: kappa times {before.factor:.4g}, from {len(held.labels)} images of {people} people")
+    images = f"{len(held.labels)} images of {people} people"
+    print_lines(f"{arguments.output}: kappa times {before.factor:.4g}, from {images}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     add_inference_arguments(parser)
     options = parser.parse_args(arguments)
+    log_to_terminal()
     return run(parser.prog, lambda: calibrate(options))
 
 

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from scf_fast import distributed
-from scf_fast.command import Parser, run
+from scf_fast.command import Parser, print_lines, run
 from scf_fast.command_line import parse_feature_pass
 from scf_fast.errors import InputError
 from scf_fast.features.feature_pass import FeaturePass
@@ -30,7 +30,7 @@ def _compute(output: Path, overwrite: bool, flags: list[str]) -> None:
         return
     facts = Facts(normalization=inputs.config.normalization)
     write_weights(Weights(str(output), class_centers=found.centers, facts=facts), output)
-    print(
+    print_lines(
         f"{output}: class centers of {len(found.centers)} identities; mean cosine of an image with its center "
         f"{found.cosine:.3f}" + (f"; {found.broken} broken images left out" if found.broken else "")
     )

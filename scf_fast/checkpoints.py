@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from scf_fast.command import Parser, run
+from scf_fast.command import Parser, print_lines, run
 from scf_fast.errors import InputError
 from scf_fast.networks.confidence import DEFAULT_RADIUS
 from scf_fast.weights.contents import Facts, Part
@@ -26,7 +26,7 @@ def _inspect(options: argparse.Namespace) -> None:
     weights = read_weights(options.source)
     facts = [f"{name} {value}" for name, value in weights.facts.known().items()]
     other = [f"{len(state)} tensors of no known kind, such as {next(iter(state))}" for state in weights.other]
-    print("\n".join([*weights.describe(), *facts, *other]))
+    print_lines(*weights.describe(), *facts, *other)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -37,7 +37,7 @@ def _convert(options: argparse.Namespace) -> None:
         weights = weights.only(Part(options.part))
     weights = replace(weights, facts=weights.facts.completed_by(Facts(radius=options.radius)))
     write_weights(weights, options.target, options.to)
-    print(f"{options.target}: {' and '.join(weights.describe())}, as {options.to}")
+    print_lines(f"{options.target}: {' and '.join(weights.describe())}, as {options.to}")
 
 
 def main(arguments: list[str] | None = None) -> int:

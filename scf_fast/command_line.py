@@ -14,6 +14,9 @@ import yaml
 from scf_fast.command import Parser, split_commas
 from scf_fast.config import STAGES, ConfidenceConfig, Config, FeatureConfig, PerStage, option_of
 from scf_fast.errors import InputError
+from scf_fast.pipelines.formats import file_kinds
+from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
+from scf_fast.pipelines.formats.text_file import read_text
 
 _STAGE_HELP = "which stage to train; implied to be 'confidence' by --saved_bkb"
 _GROUPS = {
@@ -171,15 +174,20 @@ def load_recipe(path: str) -> dict[str, Any]:
         InputError: the file is missing, is no YAML mapping, or has an unknown key or a value of the wrong type.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(read_text(path, Wanted.RECIPE))
     except OSError as error:
         raise InputError(
             f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML recipe"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: is no valid YAML ({str(error).splitlines()[0]})") from None
+    except InputError as error:
+        raise InputError(f"--config {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        what = refusal(path, Wanted.RECIPE, file_kinds.YAML) or f"is no valid YAML ({_where(error)})"
+        raise InputError(f"--config {path}: {what}") from None
     if not isinstance(values, dict):
-        raise InputError(f"--config {path}: must hold `key: value` lines, got {type(values).__name__}")
+        found = "nothing" if values is None else type(values).__name__
+        what = refusal(path, Wanted.RECIPE, file_kinds.YAML) or f"must hold `key: value` lines, got {found}"
+        raise InputError(f"--config {path}: {what}")
     flags = _all_flags()
     for key in values:
         if key != "stage" and key not in flags:
@@ -188,6 +196,14 @@ def load_recipe(path: str) -> dict[str, Any]:
         key: value if key == "stage" else _coerce(flags[key], value, f"--config {path}")
         for key, value in values.items()
     }
+
+
+def _where(error: Exception) -> str:
+    """Returns where a YAML file ends to be one, and why."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return str(error).splitlines()[0]
+    return f"line {mark.line + 1}: {problem}"
 
 
 def make_config(values: dict[str, Any]) -> Config:

@@ -42,7 +42,14 @@ def epoch_sampler(config: Config, source: ImageSource, rank: int, world_size: in
     """
     if isinstance(config, ConfidenceConfig) and config.pair_batch is not None:
         try:
-            return PairSampler(source.labels, *config.pair_batch, rank=rank, world_size=world_size, seed=config.seed)
+            return PairSampler(
+                source.labels,
+                *config.pair_batch,
+                rank=rank,
+                world_size=world_size,
+                seed=config.seed,
+                chosen=~held_out_images(config, source) if config.validation else None,
+            )
         except InputError as error:
             named = ",".join(map(str, config.pair_batch))
             raise InputError(f"--data {config.data}, --pair_batch {named}: {error}") from None
@@ -98,8 +105,23 @@ def held_out_images(config: ConfidenceConfig, source: ImageSource) -> np.ndarray
     return held_out
 
 
-def held_out_sampler(config: ConfidenceConfig, source: ImageSource, rank: int, world_size: int) -> EpochSampler:
-    """Returns the sampler of this rank over the images that ``--validation`` holds out, each once and in order."""
+def held_out_sampler(
+    config: ConfidenceConfig, source: ImageSource, rank: int, world_size: int
+) -> EpochSampler | PairSampler:
+    """Returns the sampler of this rank over the images that ``--validation`` holds out: each once and in order, or for
+    pairs in the groups of one epoch.
+    """
+    chosen = held_out_images(config, source)
+    if config.pair_batch is not None:
+        return PairSampler(
+            source.labels,
+            *config.pair_batch,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+            last_batch="partial",
+            chosen=chosen,
+        )
     return EpochSampler(
         len(source),
         config.batch_size,
@@ -107,7 +129,7 @@ def held_out_sampler(config: ConfidenceConfig, source: ImageSource, rank: int, w
         world_size=world_size,
         shuffle=False,
         last_batch="partial",
-        selection=Only(held_out_images(config, source)),
+        selection=Only(chosen),
     )
 
 
@@ -116,7 +138,7 @@ def describe_groups(sampler: Sampler) -> str | None:
     if not isinstance(sampler, PairSampler):
         return None
     return (
-        f"groups of a person: {sampler.num_groups} of {sampler.num_samples - sampler.left_out} images an epoch; "
+        f"groups of a person: {sampler.num_groups} of {sampler.num_shown} images an epoch; "
         f"{sampler.left_out} images are left out, the only ones of their person"
     )
 
@@ -134,4 +156,5 @@ def image_loader(config: Config, source: ImageSource, sampler: Sampler, runtime:
         backend=config.loader,
         num_workers=decoding_workers(config.num_workers),
         on_broken=config.on_broken,
+        timeout=config.input_timeout,
     )

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scf_fast.command import Parser, run
+from scf_fast.command import Parser, print_lines, run
 from scf_fast.command_line import load_recipe
 from scf_fast.distributed import launcher
 from scf_fast.pipelines.formats.atomic_file import write_json
@@ -92,7 +92,7 @@ def run_demo(data: Path, out: Path) -> int:
     results["tables"] = json.loads((table / "table.json").read_text())
     write_json(results_file, results, indent=2, end="\n")
     times = "  ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
-    print(f"\nseconds: {times}\nreport: {out / 'report' / 'report.html'}\ntable: {table / 'report.html'}")
+    print_lines("", f"seconds: {times}", f"report: {out / 'report' / 'report.html'}", f"table: {table / 'report.html'}")
     return 0
 
 

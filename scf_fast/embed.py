@@ -3,10 +3,12 @@
 The images are aligned faces; those of another size than 112 x 112 are resized whole. OUT.npz holds mu (N, d) float32,
 the confidence (N,) float32 and path (N,); OUT.parquet holds the same columns and needs the extra ``embed`` (pyarrow).
 The confidence of SCF and PFE-v is kappa; that of SCF-G and PFE-G is precision, 1 / variance (over several dimensions
-the mean), beside log_variance (N,) or (N, d) float32. A backbone alone gives no confidence.
+the mean), beside log_variance (N,) or (N, d) float32. A backbone alone gives no confidence. Images that cannot be read
+or decoded have no row: FILE.left_out.txt lists them with the reasons; --strict makes the first one an error.
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,34 +17,45 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from scf_fast.command import Parser, run
+from scf_fast.command import Parser, log_to_terminal, print_lines, run
 from scf_fast.errors import InputError
 from scf_fast.inference import Embedder, Embeddings, InferenceOptions, embed_batches, open_embedder
 from scf_fast.inference_arguments import add_inference_arguments, find_images, inference_options
 from scf_fast.model import confidence_of
-from scf_fast.pipelines.formats.atomic_file import atomic_output
+from scf_fast.pipelines.formats.atomic_file import atomic_output, write_text
 from scf_fast.pipelines.sources.base import ImageFiles
+from scf_fast.pipelines.sources.image_names import list_skipped
+from scf_fast.pipelines.text import is_utf8, printable
 
 
 def embed_images(embedder: Embedder, source: ImageFiles, options: InferenceOptions) -> Embeddings:
     """Embeds all images of a source in order, under a progress bar.
 
+    Returns:
+        Embeddings whose ``left_out`` says which images could not be read or decoded.
     Raises:
-        InputError: an image cannot be decoded, or gives unusable numbers; the message names it.
+        InputError: an image gives unusable numbers, or with ``options.strict`` cannot be decoded (the message names
+            it); or none can be decoded.
     """
+    left_out: dict[int, str] | None = None if options.strict else {}
     embeddings = Embeddings.allocate(len(source), embedder.embedding_dim, embedder.outputs, embedder.density)
     batches = np.split(np.arange(len(source)), range(options.batch_size, len(source), options.batch_size))
     with tqdm(total=len(source), desc="embedding", unit=" images", mininterval=1) as progress:
-        for indices, batch in embed_batches(embedder, source, batches, options.decoding):
+        for requested, (indices, batch) in zip(
+            batches, embed_batches(embedder, source, batches, options.decoding, left_out)
+        ):
             embeddings.write_rows(indices, batch)
-            progress.update(len(batch))
+            progress.update(len(requested))
+    embeddings.leave_out(dict(sorted((left_out or {}).items())))
+    if len(embeddings.left_out) == len(source):
+        raise InputError(f"none of the {len(source)} images can be decoded, the first: {embeddings.left_out[0]}")
     embeddings.check_usable(source)
     return embeddings
 
 
 def write_embeddings(path: Path, embeddings: Embeddings, image_paths: list[Path]) -> None:
     """Writes mu, the confidence and log variances if there are any, and the paths, in the format of the suffix: .npz or
-    .parquet.
+    .parquet. Where a path is not UTF-8, those in .parquet are binary; in .npz they are as os.fsdecode gives them.
     """
     columns = {"mu": embeddings.mu.numpy()}
     if embeddings.prediction is not None:
@@ -63,7 +76,11 @@ def write_embeddings(path: Path, embeddings: Embeddings, image_paths: list[Path]
                 return values
             return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.ravel()), values.shape[1])
 
-        paths, mu = columns.pop("path").tolist(), columns.pop("mu")
+        names, mu = columns.pop("path").tolist(), columns.pop("mu")
+        if any(not is_utf8(name) for name in names):
+            paths = pyarrow.array(list(map(os.fsencode, names)), pyarrow.binary())
+        else:
+            paths = pyarrow.array(names, pyarrow.string())
         others = {name: column(values) for name, values in columns.items()}
         pyarrow.parquet.write_table(pyarrow.table({"path": paths, **others, "mu": column(mu)}), file)
 
@@ -103,20 +120,30 @@ def _parser() -> Parser:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    _check_output(arguments.out)
-    paths, options = find_images(arguments.images), inference_options(arguments)
+    out: Path = arguments.out
+    _check_output(out)
+    found, options = find_images(arguments.images), inference_options(arguments)
     embedder = open_embedder(arguments.model, options)
     began = time.perf_counter()
-    embeddings = embed_images(embedder, ImageFiles(paths), options)
-    images_per_second = len(paths) / (time.perf_counter() - began)
-    write_embeddings(arguments.out, embeddings, paths)
+    embeddings = embed_images(embedder, ImageFiles(found.paths), options)
+    images_per_second = len(found.paths) / (time.perf_counter() - began)
+    kept = np.array([i for i in range(len(embeddings)) if i not in embeddings.left_out], dtype=np.int64)
+    shown = embeddings.select(kept) if embeddings.left_out else embeddings
+    write_embeddings(out, shown, [found.paths[i] for i in kept.tolist()])
+    listed = out.with_name(f"{out.name}.left_out.txt")
+    listed.unlink(missing_ok=True)  # of an earlier call
     without = "" if embedder.objective is not None else f"; no kappa: {arguments.model} is a backbone alone"
-    print(f"{arguments.out}: {len(paths)} images, {images_per_second:.0f} images/s{without}")
+    if embeddings.left_out:
+        write_text(listed, "".join(f"{printable(reason)}\n" for reason in embeddings.left_out.values()))
+        without += f"; {len(embeddings.left_out)} images left out, listed with the reasons in {listed}"
+    without += list_skipped(found.skipped)
+    print_lines(f"{out}: {len(kept)} images, {images_per_second:.0f} images/s{without}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
+    log_to_terminal()
     return run(parser.prog, lambda: _embed(options))
 
 

@@ -1,8 +1,8 @@
 """Errors that end a command with one line."""
 
-from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.errors import InputError, UnreadableError
 
-__all__ = ["Incomplete", "InputError"]
+__all__ = ["Incomplete", "InputError", "UnreadableError"]
 
 
 class Incomplete(RuntimeError):

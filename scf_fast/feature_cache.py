@@ -9,10 +9,11 @@
 from pathlib import Path
 
 from scf_fast import distributed
-from scf_fast.command import Parser, run
+from scf_fast.command import Parser, print_lines, run
 from scf_fast.command_line import parse_feature_pass
 from scf_fast.features.feature_pass import FeaturePass, fill_cache
-from scf_fast.features.store import FeatureCache, count_present, is_marked, read_meta
+from scf_fast.features.store import FeatureCache, count_present, read_meta
+from scf_fast.features.write_marks import is_marked
 
 
 def _build(folder: Path, flags: list[str]) -> None:
@@ -25,17 +26,19 @@ def _build(folder: Path, flags: list[str]) -> None:
 def _show(folder: Path) -> None:
     meta = read_meta(folder)
     layout, present = meta.layout, count_present(folder)
-    print(f"images     {present} of {layout.num_images} ({100 * present / layout.num_images:.1f} %), both orientations")
-    print(
+    print_lines(
+        f"images     {present} of {layout.num_images} ({100 * present / layout.num_images:.1f} %), both orientations"
+    )
+    print_lines(
         f"record     features {layout.z_dim} float32, convf {'x'.join(map(str, layout.convf_shape))} {layout.dtype}, "
         f"{layout.record_bytes} bytes"
     )
-    print(f"size       {layout.total_bytes / 1e9:.2f} GB")
-    print(f"difference {meta.convf_error:.1e} of convf, relative to the backbone's output")
+    print_lines(f"size       {layout.total_bytes / 1e9:.2f} GB")
+    print_lines(f"difference {meta.convf_error:.1e} of convf, relative to the backbone's output")
     for name, value in vars(meta.key).items():
-        print(f"{name:<10} {value}")
+        print_lines(f"{name:<10} {value}")
     if is_marked(folder):
-        print("state      open for writing now, or left so by a run that died; the next run checks it")
+        print_lines("state      open for writing now, or left so by a run that died; the next run checks it")
 
 
 def _verify(folder: Path) -> int:
@@ -43,7 +46,7 @@ def _verify(folder: Path) -> int:
     bad = cache.verify()
     present = int(cache.present.sum())
     cache.close()
-    print(f"{present} intact records, {bad} damaged ones marked as missing; the next run computes them again")
+    print_lines(f"{present} intact records, {bad} damaged ones marked as missing; the next run computes them again")
     return 1 if bad else 0
 
 

@@ -13,6 +13,7 @@ and the cosine of an image with the center of its person is estimated from the p
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,13 +60,18 @@ class Reliability:
     error: float
     factor: float
 
-    def table(self) -> str:
-        """Returns a line for each decile."""
+    def as_json(self) -> dict[str, Any]:
+        """Returns what results.json keeps."""
+        columns = {name: getattr(self, name).tolist() for name in ("kappa", "predicted", "observed")}
+        return {"error": self.error, "factor": self.factor, **columns}
+
+    def lines(self) -> list[str]:
+        """Returns a table: a header, and a line for each decile."""
         lines = [
             f"{kappa:10.4g}  {predicted:9.3f}  {observed:8.3f}"
             for kappa, predicted, observed in zip(self.kappa, self.predicted, self.observed)
         ]
-        return "\n".join(["     kappa  predicted  observed", *lines])
+        return ["     kappa  predicted  observed", *lines]
 
 
 @dataclass(frozen=True)
@@ -168,12 +174,20 @@ def _equal_errors(genuine: np.ndarray, impostor: np.ndarray) -> float:
     return float(candidates[np.abs(refused - accepted).argmin()])
 
 
-def reliability(kappa: np.ndarray, cosines: np.ndarray, dim: int, factor: float) -> Reliability:
-    """Compares cosines, (N,), with what kappa, (N,), says of them.
+def measure_reliability(held: Held) -> Reliability:
+    """Compares kappa of a von Mises-Fisher distribution with the cosines of images of people held out.
 
-    Args:
-        factor: to note.
+    Raises:
+        InputError: fewer than two people have two images, or none resemble each other.
     """
+    people = _People(held)
+    factor = people.fit_factor()
+    return _reliability(people, people.own_cosines(factor), factor)
+
+
+def _reliability(people: _People, cosines: np.ndarray, factor: float) -> Reliability:
+    """Compares cosines, (M,), with what kappa says of them."""
+    kappa, dim = people.kappa, people.dim
     predicted = mean_resultant_length(torch.from_numpy(kappa).double(), dim).numpy()
     rows = [
         (np.median(kappa[decile]), predicted[decile].mean(), cosines[decile].mean())
@@ -197,5 +211,5 @@ def measure(held: Held, is_vmf: bool) -> Measures:
     return Measures(
         spearman(people.kappa, cosines),
         _reject_area(people),
-        reliability(people.kappa, cosines, people.dim, factor) if is_vmf else None,
+        _reliability(people, cosines, factor) if is_vmf else None,
     )

@@ -1,8 +1,8 @@
 """Inference with a trained model: images -> features and log kappa or log variance, in batches of any image source."""
 
 import os
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precis
 from scf_fast.objectives import Density, Objective
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
+from scf_fast.pipelines.loading.broken import OnBroken
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT
 from scf_fast.weights.digest import digest_weights
 
 
@@ -27,7 +29,8 @@ class Decoding:
     """How images are read and decoded; see :func:`scf_fast.pipelines.loader.make_loader`."""
 
     backend: str = "auto"  # "dali", "torch", or "auto": DALI where it is installed
-    num_workers: int | None = None  # threads of DALI, processes of PyTorch; None: by the CPU cores of a rank
+    num_workers: int | None = None  # threads of DALI, or processes; None: by the CPU cores of a rank
+    timeout: float = DEFAULT_TIMEOUT  # seconds without progress
 
 
 DEFAULT_DECODING = Decoding()
@@ -43,6 +46,7 @@ class InferenceOptions:
     precision: str = "auto"
     batch_size: int = 256  # images
     decoding: Decoding = DEFAULT_DECODING
+    strict: bool = False  # an image that cannot be decoded is an error; otherwise it is left out, and said
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Embeddings:
     # float32, (N,) log kappa, or (N,) or (N, D) log variances, as `density` says; None from a backbone alone
     prediction: torch.Tensor | None = None
     density: Density = Density.VMF
+    # images that could not be decoded, row -> reason; their rows are NaN
+    left_out: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def allocate(cls, count: int, embedding_dim: int, outputs: int, density: Density = Density.VMF) -> "Embeddings":
@@ -73,6 +79,20 @@ class Embeddings:
         if self.prediction is not None and values.prediction is not None:
             self.prediction[rows] = values.prediction
 
+    def leave_out(self, reasons: Mapping[int, str]) -> None:
+        """Marks rows, given as row -> reason, as those of images that could not be decoded."""
+        self.left_out.update(reasons)
+        rows = torch.tensor(list(reasons), dtype=torch.int64)
+        self.features[rows] = torch.nan
+        if self.prediction is not None:
+            self.prediction[rows] = torch.nan
+
+    def select(self, rows: np.ndarray) -> "Embeddings":
+        """Returns the embeddings of some images, (M,) int64 rows, none of them left out."""
+        index = torch.from_numpy(rows)
+        prediction = None if self.prediction is None else self.prediction[index]
+        return Embeddings(self.features[index], prediction, self.density)
+
     def cpu(self) -> "Embeddings":
         """Returns the same embeddings on the CPU."""
         return replace(
@@ -80,7 +100,7 @@ class Embeddings:
         )
 
     def check_usable(self, source: ImageSource, first: int = 0) -> None:
-        """Checks that a distribution can be made of every row.
+        """Checks that a distribution can be made of every row that is not left out.
 
         Args:
             source: where the images are from.
@@ -97,6 +117,7 @@ class Embeddings:
                 values = (sign * self.prediction).exp()
                 good = values.isfinite() & (values > 0)
                 usable &= good if good.ndim == 1 else good.all(dim=1)
+        usable[torch.tensor(list(self.left_out), dtype=torch.int64)] = True
         if not usable.all():
             bad = (~usable).nonzero()[:, 0].tolist()
             parameter = "kappa" if self.density is Density.VMF else "variances"
@@ -309,14 +330,21 @@ class ChosenBatches(Sampler):
 
 
 def load_batches(
-    embedder: Embedder, source: ImageSource, batches: list[np.ndarray], decoding: Decoding = DEFAULT_DECODING
+    embedder: Embedder,
+    source: ImageSource,
+    batches: list[np.ndarray],
+    decoding: Decoding = DEFAULT_DECODING,
+    left_out: dict[int, str] | None = None,
 ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
     """Yields (indices, images) of batches of a source's images, in order, as the embedder takes them.
 
     Args:
         batches: (B,) int64 each.
+        left_out: None: an image that cannot be decoded is an error. Otherwise it is black and has the index LEFT_OUT,
+            and its position and the reason come in here, before its batch is yielded.
     Raises:
-        InputError: an image cannot be decoded; the message names it.
+        InputError: an image cannot be decoded; the message names it. With ``left_out``, a hundred in a row cannot even
+            be read.
     """
     sampler = ChosenBatches(len(source), batches)
     preprocessing = Preprocessing(embedder.normalization, horizontal_flip=False)
@@ -327,14 +355,26 @@ def load_batches(
         device=embedder.device,
         backend=decoding.backend,
         num_workers=decoding_workers(decoding.num_workers),
+        on_broken=(OnBroken.RAISE if left_out is None else OnBroken.LEAVE_OUT).value,
+        timeout=decoding.timeout,
     ) as loader:
         for images, _, indices in loader.batches(epoch=0):
+            if left_out is not None:
+                left_out.update(loader.broken.found)
             yield indices, images
 
 
 def embed_batches(
-    embedder: Embedder, source: ImageSource, batches: list[np.ndarray], decoding: Decoding = DEFAULT_DECODING
+    embedder: Embedder,
+    source: ImageSource,
+    batches: list[np.ndarray],
+    decoding: Decoding = DEFAULT_DECODING,
+    left_out: dict[int, str] | None = None,
 ) -> Generator[tuple[torch.Tensor, Embeddings], None, None]:
-    """Yields (indices, embeddings) on the CPU; arguments and errors as in :func:`load_batches`."""
-    for indices, images in load_batches(embedder, source, batches, decoding):
-        yield indices, embedder(images).cpu()
+    """Yields (indices, embeddings) on the CPU, without images that are left out; arguments and errors as in
+    :func:`load_batches`.
+    """
+    for indices, images in load_batches(embedder, source, batches, decoding, left_out):
+        shown = (indices >= 0).nonzero()[:, 0]
+        embeddings = embedder(images).cpu()
+        yield indices[shown], embeddings if len(shown) == len(indices) else embeddings.select(shown.numpy())

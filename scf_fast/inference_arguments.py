@@ -1,14 +1,19 @@
 """Flags and positional arguments of the commands that embed images."""
 
 import argparse
+import os
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from scf_fast.errors import InputError
 from scf_fast.inference import Decoding, InferenceOptions
 from scf_fast.networks.precision import PRECISION_DTYPES
-from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES
+from scf_fast.pipelines.sources.base import reason_of
+from scf_fast.pipelines.sources.image_names import IMAGE_SUFFIXES, list_skipped, subfolders, walk_images
+from scf_fast.pipelines.waiting import add_timeout_argument
 
 
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +43,12 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="decoding threads or processes a rank (default: one less than it has CPU cores, 1 to 16)",
     )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="end at an image that cannot be decoded (default: it is left out, counted and listed with the reason)",
+    )
+    add_timeout_argument(parser)
 
 
 def inference_options(arguments: argparse.Namespace) -> InferenceOptions:
@@ -53,7 +64,8 @@ def inference_options(arguments: argparse.Namespace) -> InferenceOptions:
         device=arguments.device,
         precision=arguments.precision,
         batch_size=arguments.batch_size,
-        decoding=Decoding(arguments.loader, arguments.num_workers),
+        decoding=Decoding(arguments.loader, arguments.num_workers, arguments.input_timeout),
+        strict=arguments.strict,
     )
 
 
@@ -85,22 +97,45 @@ def positive_int(text: str) -> int:
     return value
 
 
-def find_images(paths: list[Path]) -> list[Path]:
-    """Returns the files given, and every image file under the folders given, sorted within each folder.
+class FoundImages(NamedTuple):
+    """Image files, and what was left out."""
+
+    paths: list[Path]
+    skipped: Counter[str]  # files and folders, by reason
+
+
+def find_images(paths: list[Path]) -> FoundImages:
+    """Returns the files given, and the images in and under the folders given, sorted within each folder.
+
+    Which files are images is the rule of :mod:`scf_fast.pipelines.sources.image_names`, as in training; a file that is
+    given by itself is taken as it is.
 
     Raises:
-        InputError: a path does not exist, or there are no images.
+        InputError: a path does not exist or cannot be listed, or there are no images.
     """
-    found = []
+    found: list[Path] = []
+    skipped = Counter[str]()
     for path in paths:
         if not path.exists():
             raise InputError(f"there is no {path}; check the path")
-        if path.is_file():
-            found.append(path)
-        else:
-            found += sorted(
-                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-            )
+        found += [path] if path.is_file() else _images_under(path, skipped)
     if not found:
-        raise InputError(f"no images under {', '.join(map(str, paths))}; files must end in {', '.join(IMAGE_SUFFIXES)}")
-    return found
+        raise InputError(
+            f"no images under {', '.join(map(str, paths))}; files must end in {', '.join(IMAGE_SUFFIXES)}"
+            f"{list_skipped(skipped)}"
+        )
+    return FoundImages(found, skipped)
+
+
+def _images_under(path: Path, skipped: Counter[str]) -> list[Path]:
+    root = os.fsencode(path)
+    try:
+        folders, names = subfolders(root, skipped)
+        for first in folders:
+            for folder, images in walk_images(root, first, skipped):
+                names += [os.path.join(folder, image) for image in images]
+    except OSError as error:
+        raise InputError(
+            f"cannot list {os.fsdecode(error.filename or path)}: {reason_of(error)}; restore it or leave it out"
+        ) from error
+    return sorted(path / os.fsdecode(name) for name in names)

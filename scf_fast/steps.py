@@ -1,5 +1,6 @@
 """Steps of a command that starts others: each is done once, and a later call goes on where an earlier one stopped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scf_fast.pipelines.command import print_lines
 from scf_fast.pipelines.formats.atomic_file import write_json
 
 
@@ -60,6 +62,10 @@ class DoneSteps:
         write_json(self._seconds_file, self.seconds)
 
 
+_END_SECONDS = 60.0  # a launcher gives its ranks half of that
+_PRINT_SECONDS = 5.0
+
+
 class _Process:
     """A command that is running, in a session of its own.
 
@@ -103,14 +109,19 @@ class _Process:
         return self._seconds
 
     def end(self) -> None:
-        """Ends the command and all its children, where they still run."""
+        """Ends the command and all its children, where they still run; kills those that do not end by themselves."""
+        self._signal(signal.SIGTERM)
         try:
-            os.killpg(self._process.pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
         if self._printer.is_alive():
-            self._printer.join()
+            self._printer.join(_PRINT_SECONDS)  # a child that has left the session may hold the pipe
+
+    def _signal(self, sign: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, sign)
 
 
 _POLL_SECONDS = 0.05
@@ -140,9 +151,9 @@ def _run_group(group: list[Step], done: DoneSteps) -> int:
     waiting = []
     for step in group:
         if done.has(step):
-            print(f"== {step.title}: there already ({done.seconds[step.name]:.0f} s)", flush=True)
+            print_lines(f"== {step.title}: there already ({done.seconds[step.name]:.0f} s)")
         else:
-            print(f"== {step.title}", flush=True)
+            print_lines(f"== {step.title}")
             waiting.append(step)
     running = {step.name: _Process(step, f"[{step.name}] " if len(group) > 1 else None) for step in waiting}
     try:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from scf_fast import command_line
-from scf_fast.command import Parser, run, split_commas
+from scf_fast.command import Parser, print_lines, run, split_commas
 from scf_fast.distributed import launcher
 from scf_fast.errors import InputError
 from scf_fast.objectives import Density, Objective
@@ -315,9 +315,9 @@ def _make_table(arguments: Sequence[str] | None) -> int:
     status, seconds = run_steps(steps, table.out / "seconds.json")
     if status:
         return status
-    print(f"\nseconds: {'  '.join(f'{name} {value:.0f}' for name, value in seconds.items())}")
+    print_lines("", f"seconds: {'  '.join(f'{name} {value:.0f}' for name, value in seconds.items())}")
     if not table.evaluation_data:
-        print("nothing is evaluated: give --eval DATA to the same command for the table")
+        print_lines("nothing is evaluated: give --eval DATA to the same command for the table")
     return 0
 
 

@@ -77,3 +77,16 @@ def test_tests_named_in_the_text_exist(page):
     sources = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py")) if names else ""
     for name in names:
         assert re.search(rf"^def {name}\(", sources, flags=re.M), f"{page}: {name}"
+
+
+def test_the_log_of_situations_names_versions_and_tests_that_exist():
+    versions = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    rows = re.findall(r"^\| (?!situation|-)(.+) \|$", (ROOT / "docs/compatibility.md").read_text(), flags=re.M)
+    assert len(rows) >= 5
+    for row in rows:
+        situation, behavior, since, *tests = re.split(r"(?<!\\) \| ", row)
+        assert situation and behavior and since in versions and len(tests) == 1, row
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests[0])
+        assert named, row
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), flags=re.M), row

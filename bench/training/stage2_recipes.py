@@ -1,5 +1,6 @@
-"""Steps and seconds of stage 2 to the final loss of the published recipe: its own, the same from a better start, and
-``confidence_fast.yaml``.
+"""Steps and seconds of stage 2 to the final loss of the published recipe: its own, the same from a better start,
+``confidence_fast.yaml``, and what else could limit convergence: that recipe with a warm-up, at a constant rate, with
+larger batches at the same and at a higher rate, and with averaged weights.
 
     python -m bench.stage2_recipes [--tiny] [--saved_bkb FILE --saved_fc FILE --data PATH] [--out DIR]
 
@@ -10,12 +11,14 @@ The exit status is 1 if ``confidence_fast.yaml`` needs more than a tenth of its 
 """
 
 import argparse
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -30,6 +33,7 @@ from bench.training.stage2_slopes import CHOSEN, Variant
 from scf_fast.command import Parser, run
 
 EPOCHS, LR = 30, 3e-5  # of the published recipe
+FAST = "confidence_fast"
 _FAST = Path(scf_fast.__file__).parent / "recipes" / "confidence_fast.yaml"
 _LOOKS = 4  # at the loss of people held out, in an epoch
 
@@ -39,20 +43,28 @@ class Recipe:
     """One way to train.
 
     Attributes:
-        cosine: whether the rate falls along a cosine, and not by half every second epoch.
+        schedule: of the rate: half every second epoch, along a cosine to 0, or constant.
+        warmup: share of the steps over which the rate rises from 0.
+        batches: that are joined to one.
+        averaging: decay of the exponential moving average of the weights that are judged; 0 is none.
     """
 
     name: str
     variant: Variant
     epochs: int
     lr: float
-    cosine: bool = False
+    schedule: Literal["halved", "cosine", "constant"] = "halved"
+    warmup: float = 0.0
+    batches: int = 1
+    averaging: float = 0.0
 
     def factor(self, step: int, per_epoch: int) -> float:
         """Returns the share of the rate at a step, counted from 0."""
-        if self.cosine:
-            return 0.5 * (1 + math.cos(math.pi * step / (self.epochs * per_epoch)))
-        return 0.5 ** (step // per_epoch // 2)
+        steps = self.epochs * per_epoch
+        rise = min(1.0, (step + 1) / (self.warmup * steps)) if self.warmup else 1.0
+        if self.schedule == "cosine":
+            return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return rise * (1.0 if self.schedule == "constant" else 0.5 ** (step // per_epoch // 2))
 
 
 @dataclass(frozen=True)
@@ -78,13 +90,49 @@ def recipes() -> list[Recipe]:
     """Returns the recipes, the published one first."""
     fast = yaml.safe_load(_FAST.read_text())
     assert fast["lr_scheduler"] == "Cosine", "as this program has it"
+    way = replace(CHOSEN, max_step=fast["max_first_step"])
+    recipe = Recipe(FAST, way, fast["epochs"], fast["lr"], "cosine")
     return [
         Recipe("published", Variant("published", start=None), EPOCHS, LR),
         Recipe("published, auto start", Variant("auto"), EPOCHS, LR),
-        Recipe(
-            "confidence_fast", replace(CHOSEN, max_step=fast["max_first_step"]), fast["epochs"], fast["lr"], cosine=True
+        recipe,
+        replace(recipe, name="fast, warm-up", warmup=0.1),
+        replace(recipe, name="fast, constant rate", schedule="constant"),
+        replace(recipe, name="fast, batch x 4", batches=4),
+        replace(
+            recipe,
+            name="fast, batch x 4, rate x 4",
+            batches=4,
+            lr=4 * recipe.lr,
+            variant=replace(way, max_step=4 * way.max_step),
         ),
+        replace(recipe, name="fast, averaged weights", averaging=0.9),
+        replace(recipe, name="fast, constant rate, averaged weights", schedule="constant", averaging=0.9),
     ]
+
+
+class _Average:
+    """Exponential moving average of parameters, the first steps of which weigh as the later ones."""
+
+    def __init__(self, parameters: Sequence[torch.Tensor], decay: float):
+        self._parameters, self._decay, self._weight = list(parameters), decay, 0.0
+        self._sums = [torch.zeros_like(parameter) for parameter in parameters]
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Takes the parameters as they are."""
+        self._weight = self._decay * self._weight + 1 - self._decay
+        torch._foreach_lerp_(self._sums, self._parameters, 1 - self._decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Puts the average in the place of the parameters."""
+        kept = [parameter.detach().clone() for parameter in self._parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, torch._foreach_div(self._sums, self._weight))
+        yield
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, kept)
 
 
 def train(
@@ -94,6 +142,8 @@ def train(
     training = Training(train_set, net, "exact", recipe.variant, recipe.lr, seed)
     (group,) = training.optimizer.param_groups
     rate, count = group["lr"], len(train_set.labels)
+    batch *= recipe.batches
+    average = _Average(training.parameters, recipe.averaging) if recipe.averaging else None
     per_epoch, seconds, found = count // batch, 0.0, []
     for step in range(recipe.epochs * per_epoch):
         epoch, number = divmod(step, per_epoch)
@@ -101,9 +151,12 @@ def train(
         group["lr"] = rate * recipe.factor(step, per_epoch)
         began = time.perf_counter()
         training.step(order[number * batch : (number + 1) * batch])
+        if average:
+            average.add()
         seconds += time.perf_counter() - began
         if (step + 1) % max(per_epoch // _LOOKS, 1) == 0 or number == per_epoch - 1:
-            found.append((step + 1, seconds, training.evaluate(held_out)[0]))
+            with average.applied() if average else contextlib.nullcontext():
+                found.append((step + 1, seconds, training.evaluate(held_out)[0]))
     return found
 
 
@@ -141,7 +194,7 @@ def measure(options: argparse.Namespace) -> int:
     late = [
         outcome
         for outcome in outcomes
-        if outcome.recipe == "confidence_fast"
+        if outcome.recipe == FAST
         and (outcome.reached is None or outcome.reached[0] > published[outcome.net, outcome.seed] / 10)
     ]
     return 1 if late else 0

@@ -172,17 +172,25 @@ def verdict(loss: float, log_kappa: torch.Tensor, constant: float, constant_loss
 
 
 def grid(
-    train: Features, held_out: Features, nets: Sequence[str], rates: Sequence[float], seeds: int, steps: int, few: bool
+    train: Features,
+    held_out: Features,
+    nets: Sequence[str],
+    rates: Sequence[float],
+    seeds: int,
+    steps: int,
+    normalizers: Sequence[str],
+    ways: Sequence[str],
 ) -> Iterator[Cell]:
     """Trains every cell on one set of features.
 
     Args:
-        few: only before and after.
+        ways: titles of variants; empty: all.
     """
-    for normalizer, variants in (("exact", VARIANTS), ("published", PUBLISHED_VARIANTS)):
+    for normalizer in normalizers:
         constant = best_constant(held_out, normalizer)
         constant_loss = _loss(held_out, torch.full((len(held_out.labels),), constant), normalizer)
-        chosen = [variant for variant in variants if not few or variant in (TODAY, CHOSEN)]
+        variants = VARIANTS if normalizer == "exact" else PUBLISHED_VARIANTS
+        chosen = [variant for variant in variants if not ways or variant.title in ways]
         for net, variant, lr, seed in product(nets, chosen, rates, range(seeds)):
             began = time.perf_counter()
             training = Training(train, net, normalizer, variant, lr, seed)
@@ -266,12 +274,11 @@ def measure(options: argparse.Namespace) -> int:
             for name, f in sets.items()
         },
     }  # fmt: skip
-    name = f"stage2_robustness{'-backbone' if options.saved_bkb else ''}.json"
+    name = f"stage2_robustness{options.label and '-' + options.label}.json"
     for features in sets.values():
         train, held_out = features.split()
-        for cell in grid(
-            train, held_out, options.nets, options.rates, options.seeds, options.steps, bool(options.saved_bkb)
-        ):
+        sizes = (options.seeds, options.steps)
+        for cell in grid(train, held_out, options.nets, options.rates, *sizes, options.normalizers, options.ways):
             cells.append(cell)
             if len(cells) % 20 == 0:
                 write_json(options.out / name, result | {"cells": [cell.as_record() for cell in cells]})
@@ -306,6 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rates", type=_numbers(float), default=(1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--normalizers", type=_numbers(str), default=("exact", "published"))
+    parser.add_argument("--ways", type=_numbers(str), default=(), help="such as before,chosen; default: all")
+    parser.add_argument("--label", default="", help="put into the name of the file of results")
     parser.add_argument("--tiny", action="store_true", help="two rates, one seed and a few steps, to try it out")
     add_out_argument(parser)
     options = parser.parse_args(arguments)

@@ -13,6 +13,7 @@ line for each image. Landmarks are in pixels of the crop: left eye, right eye, n
 """
 
 import csv
+import io
 import itertools
 import os
 import warnings
@@ -27,7 +28,11 @@ import numpy.typing as npt
 from scf_fast.pipelines.aliases import BoolArray, ByteArray, IntArray, StrPath
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output, write_bytes
-from scf_fast.pipelines.sources.base import ImageFiles, reason_of
+from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
+from scf_fast.pipelines.formats.text_file import read_text_bytes
+from scf_fast.pipelines.sources.base import ImageFiles, ImageSource, reason_of
+from scf_fast.pipelines.sources.image_names import visible
+from scf_fast.pipelines.text import shown
 
 _IMAGES = "_face_tid_mid.txt"
 _LANDMARKS = "_name_5pts_score.txt"
@@ -46,7 +51,7 @@ class TemplateProtocol(NamedTuple):
     detector_score: npt.NDArray[np.float32]  # (N,)
     pair_template_ids: IntArray  # (P, 2)
     pair_labels: BoolArray  # (P,) whether both templates show one person
-    source: ImageFiles  # the N crops
+    source: ImageSource  # the N crops
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def _write_subjects(
 
 def _write_rows(root: Path, name: str, rows: Iterable[Iterable[Any]], separator: str = " ") -> None:
     with atomic_output(root / "meta" / name) as file:
-        file.writelines(f"{separator.join(map(str, row))}\n".encode() for row in rows)
+        file.writelines(os.fsencode(separator.join(map(str, row))) + b"\n" for row in rows)
 
 
 def read_template_protocol(root: StrPath) -> TemplateProtocol:
@@ -136,7 +141,9 @@ def read_template_protocol(root: StrPath) -> TemplateProtocol:
             or a detector score is not finite and >= 0.
     """
     root = Path(root)
-    found = sorted((root / "meta").glob("*" + _IMAGES))
+    if root.is_file():
+        raise InputError(f"{root} must be a folder with meta/ and {_CROPS}/, and {refusal(root, Wanted.FOLDER)}")
+    found = visible((root / "meta").glob("*" + _IMAGES))
     if len(found) != 1:
         raise InputError(
             f"{root}/meta must hold exactly one '*{_IMAGES}', found {[path.name for path in found]}; "
@@ -176,8 +183,9 @@ def read_template_protocol(root: StrPath) -> TemplateProtocol:
 
 
 def _read(path: str) -> bytes:
+    """Returns the text of a meta file."""
     try:
-        return Path(path).read_bytes()
+        return read_text_bytes(path)
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {reason_of(error)}; the protocol is incomplete, restore the file"
@@ -185,15 +193,19 @@ def _read(path: str) -> bytes:
 
 
 def _read_named_rows(path: str, num_values: int, dtype: type[np.generic]) -> tuple[list[str], npt.NDArray[Any]]:
-    """Returns (names, values): the first column, and the others as an (N, num_values) array."""
-    rows = [line.split() for line in _read(path).decode(errors="replace").splitlines()]
+    """Returns (names, values): the first column, and the others as an (N, num_values) array; of lines that are not
+    empty.
+    """
+    content = _read(path)
+    # As bytes, which are split at the blanks of ASCII alone: names may hold others.
+    rows = [line.split() for line in content.splitlines() if line.strip()]
     if not rows:
         raise InputError(f"{path} must list images, and is empty; restore the file")
     try:
         values = np.array([row[1:] for row in rows], dtype=dtype).reshape(len(rows), num_values)
     except (ValueError, OverflowError) as error:
-        raise _bad_row(path, rows, 1, num_values, dtype) from error
-    return [row[0] for row in rows], values
+        raise _bad_row(path, content, 1, num_values, dtype) from error
+    return [os.fsdecode(row[0]) for row in rows], values
 
 
 def _read_pairs(path: str, template_ids: IntArray) -> tuple[IntArray, BoolArray]:
@@ -206,9 +218,7 @@ def _read_pairs(path: str, template_ids: IntArray) -> tuple[IntArray, BoolArray]
             # 15.7 million rows in 5 s; row by row, minutes.
             values = np.fromstring(text, dtype=np.int64, sep=" ").reshape(-1, 3)
     except (ValueError, DeprecationWarning) as error:
-        raise _bad_row(
-            path, [line.split() for line in text.decode(errors="replace").splitlines()], 0, 3, np.int64
-        ) from error
+        raise _bad_row(path, text, 0, 3, np.int64) from error
     pairs, labels = np.ascontiguousarray(values[:, :2]), values[:, 2]
     unknown = ~np.isin(pairs, template_ids)
     if unknown.any():
@@ -223,9 +233,7 @@ def _read_pairs(path: str, template_ids: IntArray) -> tuple[IntArray, BoolArray]
     return pairs, labels.astype(bool)
 
 
-def _bad_row(
-    path: str, rows: Sequence[Sequence[Any]], num_names: int, num_values: int, dtype: type[np.generic]
-) -> InputError:
+def _bad_row(path: str, content: bytes, num_names: int, num_values: int, dtype: type[np.generic]) -> InputError:
     """Returns the error that names the first malformed row."""
 
     def is_bad(row: Sequence[Any]) -> bool:
@@ -235,7 +243,8 @@ def _bad_row(
             return True
         return False
 
-    bad = [(number, row) for number, row in enumerate(rows, start=1) if is_bad(row)]
+    rows = [line.split() for line in content.splitlines()]
+    bad = [(number, row) for number, row in enumerate(rows, start=1) if row and is_bad(row)]
     if not bad:  # as with digits of another script, which only one of the two parsers accepts
         return InputError(
             f"{path} must hold {num_names + num_values} columns in every row, as plain text; repair the file"
@@ -243,7 +252,7 @@ def _bad_row(
     number, row = bad[0]
     return InputError(
         f"{path} row {number} must hold {num_names + num_values} columns ({num_values} of them "
-        f"{np.dtype(dtype).name}), got {' '.join(row)[:80]!r}; repair the row"
+        f"{np.dtype(dtype).name}), got {shown(b' '.join(row), 80)}; repair the row"
     )
 
 
@@ -270,7 +279,7 @@ def read_galleries(root: StrPath, protocol: TemplateProtocol) -> list[Gallery]:
             without images, a template has two subjects, or a subject two templates in the galleries.
     """
     meta = Path(root) / "meta"
-    galleries, probes = sorted(meta.glob(f"*{_GALLERY}*.csv")), sorted(meta.glob(f"*{_PROBES}.csv"))
+    galleries, probes = visible(meta.glob(f"*{_GALLERY}*.csv")), visible(meta.glob(f"*{_PROBES}.csv"))
     if not galleries and not probes:
         return []
     if len(probes) != 1 or not galleries:
@@ -294,16 +303,16 @@ def read_galleries(root: StrPath, protocol: TemplateProtocol) -> list[Gallery]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields (number of the line at which it ends, row) for each row of a CSV file."""
-    with open(path, newline="", errors="replace") as file:
-        reader = csv.reader(file)
-        try:
-            for row in reader:
+    """Yields (number of the line at which it ends, row) for each row of a CSV file that is not empty."""
+    reader = csv.reader(io.StringIO(_read(str(path)).decode(errors="surrogateescape"), newline=""))
+    try:
+        for row in reader:
+            if any(map(str.strip, row)):
                 yield reader.line_num, row
-        except csv.Error as error:
-            raise InputError(
-                f"{path} line {reader.line_num} is no line of a CSV file: {error}; restore the file"
-            ) from error
+    except csv.Error as error:
+        raise InputError(
+            f"{path} line {reader.line_num} is no line of a CSV file: {error}; restore the file"
+        ) from error
 
 
 def _read_subjects(path: Path, known: IntArray) -> tuple[IntArray, IntArray]:
@@ -314,7 +323,7 @@ def _read_subjects(path: Path, known: IntArray) -> tuple[IntArray, IntArray]:
             template, subject = np.array(row[:2], dtype=np.int64).tolist()
         except (ValueError, OverflowError):
             raise InputError(
-                f"{path} line {line} must start with a template id and a subject id, got {','.join(row)[:80]!r}; "
+                f"{path} line {line} must start with a template id and a subject id, got {shown(','.join(row), 80)}; "
                 "repair the line"
             ) from None
         if rows.setdefault(template, subject) != subject:

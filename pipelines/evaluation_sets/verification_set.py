@@ -14,9 +14,12 @@ import numpy as np
 
 from scf_fast.pipelines.aliases import BoolArray, ByteArray, IntArray, StrPath
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.formats import file_kinds
 from scf_fast.pipelines.formats.array_file import Array
 from scf_fast.pipelines.formats.atomic_file import atomic_output
+from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
 from scf_fast.pipelines.sources.base import EncodedImages, ImageSource, SelectedImages, reason_of
+from scf_fast.pipelines.text import one_line
 
 
 class VerificationSet(NamedTuple):
@@ -156,8 +159,10 @@ def read_verification_set(path: StrPath) -> VerificationSet:
         raise InputError(f"cannot read the verification set {path}: {reason_of(error)}; check the path") from error
     # A damaged pickle raises nearly anything: KeyError, IndexError, MemoryError, AttributeError ...
     except Exception as error:
+        what = refusal(path, Wanted.PAIRS, file_kinds.PICKLE, file_kinds.EMPTY)
         raise InputError(
-            f"{path} must be a pickle of (encoded images, is-same flags): {error}; download it again"
+            f"{path} must be a pickle of (encoded images, is-same flags)"
+            + (f", and {what}" if what else f": {one_line(error)}; download it again")
         ) from error
     if len(images) != 2 * len(same) or not len(same):
         raise InputError(

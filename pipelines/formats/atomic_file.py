@@ -8,13 +8,22 @@
 All of them write aside, flush, sync the file, rename it, and sync its folder: after a power failure there is the old
 file or the new one. On any exception what was written aside is removed. An ``OSError`` names the file that was to be
 written.
+
+The file aside is new, ``.NAME.RANDOM.part`` in the same folder: no link that somebody has planted is followed. It is
+locked while it is written, so that what a killed process has left can be told from what a living one is writing:
+
+    remove_leftovers(folder, name)   removes the former; done for a file before it is written durably
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
+import secrets
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +31,11 @@ from typing import Any, BinaryIO
 from scf_fast.pipelines.aliases import StrPath
 
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # some file systems and folders do not offer it
+_LONGEST_NAME, _TOKEN_BYTES = 200, 6
+_ASIDE = re.compile(  # older versions had the number of the process
+    rf"\.(?P<name>.*)\.(?:(?P<token>[0-9a-f]{{{2 * _TOKEN_BYTES}}})|\d+)\.part", re.DOTALL
+)
+_DAY = 24 * 3600.0
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -36,7 +50,7 @@ def atomic_output(path: StrPath, sync: bool = True) -> Iterator[BinaryIO]:
     Raises:
         OSError: the file cannot be written, for instance because the disk is full; names ``path``.
     """
-    with _set_aside(path, sync) as aside, open(aside, "wb") as file:
+    with _set_aside(path, sync) as (_, descriptor), open(descriptor, "wb", closefd=False) as file:
         yield file
         file.flush()
         if sync:
@@ -46,7 +60,7 @@ def atomic_output(path: StrPath, sync: bool = True) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def atomic_path(path: StrPath) -> Iterator[Path]:
     """Gives a path beside ``path``, for a library that opens and closes the file itself; see :func:`atomic_output`."""
-    with _set_aside(path, sync=True) as aside:
+    with _set_aside(path, sync=True) as (aside, _):
         yield aside
         _sync(aside)
 
@@ -58,8 +72,10 @@ def write_bytes(path: StrPath, content: bytes | bytearray | memoryview, sync: bo
 
 
 def write_text(path: StrPath, text: str) -> None:
-    """Writes a text file in UTF-8 with its line ends as they are; see :func:`atomic_output`."""
-    write_bytes(path, text.encode())
+    """Writes a text file in UTF-8 with its line ends as they are; see :func:`atomic_output`. Bytes of file names that
+    are not UTF-8, as os.fsdecode keeps them, are written as they were.
+    """
+    write_bytes(path, text.encode(errors="surrogateescape"))
 
 
 def write_json(path: StrPath, value: Any, *, indent: int | None = None, end: str = "", allow_nan: bool = True) -> None:
@@ -74,14 +90,70 @@ def publish(aside: StrPath, path: StrPath) -> None:
     _sync_folder(Path(path).parent)
 
 
-@contextlib.contextmanager
-def _set_aside(path: StrPath, sync: bool) -> Iterator[Path]:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps ranks that write the same cache apart.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+def remove_leftovers(folder: StrPath, name: str | None = None) -> int:
+    """Removes what killed processes have left of files written aside, and returns how many there were.
+
+    Args:
+        name: of the file that they were to become; None: any.
+    """
+    removed = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = _ASIDE.fullmatch(entry.name)
+            if found and (name is None or found["name"] == _shortened(name)):
+                removed += _remove_if_left(entry.path, found["token"] is None)
+    return removed
+
+
+def _remove_if_left(path: str, is_unlocked: bool) -> bool:
+    """Removes a file that nobody is writing; of an older version, which locked none, one that is a day old."""
     try:
-        yield aside
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or (is_unlocked and time.time() - facts.st_mtime < _DAY):
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    except OSError:  # somebody is writing it, or the file system has no locks: it stays
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _shortened(name: str) -> str:
+    """Returns as much of a name as leaves room, in the 255 bytes of a name, for what is added to it."""
+    return os.fsdecode(os.fsencode(name)[:_LONGEST_NAME])
+
+
+def _new_aside(path: Path) -> tuple[Path, int]:
+    """Makes a locked file beside ``path``, with the permissions that the umask gives; returns it open for writing."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    while True:
+        aside = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(_TOKEN_BYTES)}.part")
+        try:
+            descriptor = os.open(aside, flags, 0o666)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return aside, descriptor
+
+
+@contextlib.contextmanager
+def _set_aside(path: StrPath, sync: bool) -> Iterator[tuple[Path, int]]:
+    path, aside, descriptor = Path(path), Path(), -1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if sync:
+            remove_leftovers(path.parent, path.name)
+        aside, descriptor = _new_aside(path)
+        yield aside, descriptor
         os.replace(aside, path)
         if sync:
             _sync_folder(path.parent)
@@ -91,7 +163,10 @@ def _set_aside(path: StrPath, sync: bool) -> Iterator[Path]:
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
-        aside.unlink(missing_ok=True)
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # its folder is gone, for one: that has been raised already
+                aside.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def _os_error_behind(error: Exception) -> OSError | None:

@@ -27,6 +27,8 @@ import numpy.typing as npt
 from scf_fast.pipelines.aliases import ByteArray, FloatArray, IntArray, Progress, StrPath
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import atomic_output, write_text
+from scf_fast.pipelines.formats.text_file import read_text
+from scf_fast.pipelines.text import shown
 
 _MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", _MAGIC)
@@ -343,12 +345,11 @@ def read_num_classes(path: StrPath) -> int:
     Raises:
         InputError: the file holds something else.
     """
-    with open(path, errors="replace") as file:
-        text = file.read(100).strip()
+    text = read_text(path, at_most=100).strip()
     first = text.split(",")[0].strip()
     if not first.isascii() or not first.isdigit() or int(first) > _MAX_CLASSES:
         raise InputError(
-            f"{path} must hold 'classes,height,width' with up to {_MAX_CLASSES} classes, got {text[:60]!r}; write "
+            f"{path} must hold 'classes,height,width' with up to {_MAX_CLASSES} classes, got {shown(text[:60])}; write "
             "e.g. '85742,112,112'"
         )
     return int(first)

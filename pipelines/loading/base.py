@@ -4,7 +4,6 @@ import abc
 import contextlib
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +13,11 @@ import torch
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.augmentation import PRESETS, Augmentation
-from scf_fast.pipelines.loading.broken import BrokenImages
+from scf_fast.pipelines.loading.broken import LEFT_OUT, BrokenImages
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads
 
 # Images of a rank that the disk is asked for together, 160 MB: 64 blocks of 256, which a block shuffle mixes.
 _READ_AHEAD = 1 << 14
@@ -58,7 +58,8 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # (B, 3, 112, 112) in the loader's dtype, channels_last, on its device
     labels: torch.Tensor  # (B,) int64 on the loader's device
-    # (B,) int64 on the CPU, positions in the source of the images shown, so of the replacement of a broken image.
+    # (B,) int64 on the CPU, positions in the source of the images shown, so of the replacement of a broken image;
+    # LEFT_OUT of one that is left out.
     indices: torch.Tensor
 
 
@@ -75,7 +76,7 @@ class Decoded(NamedTuple):
     # (B, 112, 112, 3): uint8, valid until the next one is asked for; or normalized, in the loader's dtype, and valid
     # for as long as it is kept.
     faces: torch.Tensor
-    shown: np.ndarray  # (B,) int64, positions of the images in the source
+    shown: np.ndarray  # (B,) int64, positions of the images in the source; LEFT_OUT of those left out
 
 
 class Loader(BatchLoader[Batch]):
@@ -101,14 +102,15 @@ class Loader(BatchLoader[Batch]):
         broken: BrokenImages,
         num_workers: int,
         prefetch: int,
+        timeout: float = DEFAULT_TIMEOUT,
     ):
         self._source, self._sampler, self._preprocessing = source, sampler, preprocessing
         self._device, self._dtype = device, dtype
-        self._num_workers, self._prefetch = num_workers, prefetch
+        self._num_workers, self._prefetch, self._timeout = num_workers, prefetch, timeout
         self.batches_per_epoch = sampler.batches_per_epoch
         self.broken = broken
         self._running: Generator[Batch, None, None] | None = None
-        self._read_ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._read_ahead = DaemonThreads(1, "read-ahead")
 
     def batches(self, epoch: int, start_batch: int = 0) -> Generator[Batch, None, None]:
         """Iterates over the batches of one epoch.
@@ -183,7 +185,7 @@ class Loader(BatchLoader[Batch]):
             images = self._preprocessing.normalize(faces, self._dtype)
         else:
             images = faces.permute(0, 3, 1, 2)
-        labels = torch.from_numpy(self._source.labels[shown])
+        labels = torch.from_numpy(np.where(shown < 0, LEFT_OUT, self._source.labels[shown]))
         return Batch(images, labels.to(self._device, non_blocking=True), torch.from_numpy(shown.copy()))
 
     @abc.abstractmethod

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
+from scf_fast.pipelines.formats.file_kinds import BINARY, IMAGES, TEXT, recognize_bytes
+from scf_fast.pipelines.loading.pixels import upright_rgb
 from scf_fast.pipelines.sources.base import LARGE_FILE, ImageSource
 
 MAX_PIXELS = 1 << 24  # a header that announces more is refused before memory is set aside for it: 48 MB an image
@@ -27,9 +29,14 @@ _FRAME, _TABLE = 1, 2
 _MARKERS = np.zeros(256, dtype=np.uint8)
 _MARKERS[[0xC0, 0xC1]] = _FRAME
 _MARKERS[[0xC4, 0xDB, 0xDD, *range(0xE0, 0xFF)]] = _TABLE
-_CHANNELS = np.isin(np.arange(256), (1, 3, 4))  # gray, YCbCr or RGB, CMYK
+_CHANNELS = np.isin(np.arange(256), (1, 3))  # gray; YCbCr or RGB
+_INK = 4  # channels of CMYK
+_ADOBE, _ADOBE_MARKER = 0xEE, b"Adobe"  # what says that 0 is full ink, which Pillow takes for granted and others do not
 _PPM_HEADER = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # of the file that pack_face makes
 _JPEG_END, _PNG_START, _PNG_END = b"\xff\xd9", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_RECOGNIZED = 1 << 12  # bytes of a file that is no image, by which it is told what it is
+BLACK_FACE = np.zeros((FACE_SIZE, FACE_SIZE, 3), dtype=np.uint8)
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _Result = TypeVar("_Result")
 
 
@@ -46,7 +53,8 @@ class Header(NamedTuple):
 def decode_face(encoded: bytes | np.ndarray) -> np.ndarray:
     """Decodes an image: upright as EXIF says, in RGB, resized whole to FACE_SIZE where the size differs.
 
-    Resizing averages (triangle filter, antialiased).
+    Pixels of any kind become 8-bit RGB by the rule of :mod:`scf_fast.pipelines.loading.pixels`. Resizing averages
+    (triangle filter, antialiased).
 
     Args:
         encoded: a JPEG, PNG, WebP, BMP, PPM/PGM, TIFF or GIF file; (bytes,) uint8 where it is an array.
@@ -55,16 +63,45 @@ def decode_face(encoded: bytes | np.ndarray) -> np.ndarray:
     Raises:
         InputError: Pillow cannot decode it, or read_header refuses it.
     """
-    encoded = np.frombuffer(encoded, dtype=np.uint8)
-    try:
-        with open_image(encoded) as opened:
-            upright = ImageOps.exif_transpose(opened) if "exif" in opened.info else opened
-            image = upright.convert("RGB")
-    except Exception as error:
-        raise _undecodable(error, encoded) from error
+    image = decode_rgb(np.frombuffer(encoded, dtype=np.uint8))
     if image.size != (FACE_SIZE, FACE_SIZE):
         image = image.resize((FACE_SIZE, FACE_SIZE), Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def decode_rgb(encoded: np.ndarray) -> Image.Image:
+    """Decodes an untrusted image file, (bytes,) uint8, to 8-bit RGB in its own size, upright as EXIF says.
+
+    Raises:
+        InputError: as decode_face.
+    """
+    try:
+        try:
+            return _checked_rgb(encoded)
+        except ValueError as error:
+            if isinstance(error, InputError) or encoded[:8].tobytes() != _PNG_START:
+                raise
+            return _checked_rgb(_without_texts(encoded))  # Pillow refuses a PNG for long ones, other decoders do not
+    except Exception as error:
+        raise _undecodable(error, encoded) from error
+
+
+def _checked_rgb(encoded: np.ndarray) -> Image.Image:
+    read_header(encoded)
+    with _open(encoded) as opened:
+        return upright_rgb(opened)
+
+
+def _without_texts(png: np.ndarray) -> np.ndarray:
+    """Returns a PNG file without texts and color profile, which decide nothing about the pixels here."""
+    kept, at = [png[:8]], 8
+    while at + 12 <= len(png):
+        size, name = struct.unpack_from(">I4s", png.data, at)
+        end = at + 12 + size
+        if name not in _PNG_TEXTS:
+            kept.append(png[at:end])
+        at = end
+    return np.concatenate(kept)
 
 
 def _undecodable(error: Exception, encoded: np.ndarray) -> InputError:
@@ -73,22 +110,13 @@ def _undecodable(error: Exception, encoded: np.ndarray) -> InputError:
     For Pillow any exception is one: a damaged file raises OSError, SyntaxError, struct.error, zlib.error and others.
     """
     if isinstance(error, UnidentifiedImageError):  # its text is the address of an object
-        return InputError("unknown format" if len(encoded) else "it has no bytes")
+        if not len(encoded):
+            return InputError("it has no bytes")
+        kind = recognize_bytes(encoded[:_RECOGNIZED].tobytes(), size=len(encoded))
+        if kind in (TEXT, BINARY):
+            return InputError("unknown format")
+        return InputError("its header is damaged" if kind in IMAGES else f"it is {kind.name}, which is not read here")
     return InputError(str(error) or type(error).__name__)
-
-
-def open_image(encoded: np.ndarray) -> Image.Image:
-    """Opens an untrusted image file by Pillow: only what read_header accepts, and by a reader that starts no program.
-
-    Args:
-        encoded: (bytes,) uint8.
-    Returns:
-        The image, not decoded yet; close it.
-    Raises:
-        InputError: read_header refuses it. Decoding raises almost any exception where a file is damaged.
-    """
-    read_header(encoded)
-    return _open(encoded)
 
 
 def load_face(source: ImageSource, i: int) -> np.ndarray:
@@ -98,7 +126,7 @@ def load_face(source: ImageSource, i: int) -> np.ndarray:
         InputError: it cannot be read or decoded; the message names it.
     """
     pixels = source.pixels(i)
-    return _named(source, i, decode_face, source.encoded(i)) if pixels is None else pixels
+    return with_name(source, i, decode_face, source.encoded(i)) if pixels is None else pixels
 
 
 def load_encoded(
@@ -127,10 +155,10 @@ def load_encoded(
             return pack_face(pixels), True
         encoded = source.encoded(i)
     if not convert:
-        header = _named(source, i, read_header, encoded)
+        header = with_name(source, i, read_header, encoded)
         if header.is_common and header.height * header.width <= _LARGE_PIXELS and len(encoded) <= LARGE_FILE:
             return encoded, (header.height, header.width) == (FACE_SIZE, FACE_SIZE)
-    face = _named(source, i, decode_face, encoded)
+    face = with_name(source, i, decode_face, encoded)
     return pack_face(face), True
 
 
@@ -144,8 +172,8 @@ def is_packed(encoded: np.ndarray) -> bool:
     return encoded[: len(_PPM_HEADER)].tobytes() == _PPM_HEADER
 
 
-def _named(source: ImageSource, i: int, function: Callable[[np.ndarray], _Result], encoded: np.ndarray) -> _Result:
-    """Calls function(encoded); its InputError gets the name of image i."""
+def with_name(source: ImageSource, i: int, function: Callable[[np.ndarray], _Result], encoded: np.ndarray) -> _Result:
+    """Calls function(encoded), which decodes image i of a source; its InputError gets the image's name."""
     try:
         return function(encoded)
     except InputError as error:
@@ -222,7 +250,7 @@ def _big_endian(digits: np.ndarray) -> np.ndarray:
 
 
 def _jpeg_header(data: memoryview) -> Header:
-    at = 2
+    at, is_adobe = 2, False
     while True:
         if data[at] != 0xFF:
             raise InputError("its header is damaged")
@@ -232,13 +260,15 @@ def _jpeg_header(data: memoryview) -> Header:
             if marker not in (0xC0, 0xC1) and bytes(data).count(b"\xff\xda") > _MAX_SCANS:
                 raise InputError(f"it must have at most {_MAX_SCANS} scans")
             is_huffman_coded = marker <= 0xC2  # sequential or progressive
-            is_common = is_huffman_coded and precision == 8 and bool(_CHANNELS[channels])
+            is_common = is_huffman_coded and precision == 8
+            is_common = is_common and (bool(_CHANNELS[channels]) or (channels == _INK and is_adobe))
             return Header("JPEG", height, width, is_common and bytes(data[-_TAIL:]).rfind(_JPEG_END) >= 0)
         if marker == 0xFF:  # filling
             at += 1
         elif marker in (0xD9, 0xDA):
             raise InputError("its header has no size")
         else:
+            is_adobe = is_adobe or (marker == _ADOBE and data[at + 4 : at + 9] == _ADOBE_MARKER)
             at += 2 + struct.unpack_from(">H", data, at + 2)[0]
 
 

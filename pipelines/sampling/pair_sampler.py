@@ -7,6 +7,7 @@ groups: a pure function of (seed, epoch, batch, rank), and ranks of any number s
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from scf_fast.pipelines.aliases import IntArray
 from scf_fast.pipelines.errors import InputError
@@ -33,9 +34,11 @@ class PairSampler(SeededSampler):
         seed: fixes the groups, their order and the flips of every epoch.
         last_batch: what becomes of the groups at the end of an epoch that fill no whole batch. 'drop' leaves them out;
             'partial' makes them a shorter last batch, split as evenly as can be (a rank's share may be empty).
+        chosen: (N,) bool, the images of the identities to show; None: all.
     Attributes:
         num_groups: of an epoch, those of a dropped last batch included.
-        left_out: images that are never shown: those of identities with one image.
+        num_shown: images of all groups.
+        left_out: images chosen that are never shown: those of identities with one image.
     Raises:
         InputError: the batch does not fit the ranks or the data, or an image has no label.
     """
@@ -50,6 +53,7 @@ class PairSampler(SeededSampler):
         world_size: int = 1,
         seed: int = 0,
         last_batch: str = "drop",
+        chosen: npt.NDArray[np.bool_] | None = None,
     ):
         super().__init__(seed)
         if images < 2:
@@ -62,20 +66,23 @@ class PairSampler(SeededSampler):
         check_share(rank, world_size, last_batch)
         if labels.min(initial=0) < 0:
             raise InputError("pairs of a person need a label for every image; use a data set with labels")
-        counts = np.unique(labels, return_counts=True)[1]  # labels may have wide gaps
+        self._chosen = np.arange(len(labels)) if chosen is None else np.flatnonzero(chosen)
+        self._labels = labels[self._chosen]
+        counts = np.unique(self._labels, return_counts=True)[1]  # labels may have wide gaps
         self.left_out = int(np.count_nonzero(counts == 1))
+        self.num_shown = len(self._chosen) - self.left_out
         self.num_groups = int(_count_groups(counts, images).sum())
         if self.num_groups == 0:
             raise InputError(
-                f"pairs of a person need two images of somebody, but the {len(labels)} images are of {len(counts)} "
-                "people; use a data set with more images of each"
+                f"pairs of a person need two images of somebody, but the {len(self._labels)} images are of "
+                f"{len(counts)} people; use a data set with more images of each"
             )
         if self.num_groups < groups and last_batch == "drop":
             raise InputError(
                 f"the images make {self.num_groups} groups of {images} of a person, which fill no batch of {groups}; "
                 "use smaller batches or more data"
             )
-        self._labels, self._groups, self._images = labels, groups, images
+        self._groups, self._images = groups, images
         self.num_samples, self.global_batch_size = len(labels), groups * (images + 1)
         self.rank, self.world_size = rank, world_size
         self.batches_per_epoch = count_batches(self.num_groups, groups, last_batch)
@@ -85,7 +92,7 @@ class PairSampler(SeededSampler):
 
     @property
     def images_per_batch(self) -> float:
-        return self._groups * (self.num_samples - self.left_out) / self.num_groups
+        return self._groups * self.num_shown / self.num_groups
 
     def indices(self, epoch: int, batch: int) -> IntArray:
         """Returns this rank's images of one batch, (B,), group after group."""
@@ -109,7 +116,7 @@ class PairSampler(SeededSampler):
 
     def _deal(self, epoch: int) -> tuple[IntArray, IntArray]:
         """Returns the images of an epoch, group after group, and the bounds of the groups, (num_groups + 1,)."""
-        order = permutation(self.stream(epoch, DEAL), self.num_samples)
+        order = permutation(self.stream(epoch, DEAL), len(self._labels))
         order = order[np.argsort(self._labels[order], kind="stable")]  # identity after identity, each in random order
         begins = np.flatnonzero(np.diff(self._labels[order], prepend=-1))
         counts = np.diff(begins, append=len(order))
@@ -122,7 +129,7 @@ class PairSampler(SeededSampler):
         starts, sizes = starts[turn], (ends - starts)[turn]
         bounds = np.concatenate([[0], np.cumsum(sizes)])
         places = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], sizes)
-        return order[places], bounds
+        return self._chosen[order[places]], bounds
 
 
 def _count_groups(counts: IntArray, images: int) -> IntArray:

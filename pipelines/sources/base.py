@@ -3,6 +3,7 @@
 import abc
 import bisect
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -14,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from scf_fast.pipelines.aliases import ByteArray, IntArray, StrPath
-from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.errors import InputError, UnreadableError
 
 LARGEST_FILE = (
     1 << 25
 )  # bytes of an image file; a larger one is refused, so a made-up file of terabytes costs no memory
 LARGE_FILE = 1 << 20  # bytes; larger files are not read together with others of a batch
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff", ".gif")
 _NO_BYTES: ByteArray = np.empty(0, dtype=np.uint8)
 
 
@@ -158,7 +158,7 @@ class ImageFiles(ImageSource):
         for path in self._paths:
             status = os.stat(path)
             name = "/".join(Path(path).parts[-2:])  # of a picture and its identity; the data set may move
-            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(name) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
 
 
 class SelectedImages(ImageSource):
@@ -258,7 +258,8 @@ def read_image_file(path: str | bytes) -> ByteArray:
     """Reads a whole image file, (bytes,).
 
     Raises:
-        InputError: it cannot be read, is no regular file, or has more than LARGEST_FILE bytes.
+        UnreadableError: it cannot be read.
+        InputError: it is no regular file, or has more than LARGEST_FILE bytes.
     """
     name = os.fsdecode(path)
     if "\0" in name:
@@ -279,11 +280,13 @@ def read_image_file(path: str | bytes) -> ByteArray:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise InputError(f"cannot read image {name}: {reason_of(error)}; restore it or leave it out") from error
+        raise UnreadableError(f"cannot read image {name}: {reason_of(error)}; restore it or leave it out") from error
 
 
 def reason_of(error: OSError) -> str:
     """Returns the system's words for an error, without the file's name."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{os.strerror(error.errno)} (`ulimit -n` raises the limit)"
     return os.strerror(error.errno) if error.errno is not None else str(error)
 
 

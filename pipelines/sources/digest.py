@@ -3,6 +3,7 @@
 All values are kept in files, so none of them may change.
 """
 
+import codecs
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -20,9 +21,28 @@ _PRINTED_BYTES = 4096  # of each
 def sampled_digest(source: ImageSource, images: int) -> str:
     """Returns the digest of a source's labels and of up to ``images`` of its image files, evenly spread."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels).data)
-    for i in spread_evenly(len(source), images):
-        digest.update(source.encoded(i).data)
+    _update_with_images(digest, source, images)
     return digest.hexdigest()
+
+
+def labels_digest(source: ImageSource) -> str:
+    """Returns the digest of a source's labels."""
+    return hashlib.sha256(np.ascontiguousarray(source.labels).data).hexdigest()
+
+
+def sampled_images_digest(source: ImageSource, images: int) -> str:
+    """Returns the digest of up to ``images`` of a source's image files, evenly spread."""
+    digest = hashlib.sha256()
+    _update_with_images(digest, source, images)
+    return digest.hexdigest()
+
+
+def _update_with_images(digest: "hashlib._Hash", source: ImageSource, images: int) -> None:
+    for i in spread_evenly(len(source), images):
+        try:
+            digest.update(source.encoded(i).data)
+        except InputError:  # training replaces it, and names it
+            digest.update(b"unreadable")
 
 
 def content_digest(source: ImageSource, settings: str) -> str:
@@ -51,6 +71,16 @@ def fingerprint_of_files(files: Sequence[StrPath]) -> str:
         except OSError as error:
             raise InputError(f"cannot open {name}: {reason_of(error)}; check the path") from error
     return digest.hexdigest()
+
+
+def fingerprint_of_text(path: StrPath) -> str:
+    """Returns the digest of a text file; another one than :func:`fingerprint_of_files` where it starts with the mark of
+    UTF-8, which the first versions took for the beginning of its first name.
+    """
+    fingerprint = fingerprint_of_files([path])
+    with open(path, "rb") as file:
+        marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    return f"{fingerprint} after its mark" if marked else fingerprint
 
 
 def fingerprint_of_folders(folders: Iterable[bytes], are_numbered: bool) -> str:

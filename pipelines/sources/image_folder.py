@@ -1,7 +1,8 @@
 """A folder of image files, one subfolder for each identity."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,53 @@ import numpy as np
 
 from scf_fast.pipelines.aliases import ByteArray, Progress, StrPath
 from scf_fast.pipelines.errors import InputError
-from scf_fast.pipelines.sources.base import IMAGE_SUFFIXES, read_image_file, reason_of
+from scf_fast.pipelines.sources.base import read_image_file, reason_of
 from scf_fast.pipelines.sources.digest import fingerprint_of_folders
+from scf_fast.pipelines.sources.image_names import is_system_folder, subfolders, walk_images
 from scf_fast.pipelines.sources.indexed import Arrays, IndexedImages, Scan, check_labels
+from scf_fast.pipelines.text import shown_names
 
-_SUFFIXES = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
-_OUTSIDE, _EMPTY = "images outside the folders of identities", "empty images"
+_OUTSIDE = "images outside the folders of identities"
+_WITHOUT = "folders without an image, whose class numbers stay unused"
+_NAMED = 8  # folders that a line of the report names
 
 
 class FolderIndex(IndexedImages):
     """The images below a folder; made by ``FolderIndex.open(path)``.
 
-    The first folder on the way to an image is its identity, deeper ones do not matter. Identities are numbered in the
-    order of their names' bytes; where ``path`` holds a ``property`` file, the names are the numbers themselves. Files
-    are images by their suffix; images in ``path`` itself, which belong to nobody, and empty ones are skipped and
-    counted. Hidden files and folders are ignored. An identity may be a link to a folder elsewhere; deeper links to
-    folders are not followed. The index notices added, removed and renamed files; it lies beside ``path``.
+    The first folder on the way to an image is its identity, deeper ones do not matter. Which files and folders count is
+    the rule of :mod:`scf_fast.pipelines.sources.image_names`; images in ``path`` itself, which belong to nobody, are
+    skipped too. Identities are numbered in the order of their names' bytes; where ``path`` holds a ``property`` file,
+    the names are the numbers themselves. A folder keeps its number while it holds no image: the numbers of all others,
+    which trained class centers go by, do not change with the files that come and go in it. The index notices added,
+    removed and renamed files; it lies beside ``path``.
     """
 
     FORMAT = "image folder"
+    RULES = 1
 
     def encoded(self, i: int) -> ByteArray:
         return read_image_file(self._file(i))
 
     def name(self, i: int) -> str:
         return os.fsdecode(self._file(i))
+
+    def remarks(self) -> list[str]:
+        folders = [_name(self._arrays, "folders", i) for i in range(len(self._arrays["folders_ends"]))]
+        identities = [name for name in folders if name and b"/" not in name]
+        used = set(np.unique(self.labels).tolist())
+        without = [
+            name
+            for position, name in enumerate(identities)
+            if (position if self._property is None else int(name)) not in used
+        ]
+        strange = sorted({part for name in folders for part in name.split(b"/") if is_system_folder(part)})
+        lines = [f"without an image       {_shown(without)}"] if without else []
+        if strange:  # in an index of an earlier version
+            lines.append(
+                f"counted as images      those in {_shown(strange)}, which a system or a program made for itself"
+            )
+        return [*super().remarks(), *lines]
 
     def _file(self, i: int) -> bytes:
         return os.path.join(os.fsencode(self._path), _name(self._arrays, "files", i))
@@ -48,13 +71,14 @@ class FolderIndex(IndexedImages):
 
     @classmethod
     def _scan(cls, path: Path, progress: Progress) -> Scan:
-        skipped = {_OUTSIDE: 0, _EMPTY: 0}
-        folders, files, labels = [b""], [], []
+        skipped = Counter[str]()
+        folders = [b""]
+        files: list[bytes] = []
+        labels: list[int] = []
+        root = os.fsencode(path)
         try:
-            with os.scandir(os.fsencode(path)) as entries:
-                top = sorted(entries, key=lambda entry: entry.name)
-            identities = [entry.name for entry in top if entry.is_dir() and not entry.name.startswith(b".")]
-            skipped[_OUTSIDE] = sum(_is_image(entry) for entry in top)
+            identities, outside = subfolders(root, skipped)
+            skipped[_OUTSIDE] = len(outside)
             are_numbered = (path / "property").exists()
             for position, identity in enumerate(identities):
                 if are_numbered and not identity.isdigit():
@@ -62,21 +86,20 @@ class FolderIndex(IndexedImages):
                         f"{path} holds a property file, so its folders must be named by class numbers, "
                         f"but one is {os.fsdecode(identity)!r}; rename the folder, or delete the property file"
                     )
-                for folder, names in _walk(os.fsencode(path), identity):
+                before = len(files)
+                for folder, names in walk_images(root, identity, skipped):
                     folders.append(folder)
-                    for name, is_empty in names:
-                        skipped[_EMPTY] += is_empty
-                        if not is_empty:
-                            files.append(folder + b"/" + name)
-                            labels.append(int(identity) if are_numbered else position)
-                            progress(1)
+                    files += [folder + b"/" + name for name in names]
+                    labels += [int(identity) if are_numbered else position] * len(names)
+                    progress(len(names))
+                skipped[_WITHOUT] += len(files) == before
         except OSError as error:
             raise InputError(
                 f"cannot list {os.fsdecode(error.filename or path)}: {reason_of(error)}; restore it or leave it out"
             ) from error
         label_array = np.array(labels, dtype=np.int64)
         check_labels(label_array, lambda i: os.fsdecode(files[i]))
-        return Scan({"labels": label_array, **_pack("files", files), **_pack("folders", folders)}, skipped)
+        return Scan({"labels": label_array, **_pack("files", files), **_pack("folders", folders)}, dict(+skipped))
 
     @classmethod
     def _is_sound(cls, meta: dict[str, Any], arrays: Arrays) -> bool:
@@ -103,20 +126,8 @@ def image_path(folder: StrPath, label: int, position: int, suffix: str) -> Path:
     return Path(folder) / f"{label:07d}" / f"{position:09d}{suffix}"
 
 
-def _is_image(entry: os.DirEntry[bytes]) -> bool:
-    return os.path.splitext(entry.name)[1].lower() in _SUFFIXES and not entry.name.startswith(b".") and entry.is_file()
-
-
-def _walk(root: bytes, folder: bytes) -> Iterator[tuple[bytes, list[tuple[bytes, bool]]]]:
-    """Yields (folder, [(image name, is it empty)]) for a folder and those below it, in the order of their names; paths
-    are relative to ``root``.
-    """
-    with os.scandir(os.path.join(root, folder)) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
-    yield folder, [(entry.name, entry.stat().st_size == 0) for entry in entries if _is_image(entry)]
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(b"."):
-            yield from _walk(root, folder + b"/" + entry.name)
+def _shown(names: Sequence[bytes]) -> str:
+    return shown_names([os.fsdecode(name) for name in names], _NAMED)
 
 
 def _pack(key: str, names: Sequence[bytes]) -> Arrays:

@@ -18,6 +18,8 @@ from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.formats.array_file import Array, map_arrays, write_arrays
 from scf_fast.pipelines.formats.recordio import read_num_classes
 from scf_fast.pipelines.sources.base import ImageSource, reason_of
+from scf_fast.pipelines.sources.image_names import list_skipped
+from scf_fast.pipelines.text import printable
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 1  # of the arrays in an index; one with another number is made again
@@ -47,6 +49,9 @@ class IndexedImages(ImageSource):
     """
 
     FORMAT: str  # the name of the format in messages
+    RULES = (
+        0  # counts the changes in what of the data is an image, which an index of an earlier version does not follow
+    )
 
     def __init__(self, path: StrPath, index_path: StrPath, root: StrPath | None = None):
         self._path, self._index_path, self._root = Path(path), Path(index_path), root
@@ -93,6 +98,15 @@ class IndexedImages(ImageSource):
         """
         broken = np.unique(np.asarray(broken, dtype=np.int64))
         write_arrays(self._index_path, {**self._meta, "verified": True}, {**self._arrays, "broken": broken})
+
+    def remarks(self) -> list[str]:
+        """Returns what there is to say about the index, as lines of a report."""
+        if self._meta.get("rules", 0) == self.RULES:
+            return []
+        return [
+            "index                  of an earlier version, which chose the images in another way; runs that began with "
+            f"it go on with it, for a new one delete {self._index_path}"
+        ]
 
     @classmethod
     def _is_current(cls, index_path: Path, path: Path) -> bool:
@@ -146,7 +160,12 @@ class IndexedImages(ImageSource):
         """Scans the data and writes its index into the first of the places that can be written to; returns its path."""
         began = time.monotonic()
         with tqdm(
-            total=cls._scan_size(path), desc=f"indexing {path.name}", unit="B", unit_scale=True, delay=2, disable=None
+            total=cls._scan_size(path),
+            desc=f"indexing {printable(path.name)}",
+            unit="B",
+            unit_scale=True,
+            delay=2,
+            disable=None,
         ) as bar:
             try:
                 arrays, skipped = cls._scan(path, bar.update)
@@ -156,7 +175,7 @@ class IndexedImages(ImageSource):
                 ) from error
         labels = arrays["labels"]
         if not len(labels):
-            raise InputError(f"{path}: it holds no image; check that it is the right one{_list_skipped(skipped)}")
+            raise InputError(f"{path}: it holds no image; check that it is the right one{list_skipped(skipped)}")
         arrays = {**arrays, "labels": labels.astype(np.int64), "broken": np.empty(0, dtype=np.int64)}
         meta = {
             "version": _VERSION,
@@ -165,6 +184,7 @@ class IndexedImages(ImageSource):
             "skipped": skipped,
             "verified": False,
             "largest_label": int(labels.max()),
+            "rules": cls.RULES,
         }
         index_path = next((place for place in places[:-1] if os.access(place.parent, os.W_OK)), places[-1])
         if index_path != places[0]:
@@ -182,7 +202,7 @@ class IndexedImages(ImageSource):
             len(labels),
             cls.FORMAT,
             time.monotonic() - began,
-            _list_skipped(skipped),
+            list_skipped(skipped),
         )
         return index_path
 
@@ -194,8 +214,11 @@ class IndexedImages(ImageSource):
         folder = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
         if cache_dir is not None:
             return [Path(cache_dir) / folder / beside.name]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scf_fast"
-        return [beside, cache / folder / beside.name]
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # a user without a name has no home, as in a container that runs under any number
+            return [beside]
+        return [beside, cache / "scf_fast" / folder / beside.name]
 
     @classmethod
     def _property_of(cls, path: Path) -> Path | None:
@@ -241,7 +264,3 @@ def check_labels(labels: npt.NDArray[Any], name: Callable[[int], str], largest: 
     if not is_class.all():
         first = int(np.argmin(is_class))
         raise InputError(f"{name(first)} has label {labels[first]:g}; a label must be a whole number in 0..{largest}")
-
-
-def _list_skipped(skipped: dict[str, int]) -> str:
-    return "".join(f"; skipped {count} {reason}" for reason, count in skipped.items() if count)

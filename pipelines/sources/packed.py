@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,28 @@ import numpy as np
 import numpy.typing as npt
 
 from scf_fast.pipelines.aliases import ByteArray, IntArray, Progress, StrPath
-from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.errors import InputError, UnreadableError
+from scf_fast.pipelines.formats.file_kinds import EMPTY, FileKind, Wanted, refusal
 from scf_fast.pipelines.sources.base import LARGE_FILE, LARGEST_FILE, ReadFiles, reason_of
 from scf_fast.pipelines.sources.digest import fingerprint_of_files
+from scf_fast.pipelines.sources.image_names import visible
 from scf_fast.pipelines.sources.indexed import Arrays, IndexedImages, Scan
 
 LARGEST_OFFSET = 1 << 62  # bytes
 _SMALL_GAP = 4096  # bytes
-_KEPT_OPEN = 256  # files; of more, each is opened when it is read: a process may often hold just 1024
+_KEPT_OPEN = 256  # files; of more, each is opened when it is read
 
 
 class PackedImages(IndexedImages):
     """Base of the sources whose images lie in a few large files.
 
     The index holds ``offsets``, ``lengths`` (N,) and ``first`` (F + 1,), where images first[f]..first[f + 1] - 1 lie in
-    file f of ``_files(path)``. A file is ``path``, or each in a folder that ends in ``SUFFIX``, by name.
+    file f of ``_files(path)``. A file is ``path``, or each in a folder that ends in ``SUFFIX``, by name, but for hidden
+    ones.
     """
 
     SUFFIX: str
+    KIND: FileKind  # of the files
     _descriptors: list[int] | None = None  # of all files; None where there are too many
 
     def __init__(self, path: StrPath, index_path: StrPath, root: StrPath | None = None):
@@ -37,7 +42,7 @@ class PackedImages(IndexedImages):
         self._lengths: npt.NDArray[np.uint32] = self._arrays["lengths"]
         self._first: IntArray = self._arrays["first"]
         self._names = self._indexed_files()
-        if len(self._names) <= _KEPT_OPEN:
+        if len(self._names) <= min(_KEPT_OPEN, _free_descriptors() // 2):
             self._descriptors = [_open(name) for name in self._names]
 
     def __del__(self) -> None:
@@ -112,7 +117,7 @@ class PackedImages(IndexedImages):
             with self._opened(file) as descriptor:
                 data = os.pread(descriptor, length, int(self._offsets[i]) + start)
         except OSError as error:
-            raise InputError(
+            raise UnreadableError(
                 f"cannot read image {i} in {self._names[file]}: {reason_of(error)}; check that the data is still there"
             ) from error
         if len(data) != length:
@@ -161,7 +166,7 @@ class PackedImages(IndexedImages):
     @classmethod
     def _files(cls, path: Path) -> list[Path]:
         """Returns the large files, in the order of the index; at least one."""
-        return (sorted(path.glob(f"*{cls.SUFFIX}")) or [path / f"*{cls.SUFFIX}"]) if path.is_dir() else [path]
+        return (visible(path.glob(f"*{cls.SUFFIX}")) or [path / f"*{cls.SUFFIX}"]) if path.is_dir() else [path]
 
     @classmethod
     @abc.abstractmethod
@@ -180,7 +185,7 @@ class PackedImages(IndexedImages):
             try:
                 part, reasons = cls._scan_file(name, progress)
             except InputError as error:
-                raise InputError(f"{name}: {error}") from error
+                raise InputError(f"{name}: {refusal(name, Wanted.DATA, cls.KIND, EMPTY) or error}") from error
             parts.append(part)
             for reason, count in reasons.items():
                 skipped[reason] = skipped.get(reason, 0) + count
@@ -191,6 +196,12 @@ class PackedImages(IndexedImages):
     @classmethod
     def _fingerprint(cls, path: Path, arrays: Arrays | None) -> str | None:
         return fingerprint_of_files(cls._files(path))
+
+
+def _free_descriptors() -> int:
+    """Returns how many files this process may still open; a process may often hold just 1024, of all data sets."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(0, most - len(os.listdir("/proc/self/fd"))) if most != resource.RLIM_INFINITY else _KEPT_OPEN * 2
 
 
 def as_lengths(lengths: npt.ArrayLike) -> npt.NDArray[np.uint32]:
@@ -204,7 +215,7 @@ def _open(name: Path) -> int:
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise InputError(f"cannot open {name}: {reason_of(error)}; check the path") from error
+        raise UnreadableError(f"cannot open {name}: {reason_of(error)}; check the path") from error
     # Without this advice each 10 KB image would bring 100 KB of its neighbors.
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     return descriptor

@@ -6,8 +6,10 @@ import numpy as np
 
 from scf_fast.pipelines.aliases import ByteArray, IntArray, Progress
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.formats import file_kinds
 from scf_fast.pipelines.formats.mapped_file import map_file
 from scf_fast.pipelines.formats.recordio import Record, images_in, read_record, scan_image_records
+from scf_fast.pipelines.sources.image_names import visible
 from scf_fast.pipelines.sources.indexed import Scan, check_labels
 from scf_fast.pipelines.sources.packed import PackedImages, as_lengths
 
@@ -23,7 +25,7 @@ class RecordIndex(PackedImages):
     itself says where its records are.
     """
 
-    FORMAT = "RecordIO"
+    FORMAT, KIND = "RecordIO", file_kinds.RECORDIO
 
     def encoded(self, i: int) -> ByteArray:
         return self._record(i).image
@@ -63,7 +65,7 @@ class RecordIndex(PackedImages):
         if not path.is_dir():
             return [path]
         whole = path / "train.rec"
-        return [whole] if whole.exists() else sorted(path.glob("*.rec")) or [whole]
+        return [whole] if whole.exists() else visible(path.glob("*.rec")) or [whole]
 
     @classmethod
     def _scan_file(cls, path: Path, progress: Progress) -> Scan:

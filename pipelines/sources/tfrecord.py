@@ -4,6 +4,7 @@ A line of such an index is ``name<TAB>shard<TAB>offset<TAB>label``.
 """
 
 import array
+import codecs
 import contextlib
 import os
 import re
@@ -14,7 +15,9 @@ import numpy as np
 
 from scf_fast.pipelines.aliases import ByteArray, IntArray, Progress, StrPath
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.formats import file_kinds
 from scf_fast.pipelines.formats.mapped_file import map_file
+from scf_fast.pipelines.formats.text_file import read_lines
 from scf_fast.pipelines.formats.tfrecord import (
     CHECKSUM_BYTES,
     FRAME_BYTES,
@@ -27,9 +30,10 @@ from scf_fast.pipelines.formats.tfrecord import (
     scan_records,
 )
 from scf_fast.pipelines.sources.base import spread_evenly
-from scf_fast.pipelines.sources.image_list import read_lines, shown
+from scf_fast.pipelines.sources.digest import fingerprint_of_text
 from scf_fast.pipelines.sources.indexed import LARGEST_LABEL, Arrays, Scan, check_labels
 from scf_fast.pipelines.sources.packed import LARGEST_OFFSET, PackedImages, as_lengths
+from scf_fast.pipelines.text import shown
 
 _READ_AT_ONCE = 1 << 15  # bytes; of a listed record only the start is known, and a 112 x 112 face rarely has more
 _LISTED = re.compile(rb"[^\t\r\n]+(\t-?\d+){3}[ \t]*\r?(\n|$)")
@@ -86,7 +90,7 @@ class TFRecordIndex(TFRecords):
     the shards gives ``num_classes``.
     """
 
-    FORMAT, SUFFIX = "TFRecord", ".tfrecord"
+    FORMAT, SUFFIX, KIND = "TFRecord", ".tfrecord", file_kinds.TFRECORD
 
     @classmethod
     def _scan_file(cls, path: Path, progress: Progress) -> Scan:
@@ -174,6 +178,10 @@ class TFRecordList(TFRecords):
         return [path]  # the list, from which the index is made
 
     @classmethod
+    def _fingerprint(cls, path: Path, arrays: Arrays | None) -> str | None:
+        return fingerprint_of_text(path)
+
+    @classmethod
     def _scan_file(cls, path: Path, progress: Progress) -> Scan:
         names: dict[bytes, int] = {}
         file_column, offset_column, label_column = (array.array("q") for _ in range(3))
@@ -186,7 +194,7 @@ class TFRecordList(TFRecords):
             except ValueError:  # of int(), and of too few or too many parts
                 raise InputError(
                     f"line {number} must be a name, a shard, an offset and a label, whole numbers, separated by tabs, "
-                    f"got {shown(line)}"
+                    f"got {shown(line.strip(), 80)}"
                 ) from None
             if not 0 <= label <= LARGEST_LABEL:
                 raise InputError(f"line {number} has label {label}; a label must lie in 0..{LARGEST_LABEL}")
@@ -221,7 +229,7 @@ def is_tfrecord_list(path: Path) -> bool:
     if path.suffix == ".index":  # as img2tfrecord of TFace writes it, without labels; the error says what is missing
         return True
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        return _LISTED.match(file.read(_SNIFFED).lstrip()) is not None
+        return _LISTED.match(file.read(_SNIFFED).removeprefix(codecs.BOM_UTF8).lstrip()) is not None
     return False
 
 

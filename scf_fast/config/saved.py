@@ -8,6 +8,7 @@ import yaml
 from scf_fast.config.base import Config
 from scf_fast.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import write_text
+from scf_fast.pipelines.formats.text_file import read_text
 
 
 def save(config: Config, path: Path, versions: dict) -> None:
@@ -25,8 +26,8 @@ def load_saved(path: Path) -> dict:
         InputError: it is no such file.
     """
     try:
-        return yaml.safe_load(path.read_text())["config"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        return yaml.safe_load(read_text(path))["config"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: is no saved configuration ({type(error).__name__}); to go on with the "
             "checkpoints beside it, delete this file and give the same arguments with --resume; --overwrite starts over"

@@ -2,7 +2,6 @@
 
 import difflib
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,9 @@ from scf_fast.config import Config
 from scf_fast.distributed import Runtime
 from scf_fast.errors import InputError
 from scf_fast.networks.precision import PRECISION_DTYPES, check_precision, dtype_name, has_bf16
+from scf_fast.pipelines.formats import file_kinds
+from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
+from scf_fast.pipelines.formats.text_file import read_text
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typing error would silently train something else.
 _KNOWN_KEYS = frozenset(
@@ -55,11 +57,14 @@ def load_deepspeed_config(path: str) -> dict[str, Any]:
         InputError: unreadable, no JSON object, an unknown top-level key, or a key that belongs to our own flags.
     """
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(read_text(path, Wanted.JSON))
     except OSError as error:
         raise InputError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from None
+    except InputError as error:
+        raise InputError(f"--deepspeed_config {error}") from None
     except ValueError as error:
-        raise InputError(f"--deepspeed_config {path}: is no valid JSON ({error})") from None
+        what = refusal(path, Wanted.JSON, file_kinds.JSON) or f"is no valid JSON ({error})"
+        raise InputError(f"--deepspeed_config {path}: {what}") from None
     if not isinstance(values, dict):
         raise InputError(f"--deepspeed_config {path}: must hold a JSON object, got {type(values).__name__}")
     for key in values:

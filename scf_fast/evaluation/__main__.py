@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scf_fast import distributed
-from scf_fast.command import Parser, run
+from scf_fast.command import Parser, log_to_terminal, print_lines, run
 from scf_fast.errors import InputError
 from scf_fast.evaluation import datasets
 from scf_fast.evaluation.comparison import Comparison, name_models
@@ -259,7 +259,7 @@ def _write_table(options: argparse.Namespace) -> None:
         report.write(options.out)
     print(render(report.system_tables, TableFormat(options.format)))
     if options.out is not None:
-        print(f"\nreport: {options.out / HTML_FILE}", file=sys.stderr)
+        print_lines("", f"report: {options.out / HTML_FILE}", file=sys.stderr)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -276,12 +276,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         report.write(options.out)
     print(report.as_text())
     if options.out is not None:
-        print(f"\nreport: {options.out / HTML_FILE}")
+        print_lines("", f"report: {options.out / HTML_FILE}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
+    log_to_terminal()
     return run(parser.prog, lambda: _write_table(options) if options.command == "table" else _evaluate(options))
 
 

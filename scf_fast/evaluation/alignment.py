@@ -9,11 +9,11 @@ wc: their means).
 import hashlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from scf_fast.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE, TEMPLATE
-from scf_fast.pipelines.loading.decode import open_image
+from scf_fast.pipelines.loading.decode import decode_rgb, read_header, with_name
 from scf_fast.pipelines.sources.base import ImageSource, ReadFiles
 
 _STILL = 0.05  # pixels: a transform that moves no corner further is left out, since resampling would only blur
@@ -77,20 +77,13 @@ class AlignedFaces(ImageSource):
         return self.source.encoded(i)
 
     def pixels(self, i: int) -> np.ndarray | None:
-        encoded = self.source.encoded(i)
-        try:
-            with open_image(encoded) as image:
-                if self._in_place[i] and image.size == (FACE_SIZE, FACE_SIZE):
-                    return None
-                upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-                return self._warp(upright.convert("RGB"), i)
-        # A damaged file raises nearly anything: OSError, SyntaxError, struct.error, zlib.error ...
-        except Exception as error:
-            # The text of Pillow's error is the address of an object.
-            reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-            raise InputError(
-                f"{self.name(i)} cannot be decoded: {reason}; replace the image or leave it out"
-            ) from error
+        def align(encoded: np.ndarray) -> np.ndarray | None:
+            header = read_header(encoded)
+            if self._in_place[i] and (header.height, header.width) == (FACE_SIZE, FACE_SIZE):
+                return None
+            return self._warp(decode_rgb(encoded), i)
+
+        return with_name(self, i, align, self.source.encoded(i))
 
     def _warp(self, image: Image.Image, i: int) -> np.ndarray:
         """Returns the aligned face, (112, 112, 3) uint8.

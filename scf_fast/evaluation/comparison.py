@@ -77,6 +77,7 @@ class Comparison:
                 decoding=self.inference.decoding,
                 rank=rank,
                 world_size=world_size,
+                strict=self.inference.strict,
             )
         what = "" if len(self.models) == 1 else f"{names[0]}: "
         if len(names) > 1:

@@ -1,7 +1,9 @@
 """Data sets of the evaluation: pairs, templates and subjects, opened and checked before the first image is embedded."""
 
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from scf_fast.errors import InputError
 from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.quality import read_severity
 from scf_fast.inference_arguments import find_images
+from scf_fast.pipelines.aliases import StrPath
 from scf_fast.pipelines.evaluation_sets.template_protocol import (
     Gallery,
     TemplateProtocol,
@@ -18,8 +21,17 @@ from scf_fast.pipelines.evaluation_sets.template_protocol import (
     read_template_protocol,
 )
 from scf_fast.pipelines.evaluation_sets.verification_set import draw_pairs, read_verification_set
+from scf_fast.pipelines.formats.file_kinds import Wanted
+from scf_fast.pipelines.formats.text_file import read_text
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.sources.base import ImageFiles, ImageSource
+from scf_fast.pipelines.sources.image_names import visible
+from scf_fast.pipelines.text import shown
+
+_BLANKS = " \t\f\v"  # those of ASCII: names may hold others
+
+
+_LFW_HEADER = re.compile(r"\s*\d+(\s+\d+)?\s*")  # folds and pairs of a kind in each; without folds in pairsDevTest.txt
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,7 @@ class PairSet:
     same: np.ndarray  # (P,) bool
     severity: np.ndarray | None  # (2P,) known degradation in [0, 1]
     drawn: str = ""  # how the pairs were drawn, where no file names them
+    skipped: Mapping[str, int] = field(default_factory=dict)  # files that are no images, by reason
 
     def as_list(self) -> str:
         """Returns the pairs as text that read_pair_list reads, with absolute paths."""
@@ -54,6 +67,7 @@ class Subjects(NamedTuple):
 
     source: ImageSource
     names: np.ndarray  # (N,) str
+    skipped: Mapping[str, int]  # files and folders that are no images, by reason
 
 
 def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> dict[str, PairSet]:
@@ -70,7 +84,8 @@ def open_pair_sets(paths: list[Path], num_pairs: int = 6000, seed: int = 0) -> d
     """
     sets: dict[str, PairSet] = {}
     for path in paths:
-        found = sorted([*path.glob("*.bin"), *(path / "verification").glob("*.bin")]) if path.is_dir() else [path]
+        bins = [*path.glob("*.bin"), *(path / "verification").glob("*.bin")]
+        found = visible(bins) if path.is_dir() else [path]
         for pairs in map(_open_pair_set, found) if found else [_draw_pair_set(path, num_pairs, seed)]:
             if pairs.name in sets:
                 raise InputError(
@@ -86,14 +101,15 @@ def _draw_pair_set(path: Path, num_pairs: int, seed: int) -> PairSet:
             f"{path} must hold verification sets (*.bin or verification/*.bin) or one folder of images for each "
             "identity; give the folder or the file that has them"
         )
-    source, names = open_subjects(path)
+    source, names, skipped = open_subjects(path)
     labeled = ImageFiles(list(map(source.name, range(len(source)))), np.unique(names, return_inverse=True)[1])
     try:
         pairs = draw_pairs(labeled, num_pairs, seed=seed)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     images = ImageFiles([pairs.source.name(i) for i in range(len(pairs.source))])
-    return PairSet(path.resolve().name, images, pairs.same, None, f"{num_pairs} pairs of {path} drawn with seed {seed}")
+    drawn = f"{num_pairs} pairs of {path} drawn with seed {seed}"
+    return PairSet(path.resolve().name, images, pairs.same, None, drawn, skipped)
 
 
 def _open_pair_set(path: Path) -> PairSet:
@@ -112,7 +128,9 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
     """Reads pairs from a text file with lines ``path path label``, label 1 for one person and 0 for two.
 
     Blanks separate the columns, or tabs where paths hold blanks; relative paths start from the file's folder.
-    Consecutive tenths of the lines are the folds.
+    Consecutive tenths of the lines are the folds. LFW's own ``pairs.txt`` is read too: a line with the numbers of folds
+    and pairs, then ``name i j`` for one person and ``name i name j`` for two; images are ``name/name_000i.jpg``, or
+    ``.png``.
 
     Returns:
         Images, 2k and 2k + 1 of line k, and (P,) bool.
@@ -120,19 +138,21 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
         InputError: the file cannot be read, a line is malformed, or an image is not there.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, Wanted.PAIRS).split("\n")
     except OSError as error:
         raise InputError(f"cannot read the pairs {path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be a .bin or a text file with lines `path path label`: {error}") from error
+    if _LFW_HEADER.fullmatch(lines[0]):
+        lines = _lfw_pairs(path, lines)
     images, same = [], []
     for number, line in enumerate(lines, 1):
-        words = line.strip().split("\t") if "\t" in line else line.split()
+        line = line.strip(_BLANKS)
+        words = line.split("\t") if "\t" in line else re.split(f"[{_BLANKS}]+", line)
         if not any(words):
             continue
         if len(words) != 3 or words[2] not in ("0", "1"):
             raise InputError(
-                f"{path} line {number} must be `path path label` with label 0 or 1, got {line[:80]!r}; repair the line"
+                f"{path} line {number} must be `path path label` with label 0 or 1, got {shown(line, 80)}; repair the "
+                "line"
             )
         for word in words[:2]:
             image = path.parent / word
@@ -146,7 +166,34 @@ def read_pair_list(path: Path) -> tuple[ImageFiles, np.ndarray]:
     return ImageFiles(images), np.array(same, dtype=bool)
 
 
-def check_pairs(path: Path, same: np.ndarray) -> None:
+def _lfw_pairs(path: Path, lines: list[str]) -> list[str]:
+    """Returns the lines of LFW's ``pairs.txt`` as ``path path label`` with tabs between, under the same numbers.
+
+    Raises:
+        InputError: a line is malformed.
+    """
+    suffix = ".jpg"
+    pairs = [""]
+    for number, line in enumerate(lines[1:], 2):
+        words = line.strip(_BLANKS).split("\t" if "\t" in line else None)
+        if not any(words):
+            pairs.append("")
+            continue
+        if len(words) == 3:
+            words = [words[0], words[1], words[0], words[2]]
+        if len(words) != 4 or not (words[1].isdecimal() and words[3].isdecimal()):
+            raise InputError(
+                f"{path} line {number} must be `name i j` or `name i name j`, as in LFW's pairs.txt, got "
+                f"{shown(line, 80)}; repair the line"
+            )
+        names = [f"{name}/{name}_{int(i):04d}" for name, i in (words[:2], words[2:])]
+        if len(pairs) == 1 and not (path.parent / f"{names[0]}{suffix}").exists():
+            suffix = ".png"
+        pairs.append(f"{names[0]}{suffix}\t{names[1]}{suffix}\t{int(words[0] == words[2])}")
+    return pairs
+
+
+def check_pairs(path: StrPath, same: np.ndarray) -> None:
     """Checks that the pairs read from a path can measure something.
 
     Raises:
@@ -188,7 +235,7 @@ def open_template_set(path: Path, align: bool = True) -> TemplateSet:
 
 def _protocol_name(path: Path) -> str:
     """Returns the prefix of the meta files; for IJB's own two protocols in its usual spelling."""
-    prefix = next((path / "meta").glob("*_face_tid_mid.txt")).name.removesuffix("_face_tid_mid.txt")
+    prefix = visible((path / "meta").glob("*_face_tid_mid.txt"))[0].name.removesuffix("_face_tid_mid.txt")
     return {"ijbb": "IJB-B", "ijbc": "IJB-C"}.get(prefix.lower(), prefix)
 
 
@@ -201,12 +248,13 @@ def open_subjects(path: Path) -> Subjects:
     """
     if not path.is_dir():
         source = open_source(path)
-        return Subjects(source, source.labels.astype(str))
-    images = find_images([path])
+        return Subjects(source, source.labels.astype(str), source.skipped)
+    images, skipped = find_images([path])
     loose = next((image for image in images if image.parent == path), None)
     if loose is not None:
         raise InputError(
             f"{path} must hold one folder for each subject, and holds the image {loose.name}; put it in its subject's "
             "folder"
         )
-    return Subjects(ImageFiles(images), np.array([image.relative_to(path).parts[0] for image in images]))
+    names = np.array([image.relative_to(path).parts[0] for image in images])
+    return Subjects(ImageFiles(images), names, skipped)

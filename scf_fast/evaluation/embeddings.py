@@ -9,16 +9,20 @@ import torch
 from tqdm import tqdm
 
 from scf_fast.distributed import all_ranks_agree
+from scf_fast.errors import InputError, UnreadableError
 from scf_fast.inference import DEFAULT_DECODING, Decoding, Embedder, Embeddings, load_batches
 from scf_fast.networks.frozen import CHECK_IMAGES
 from scf_fast.objectives import Density
 from scf_fast.pipelines.formats.atomic_file import atomic_output
+from scf_fast.pipelines.loading.decode import load_face
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.sources.digest import content_digest
+from scf_fast.pipelines.text import printable
 
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PREDICTION_KEYS = {Density.VMF: "log_kappa", Density.GAUSSIAN: "log_variance"}  # beside "features"
-_PIXELS = 2  # counts the changes in how files become pixels; stored embeddings of an earlier count are not used
+_LEFT_OUT, _REASONS = "left_out", "reasons"  # rows without an embedding, and why; where there are any
+_PIXELS = 3  # counts the changes in how files become pixels; stored embeddings of an earlier count are not used
 
 
 class EmbeddingStore:
@@ -31,6 +35,8 @@ class EmbeddingStore:
         batch_size: images at once.
         decoding: how they are read.
         rank, world_size: this process, and how many processes share the work.
+        strict: an image that cannot be decoded is an error. Otherwise it is marked as such and has no embedding; an
+            image that cannot even be read is an error in any case, since it may be good.
     """
 
     def __init__(
@@ -42,10 +48,12 @@ class EmbeddingStore:
         decoding: Decoding = DEFAULT_DECODING,
         rank: int = 0,
         world_size: int = 1,
+        strict: bool = False,
     ):
         self.embedder, self._folder = embedder, folder
         self._batch_size, self._decoding = batch_size, decoding
         self._rank, self._world_size = rank, world_size
+        self._strict = strict
 
     def fill(self, source: ImageSource, description: str, others: "Sequence[EmbeddingStore]" = ()) -> None:
         """Computes this rank's share of what is missing, under a progress bar.
@@ -70,7 +78,8 @@ class EmbeddingStore:
             return
         if not self.embedder.is_settled:
             first = np.arange(min(len(source), CHECK_IMAGES))
-            with contextlib.closing(load_batches(self.embedder, source, [first], self._decoding)) as batches:
+            stream = load_batches(self.embedder, source, [first], self._decoding, self._left_out())
+            with contextlib.closing(stream) as batches:
                 _, images = next(batches)
                 self.embedder.settle(images, self._batch_size)
         mine = list(missing)[self._rank :: self._world_size]
@@ -85,8 +94,15 @@ class EmbeddingStore:
             for part in parts
             for start in range(part.start, part.stop, self._batch_size)
         ]
-        stream = load_batches(self.embedder, source, batches, self._decoding)
-        bar = tqdm(total=sum(map(len, parts)), desc=description, unit=" images", mininterval=1, disable=self._rank > 0)
+        left_out = self._left_out()
+        stream = load_batches(self.embedder, source, batches, self._decoding, left_out)
+        bar = tqdm(
+            total=sum(map(len, parts)),
+            desc=printable(description),
+            unit=" images",
+            mininterval=1,
+            disable=self._rank > 0,
+        )
         with contextlib.closing(stream), bar as progress:
             for part, paths in parts.items():
                 whole = [store._allocate(len(part)) for store in paths]
@@ -97,9 +113,15 @@ class EmbeddingStore:
                         embeddings.write_rows(slice(done, done + len(images)), batch.cpu())
                     done += len(images)
                     progress.update(len(images))
+                reasons = {i - part.start: _confirmed(source, i) for i in left_out or () if i in part}
                 for path, embeddings in zip(paths.values(), whole):
+                    embeddings.leave_out(reasons)
                     embeddings.check_usable(source, part.start)
                     _write(path, embeddings)
+
+    def _left_out(self) -> dict[int, str] | None:
+        """Returns what load_batches may put images in that cannot be decoded."""
+        return None if self._strict else {}
 
     def _embed(self, stores: "list[EmbeddingStore]", images: torch.Tensor) -> list[Embeddings]:
         """Embeds images by the models of stores; this one's backbone runs once for all."""
@@ -108,7 +130,13 @@ class EmbeddingStore:
         return self.embedder.embed_with([store.embedder for store in stores], images)
 
     def load(self, source: ImageSource, description: str) -> Embeddings:
-        """Reads all embeddings of a source; fills the store first where this process is the only one."""
+        """Reads all embeddings of a source; fills the store first where this process is the only one.
+
+        Returns:
+            Embeddings whose ``left_out`` says which images cannot be decoded.
+        Raises:
+            InputError: with ``strict`` there is one; or as for :meth:`fill`.
+        """
         if self._world_size == 1:
             self.fill(source, description)
         folder = self._data_folder(source)
@@ -120,6 +148,13 @@ class EmbeddingStore:
                 embeddings.write_rows(
                     slice(part.start, part.stop), Embeddings(torch.from_numpy(stored["features"]), prediction, density)
                 )
+                if _LEFT_OUT in stored:
+                    rows = (stored[_LEFT_OUT] + part.start).tolist()
+                    embeddings.leave_out(dict(zip(rows, stored[_REASONS].tolist(), strict=True)))
+        if self._strict and embeddings.left_out:
+            raise InputError(
+                f"{len(embeddings.left_out)} images are broken: {next(iter(embeddings.left_out.values()))}"
+            )
         return embeddings
 
     def _allocate(self, count: int) -> Embeddings:
@@ -130,11 +165,32 @@ class EmbeddingStore:
         return self._folder / content_digest(source, f"{self.embedder.key} {_PIXELS}")[:24]
 
 
+def _confirmed(source: ImageSource, i: int) -> str:
+    """Returns the reason why image i cannot be decoded, which is kept with the embeddings.
+
+    Raises:
+        UnreadableError: it cannot even be read.
+        InputError: it can be decoded now.
+    """
+    try:
+        load_face(source, i)
+    except UnreadableError:
+        raise
+    except InputError as error:
+        return str(error)
+    raise InputError(
+        f"{source.name(i)} could not be decoded, and can be now: it changed, or the disk fails; start again"
+    )
+
+
 def _write(path: Path, embeddings: Embeddings) -> None:
     """Writes a part, complete or not at all."""
     arrays = {"features": embeddings.features.numpy()}
     if embeddings.prediction is not None:
         arrays[_PREDICTION_KEYS[embeddings.density]] = embeddings.prediction.numpy()
+    if embeddings.left_out:
+        arrays[_LEFT_OUT] = np.array(list(embeddings.left_out), dtype=np.int64)
+        arrays[_REASONS] = np.array(list(embeddings.left_out.values()))
     with atomic_output(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy 2 types its own keywords there
 

@@ -11,6 +11,7 @@ from scf_fast.errors import InputError
 from scf_fast.evaluation import datasets, plots, protocols, quality
 from scf_fast.evaluation.datasets import PairSet, Subjects, TemplateSet
 from scf_fast.evaluation.embeddings import EmbeddingStore
+from scf_fast.evaluation.left_out import usable_pairs, usable_subjects, usable_templates
 from scf_fast.evaluation.likelihoods import COSINE, Faces, Likelihood, Similarity, likelihood_of
 from scf_fast.evaluation.pair_scores import PairScores
 from scf_fast.evaluation.results import (
@@ -35,7 +36,9 @@ from scf_fast.inference import Embeddings
 from scf_fast.kernels import pool_templates
 from scf_fast.objectives import Density
 from scf_fast.pipelines.evaluation_sets.template_protocol import Gallery
+from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.sources.image_names import visible
 
 _HISTOGRAMS = {Density.VMF: FigureKind.HISTOGRAM, Density.GAUSSIAN: FigureKind.PRECISION_HISTOGRAM}
 
@@ -88,11 +91,14 @@ class Verification(Evaluation):
 
     def measure(self, store: EmbeddingStore) -> Measured:
         summaries, curves = {}, {}
-        for name, pairs in self._sets.items():
-            embeddings = store.load(pairs.source, name)
+        notes: list[str] = []
+        for name, given in self._sets.items():
+            pairs, embeddings, found = usable_pairs(given, store.load(given.source, name))
+            notes += found
             likelihood = likelihood_of(embeddings, store.embedder.radius)
             scores = protocols.score_verification_set(embeddings, likelihood, store.embedder.device)
             summaries[name] = protocols.summarize_verification(scores, pairs.same)
+            notes += protocols.note_on_few_impostors(name, pairs.same)
             if self.draws:
                 for score, values in scores.items():
                     curves[name, score.label] = plots.roc_points(values, pairs.same)
@@ -106,7 +112,8 @@ class Verification(Evaluation):
         return Measured(
             Results(verification=BySet(self._first, summaries)),
             figures,
-            [f"{pairs.drawn}; a report keeps them in {file}, which --data takes." for file, pairs in drawn.items()],
+            notes
+            + [f"{pairs.drawn}; a report keeps them in {file}, which --data takes." for file, pairs in drawn.items()],
             {file: pairs.as_list() for file, pairs in drawn.items()},
         )
 
@@ -127,8 +134,9 @@ class Templates(Evaluation):
         one_to_one, one_to_many, qualities = {}, {}, {}
         figures: list[ReportFigure] = []
         notes: list[str] = []
-        for number, (name, templates) in enumerate(self._sets.items()):
-            embeddings = store.load(templates.source, name)
+        for number, (name, given) in enumerate(self._sets.items()):
+            templates, embeddings, found_broken = usable_templates(given, store.load(given.source, name))
+            notes += found_broken
             likelihood = likelihood_of(embeddings, store.embedder.radius)
             found = _match_templates(embeddings, templates, likelihood, store.embedder.device, self.draws)
             one_to_one[name] = _template_result(templates, found.tar_at_far)
@@ -153,7 +161,9 @@ class Templates(Evaluation):
                 )
             if Weighting.DETECTOR not in protocols.pooling_weights(embeddings, templates.protocol):
                 notes.append(f"All detector scores of {name} are equal, so pooling by them is left out.")
-            qualities[name] = quality.summarize_quality(embeddings, templates.severity)
+            notes += protocols.note_on_few_impostors(name, templates.protocol.pair_labels)
+            people = quality.people_of_templates(templates.protocol)
+            qualities[name] = quality.summarize_quality(embeddings, templates.severity, people)
         first = next(iter(self._sets))
         results = Results(templates=BySet(first, one_to_one), template_quality=BySet(first, qualities))
         if one_to_many:
@@ -262,11 +272,13 @@ class Identification(Evaluation):
             )
 
     def measure(self, store: EmbeddingStore) -> Measured:
-        gallery = store.load(self._gallery_source.images, self._gallery_source.name)
-        probes = store.load(self._probe_source.images, self._probe_source.name)
-        subjects, row = np.unique(self._gallery.names, return_inverse=True)
+        loaded = store.load(self._gallery_source.images, self._gallery_source.name)
+        enrolled_faces, gallery, notes = usable_subjects("gallery", self._gallery, loaded)
+        loaded = store.load(self._probe_source.images, self._probe_source.name)
+        probe_faces, probes, more_notes = usable_subjects("probes", self._probe, loaded)
+        subjects, row = np.unique(enrolled_faces.names, return_inverse=True)
         # A number for every subject, enrolled or not.
-        numbers = np.unique(np.concatenate([subjects, self._probe.names]), return_inverse=True)[1]
+        numbers = np.unique(np.concatenate([subjects, probe_faces.names]), return_inverse=True)[1]
         numbers, probe_subjects = np.split(numbers, [len(subjects)])
         device, index = store.embedder.device, torch.from_numpy(row)
         likelihood = likelihood_of(gallery, store.embedder.radius)
@@ -289,7 +301,7 @@ class Identification(Evaluation):
             if self.draws:
                 figures.append(ReportFigure(FigureKind.SCORES, plots.plot_scores("All comparisons of 1:N", histogram)))
         result = IdentificationResult(["gallery"], len(subjects), len(probes), found, histogram)
-        return Measured(Results(identification=BySet("gallery", {"gallery": result})), figures)
+        return Measured(Results(identification=BySet("gallery", {"gallery": result})), figures, notes + more_notes)
 
 
 @dataclass(frozen=True)
@@ -316,8 +328,12 @@ class Risk(Evaluation):
         self.sources = [NamedSource(data.source, data.name)]
 
     def measure(self, store: EmbeddingStore) -> Measured:
-        data = self._data
-        embeddings = store.load(data.source, data.name)
+        loaded = store.load(self._data.source, self._data.name)
+        data, embeddings, notes = (
+            usable_pairs(self._data, loaded)
+            if isinstance(self._data, PairSet)
+            else usable_templates(self._data, loaded)
+        )
         likelihood, device = likelihood_of(embeddings, store.embedder.radius), store.embedder.device
         score = self.score
         if score is None:
@@ -325,7 +341,9 @@ class Risk(Evaluation):
             score = likelihood.score
         if isinstance(data, PairSet):
             judged = _judge_pairs(data, embeddings, likelihood, device)
+            people = quality.people_of_pairs(data.same)
         else:
+            people = quality.people_of_templates(data.protocol)
             # The length of a sum over media is no concentration that a likelihood could take.
             judged = _judge_templates(data, embeddings, likelihood, device, by_media=score is Score.COSINE)
         values = judged.scores[score]
@@ -340,26 +358,26 @@ class Risk(Evaluation):
                 order: [curve.error_at(fraction) for fraction in REJECTED_FRACTIONS]
                 for order, curve in rejection.curves.items()
             },
-            images=quality.summarize_quality(embeddings, data.severity),
+            images=quality.summarize_quality(embeddings, data.severity, people),
         )
         if not self.draws:
-            return Measured(Results(rejection=result))
+            return Measured(Results(rejection=result), notes=notes)
         figures = [ReportFigure(FigureKind.REJECT, plots.plot_rejection(rejection, score.label))]
-        figures += self._quality_figures(embeddings, judged, result)
+        figures += self._quality_figures(data, embeddings, judged, result)
         if isinstance(data, PairSet):
             shown = plots.Confidence.of(embeddings)
             png = plots.plot_pairs(data.source, values, judged.same, shown, score.label)
             figures.append(ReportFigure(FigureKind.PAIRS, png))
-        return Measured(Results(rejection=result), figures)
+        return Measured(Results(rejection=result), figures, notes)
 
     def _quality_figures(
-        self, embeddings: Embeddings, judged: _JudgedPairs, result: RejectionResult
+        self, data: PairSet | TemplateSet, embeddings: Embeddings, judged: _JudgedPairs, result: RejectionResult
     ) -> list[ReportFigure]:
         """Draws the figures that need a confidence."""
         shown = plots.Confidence.of(embeddings)
         if shown is None:
             return []
-        source, severity = self._data.source, self._data.severity
+        source, severity = data.source, data.severity
         pngs = {
             _HISTOGRAMS[embeddings.density]: plots.plot_confidence_histogram(
                 plots.Confidence(judged.quality[shown.quality], shown.quality), judged.same
@@ -369,6 +387,8 @@ class Risk(Evaluation):
         if severity is not None:
             correlation = result.images.measures[shown.quality].severity_spearman
             pngs[FigureKind.SEVERITY] = plots.plot_severity(shown, severity, correlation)
+        if result.images.reliability is not None:
+            pngs[FigureKind.RELIABILITY] = plots.plot_reliability(result.images.reliability)
         return [ReportFigure(kind, png, confidence=shown.quality) for kind, png in pngs.items()]
 
 
@@ -407,7 +427,7 @@ def all_evaluations(data: Path, for_table: bool = False) -> list[Evaluation]:
     Raises:
         InputError: there is neither, or something in it is malformed.
     """
-    has_pairs = any((data / "verification").glob("*.bin")) or any(data.glob("*.bin"))
+    has_pairs = any(visible([*(data / "verification").glob("*.bin"), *data.glob("*.bin")]))
     sets = datasets.open_pair_sets([data]) if has_pairs else {}
     folder = data / "templates" if datasets.is_template_set(data / "templates") else data
     templates = datasets.open_template_set(folder) if datasets.is_template_set(folder) else None
@@ -419,7 +439,8 @@ def all_evaluations(data: Path, for_table: bool = False) -> list[Evaluation]:
     elif templates is not None:
         evaluations.append(Risk(templates))
     else:
-        raise InputError(f"{data} must hold verification/*.bin or templates/meta; give --data the folder that has them")
+        what = f" and {refusal(data, Wanted.FOLDER)}" if data.is_file() else "; " + Wanted.FOLDER.value
+        raise InputError(f"{data} must hold verification/*.bin or templates/meta{what}")
     for evaluation in evaluations:
         evaluation.draws = not for_table
     return evaluations

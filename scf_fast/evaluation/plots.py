@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from scf_fast.evaluation.metrics import tar_at_far
+from scf_fast.evaluation.metrics import FEW_IMPOSTORS, tar_at_far
 from scf_fast.evaluation.quality import Rejection
 from scf_fast.evaluation.results import DENSITY_MEASURES, Quality, Score, ScoreHistogram
+from scf_fast.held_out import Reliability
 from scf_fast.inference import Embeddings
 from scf_fast.pipelines.loading.decode import load_face
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.text import as_plot_text
 
 if TYPE_CHECKING:  # imported where a figure is drawn: it takes half a second, and most ranks draw none
     from matplotlib.axes import Axes
@@ -58,7 +60,7 @@ def _new_figure(**options: Any) -> "Figure":
 def _figure(title: str, xlabel: str, ylabel: str, width: float = 6.4, height: float = 4.4) -> "tuple[Figure, Axes]":
     figure = _new_figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=12, fontweight="bold", loc="left")
+    axes.set_title(as_plot_text(title), fontsize=12, fontweight="bold", loc="left")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(color="#e4e6ea", lw=0.8)
     axes.set_axisbelow(True)
@@ -75,9 +77,10 @@ def _png(figure: "Figure") -> bytes:
 
 def roc_points(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns 400 points (FAR, TAR), as many as a curve can show, evenly spaced on a logarithmic axis from where ten
-    impostor pairs pass.
+    impostor pairs pass; with fewer than FEW_IMPOSTORS, from where none does.
     """
-    fars = np.geomspace(min(1, 10 / np.count_nonzero(~same)), 1, 400)  # of ten impostor pairs all are 1
+    impostors = np.count_nonzero(~same)
+    fars = np.geomspace((0.5 if impostors < FEW_IMPOSTORS else 10) / impostors, 1, 400)
     tars = tar_at_far(scores, same, fars.tolist())
     return fars, np.array([tars[far] for far in fars.tolist()])
 
@@ -89,7 +92,7 @@ def _styles(curves: Curves) -> dict[tuple[str, str], Style]:
     )
     lines = dict(zip(dict.fromkeys(score for _, score in curves), itertools.cycle(("-", "--"))))
     return {
-        (what, score): {"label": f"{what}, {score}", "color": colors[what], "ls": lines[score], "lw": 1.8}
+        (what, score): {"label": as_plot_text(f"{what}, {score}"), "color": colors[what], "ls": lines[score], "lw": 1.8}
         for what, score in curves
     }
 
@@ -150,6 +153,18 @@ def plot_severity(confidence: Confidence, severity: np.ndarray, correlation: flo
     axes.plot(center, middle, color=_ORANGE, lw=2.2, label="median")
     axes.set_yscale("log")
     axes.legend(frameon=False)
+    return _png(figure)
+
+
+def plot_reliability(reliability: Reliability) -> bytes:
+    """Plots the mean cosine with the own center by decile of kappa over the one that kappa predicts."""
+    figure, axes = _figure("Reliability of κ", "cosine that κ predicts", "mean cosine with the own center")
+    predicted, observed = reliability.predicted, reliability.observed
+    low, high = min(predicted.min(), observed.min()), max(predicted.max(), observed.max())
+    axes.plot([low, high], [low, high], color=_GREY, lw=1.2, ls=":", label="as predicted")
+    label = f"by decile of κ (mean difference {reliability.error:.3f})"
+    axes.plot(predicted, observed, color=_ORANGE, lw=2.2, marker="o", label=label)
+    axes.legend(frameon=False, title=f"κ fits these people times {reliability.factor:.3f}", alignment="left")
     return _png(figure)
 
 

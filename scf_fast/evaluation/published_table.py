@@ -177,7 +177,7 @@ def system_tables_as_json(tables: list[SystemTable]) -> dict[str, Any]:
 def render(tables: list[SystemTable], table_format: TableFormat) -> str:
     """Returns all tables in one form."""
     if table_format is TableFormat.JSON:
-        return json.dumps(system_tables_as_json(tables), indent=2, ensure_ascii=False)
+        return json.dumps(system_tables_as_json(tables), indent=2)
     write = {
         TableFormat.TEXT: Table.text,
         TableFormat.MARKDOWN: Table.markdown,

@@ -3,6 +3,7 @@ decline a pair.
 """
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,11 @@ import numpy as np
 from scf_fast.errors import InputError
 from scf_fast.evaluation import metrics
 from scf_fast.evaluation.results import DENSITY_MEASURES, Quality, QualityQuantiles, QualityResult
+from scf_fast.held_out import Held, Reliability, measure_reliability
 from scf_fast.inference import Embeddings
+from scf_fast.pipelines.evaluation_sets.template_protocol import TemplateProtocol
+from scf_fast.pipelines.formats.text_file import read_text
+from scf_fast.pipelines.text import shown
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,15 @@ def lower_of_pair(quality: np.ndarray) -> np.ndarray:
     return quality.reshape(-1, 2).min(axis=1)
 
 
-def summarize_quality(embeddings: Embeddings, severity: np.ndarray | None) -> QualityResult:
-    """Computes quantiles of the confidence and of the feature norm, and their rank correlation with known severity.
+def summarize_quality(
+    embeddings: Embeddings, severity: np.ndarray | None, people: np.ndarray | None = None
+) -> QualityResult:
+    """Computes quantiles of the confidence and of the feature norm, their rank correlation with known severity, and the
+    reliability of kappa.
 
     Args:
         severity: (N,) known degradation of the images, or None.
+        people: (N,) the person of each image, -1 for one to leave out; None leaves the reliability out.
     """
     measures = {}
     for measure, values in image_quality(embeddings).items():
@@ -71,7 +80,45 @@ def summarize_quality(embeddings: Embeddings, severity: np.ndarray | None) -> Qu
 
             correlation = float(spearmanr(values, severity).statistic)
         measures[measure] = QualityQuantiles(p05, median, p95, correlation)
-    return QualityResult(measures)
+    return QualityResult(measures, None if people is None else _reliability(embeddings, people))
+
+
+def _reliability(embeddings: Embeddings, people: np.ndarray) -> Reliability | None:
+    """Compares kappa with the cosines of the images of a person; None where that cannot be told."""
+    if embeddings.kappa is None:
+        return None  # a backbone alone, or the model of a Gaussian
+    chosen = np.flatnonzero(people >= 0)
+    held = Held(embeddings.mu.numpy()[chosen], np.asarray(embeddings.kappa, np.float64)[chosen], people[chosen])
+    try:
+        return measure_reliability(held)
+    except InputError:  # too few genuine pairs, or a model that knows nobody; the other measures say so
+        return None
+
+
+def people_of_pairs(same: np.ndarray) -> np.ndarray:
+    """Returns (2P,) a person for each image of P pairs: a number of its own for every genuine pair, and -1."""
+    return np.where(same, np.arange(len(same)), -1).repeat(2)
+
+
+def people_of_templates(protocol: TemplateProtocol) -> np.ndarray:
+    """Returns (N,) the person of each image: templates that a genuine comparison joins show one. Of the images of a
+    medium the first stands for all: frames of one video resemble each other more than kappa says.
+    """
+    from scipy.sparse import coo_array  # here: it takes half a second to import
+    from scipy.sparse.csgraph import connected_components
+
+    ids, template = np.unique(protocol.template_ids, return_inverse=True)
+    first, second = np.searchsorted(ids, protocol.pair_template_ids[protocol.pair_labels]).T
+    joined = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(len(ids),) * 2)
+    person = connected_components(joined, directed=False)[1][template].astype(np.int64)
+    _, first_of_medium = np.unique([person, protocol.media_ids], axis=1, return_index=True)
+    people = np.full(len(person), -1)
+    people[first_of_medium] = person[first_of_medium]
+    return people
+
+
+def _is_filled(row: dict) -> bool:
+    return any(isinstance(value, str) and value.strip() for value in row.values())
 
 
 def read_severity(path: Path, column: str, names: list[str]) -> np.ndarray:
@@ -83,17 +130,18 @@ def read_severity(path: Path, column: str, names: list[str]) -> np.ndarray:
     Raises:
         InputError: a column or a name is missing, or a severity is not a number in [0, 1].
     """
-    with open(path, newline="", errors="replace") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    try:
         if not {column, "severity"} <= set(reader.fieldnames or ()):
             raise InputError(
-                f"{path} must have the columns {column} and severity, got {reader.fieldnames}; write it again with the "
-                "data set"
+                f"{path} must have the columns {column} and severity, got {shown(reader.fieldnames)}; write it again "
+                "with the data set"
             )
-        try:
-            severity = {row[column]: float(row["severity"]) for row in reader}
-        except (TypeError, ValueError, csv.Error):
-            raise InputError(f"{path} line {reader.line_num}: severity must be a number; repair the row") from None
+        severity = {row[column]: float(row["severity"]) for row in reader if _is_filled(row)}
+    except (TypeError, ValueError, csv.Error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} line {reader.line_num}: severity must be a number; repair the row") from None
     missing = [name for name in names if name not in severity]
     if missing:
         raise InputError(

@@ -1,6 +1,7 @@
 """The report folder: results.json, report.md with its figures, and report.html, which stands alone."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from scf_fast.evaluation.report_html import make_page
 from scf_fast.evaluation.results import FIGURE_FILE, Measured
 from scf_fast.evaluation.tables import Table, make_tables, tables_as_text
 from scf_fast.pipelines.formats.atomic_file import write_bytes, write_json, write_text
+from scf_fast.pipelines.text import as_markdown
 
 RESULTS_FILE, MARKDOWN_FILE, HTML_FILE = "results.json", "report.md", "report.html"
+_PATHS = ("model", "data", "gallery", "probe", "backbone", "models")  # of a request
 Request = dict[str, Any]  # everything asked for that decides the numbers, as results.json keeps it
 
 
@@ -72,11 +75,12 @@ class Report:
             for figure in model.measured.figures:
                 file_name = f"model{number}-{figure.file_name}" if several else figure.file_name
                 write_bytes(out / file_name, figure.png)
-                links.append(f"![{figure.title}{f', {name}' if several else ''}]({file_name})")
+                of_model = f", {name}" if several else ""
+                links.append(f"![{as_markdown(figure.title + of_model)}]({file_name})")
             for file_name, text in model.measured.files.items():
                 write_text(out / file_name, text)
         title = f"Evaluation of {', '.join(self.models)}"
-        write_text(out / MARKDOWN_FILE, "\n\n".join([f"# {title}", self.as_text(), *links]) + "\n")
+        write_text(out / MARKDOWN_FILE, "\n\n".join([f"# {as_markdown(title)}", self.as_text(), *links]) + "\n")
         figures = {name: model.measured.figures for name, model in self.models.items()}
         write_text(out / HTML_FILE, make_page(title, self.request, self.tables(), figures, self.notes()))
         if self.system_tables:
@@ -99,9 +103,21 @@ def check_folder(out: Path, request: Request, overwrite: bool) -> None:
     try:
         earlier = json.loads(path.read_text())["request"]
         different = ", ".join(
-            f"{key} {earlier.get(key)} -> {value}" for key, value in request.items() if earlier.get(key) != value
+            f"{key} {earlier.get(key)} -> {value}"
+            for key, value in request.items()
+            if not _is_same(key, earlier.get(key), value)
         )
+        is_same = not different and earlier.keys() <= request.keys()
     except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or JSON of another form
         raise InputError(f"{path} is no evaluation result; give another --out, or --overwrite") from None
-    if earlier != request:
+    if not is_same:
         raise InputError(f"{out} holds another evaluation ({different}); give another --out, or --overwrite")
+
+
+def _is_same(key: str, earlier: Any, value: Any) -> bool:
+    """Tells whether a part of a request is what it was, however its paths are spelled."""
+    if key in _PATHS and isinstance(earlier, list) and isinstance(value, list):
+        return len(earlier) == len(value) and all(_is_same(key, a, b) for a, b in zip(earlier, value))
+    if key in _PATHS and isinstance(earlier, str) and isinstance(value, str):
+        return earlier == value or os.path.realpath(earlier) == os.path.realpath(value)
+    return earlier == value

@@ -1,11 +1,11 @@
 """report.html: a page that needs nothing but itself; style and figures are in it."""
 
 import base64
-import html
 from typing import Any
 
 from scf_fast.evaluation.results import FigureKind, ReportFigure
 from scf_fast.evaluation.tables import Table
+from scf_fast.pipelines.text import as_html
 
 _STYLE = """
 :root { --ink: #1d2430; --quiet: #667080; --line: #dfe3ea; --back: #f5f6f8; --card: #ffffff; --accent: #2f6db3; }
@@ -49,13 +49,13 @@ def make_page(
         figures: by the name of the model.
     """
     facts = {key: ", ".join(value) if isinstance(value, list) else str(value) for key, value in request.items()}
-    facts_list = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items())
+    facts_list = "".join(f"<dt>{as_html(key)}</dt><dd>{as_html(value)}</dd>" for key, value in facts.items())
     sections = "".join(map(table_html, tables))
-    notes_list = f"<ul class=notes>{''.join(f'<li>{html.escape(note)}</li>' for note in notes)}</ul>" if notes else ""
+    notes_list = f"<ul class=notes>{''.join(f'<li>{as_html(note)}</li>' for note in notes)}</ul>" if notes else ""
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width, "
         "initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><main><h1>{html.escape(title)}</h1><dl>{facts_list}</dl>"
+        f"<title>{as_html(title)}</title><style>{_STYLE}</style><main><h1>{as_html(title)}</h1><dl>{facts_list}</dl>"
         f"{sections}{notes_list}<div class=figures>{_figures_html(figures)}</div></main></html>\n"
     )
 
@@ -67,15 +67,15 @@ def table_html(table: Table) -> str:
     def row_html(row: list[str], tag: str, number: int | None = None) -> str:
         cells = []
         for column, (cell, word) in enumerate(zip(row, words)):
-            text = html.escape(cell)
+            text = as_html(cell)
             shown = f"<b>{text}</b>" if (number, column) in table.best else text
             cells.append(f"<{tag}{' class=word' * word}>{shown}</{tag}>")
         return f"<tr>{''.join(cells)}</tr>"
 
     body = "".join(row_html(row, "td", number) for number, row in enumerate(table.rows))
-    about = f"<p class=about>{html.escape(table.about)}</p>" if table.about else ""
+    about = f"<p class=about>{as_html(table.about)}</p>" if table.about else ""
     return (
-        f"<section><h2>{html.escape(table.title)}</h2><div class=scroll><table><thead>{row_html(table.header, 'th')}"
+        f"<section><h2>{as_html(table.title)}</h2><div class=scroll><table><thead>{row_html(table.header, 'th')}"
         f"</thead><tbody>{body}</tbody></table></div>{about}</section>"
     )
 
@@ -95,7 +95,7 @@ def _figures_html(figures: dict[str, list[ReportFigure]]) -> str:
 
 def _figure_html(figure: ReportFigure, model: str) -> str:
     kind = " class=wide" if figure.kind.is_wide else ""
-    caption = f"<figcaption>{html.escape(model)}</figcaption>" if model else ""
+    caption = f"<figcaption>{as_html(model)}</figcaption>" if model else ""
     data = base64.b64encode(figure.png).decode()
-    image = f"<img alt='{html.escape(figure.title)}' src='data:image/png;base64,{data}'>"
+    image = f"<img alt='{as_html(figure.title)}' src='data:image/png;base64,{data}'>"
     return f"<figure{kind}>{image}{caption}</figure>"

@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from scf_fast.held_out import Reliability
 from scf_fast.objectives import Density, Objective
 
 REJECTED_FRACTIONS = (0.0, 0.1, 0.2, 0.5)  # of the pairs, at which results.json and the table give the error
@@ -277,9 +278,11 @@ class QualityResult:
     """Distribution of the measures of quality over the images of a set."""
 
     measures: dict[Quality, QualityQuantiles]
+    reliability: Reliability | None = None  # of kappa; None: it has no kappa, or too few images show one person
 
     def as_json(self) -> dict[str, Any]:
-        return {quality.value: asdict(quantiles) for quality, quantiles in self.measures.items()}
+        reliability = {} if self.reliability is None else {"reliability": self.reliability.as_json()}
+        return {quality.value: asdict(quantiles) for quality, quantiles in self.measures.items()} | reliability
 
 
 @dataclass(frozen=True)
@@ -356,6 +359,7 @@ class FigureKind(enum.Enum):
     SCORES = "scores"
     REJECT = "reject"
     SEVERITY = "severity"
+    RELIABILITY = "reliability"
     HISTOGRAM = "kappa_histogram"
     PRECISION_HISTOGRAM = "precision_histogram"
     FACES = "faces"
@@ -374,6 +378,7 @@ _FIGURE_TITLES = {
     FigureKind.SCORES: "Scores of all comparisons",
     FigureKind.REJECT: "Error versus reject",
     FigureKind.SEVERITY: "{} against known severity",
+    FigureKind.RELIABILITY: "Reliability of {}",
     FigureKind.HISTOGRAM: "{} of genuine and impostor pairs",
     FigureKind.PRECISION_HISTOGRAM: "{} of genuine and impostor pairs",
     FigureKind.FACES: "Faces by {}",

@@ -23,13 +23,13 @@ from scf_fast.evaluation.results import (
     Weighting,
 )
 from scf_fast.objectives import Density
+from scf_fast.pipelines.text import as_latex, as_markdown, printable
 
 _PUBLISHED_FARS = ("1e-05", "1e-04")  # of the table in the paper's repository
 Models = dict[str, Results]  # by the name of the model
 Rows = list[list[str]]
 T = TypeVar("T")
 _TEXT_WIDTH = 100  # of what stands under a table in plain text
-_LATEX = {**{character: f"\\{character}" for character in "&%$#_{}"}, "–": "--", "κ": r"$\kappa$", "±": r"$\pm$"}
 _POOLING = {Density.VMF: "Eqn (14)", Density.GAUSSIAN: "PFE's fusion"}
 
 
@@ -45,50 +45,54 @@ class Table:
 
     def word_columns(self) -> list[bool]:
         """Tells columns of words, which are aligned left, from columns of numbers, which are aligned right."""
-        return [not all(cell[0] in "–-0123456789" for cell in column) for column in zip(*self.rows)]
+        return [not all(cell[:1] in "–-0123456789" for cell in column) for column in zip(*self.rows)]
 
-    def _marked(self, mark: Callable[[str], str], plain: Callable[[str], str] = str) -> Rows:
-        """Returns the rows with the best cells marked, and the others changed by ``plain``."""
-        return [
-            [mark(cell) if (i, j) in self.best else plain(cell) for j, cell in enumerate(row)]
+    def _marked(self, write: Callable[[str], str], mark: Callable[[str], str], plain: str = "") -> Rows:
+        """Returns header and rows in a form of text, the best cells marked.
+
+        Args:
+            write: escapes a cell.
+            mark: marks what it returns.
+            plain: follows the cells that are not the best.
+        """
+        rows = [
+            [mark(write(cell)) if (i, j) in self.best else write(cell) + plain for j, cell in enumerate(row)]
             for i, row in enumerate(self.rows)
         ]
+        return [[write(cell) for cell in self.header], *rows]
 
     def _aligned(self, rows: Rows) -> Rows:
         """Returns header and rows, with a line under the header, padded to the same width in each column."""
-        words, widths = self.word_columns(), [max(map(len, column)) for column in zip(self.header, *rows)]
+        words, widths = self.word_columns(), [max(map(len, column)) for column in zip(*rows)]
         lines = [
             [cell.ljust(width) if word else cell.rjust(width) for cell, width, word in zip(row, widths, words)]
-            for row in (self.header, *rows)
+            for row in rows
         ]
         rule = ["-" * width if word else "-" * (width - 1) + ":" for width, word in zip(widths, words)]
         return [lines[0], rule, *lines[1:]]
 
     def markdown(self) -> str:
         """Returns the table as Markdown, its columns padded so that it also reads well as plain text."""
-        lines = self._aligned(self._marked(lambda cell: f"**{cell}**"))
-        text = f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"{text}\n\n{self.about}" if self.about else text
+        lines = self._aligned(self._marked(as_markdown, lambda cell: f"**{cell}**"))
+        text = f"## {as_markdown(self.title)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{text}\n\n{as_markdown(self.about, begins_block=True)}" if self.about else text
 
     def text(self) -> str:
         """Returns the table as plain text; a star follows the best cells."""
-        rows = self._marked(lambda cell: f"{cell}*", lambda cell: f"{cell} ") if self.best else self.rows
+        rows = self._marked(printable, lambda cell: f"{cell}*", " " if self.best else "")
         lines = self._aligned([[row[0].rstrip(), *row[1:]] for row in rows])
         lines[1] = ["-" * len(cell) for cell in lines[0]]
-        about = ["", *textwrap.wrap(self.about, _TEXT_WIDTH)] if self.about else []
-        return "\n".join([self.title, "", *("  ".join(line).rstrip() for line in lines), *about])
+        about = ["", *textwrap.wrap(printable(self.about), _TEXT_WIDTH)] if self.about else []
+        return "\n".join([printable(self.title), "", *("  ".join(line).rstrip() for line in lines), *about])
 
     def latex(self) -> str:
         """Returns the table as a LaTeX tabular that needs no package; the best cells are bold."""
 
-        def escape(cell: str) -> str:
-            return "".join(_LATEX.get(character, character) for character in cell)
-
         columns = "".join("l" if word else "r" for word in self.word_columns())
-        rows = self._marked(lambda cell: rf"\textbf{{{escape(cell)}}}", escape)
-        lines = [" & ".join(row) + r" \\" for row in ([escape(cell) for cell in self.header], *rows)]
+        rows = self._marked(as_latex, lambda cell: rf"\textbf{{{cell}}}")
+        lines = [" & ".join(row) + r" \\" for row in rows]
         body = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"]
-        return "\n".join([f"% {self.title}", *body, r"\end{tabular}"])
+        return "\n".join([f"% {printable(self.title)}", *body, r"\end{tabular}"])
 
 
 def make_tables(models: Models) -> list[Table]:
@@ -102,7 +106,7 @@ def make_tables(models: Models) -> list[Table]:
     if any(results.identification for results in several):
         tables += _identification_tables(models)
     if any(results.rejection or results.template_quality for results in several):
-        tables.append(_quality_table(models))
+        tables += _quality_tables(models)
     if any(results.rejection for results in several):
         tables.append(_rejection_table(models))
     return tables
@@ -112,7 +116,7 @@ def tables_as_text(tables: list[Table], notes: list[str]) -> str:
     """Returns all tables and notes as Markdown that is fit for a terminal."""
     parts = [table.markdown() for table in tables]
     if notes:
-        parts.append("\n".join(f"* {note}" for note in notes))
+        parts.append("\n".join(f"* {as_markdown(note, begins_block=True)}" for note in notes))
     return "\n\n".join(parts)
 
 
@@ -283,14 +287,18 @@ def _identification_table(models: Models, protocol: str, found: dict[str, Identi
     )
 
 
-def _quality_table(models: Models) -> Table:
+def _quality_by_set(results: Results) -> dict[str, QualityResult]:
+    images: dict[str, QualityResult] = {}
+    if results.rejection is not None:
+        images[results.rejection.name] = results.rejection.images
+    if results.template_quality is not None:
+        images |= results.template_quality.in_order()
+    return images
+
+
+def _quality_tables(models: Models) -> list[Table]:
     rows: dict[str, Rows] = {}
     for name, results in models.items():
-        images: dict[str, QualityResult] = {}
-        if results.rejection is not None:
-            images[results.rejection.name] = results.rejection.images
-        if results.template_quality is not None:
-            images |= results.template_quality.in_order()
         rows[name] = [
             [
                 measure.label,
@@ -298,11 +306,30 @@ def _quality_table(models: Models) -> Table:
                 *(f"{value:.4g}" for value in (quantiles.p05, quantiles.median, quantiles.p95)),
                 _fraction(quantiles.severity_spearman),
             ]
-            for set_name, result in images.items()
+            for set_name, result in _quality_by_set(results).items()
             for measure, quantiles in result.measures.items()
         ]
     header = ["quality", "images of", "5 %", "median", "95 %", "Spearman with severity"]
-    return Table("Quality", *_with_model_column(models, header, rows))
+    return [Table("Quality", *_with_model_column(models, header, rows)), *_reliability_tables(models)]
+
+
+def _reliability_tables(models: Models) -> list[Table]:
+    """Says for each set whether kappa means what it says; no table where none has a kappa."""
+    rows: dict[str, Rows] = {}
+    for name, results in models.items():
+        for set_name, result in _quality_by_set(results).items():
+            if result.reliability is not None:
+                cells = [_fraction(result.reliability.error), f"{result.reliability.factor:.4g}"]
+                rows.setdefault(name, []).append([set_name, *cells])
+    if not rows:
+        return []
+    header = ["images of", "mean difference", "κ fits times"]
+    about = (
+        "The cosine of an image with the center of its person, estimated from the person's other images, against the "
+        "one that κ predicts: mean difference over the deciles of κ, and the one factor on κ that fits these people, "
+        "which python -m scf_fast.calibrate stores with the model."
+    )
+    return [Table("Reliability of κ", *_with_model_column(models, header, rows), about)]
 
 
 def _rejection_table(models: Models) -> Table:

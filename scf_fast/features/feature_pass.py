@@ -5,6 +5,7 @@ import dataclasses
 from tqdm import tqdm
 
 from scf_fast import distributed
+from scf_fast.command import print_lines
 from scf_fast.config import FeatureConfig
 from scf_fast.data import open_data
 from scf_fast.distributed import Runtime
@@ -45,7 +46,7 @@ class FeaturePass:
         """Joins the group; returns the runtime and the images of a global batch, of which each rank has as many."""
         runtime = distributed.start()
         if runtime.is_main:
-            print(f"pixels: {self.config.normalization}, {self._origin}", flush=True)
+            print_lines(f"pixels: {self.config.normalization}, {self._origin}")
         return runtime, max(min(self.config.batch_size, len(self.source)) // runtime.world_size, 1) * runtime.world_size
 
     def open_stream(self, sampler: Sampler, runtime: Runtime) -> FeatureStream:

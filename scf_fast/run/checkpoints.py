@@ -5,20 +5,20 @@ stage.
     checkpoints/step00001234/
         rank0.pt ...              each rank's pieces of weights and optimizer state, and its random state
         class_centers_rank0.pt    stage 1: each rank's rows
-        state.json                step, schedule, layout, and size and CRC-32 of every other file; written last
+        state.json                see :mod:`scf_fast.run.run_state`; written last
 
 The pieces are those of :mod:`scf_fast.engine.partitions`. A folder with a ``state.json`` is complete. Whether it is
-intact is found by reading it, before a run starts from it.
+intact is found by reading it, before a run starts from it. Folders of any other name are nobody's business here.
 """
 
-import dataclasses
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
-import zlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,51 +33,26 @@ from scf_fast.engine.engine import Engine
 from scf_fast.engine.partitions import Piece
 from scf_fast.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import write_json, write_text
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, Wait, result_of
+from scf_fast.run.run_state import (
+    STATE_FILE,
+    DamagedStateError,
+    RunState,
+    fingerprint_of,
+    rank_file,
+    read_intact,
+    read_state,
+    step_of,
+    tag_of,
+    write_state,
+)
 from scf_fast.weights.files import save_torch_file
 
 log = logging.getLogger(__name__)
 
-_STATE = "state.json"
 _LATEST = "latest"
-_READ_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Progress of a run at a checkpoint, as state.json has it beside the files.
-
-    Attributes:
-        step: optimizer steps made.
-        schedule: state of the learning rate.
-        num_classes, num_images: of the data.
-        metric: mean training loss of the epoch that ends here, or the loss of people held out; None elsewhere.
-        epoch_loss: sum of the losses since the last epoch's end, their number, and steps that changed the weights.
-        world_size, zero_stage: layout of the ranks that wrote it.
-        objective: of stage 2, by the names in its options; None in stage 1 and of older versions, which had SCF alone.
-        patience: lowest loss of people held out, and epochs since then; None where nobody waits for it.
-        slope: of stage 2, as --slope has it; None in stage 1 and of older versions.
-    """
-
-    step: int
-    schedule: dict[str, Any]
-    num_classes: int
-    num_images: int
-    metric: float | None
-    epoch_loss: list[float]
-    world_size: int
-    zero_stage: int
-    objective: list[str] | None = None
-    patience: list[float] | None = None
-    slope: str | None = None
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunState":
-        """
-        Raises:
-            KeyError: an entry is missing that every version writes.
-        """
-        values = {"objective": None, "patience": None, "slope": None, **values}
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+_LATEST_MOST_BYTES = 1 << 10
+_OURS = re.compile(r"(class_centers_)?rank\d+\.(pt|json)|.*\.part")  # names in a half-written checkpoint
 
 
 @dataclass(frozen=True)
@@ -131,17 +106,27 @@ class Checkpoints:
         keep: number of the newest that stay.
         keep_best: whether the one with the lowest ``metric`` stays too.
         background: whether files are written while training goes on, from a copy of the state in host memory.
+        timeout: seconds that writing may take without progress, see :mod:`scf_fast.pipelines.waiting`.
     Attributes:
         written: name of the newest complete checkpoint, equal on all ranks; None before the first.
         failed: whether the last one could not be written, equal on all ranks.
     """
 
-    def __init__(self, folder: Path, runtime: Runtime, keep: int, keep_best: bool, background: bool):
+    def __init__(
+        self,
+        folder: Path,
+        runtime: Runtime,
+        keep: int,
+        keep_best: bool,
+        background: bool,
+        timeout: float = DEFAULT_TIMEOUT,
+    ):
         self.folder, self.keep, self.keep_best = folder, keep, keep_best
         self.runtime, self.background = runtime, background
         self.written: str | None = None
         self.failed = False
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = DaemonThreads(1, "checkpoint")
+        self._timeout, self._bytes_written = timeout, 0
         self._pending: _Pending | None = None
 
     @property
@@ -193,20 +178,23 @@ class Checkpoints:
                 name: value.to("cpu", copy=self.background) if torch.is_tensor(value) else value
                 for name, value in centers.state().items()
             }
-        tag = f"step{state.step:08d}"
+        tag = tag_of(state.step)
         self._pending = _Pending(tag, state, self._writer.submit(self._write, tag, content, rows))
         if not self.background:
             self.finish()
 
     def _write(self, tag: str, content: dict[str, Any], rows: dict[str, Any] | None) -> None:
         folder, rank = self.folder / tag, self.runtime.rank
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {_rank_file(rank): content}
+        folder.mkdir(exist_ok=True)  # in a folder that is there: it is not made anew where a disk was
+        files = {rank_file(rank): content}
         if rows is not None:
             files[ClassCenters.file_name(rank)] = rows
         for name, value in files.items():
-            save_torch_file(value, folder / name)
-        write_json(folder / f"rank{rank}.json", {name: _fingerprint(folder / name) for name in files})
+            save_torch_file(value, folder / name, self._count)
+        write_json(folder / f"rank{rank}.json", {name: fingerprint_of(folder / name, self._count) for name in files})
+
+    def _count(self, size: int) -> None:
+        self._bytes_written += size
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on every rank's disk, then makes it count: no other moment leaves a folder
@@ -214,14 +202,25 @@ class Checkpoints:
 
         A disk that is full, or gone, is logged and remembered in ``failed``, and the half checkpoint deleted: the run
         goes on with the older ones.
+
+        Raises:
+            TimedOut: the disk takes nothing and says nothing.
         """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         tag, state = pending.tag, pending.state
-        error = pending.future.exception()
-        if error is not None and not isinstance(error, OSError):
-            raise error
+        wait = Wait(
+            f"rank {self.runtime.rank}",
+            f"the background writer of checkpoint {self.folder / tag}",
+            self._timeout,
+            lambda: self._bytes_written,
+        )
+        error: OSError | None = None
+        try:
+            result_of(pending.future, wait)
+        except OSError as problem:
+            error = problem
         complete = all_ranks_agree(error is None)
         if complete and self.runtime.is_main:
             try:
@@ -249,7 +248,7 @@ class Checkpoints:
     def _complete(self, tag: str, state: RunState) -> None:
         parts = [self.folder / tag / f"rank{rank}.json" for rank in range(self.runtime.world_size)]
         files = {name: fingerprint for part in parts for name, fingerprint in json.loads(part.read_text()).items()}
-        write_json(self.folder / tag / _STATE, {**dataclasses.asdict(state), "files": files}, indent=1)
+        write_state(self.folder / tag, state, files)
         write_text(self.folder / _LATEST, tag)
         for part in parts:
             part.unlink()
@@ -272,20 +271,9 @@ class Checkpoints:
                 _delete(self.folder / tag)
 
     def resume_from(self, tag: str | None) -> None:
-        """Clears away what a dead run has left after ``tag``: incomplete folders go, complete ones are set aside."""
+        """Clears away what a dead run has left, see :func:`clear_away`."""
         if self.runtime.is_main:
-            for folder in self.folder.glob("step*"):
-                if not (folder / _STATE).exists():
-                    shutil.rmtree(folder)
-                elif tag is None or folder.name > tag:
-                    aside = folder.with_name(f"aside-{folder.name}")
-                    log.warning(
-                        "checkpoint %s, which this run does not start from, is now %s and can be deleted",
-                        folder,
-                        aside.name,
-                    )
-                    shutil.rmtree(aside, ignore_errors=True)
-                    folder.rename(aside)
+            clear_away(self.folder, tag)
         self.written = tag
         dist.barrier()
 
@@ -313,13 +301,13 @@ def newest_intact(folder: Path) -> ResumePoint | None:
         InputError: there are checkpoints, all damaged.
     """
     complete = _complete_ones(folder)
-    latest = folder / _LATEST
-    named = latest.read_text().strip() if latest.exists() else ""
+    named = _read_latest(folder)
     problems = []
-    for tag in [tag for tag in complete if named not in complete or tag <= named]:
-        problem = _damage(folder / tag)
-        if problem is None:
-            return ResumePoint(folder / tag, RunState.from_json(_read_json(folder / tag)))
+    for tag in complete[complete.index(named) if named in complete else 0 :]:
+        try:
+            return ResumePoint(folder / tag, read_intact(folder / tag))
+        except (OSError, ValueError) as error:
+            problem = str(error) if isinstance(error, ValueError) else f"{error.filename}: {error.strerror}"
         log.warning(
             "checkpoint %s is damaged (%s); trying the one before it",
             folder / tag,
@@ -332,6 +320,26 @@ def newest_intact(folder: Path) -> ResumePoint | None:
             f"--resume: no checkpoint in {folder} is intact ({'; '.join(problems)}); --overwrite starts again"
         )
     return None
+
+
+def clear_away(folder: Path, tag: str | None) -> None:
+    """Clears away what a dead run has left after the checkpoint that the next one starts from: half-written ones go;
+    complete ones, and folders that have anything else in them, are set aside.
+
+    Args:
+        tag: None: the run starts anew.
+    """
+    start = -1 if tag is None else int(tag.removeprefix("step"))
+    for step, path in sorted(_folders(folder)):
+        is_complete = (path / STATE_FILE).exists()
+        if not is_complete and all(_OURS.fullmatch(file.name) for file in path.iterdir()):
+            shutil.rmtree(path)
+        elif step > start or not is_complete:
+            aside = _free_name(path.with_name(f"aside-{path.name}"))
+            log.warning(
+                "checkpoint %s, which this run does not start from, is now %s and can be deleted", path, aside.name
+            )
+            path.rename(aside)
 
 
 def load_weights(module: torch.nn.Module, point: ResumePoint) -> None:
@@ -359,14 +367,10 @@ def load(engine: Engine, point: ResumePoint, centers: ClassCenters | None = None
         centers.load(point.folder, state.world_size)
 
 
-def _rank_file(rank: int) -> str:
-    return f"rank{rank}.pt"
-
-
 def _open(point: ResumePoint) -> list[dict[str, Any]]:
     """Returns all ranks' files, memory-mapped: what this rank does not need is not read."""
     return [
-        torch.load(point.folder / _rank_file(rank), map_location="cpu", mmap=True, weights_only=True)
+        torch.load(point.folder / rank_file(rank), map_location="cpu", mmap=True, weights_only=True)
         for rank in range(point.state.world_size)
     ]
 
@@ -379,52 +383,46 @@ def _random_state() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
 
 
+def _folders(folder: Path) -> list[tuple[int, Path]]:
+    """Returns step and folder of all checkpoints, complete or not; other names, files and links are not ours."""
+    found = [(step_of(path.name), path) for path in folder.glob("step*") if path.is_dir() and not path.is_symlink()]
+    return [(step, path) for step, path in found if step is not None]
+
+
 def _complete_ones(folder: Path) -> list[str]:
     """Returns the tags of the complete checkpoints, newest first."""
-    return sorted((path.parent.name for path in folder.glob(f"step*/{_STATE}")), reverse=True)
+    found = [(step, path.name) for step, path in _folders(folder) if (path / STATE_FILE).exists()]
+    return [tag for _, tag in sorted(found, reverse=True)]
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / _STATE).read_text())
+def _read_latest(folder: Path) -> str:
+    """Returns what ``latest`` names; "" where there is no such file, or it is no text."""
+    try:
+        with open(folder / _LATEST, "rb") as file:
+            return file.read(_LATEST_MOST_BYTES).decode().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _metric(folder: Path) -> float | None:
     """Returns the metric of a complete checkpoint; None too where it is damaged."""
     try:
-        return _read_json(folder)["metric"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_state(folder).state.metric
+    except (OSError, DamagedStateError):
         return None
+
+
+def _free_name(path: Path) -> Path:
+    """Returns the path, with a number behind it if something has that name."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _delete(folder: Path) -> None:
     """Deletes a checkpoint as far as can be; one that cannot be deleted is no reason to end a run."""
     try:
         # First, so that what an interrupted deletion leaves is not taken for complete.
-        (folder / _STATE).unlink(missing_ok=True)
+        (folder / STATE_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         log.warning("checkpoint %s could not be deleted: %s", folder, error)
-
-
-def _fingerprint(path: Path) -> list[int]:
-    """Returns [bytes, CRC-32] of a file."""
-    size = checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return [size, checksum]
-
-
-def _damage(folder: Path) -> str | None:
-    """Returns what is wrong with a complete checkpoint; None if nothing is."""
-    try:
-        content = _read_json(folder)
-        RunState.from_json(content)
-        for name, fingerprint in content["files"].items():
-            if os.path.getsize(folder / name) != fingerprint[0]:
-                return f"{name} has {os.path.getsize(folder / name)} bytes, not {fingerprint[0]}"
-            if _fingerprint(folder / name) != fingerprint:
-                return f"{name} has other bytes than were written"
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None

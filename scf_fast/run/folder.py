@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import logging
 import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,17 @@ import torch
 
 from scf_fast import __version__
 from scf_fast import config as configuration
-from scf_fast.command import split_paths
 from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.errors import InputError
+from scf_fast.pipelines.text import is_utf8
+from scf_fast.run import same_inputs
 from scf_fast.run.checkpoints import ResumePoint, newest_intact
+from scf_fast.run.folder_lock import PREFIX as LOCK_PREFIX
+from scf_fast.run.folder_lock import locked
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
-_LOCK_SECONDS = 15  # workers of a run that was killed notice within 5
 
 
 def versions() -> dict[str, str | None]:
@@ -61,6 +61,10 @@ def claim(config: Config) -> ResumePoint | None:
         InputError: the folder holds another run, or this one without --resume.
     """
     folder = Path(config.output_dir)
+    if not is_utf8(os.fspath(folder)):  # after an epoch it would fail
+        raise InputError(
+            f"--output_dir {folder}: its name must be UTF-8, or PyTorch cannot map the files in it; give another folder"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder}: is a file; give a folder")
     if config.overwrite:
@@ -69,7 +73,7 @@ def claim(config: Config) -> ResumePoint | None:
     if not old.exists() and config.resume and (folder / CHECKPOINTS).is_dir():
         return _find_slope(newest_intact(folder / CHECKPOINTS), {})
     if not old.exists():
-        if folder.exists() and any(folder.iterdir()) and not config.overwrite:
+        if folder.exists() and any(_contents(folder)) and not config.overwrite:
             raise InputError(
                 f"--output_dir {folder}: holds files that are no run of this program; give another folder, or "
                 "--overwrite to delete them"
@@ -121,10 +125,17 @@ def _check_same_run(before: dict[str, Any], config: Config) -> None:
     """
     now, paths = config.identity(), {name for name, _ in config.input_paths()}
     defaults = config.defaults()
+    # What has moved is compared by its content, once it is open.
+    compared = {
+        name
+        for name, entry in same_inputs.noted(Path(config.output_dir)).items()
+        if name in paths and same_inputs.is_same_path(entry["path"], before.get(name)) and now.get(name)
+    }
     different = [
         f"{name} {old!r} -> {value!r}"
         for name, value in now.items()
-        if not _is_same(name in paths, old := before.get(name, defaults.get(name)), value)
+        if name not in compared
+        and not _is_same(name in paths, old := before.get(name, defaults.get(name)), value)
         and not (name == "normalization" and value is None)  # stage 2 finds it out later
     ]
     if different:
@@ -136,9 +147,7 @@ def _check_same_run(before: dict[str, Any], config: Config) -> None:
 
 def _is_same(is_path: bool, before: Any, now: Any) -> bool:
     """Returns whether an option has the value that it had, however a path is spelled."""
-    if is_path and before and now:
-        before, now = ([os.path.realpath(path) for path in split_paths(text)] for text in (before, now))
-    return before == now
+    return same_inputs.is_same_path(before, now) if is_path else before == now
 
 
 def _check_nothing_else_is_lost(config: Config) -> None:
@@ -154,52 +163,38 @@ def _check_nothing_else_is_lost(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Holds the folder against a second launch, which would delete what the first is writing.
-
-    Raises:
-        InputError: another process holds it for longer than the workers of a dead run live.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        for attempt in range(_LOCK_SECONDS + 1):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == _LOCK_SECONDS:
-                    raise InputError(
-                        f"--output_dir {folder}: another run is writing to it; wait for its end, or stop its ranks: "
-                        "pkill -f train.py"
-                    ) from None
-                time.sleep(1)
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
 def prepare(config: Config, is_locked: bool) -> Iterator[None]:
     """Empties the run's folder if it is to be overwritten, or makes and locks it, and notes the configuration in it.
 
     Args:
-        is_locked: whether :func:`only_run_in` holds it already, since it was there before.
+        is_locked: whether the caller holds its lock already, since it was there before.
+    Raises:
+        InputError: another run has begun in it since :func:`claim`.
     """
     folder = Path(config.output_dir)
     if config.overwrite and is_locked:
         _empty(folder)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext() if is_locked else only_run_in(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if is_locked else locked(folder):
+        if not is_locked and claim(config) is not None:  # of a run that began, and ended, in the meantime
+            raise InputError(
+                f"--output_dir {folder}: another launch has trained here since this one began; start again with "
+                "--resume"
+            )
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
         configuration.save(config, folder / CONFIG_FILE, versions())
         yield
 
 
 def _empty(folder: Path) -> None:
-    """Deletes everything in a folder, which stays: it is locked."""
-    for path in folder.iterdir():
+    """Deletes everything in a folder, which stays, with its lock."""
+    for path in _contents(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _contents(folder: Path) -> Iterator[Path]:
+    """Yields what is in a folder besides its lock."""
+    return (path for path in folder.iterdir() if not path.name.startswith(LOCK_PREFIX))

@@ -1,19 +1,19 @@
 """Output of a run: log lines, progress bar, metrics, TensorBoard, and one JSON line for every event."""
 
-import contextlib
-import errno
 import json
 import logging.handlers
-import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from scf_fast.command import LineFormatter
 from scf_fast.distributed import Runtime
+from scf_fast.run.line_files import LineHandler, StepLines, forget_after
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _LINE_SECONDS = 10.0  # between log lines where there is no progress bar
 _EXTRA = ("step", "images", "seconds", "counts", "rates", "signal")
 
 
-class _EventHandler(logging.FileHandler):
+class _EventHandler(LineHandler):
     """Writes every log record as a JSON object: time (seconds since 1970), level, event, message, and the fields of
     ``_EXTRA`` that the record has.
     """
@@ -46,24 +46,24 @@ _early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
 
 
 def set_up_logging(is_main: bool) -> None:
-    """Sends log lines to stderr; from the other ranks errors alone, and what they know of broken images."""
+    """Sends log lines to stderr; from the other ranks errors alone, what they know of broken images, and whom they wait
+    for.
+    """
+    to_terminal = logging.StreamHandler(sys.stderr)
+    to_terminal.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     # A full disk must not fill the terminal with tracebacks of lines it could not take.
     logging.raiseExceptions = False
     _early.buffer.clear()
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.ERROR,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-        handlers=[logging.StreamHandler(sys.stderr), _early],
-    )
-    logging.getLogger("scf_fast.pipelines.loading.broken").setLevel(logging.WARNING)
+    level = logging.INFO if is_main else logging.ERROR
+    logging.basicConfig(level=level, force=True, handlers=[to_terminal, _early])
+    for speaker in ("scf_fast.pipelines.loading.broken", "scf_fast.distributed"):
+        logging.getLogger(speaker).setLevel(logging.INFO if is_main else logging.WARNING)
 
 
 def log_to_files(folder: Path) -> None:
     """Writes what has been logged, and will be, into the run's files too."""
     root = logging.getLogger()
-    for handler in (logging.FileHandler(folder / LOG_FILE), _EventHandler(folder / EVENTS_FILE)):
+    for handler in (LineHandler(folder / LOG_FILE), _EventHandler(folder / EVENTS_FILE)):
         handler.setFormatter(root.handlers[0].formatter)
         for record in _early.buffer:
             handler.handle(record)
@@ -71,55 +71,10 @@ def log_to_files(folder: Path) -> None:
     root.removeHandler(_early)
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps from a file of :class:`StepLines`: a run that died had made them after its last
-    checkpoint, and makes them again.
-    """
-    if path.exists():
-        with open(path, "r+b") as file:
-            kept = 0
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line ends the file
-                for line in file:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                        break
-                    kept += len(line)
-            file.truncate(kept)
-
-
-class StepLines:
-    """A file of JSON lines, one a step, that survives a full disk: lines that could not be written are written with the
-    next one.
-    """
-
-    def __init__(self, path: Path):
-        self._file = open(path, "ab", buffering=0)  # a buffer would try again by itself, and write twice
-        self._pending: list[bytes] = []
-        self._size, self._warned = self._file.tell(), False
-
-    def add(self, record: dict) -> None:
-        self._pending.append((json.dumps(record) + "\n").encode())
-        self._flush()
-
-    def _flush(self) -> None:
-        data = b"".join(self._pending)
-        try:
-            if self._file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self._file.truncate(self._size)
-            if not self._warned:
-                log.warning(
-                    "%s: %s; its lines are kept in memory and written when there is room",
-                    self._file.name,
-                    error.strerror,
-                )
-                self._warned = True
-            return
-        self._pending, self._size, self._warned = [], self._size + len(data), False
-
-    def close(self) -> None:
-        self._flush()
-        self._file.close()
+def _note_end_of_thread(died: threading.ExceptHookArgs) -> None:
+    """Leaves out the traceback where TensorBoard's writing thread ends: its next value says why, in one line."""
+    if not type(died.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(died)
 
 
 class Reporter:
@@ -143,6 +98,7 @@ class Reporter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _note_end_of_thread
             self._writer = SummaryWriter(str(folder / "runs"), purge_step=first_step + 1)
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm(
@@ -210,6 +166,14 @@ class Reporter:
         except Exception as error:  # what its writing thread died of, as a rule a full disk
             log.warning("TensorBoard files end here (%s); %s goes on", str(error).splitlines()[0], METRICS_FILE)
             self._writer = None
+
+    def sync(self) -> None:
+        """Waits until metrics and log are on the disk: they belong to a checkpoint."""
+        if self.is_main:
+            self._metrics.sync()
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, LineHandler):
+                    handler.sync()
 
     def close(self) -> None:
         if self.is_main:

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from scf_fast.distributed import Runtime
 from scf_fast.engine.dropped import Dropped
+from scf_fast.run.line_files import StepLines
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class StepGuard:
 
     def __init__(self, module: nn.Module, runtime: Runtime, limit: int, report: Path):
         self.runtime, self.limit, self.report = runtime, limit, report
+        self._lines: StepLines | None = None  # of the report, from the first on
         self.dropped: collections.Counter[Dropped] = collections.Counter()
         self._in_a_row: list[Dropped] = []
         self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
@@ -130,8 +131,9 @@ class StepGuard:
             "losses": [str(loss.item()) for loss in self._losses],
             "images": names,
         }
-        with contextlib.suppress(OSError), open(self.report, "a") as file:  # on a full disk the log line has to do
-            file.write(json.dumps(record) + "\n")
+        with contextlib.suppress(OSError):  # on a read-only disk the log line has to do
+            self._lines = self._lines or StepLines(self.report)
+            self._lines.add(record)
         log.error(
             "step %d skipped: %s on rank %d; its %d images are in %s: %s%s",
             step,

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,21 +18,20 @@ from scf_fast.engine.engine import Engine
 from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
 from scf_fast.errors import InputError
 from scf_fast.features.open import open_stream, pixel_convention
-from scf_fast.features.stream import FeatureBatch
 from scf_fast.model import save_model
 from scf_fast.networks.backbones import BACKBONES
 from scf_fast.networks.confidence import ConfidenceNet, build_confidence_net
 from scf_fast.objectives import Density, Objective
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.pair_sampler import PairSampler
-from scf_fast.pipelines.sampling.sampler import EpochSampler, Sampler
+from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.stages import published_files
 from scf_fast.stages.base import NetworkShape, Progress, Stage, StepResult
 from scf_fast.stages.criteria import Criterion, doubt_about, make_criterion
-from scf_fast.stages.pairs import PairBatch, PairLoader, PairMicroBatch, divide
+from scf_fast.stages.pairs import PairBatch, PairLoader, PairMicroBatch, divide, share_of_sums
 from scf_fast.stages.start import best_constant, check_cosine, genuine_cosine, mean_over_ranks, rate_limit
-from scf_fast.stages.validation import measure_people
+from scf_fast.stages.validation import Prediction, measure_people
 from scf_fast.weights.family_names import StateDict, family_state
 from scf_fast.weights.files import CONFIDENCE_FILE, MODEL_FILE, save_torch_file
 from scf_fast.weights.reading import read_noted_facts, read_weights
@@ -87,7 +86,7 @@ class ConfidenceStage(Stage):
         self._labels = source.labels
         self._criteria: dict[str, Criterion] = {}
         self._opened: BatchLoader[Any] | None = None  # by ``prepare``, for training
-        self._held_out: EpochSampler | None = None  # the images of --validation
+        self._open_held_out: Callable[[], BatchLoader[Any]] | None = None  # the images of --validation
 
     def forecast(self, world_size: int, precision: str) -> None:
         """Returns None: the published net is known to fit, and smaller ones are small."""
@@ -208,9 +207,18 @@ class ConfidenceStage(Stage):
         if opened is not None:
             return opened
         self._stream = open_stream(self.config, self.backbone_state, source, sampler, runtime)
-        if self.config.validation:
-            self._held_out = held_out_sampler(self.config, source, runtime.rank, runtime.world_size)
+        self._hold_out(source, runtime)
         return self.pair_up(self._stream, sampler)
+
+    def _hold_out(self, source: ImageSource, runtime: Runtime) -> None:
+        """Prepares for validation."""
+        if self.config.validation:
+            sampler = held_out_sampler(self.config, source, runtime.rank, runtime.world_size)
+            self._open_held_out = lambda: self.pair_up(self.load_held_out(source, sampler, runtime), sampler)
+
+    def load_held_out(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
+        """Returns what :meth:`loss` takes of the images held out, none of them mirrored."""
+        return self._stream.of(sampler)
 
     def pair_up(self, loader: BatchLoader[Any], sampler: Sampler) -> BatchLoader[Any]:
         """Returns the loader, of pairs with what makes a pair."""
@@ -245,16 +253,23 @@ class ConfidenceStage(Stage):
             )
 
     def validate(self, engine: Engine, runtime: Runtime) -> dict[str, float] | None:
-        if self._held_out is None:
+        if self._open_held_out is None:
             return None
 
-        def predict(batch: FeatureBatch) -> tuple[torch.Tensor, ...]:
-            _, predicted = self._forward(engine, batch)
-            return predicted if isinstance(predicted, tuple) else (predicted,)
+        def predict(batch: Any) -> Prediction:
+            inputs, share = (batch.inputs, share_of_sums(batch)) if isinstance(batch, PairBatch) else (batch, None)
+            features, predicted = self._forward(engine, inputs)
+            parameters = predicted if isinstance(predicted, tuple) else (predicted,)
+            people = torch.from_numpy(self._labels[inputs.indices.numpy()])
+            return Prediction(features, parameters, inputs.labels, people, share)
 
         engine.eval()
-        with torch.no_grad(), contextlib.closing(self._stream.of(self._held_out)) as stream:
-            found = measure_people(stream, predict, self._criteria, runtime)
+        with (
+            torch.no_grad(),
+            contextlib.closing(self._open_held_out()) as loader,
+            contextlib.closing(loader.batches(0)) as batches,
+        ):
+            found = measure_people(batches, predict, self._criteria, runtime)
         engine.train()
         return found
 

@@ -49,7 +49,12 @@ class FinetuneStage(ConfidenceStage):
     def make_loader(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
         """Returns the loader of images."""
         opened, self._opened = self._opened, None
+        self._hold_out(source, runtime)
         return opened or self.pair_up(image_loader(self.config, source, sampler, runtime, self.config.flip), sampler)
+
+    def load_held_out(self, source: ImageSource, sampler: Sampler, runtime: Runtime) -> BatchLoader[Any]:
+        """Returns a loader of images."""
+        return image_loader(self.config, source, sampler, runtime, flip=False)
 
     def _nets(self, module: nn.Module) -> dict[Objective, ConfidenceNet]:
         assert isinstance(module, JointModel)

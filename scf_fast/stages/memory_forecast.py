@@ -1,11 +1,9 @@
 """Forecast of the memory that stage 1 takes on a rank, before it is taken."""
 
 import os
-import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from scf_fast.engine.deepspeed_config import deepspeed_config
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone
 from scf_fast.pipelines.face_template import FACE_SIZE
+from scf_fast.pipelines.memory import free_memory
 
 _FLOAT = 4  # bytes of a float32, which parameters, states and gradients are
 _GB = 1e9
@@ -155,10 +154,7 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-    assert found is not None, "Linux since 3.14 has it"
-    kilobytes = int(found[1])
-    return kilobytes * 1024 // ranks_on_this_machine()
+    return free_memory() // ranks_on_this_machine()
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -79,6 +79,12 @@ class PairLoader(BatchLoader[PairBatch]):
         self._loader.close()
 
 
+def share_of_sums(batch: PairBatch) -> PairShare:
+    """Returns the share with which a loss is the sum over one rank's pairs."""
+    one = torch.ones((), device=batch.inputs.labels.device)
+    return PairShare(one, one / max(len(batch.inputs.labels), 1), batch.pairs * one)
+
+
 def divide(batch: PairBatch, count: int) -> list[PairMicroBatch]:
     """Divides a batch into micro-batches of as many groups each; collective.
 

@@ -1,3 +1,7 @@
+import getpass
+import os
+import tempfile
+
 import pytest
 
 from scf_fast.pipelines.command import (
@@ -27,6 +31,29 @@ def test_flags_take_hyphens_and_underscores():
     assert parser.parse_args(["--", "--batch_size"]).rest == ["--batch_size"]
 
 
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    """A container may run under a number that is in no list of users; PyTorch asks for the name."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert run("prog", lambda: getpass.getuser() == f"uid{os.getuid()}") is True
+    monkeypatch.setenv("USER", "somebody")
+    monkeypatch.delenv("LOGNAME")
+    assert run("prog", lambda: getpass.getuser() == "somebody" and "LOGNAME" not in os.environ) is True
+
+
+def test_without_a_temporary_folder_the_error_says_what_helps(monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    assert run("prog", tempfile.gettempdir) == INPUT_ERROR
+    error = capsys.readouterr().err
+    assert error.endswith("; set TMPDIR to a folder that can be written\n") and error.count("\n") == 1
+
+
 def test_errors_of_arguments_are_one_line(capsys):
     parser = Parser(prog="prog")
     parser.add_argument("--n", type=int)
@@ -48,7 +75,7 @@ def test_input_errors_are_one_line(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert run("prog", lambda: None) == 0 and run("prog", lambda: 7) == 7
     assert run("prog", fail_with(InputError("two\n lines"))) == INPUT_ERROR
-    assert capsys.readouterr().err == "prog: error: two lines\n"
+    assert capsys.readouterr().err == "prog: error: two\\n lines\n"
     assert run("prog", fail_with(FileNotFoundError(2, "No such file", "a"))) == INPUT_ERROR
     assert capsys.readouterr().err == "prog: error: [Errno 2] No such file: 'a'\n"
     assert run("prog", fail_with(KeyboardInterrupt())) == INTERRUPTED

@@ -64,7 +64,7 @@ def test_findings_and_coverage(tmp_path, monkeypatch):
         and refused is None
         and good
         and bad - good
-        and all(code.co_name == "read_num_classes" for code, *_ in good)
+        and any(code.co_name == "read_num_classes" for code, *_ in good)
     )
     monkeypatch.setattr(fuzz, "TIMEOUT", 0.05)
     assert isinstance(fuzz.run(lambda _: time.sleep(1), b"")[1], fuzz.Slow)

@@ -5,12 +5,15 @@ import pytest
 import torch
 import yaml
 
-from scf_fast.calibrate import choose_images, main
+from scf_fast.calibrate import choose_images, embed, main
+from scf_fast.inference import Decoding, Embedder, InferenceOptions
 from scf_fast.model import SCF, save_model
 from scf_fast.networks.backbones import Backbone
 from scf_fast.networks.confidence import CONFIDENCE_NETS, build_confidence_net
 from scf_fast.objectives import Objective
 from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.loading.decode import pack_face
+from scf_fast.pipelines.sources.base import EncodedImages
 from scf_fast.weights.reading import read_weights
 
 
@@ -68,3 +71,18 @@ def test_a_variance_is_not_calibrated(faces, tmp_path, capsys):
     status = main([str(tmp_path / "m.pt"), "--data", str(faces / "train"), "--output", str(tmp_path / "o.pt")])
     error = capsys.readouterr().err
     assert status == 2 and "is a model of SCF-G, which has a variance" in error and len(error.splitlines()) == 1
+
+
+def test_an_image_that_cannot_be_decoded_is_left_out():
+    faces = np.random.default_rng(0).integers(0, 256, (6, 112, 112, 3), dtype=np.uint8)
+    files = [pack_face(face) for face in faces]
+    files[2] = files[2][:500]
+    net = build_confidence_net("conv", 16, 7, initial_kappa=100.0)
+    embedder = Embedder(SCF(Backbone("ir_tiny", 16), net, radius=64.0, normalization="published"))
+    source, images = EncodedImages(files, labels=np.arange(6) // 2), np.arange(1, 6)
+    options = InferenceOptions(batch_size=2, decoding=Decoding("torch", 0))
+    held = embed(embedder, source, images, options)
+    assert held.labels.tolist() == [0, 1, 2, 2] and len(held.mu) == len(held.kappa) == 4
+    np.testing.assert_allclose(held.mu, embed(embedder, source, np.array([1, 3, 4, 5]), options).mu, atol=1e-6)
+    with pytest.raises(ValueError, match="image 2 cannot be decoded"):
+        embed(embedder, source, images, InferenceOptions(decoding=Decoding("torch", 0), strict=True))

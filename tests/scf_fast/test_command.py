@@ -2,11 +2,12 @@
 
 import argparse
 import importlib
+import io
 import sys
 
 import pytest
 
-from scf_fast import embed
+from scf_fast import distributed, embed
 from scf_fast.command import INPUT_ERROR, INTERRUPTED, TRACEBACK_VARIABLE, Parser, run
 from scf_fast.errors import InputError
 
@@ -103,11 +104,11 @@ def fail_with(error):
     return action
 
 
-@pytest.mark.parametrize("error", [InputError("no\n such  file"), OSError("no such file")])
+@pytest.mark.parametrize("error", [InputError("no\nsuch file"), OSError("no\nsuch file")])
 def test_input_errors_are_one_line_and_status_2(error, capsys, monkeypatch):
     monkeypatch.delenv(TRACEBACK_VARIABLE, raising=False)
     assert run("python -m command", fail_with(error)) == INPUT_ERROR == 2
-    assert capsys.readouterr().err == "python -m command: error: no such file\n"
+    assert capsys.readouterr().err == "python -m command: error: no\\nsuch file\n"
     monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
     with pytest.raises(type(error)) as raised:
         run("python -m command", fail_with(error))
@@ -138,6 +139,29 @@ def test_rank_0_speaks_first(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         assert run("command", fail_with(InputError("no"))) == INPUT_ERROR
         assert waited == waits
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_on_an_ascii_terminal(command, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(command).main()
+    terminal.flush()
+    assert ended.value.code in (None, 0) and len(terminal.buffer.getvalue()) > 200
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_empty_variables_of_a_launcher_are_unset(value, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("scf_fast.pipelines.command.time.sleep", waited.append)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, value)
+    assert run("command", lambda: print(distributed.environment())) == 0
+    assert capsys.readouterr().out == "(0, 1)\n"
+    monkeypatch.setenv("RANK", value)
+    assert run("command", fail_with(InputError("no"))) == INPUT_ERROR and waited == []
 
 
 def test_a_bug_in_a_command_keeps_its_traceback(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,8 @@
 import io
+import re
+import shutil
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -209,8 +212,9 @@ def test_a_model_is_left_as_it_is(model_file, faces):
         (["absent"], "there is no absent"),
         (["{root}/album/deep", "--out", "out.csv"], "must end in .npz or .parquet"),
         (["{empty}"], "no images under"),
-        (["{root}/album/notes.txt"], "notes.txt cannot be decoded: unknown format"),
-        (["{root}/album", "--model", "{root}/single.png"], "is no checkpoint"),
+        (["{root}/album/notes.txt"], "none of the 1 images can be decoded, the first: "),
+        (["{root}/album", "{root}/album/notes.txt", "--strict"], "notes.txt cannot be decoded: unknown format"),
+        (["{root}/album", "--model", "{root}/single.png"], "single.png: is a PNG image; give a state_dict"),
     ],
 )
 def test_command_refuses_in_one_line(model_file, faces, tmp_path, capsys, arguments, message):
@@ -251,3 +255,50 @@ def test_an_image_of_another_size_is_resized_whole(model_file, tmp_path):
     assert main(tmp_path / "large.png", "--model", model_file, "--out", tmp_path / "out.npz") == 0
     with np.load(tmp_path / "out.npz") as found:
         assert found["mu"].shape == (1, 24)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_images_that_cannot_be_decoded_are_left_out_and_listed(model_file, faces, tmp_path, capfd, caplog, backend):
+    """Among good ones: a truncated file, a photo of 20 megapixels, a phone's, a text; and files that are no images."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    root = tmp_path / "photos"
+    shutil.copytree(faces[0] / "album", root)
+    good = (root / "0.png").read_bytes()
+    large = good[:16] + (5000).to_bytes(4, "big") + (4100).to_bytes(4, "big") + good[24:29]
+    large += zlib.crc32(large[12:29]).to_bytes(4, "big") + good[33:]
+    bad = {"1b.png": good[:900], "2b.png": large, "3b.jpg": b"\0\0\0\x18ftypheic" + bytes(200), "4b.jpg": b"<html>"}
+    for name, content in bad.items():
+        (root / name).write_bytes(content)
+    skipped = {".ipynb_checkpoints/0.png": good, "deep/._4.png": good, "a.heic": good, "b.AVIF": good}
+    for name, content in skipped.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(content)
+    out, listed = tmp_path / "out.npz", tmp_path / "out.npz.left_out.txt"
+    command = [root, "--model", model_file, "--device", "cpu", "--loader", backend, "--batch-size", 4]
+    command = [*map(str, command), "--num-workers", "1" if backend == "dali" else "0"]
+    assert embed.main([*command, "--out", str(out)]) == 0
+    printed = capfd.readouterr()
+    assert "6 images, " in printed.out and f"4 images left out, listed with the reasons in {listed}" in printed.out
+    assert "; skipped 2 hidden files and folders" in printed.out
+    assert "; skipped 1 files without the suffix of an image" in printed.out
+    for suffix in (".heic", ".avif"):
+        assert f"; skipped 1 {suffix} images, which are not read here; convert them" in printed.out
+    reasons = [
+        "truncated|broken|cut off",
+        "says 5000 x 4100",
+        "it is a HEIC image, which is not read here",
+        "it is a web page",
+    ]
+    lines = listed.read_text().splitlines()
+    for line, name, reason in zip(lines, bad, reasons, strict=True):
+        assert re.search(rf"photos/{name} cannot be decoded: .*({reason})", line) and line in caplog.text
+    assert main(faces[0] / "album", "--model", model_file, "--out", tmp_path / "good.npz") == 0
+    with np.load(out) as found, np.load(tmp_path / "good.npz") as expected:
+        assert found["path"].tolist() == [path.replace(str(faces[0] / "album"), str(root)) for path in expected["path"]]
+        np.testing.assert_allclose(found["mu"], expected["mu"], atol=1e-5)
+    assert embed.main([*command, "--strict", "--out", str(tmp_path / "strict.npz")]) == 2
+    assert "1b.png cannot be decoded" in capfd.readouterr().err and not (tmp_path / "strict.npz").exists()
+    for name in bad:
+        (root / name).unlink()
+    assert embed.main([*command, "--out", str(out)]) == 0 and not listed.exists()

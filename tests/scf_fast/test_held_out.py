@@ -39,7 +39,7 @@ def test_a_true_kappa_is_reliable_and_a_wrong_one_is_mended(people):
     held, _ = people
     found = measure(held, is_vmf=True)
     assert found.reliability.error < 0.02 and found.reliability.factor == pytest.approx(1, abs=0.02)
-    assert (np.diff(found.reliability.predicted) > 0).all() and found.reliability.table().count("\n") == 10
+    assert (np.diff(found.reliability.predicted) > 0).all() and len(found.reliability.lines()) == 11
     wrong = measure(Held(held.mu, 3 * held.kappa, held.labels), is_vmf=True).reliability
     assert wrong.error > 0.1 and wrong.factor == pytest.approx(found.reliability.factor / 3, rel=1e-6)
     assert wrong.observed == pytest.approx(found.reliability.observed, rel=1e-6)

@@ -14,7 +14,7 @@ from scf_fast import distributed
 from scf_fast.distributed import free_port
 from scf_fast.model import SCF
 from scf_fast.networks.backbones import Backbone
-from scf_fast.run import folder as run_folder
+from scf_fast.run import folder_lock
 from scf_fast.weights.family_names import identify_backbone
 from scf_fast.weights.reading import read_weights
 
@@ -231,16 +231,17 @@ BAD = {
 def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkeypatch, capsys):
     from scf_fast import train
 
-    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 1)
+    monkeypatch.setattr(folder_lock, "PATIENCE", 1)
     monkeypatch.setattr(
         sys,
         "argv",
         ["train.py", *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", stage1[0], "--resume"])],
     )
     before = snapshot(stage1[0])
-    with run_folder.only_run_in(stage1[0]):
+    with folder_lock.locked(stage1[0]):
         assert train.main() == 2
-    assert "another run is writing to it" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"another run is writing to it: process {os.getpid()} on " in message and "pkill" not in message
     assert snapshot(stage1[0]) == before
 
 
@@ -401,3 +402,12 @@ def test_bad_input_of_two_ranks_is_said_once(faces, flags, tmp_path, fork_ranks)
     assert status == 2
     assert output.count("--batch_size 33 must be divisible by ranks") == 1
     assert "Traceback" not in output and not Path(tmp_path / "out").exists()
+
+
+def test_two_tasks_of_srun_are_one_run(faces, stage1, flags, tmp_path, fork_ranks):
+    """Not two that train alone and delete each other's files."""
+    command = [*flags["stage1"], "--zero_stage", 2, "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    status, output = fork_ranks(2, *command, "--max_steps", 3, launcher="srun")
+    assert status == 0 and "2 ranks on" in output, output
+    assert losses(tmp_path / "run", "loss") == losses(stage1[0], "loss")[:3]
+    assert not list((tmp_path / "run").glob(".lock*"))

@@ -2,7 +2,13 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ from scf_fast.pipelines.formats.atomic_file import (
     atomic_output,
     atomic_path,
     publish,
+    remove_leftovers,
     write_bytes,
     write_json,
     write_text,
@@ -61,18 +68,21 @@ def test_file_and_folder_are_synced_around_the_rename(tmp_path, monkeypatch):
     )
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(("rename", str(new))), replace(old, new)))
-    aside = str(tmp_path / f".file.{os.getpid()}.part")
-    durable = [("sync", aside), ("rename", str(path)), ("sync", str(tmp_path))]
+    durable = [("rename", str(path)), ("sync", str(tmp_path))]
+
+    def check_durable():
+        (what, aside), *rest = calls
+        assert what == "sync" and re.fullmatch(r"\.file\.[0-9a-f]{12}\.part", Path(aside).name) and rest == durable
+        calls.clear()
+
     write_bytes(path, b"1")
-    assert calls == durable
-    calls.clear()
+    check_durable()
     with atomic_path(path) as other:
         other.write_bytes(b"2")
-    assert calls == durable
-    calls.clear()
+    check_durable()
     (tmp_path / "made").write_bytes(b"3")
     publish(tmp_path / "made", path)
-    assert calls == [("sync", str(tmp_path / "made")), *durable[1:]] and path.read_bytes() == b"3"
+    assert calls == [("sync", str(tmp_path / "made")), *durable] and path.read_bytes() == b"3"
     calls.clear()
     write_bytes(path, b"4", sync=False)
     assert calls == [("rename", str(path))]
@@ -146,3 +156,61 @@ def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(IsADirectoryError, match=r"Is a directory: '.*/folder'"):
         write_bytes(tmp_path / "folder", b"")
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_a_planted_link_is_not_followed_and_writers_stay_apart(tmp_path, monkeypatch):
+    victim, tokens = tmp_path / "victim", iter(["0" * 12, "0" * 12, "1" * 12, "0" * 12, "1" * 12, "2" * 12])
+    victim.write_bytes(b"mine")
+    monkeypatch.setattr(secrets, "token_hex", lambda count: next(tokens))
+    (tmp_path / f".file.{'0' * 12}.part").symlink_to(victim)
+    with atomic_output(tmp_path / "file") as outer:
+        outer.write(b"outer")
+        write_bytes(tmp_path / "file", b"inner")
+        assert (tmp_path / "file").read_bytes() == b"inner"
+    assert (tmp_path / "file").read_bytes() == b"outer" and victim.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_the_umask(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_bytes(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_long_names(tmp_path):
+    for name in ("n" * 255, "ä" * 127):
+        write_bytes(tmp_path / name, b"1")
+        (tmp_path / f".{os.fsdecode(os.fsencode(name)[:200])}.{'a' * 12}.part").write_bytes(b"left")
+        write_bytes(tmp_path / name, b"2")
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(OSError, match=r"File name too long: '.*nnn'"):
+        write_bytes(tmp_path / ("n" * 256), b"")
+
+
+def test_what_a_killed_process_has_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+    program = (
+        "import sys, time; from scf_fast.pipelines.formats.atomic_file import atomic_output\n"
+        "with atomic_output(sys.argv[1]) as file:\n    file.write(b'half'); file.flush(); print(); sys.stdout.flush()\n"
+        "    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path / "file"], stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        (left,) = tmp_path.glob(".file.*.part")
+        write_bytes(tmp_path / "file", b"other")
+        assert left.exists() and remove_leftovers(tmp_path) == 0
+        writer.kill()
+    write_bytes(tmp_path / "other", b"1")
+    assert left.exists()
+    write_bytes(tmp_path / "file", b"1")
+    assert not left.exists()
+    for name, age in ((".file.123.part", 2), (".file.124.part", 0)):  # of older versions, which have locked none
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age * 86400,) * 2)
+    os.mkfifo(tmp_path / f".file.{'b' * 12}.part")
+    (tmp_path / "notes.part").write_bytes(b"mine")
+    assert remove_leftovers(tmp_path) == 1
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"file", "other", ".file.124.part", f".file.{'b' * 12}.part", "notes.part"}

@@ -1,10 +1,12 @@
 import os
 import pickle
 
+import numpy as np
 import pytest
 
+from scf_fast.pipelines.formats.array_file import write_arrays
 from scf_fast.pipelines.index import open_source
-from scf_fast.pipelines.sources.image_folder import FolderIndex
+from scf_fast.pipelines.sources.image_folder import FolderIndex, _pack
 
 
 def fill(root, files):
@@ -36,9 +38,52 @@ def test_identities_in_the_order_of_their_names(tmp_path):
         str(tmp_path / "data" / name) for name in list(FILES)[1:3] + list(FILES)[:1] + list(FILES)[3:4]
     ]
     assert source.labels.tolist() == [0, 0, 1, 2] and source.num_classes == 3
-    assert source.skipped == {"images outside the folders of identities": 1, "empty images": 1}
+    assert source.skipped == {
+        "images outside the folders of identities": 1,
+        "empty images": 1,
+        "hidden files and folders": 2,
+        "files without the suffix of an image": 1,
+    }
     assert pickle.loads(pickle.dumps(source)).encoded(3).tobytes() == b"d"
     assert (tmp_path / "data.index").exists()
+
+
+def test_folders_without_an_image_keep_their_numbers_and_are_named(tmp_path):
+    """The numbers of the others do not depend on what comes and goes in them."""
+    root = fill(tmp_path / "data", {"ann/1.jpg": b"a", "bob/1.heic": b"b", "carl/1.jpg": b"c", "dora/1.jpg": b""})
+    source = FolderIndex.open(root)
+    assert source.labels.tolist() == [0, 2] and source.num_classes == 3
+    assert source.skipped["folders without an image, whose class numbers stay unused"] == 2
+    assert source.remarks() == ["without an image       bob, dora"]
+    fill(root, {"bob/1.jpg": b"b"})
+    source = FolderIndex.open(root)
+    assert source.labels.tolist() == [0, 1, 2] and source.remarks() == ["without an image       dora"]
+    numbered = fill(
+        tmp_path / "numbered", {"0/a.jpg": b"a", "7/b.txt": b"", "9/a.jpg": b"a", "property": b"20,112,112"}
+    )
+    assert FolderIndex.open(numbered).remarks() == ["without an image       7"]
+
+
+def test_index_of_an_earlier_version_is_kept_and_says_what_it_counts(tmp_path):
+    """It has no rules noted, and took what a NAS keeps for itself as an identity; numbers of a run go by it."""
+    root = fill(tmp_path / "data", {"@eaDir/1.jpg/thumb.jpg": b"t", "ann/1.jpg": b"a", "bob/1.jpg": b"b"})
+    source = FolderIndex.open(root)
+    assert source.labels.tolist() == [0, 1] and source.remarks() == []
+    arrays = {
+        "labels": np.arange(3),
+        "broken": np.empty(0, dtype=np.int64),
+        **_pack("files", [b"@eaDir/1.jpg/thumb.jpg", b"ann/1.jpg", b"bob/1.jpg"]),
+        **_pack("folders", [b"", b"@eaDir", b"@eaDir/1.jpg", b"ann", b"bob"]),
+    }
+    meta = {**source._meta, "largest_label": 2, "fingerprint": FolderIndex._fingerprint(root, arrays)}
+    del meta["rules"]
+    write_arrays(tmp_path / "data.index", meta, arrays)
+    source = FolderIndex.open(root)
+    assert source.labels.tolist() == [0, 1, 2] and source.encoded(1).tobytes() == b"a"
+    first, second = source.remarks()
+    assert "of an earlier version, which chose the images in another way; runs that began with it go on" in first
+    assert first.endswith(f"for a new one delete {tmp_path / 'data.index'}")
+    assert second == "counted as images      those in @eaDir, which a system or a program made for itself"
 
 
 def test_an_identity_may_be_a_link(tmp_path):

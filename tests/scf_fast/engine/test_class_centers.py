@@ -123,6 +123,7 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
     """
     from scf_fast.engine.engine import Engine
     from scf_fast.run import checkpoints as run_checkpoints
+    from scf_fast.run.run_state import RunState
 
     config = make_config(zero_stage=zero_stage, max_grad_norm=CLIP)
     runtime = Runtime(rank, world_size, torch.device("cpu"))
@@ -149,7 +150,7 @@ def train_under_deepspeed(folder, zero_stage, first, last, rank, world_size):
         engine.backward(loss)
         centers.step(engine.step())
         losses.append(loss.item())
-    state = run_checkpoints.RunState(last, {}, CLASSES, 0, None, [0.0, 0.0], world_size, engine.zero_stage)
+    state = RunState(last, {}, CLASSES, 0, None, [0.0, 0.0], world_size, engine.zero_stage)
     checkpoints.save(engine, state, centers)
     checkpoints.close()
     engine.close()

@@ -186,6 +186,7 @@ def work(folder):
     from scf_fast import distributed
     from scf_fast.engine.engine import Engine
     from scf_fast.run import checkpoints
+    from scf_fast.run.run_state import RunState
 
     install(dict.__setitem__, setattr)
     gc.freeze()  # ZeRO 3 collects garbage with each engine: not through all that is imported
@@ -218,7 +219,7 @@ def work(folder):
                 engine = make_engine(rule, before, stage)
                 steps(engine, 0, STOP)
                 writer = checkpoints.Checkpoints(folder / f"{stage} {rule.value} {before}", runtime, 1, False, False)
-                writer.save(engine, checkpoints.RunState(STOP, {}, 1, 1, None, [0.0, 0.0], runtime.world_size, stage))
+                writer.save(engine, RunState(STOP, {}, 1, 1, None, [0.0, 0.0], runtime.world_size, stage))
                 writer.close()
                 engine.close()
                 point = checkpoints.newest_intact(writer.folder)

@@ -74,7 +74,7 @@ def test_pairs_of_an_identity_folder_are_labeled_by_folder(tmp_path):
         ("a.png b.png\n", "line 1 must be `path path label`"),
         ("a.png a.png 1\n\na.png a.png 2\n", "line 3 must be `path path label`"),
         ("a.png b.png 1\n", r"line 1 names .*b\.png, and there is no such file"),
-        (b"\xff\xfe", "must be a .bin or a text file"),
+        (b"\xff\xfe", "must be text in UTF-8, and is text in UTF-16; save it in UTF-8"),
         (None, "cannot read the pairs"),
     ],
 )

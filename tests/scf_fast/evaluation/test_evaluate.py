@@ -5,6 +5,7 @@ pixels.
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -213,6 +214,7 @@ def test_full_report(data, tmp_path, capsys, monkeypatch):
         "## Templates: tiny, 1:1",
         "## Identification: tiny, 1:N",
         "## Quality",
+        "## Reliability of κ",
         "## Error versus reject",
     ):
         assert section in printed and section in (out / "report.md").read_text()
@@ -266,7 +268,8 @@ def test_a_report_of_gaussians_names_what_it_measures(model, data, tmp_path, cap
         assert not any(other in text for other in ("κ", "Eqn", "kappa", "vmf"))
     assert "1/σ² against known severity" in page and "Faces by 1/σ²" in page
     names = {path.name for path in out.glob("*.png")}
-    assert names == {f"{kind.value}.png" for kind in FigureKind if kind is not FigureKind.HISTOGRAM}
+    of_kappa = (FigureKind.HISTOGRAM, FigureKind.RELIABILITY)
+    assert names == {f"{kind.value}.png" for kind in FigureKind if kind not in of_kappa}
     people = data / "people"
     words = ["identify", "--gallery", people / "gallery", "--probe", people / "probe", "--overwrite"]
     assert run(*words, "--model", tmp_path / model, "--out", out) == 0
@@ -356,7 +359,9 @@ def test_a_backbone_alone_has_every_number_that_needs_no_kappa(words, data, tmp_
         and printed.count(notes[0]) == 1
     )
     needs_kappa = {
-        path for path in whole if any(word in part for part in path for word in ("kappa", "vmf", "comparisons"))
+        path
+        for path in whole
+        if any(word in part for part in path for word in ("kappa", "vmf", "comparisons", "reliability"))
     }
     assert (
         alone == {path: value for path, value in whole.items() if path not in needs_kappa}
@@ -365,7 +370,7 @@ def test_a_backbone_alone_has_every_number_that_needs_no_kappa(words, data, tmp_
     )
     need_kappa = {"scores.png"}
     if words[0] == "report":
-        need_kappa |= {"severity.png", "kappa_histogram.png", "faces.png"}
+        need_kappa |= {"severity.png", "reliability.png", "kappa_histogram.png", "faces.png"}
     assert figures - left == need_kappa and left < figures
     assert "Eqn" not in printed and printed.count("κ") == 1
 
@@ -375,7 +380,7 @@ def test_a_backbone_alone_beside_a_model(data, tmp_path, capsys):
         run("report", "--model", tmp_path / "whole", tmp_path / "alone", "--data", data, "--out", tmp_path / "out") == 0
     )
     page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
-    assert page.count("<figcaption>whole") - page.count("<figcaption>alone") == 4
+    assert page.count("<figcaption>whole") - page.count("<figcaption>alone") == 5
     assert printed.count("| whole | mixed | Eqn (13) |") == 1 and printed.count("| alone | mixed | cosine   |") == 1
 
 
@@ -500,6 +505,18 @@ def test_ijb_command(data, tmp_path, capsys):
     assert "## Templates: tiny, 1:1" in printed and "norm × detector" in printed and "rank 10" in printed
     assert run("ijb", "--model", tmp_path / "m", "--data", data / "templates", data / "templates") == 2
     assert "different protocols" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf_8(encoding, data, tmp_path, monkeypatch):
+    words = ["--data", data / "templates", "--no-align", "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run("ijb", "--model", f"κ面={tmp_path / 'm'}", f"b={tmp_path / 'n'}", *words) == 0
+    terminal.flush()
+    printed = terminal.buffer.getvalue().decode(encoding)
+    assert f"norm {'x' if encoding == 'ascii' else '×'} detector" in printed and "| k\\u9762" in printed
+    assert "κ面" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def slow_log_normalizer(kappa, dim):

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from bench.training.stage2_features import draw
 from scf_fast.evaluation import quality
 from scf_fast.evaluation.results import Quality
 from scf_fast.inference import Embeddings
@@ -83,3 +86,35 @@ def test_severity_files_that_are_refused(tmp_path, text, message):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         quality.read_severity(path, "name", ["a"])
+
+
+def test_people_of_pairs_are_the_two_of_a_genuine_pair():
+    assert quality.people_of_pairs(np.array([True, False, True])).tolist() == [0, 0, -1, -1, 2, 2]
+
+
+def test_people_of_templates_are_joined_by_genuine_comparisons():
+    """Templates 30 and 10 show one person through 20; of a medium's images the first stands for all."""
+    protocol = SimpleNamespace(
+        template_ids=np.array([10, 10, 10, 20, 30, 40, 40]),
+        media_ids=np.array([5, 5, 6, 7, 6, 8, 9]),
+        pair_template_ids=np.array([[10, 20], [20, 30], [30, 40]]),
+        pair_labels=np.array([True, True, False]),
+    )
+    people = quality.people_of_templates(protocol)
+    assert people.tolist() == [0, -1, 0, 0, -1, 1, 1]
+
+
+def test_reliability_of_pairs_finds_the_factor_on_kappa():
+    """Images drawn with one kappa, said to be twice it."""
+    images = draw(32, 1, 200, 2, 7)
+    told = torch.full((400,), 2 * images.fitting_kappa)
+    people = quality.people_of_pairs(np.ones(200, dtype=bool))
+    found = quality.summarize_quality(Embeddings(images.mu, told.log()), None, people)
+    assert found.reliability.factor == pytest.approx(0.5, abs=0.04)
+    kept = found.as_json()["reliability"]
+    assert np.mean(kept["observed"]) == pytest.approx(images.cos.mean().item(), abs=0.04)
+    assert kept["kappa"] == pytest.approx([told[0].item()] * 10, rel=1e-6)
+    assert np.mean(np.abs(np.subtract(kept["observed"], kept["predicted"]))) == pytest.approx(kept["error"])
+    nobody = quality.people_of_pairs(np.zeros(200, dtype=bool))
+    for embeddings, who in ((Embeddings(images.mu, told.log()), nobody), (Embeddings(images.mu), people)):
+        assert "reliability" not in quality.summarize_quality(embeddings, None, who).as_json()

@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+import os
+import time
+import zlib
 
 import pytest
 import yaml
 
 from scf_fast import config as configuration
 from scf_fast.config import BackboneConfig, ConfidenceConfig
+from scf_fast.errors import Incomplete
 from scf_fast.run import folder as run_folder
+from scf_fast.run.same_folder import SameFolder
 
 
 def stage2(folder, **changes):
@@ -87,10 +92,12 @@ STATE = {"step": 4, "schedule": {}, "num_classes": 2, "num_images": 8, "metric":
 
 
 def write_state(folder, **more):
-    """The newest checkpoint of the run, without a file of weights."""
+    """The newest checkpoint of the run, with a file in place of the weights."""
     point = folder / run_folder.CHECKPOINTS / "step00000004"
     point.mkdir(parents=True)
-    state = {**STATE, "world_size": 1, "zero_stage": 0, "files": {}, **more}
+    (point / "rank0.pt").write_bytes(b"weights")
+    files = {"rank0.pt": [7, zlib.crc32(b"weights")]}
+    state = {**STATE, "world_size": 1, "zero_stage": 0, "files": files, **more}
     (point / "state.json").write_text(json.dumps(state))
 
 
@@ -126,3 +133,47 @@ def test_stage_1_has_no_slope(folder):
     configuration.save(config, folder / run_folder.CONFIG_FILE, {})
     write_state(folder)
     assert run_folder.continued(config, run_folder.claim(config)) is config
+
+
+def test_a_folder_that_pytorch_cannot_map_files_in_is_refused_before_the_work(tmp_path):
+    """Its name is not UTF-8; data of such names is no hindrance (test_names_of_bytes.py)."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xca\xfd")
+    with pytest.raises(ValueError, match="its name must be UTF-8, or PyTorch cannot map the files in it"):
+        run_folder.claim(stage2(name))
+    assert run_folder.claim(stage2(tmp_path / "数据", data=name)) is None
+
+
+def wait_for(path, launch):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert launch.poll() is None and time.monotonic() < deadline, launch.log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_a_run_whose_folder_has_gone_ends_and_writes_nothing_elsewhere(is_deleted, faces, flags, tmp_path, start_ranks):
+    """Deleted, or unmounted: the empty folder beneath has another inode. The other one comes back in time."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    more = ["--epochs", 400, "--checkpoint_every", 2, "--data", faces / "train", "--output_dir", run]
+    launch = start_ranks(1, "-m", "scf_fast.train", *flags["stage1"], *more)
+    wait_for(run / "checkpoints" / "latest", launch)
+    run.rename(away)
+    if not is_deleted:
+        run.mkdir()
+    assert launch.wait() == 1
+    what = "has gone" if is_deleted else "is no longer the folder that this run began in"
+    assert f"--output_dir {run}: {what}" in launch.log.read_text()
+    assert is_deleted == (not run.exists()) and (is_deleted or not any(run.iterdir()))
+    assert "Traceback" not in launch.log.read_text()
+
+
+def test_a_run_waits_for_its_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setattr("scf_fast.run.same_folder.all_ranks_agree", lambda own: own)
+    waits, gives_up = SameFolder(folder, 60), SameFolder(folder, 0.01)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(Incomplete, match=r"has gone.*mount it again and --resume, from step00000004"):
+        gives_up.require("step00000004")
+    monkeypatch.setattr("time.sleep", lambda seconds: (tmp_path / "away").rename(folder))
+    waits.require(None)

@@ -151,8 +151,11 @@ def test_two_backbones_are_refused(tmp_path, small_backbone):
     torch.save({key: value + 1 for key, value in net.state_dict().items()}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"must hold one backbone, but .*b.pt has another"):
         read_weights(f"{tmp_path}/a.pt,{tmp_path}/b.pt")
-    torch.save({"state_dict": net.state_dict(), "averaged": net.state_dict()}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match=r"c.pt: must hold backbone once, got several"):
+    averaged = {key: value + 1 for key, value in net.state_dict().items()}
+    torch.save({"state_dict": net.state_dict(), "averaged": averaged}, tmp_path / "c.pt")
+    with pytest.raises(
+        ValueError, match=r"c.pt: must hold backbone once, got several, in 'state_dict' and in 'averaged'"
+    ):
         read_weights(tmp_path / "c.pt")
 
 
@@ -184,11 +187,11 @@ def test_bad_files_are_one_clear_line(tmp_path, capsys, recwarn):
     cases = {
         "missing": (None, "cannot be read"),
         "text": (b"hello", "is no checkpoint of tensors"),
-        "empty": (b"", "is no checkpoint of tensors"),
-        "code": (pickle.dumps(Evil()), "is no checkpoint of tensors"),
-        "zip": (b"PK\x03\x04aaaa", "is no checkpoint of tensors"),
+        "empty": (b"", "is an empty file"),
+        "code": (pickle.dumps(Evil()), "is a Python pickle; code in it is never run"),
+        "zip": (b"PK\x03\x04aaaa", "is a zip archive"),
         "short": (b"\x08\0\0\0\0\0\0\0{}      ", "must hold a state_dict"),
-        "cut": (b"\x40\0\0\0\0\0\0\0{" + b" " * 80, "is no checkpoint of tensors"),
+        "cut": (b"\x40\0\0\0\0\0\0\0{" + b" " * 80, "is a safetensors file; download or copy it again"),
     }
     for name, (content, expected) in cases.items():
         if content is not None:
@@ -225,6 +228,6 @@ def test_files_of_another_kind_are_named_for_what_they_are(tmp_path, save_as):
     )
     assert "no backbone: must have 'output_layer.3.weight'" in refused(backbone_in, tmp_path / "other")
     torch.save(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), tmp_path / "zero")
-    assert "no row zero" in refused(class_centers_in, tmp_path / "zero")
+    assert "no row of the class centers must be zero" in refused(class_centers_in, tmp_path / "zero")
     torch.save(torch.tensor([[1.0, float("nan")]]), tmp_path / "nan")
     assert "must be finite" in refused(class_centers_in, tmp_path / "nan")

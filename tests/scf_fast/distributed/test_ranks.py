@@ -10,13 +10,14 @@ from scf_fast.distributed import cores_per_rank, decoding_workers, ranks_on_this
     "environment, ranks",
     [
         ({}, 1),
-        ({"WORLD_SIZE": "2"}, 2),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, 2),
+        ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "1"}, 8),
         ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 8),  # torchrun's
         ({"WORLD_SIZE": "16", "LOCAL_SIZE": "8"}, 8),  # deepspeed's
     ],
 )
 def test_cores_are_divided_among_the_ranks_of_this_machine(monkeypatch, environment, ranks):
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
