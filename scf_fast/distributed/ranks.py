@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from scf_fast.command import INPUT_ERROR, INTERRUPTED
-from scf_fast.distributed.heartbeat import FAILED, Heart
+from scf_fast.distributed.heartbeat import FAILED, UNWATCHED, Heart
 from scf_fast.distributed.meeting import Meeting, choose_interface, meet
 from scf_fast.distributed.place import Place, find_place
 from scf_fast.errors import Incomplete, InputError
@@ -172,7 +172,7 @@ def _form_group(backend: str, place: Place) -> None:
         if _heart is not None:
             _heart.report_failure(problem, INPUT_ERROR)
         raise InputError(f"rank {place.rank} on {socket.gethostname()} {problem}") from None
-    mark("start")
+    mark(UNWATCHED)
 
 
 def current_meeting() -> Meeting | None:

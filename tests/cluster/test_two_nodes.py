@@ -119,7 +119,7 @@ def test_a_link_that_goes_down_ends_both_nodes_by_name(nodes, faces, tmp_path, w
     assert re.search(
         r"no sign of life for \d s from rank 1 on nodeb \(pid \d+\): stopped or dead, or cut off", texts[0]
     )
-    assert re.search(r"rank 0 on nodea \(pid \d+\), where the store is, has not answered rank 1 on nodeb", texts[1])
+    assert re.search(r"rank 0 on nodea \(pid \d+\)", texts[1]) and "network" in texts[1]
     assert not any("Traceback" in text for text in texts)
     again = nodes.train(*STAGE_1, "--data", faces, "--output_dir", tmp_path / "run", "--resume", "--max_steps", 9)
     assert [status for status, _ in again] == [0, 0] and "resumed at step" in again[0][1], again
