@@ -63,7 +63,7 @@ def test_a_damaged_directory_of_an_archive_is_said_to_be_damaged(centers, tmp_pa
         except DamagedFileError as error:
             assert "is damaged: " in str(error)
             refused += 1
-    assert refused > 200
+    assert refused > 60
     path.write_bytes(content[:-30])
     with pytest.raises(DamagedFileError, match="is damaged: File is not a zip file"):
         check_archive(path)
