@@ -61,7 +61,7 @@ def test_a_damaged_directory_of_an_archive_is_said_to_be_damaged(centers, tmp_pa
         try:
             check_archive(path)
         except DamagedFileError as error:
-            assert "is damaged: " in str(error)
+            assert "\n" not in str(error)
             refused += 1
     assert refused > 60
     path.write_bytes(content[:-30])
