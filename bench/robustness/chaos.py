@@ -165,6 +165,7 @@ def make_plan(work: Path) -> list[Stage]:
     """Returns both stages; the second trains on the weights that the first run left alone has written."""
     data = ["--data", work / "faces" / "train"]
     stage1 = ["--stage", "backbone", "--network", "ir_small", "--z_dim", 32, "--lr", 0.01, *_COMMON, *data]
+    stage1 += ["--loader", "torch"]  # decodes in processes, which can be killed
     net = ["--stage", "confidence", "--confidence_net", "mlp", "--precision", "fp32", "--lr", 3e-5]
     weights = ["--saved_bkb", work / "alone1" / "backbone.pth", "--saved_fc", work / "alone1" / "fc.pth"]
     stage2 = [*net, "--cache_dtype", "fp32", *weights, *_COMMON, *data]

@@ -130,8 +130,8 @@ class MachineFaults(Chaos):
     def _training(self, job: Job, process: subprocess.Popen) -> list[int]:
         """Returns a launch's ranks if it holds the lock of the job's folder."""
         ranks = job.ranks_of(process)
-        lock = (job.out / ".lock").read_text() if (job.out / ".lock").exists() else ""
-        return ranks if any(f'"pid": {rank},' in lock for rank in ranks) else []
+        locks = "".join(path.read_text() for path in job.out.glob(".lock*"))  # the last may have taken over the first
+        return ranks if any(f'"pid": {rank},' in locks for rank in ranks) else []
 
     def full_file_system(self, job: Job, steps: int) -> bool:
         """Fills the disk while training goes on, and makes room again: checkpoints fail, and then do not."""
