@@ -1,6 +1,5 @@
 """Inference with a trained model: images -> features and log kappa or log variance, in batches of any image source."""
 
-import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scf_fast.distributed import all_ranks_agree, decoding_workers
+from scf_fast.distributed import all_ranks_agree, decoding_workers, gpu_number
 from scf_fast.errors import InputError
 from scf_fast.model import SCF, confidence_of
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
@@ -311,9 +310,7 @@ def open_embedder(path: str | Path, options: InferenceOptions) -> Embedder:
 
 def default_device() -> torch.device:
     """Returns this rank's GPU, or the CPU on a machine without one."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    return torch.device("cuda", gpu_number()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class ChosenBatches(Sampler):

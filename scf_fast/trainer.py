@@ -59,7 +59,9 @@ def train(config: Config) -> str | None:
     if place.restarts:  # by the launcher, with the flags of the first start
         config = dataclasses.replace(config, resume=True, overwrite=False)
     with distributed.ending_together():
-        return _train(config, distributed.start(config.timeout), place.launcher != "python")
+        runtime = distributed.start(config.timeout)
+        distributed.mark("the start: inputs, weights, checks")
+        return _train(config, runtime, place.launcher != "python")
 
 
 def _train(config: Config, runtime: Runtime, launched: bool) -> str | None:

@@ -38,6 +38,7 @@ _QUIET_SECONDS = 1.0  # before ranks end that leave the line to the first of the
 _BROKEN_SECONDS = 5.0  # that a closed connection to the store may be the end of a launch that is done
 _LEAVE_SECONDS = 5.0  # that rank 0 waits at the end for the last beats of the others
 _VERDICT = "verdict"
+UNWATCHED = "work without marks"  # phase of a program that says nothing of its progress: it may last for hours
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Heart:
         self._rank = meeting.place.rank
         self._interval = min(_LONGEST_INTERVAL, timeout / 10)
         self._beats = 0
-        self._progress = (0, "start", False)  # marks, phase, whether that is a step
+        self._progress = (0, UNWATCHED, False)  # marks, phase, whether that is a step
         self._verdict: dict[str, Any] | None = None
         self._is_leaving = False
         self._main_is_done = False
@@ -74,9 +75,9 @@ class Heart:
         now = time.monotonic()
         self._last_contact = now
         self._broken_since: float | None = None  # the connection to the store
-        self._own = _Seen(0, now, 0, now, "start", False)
+        self._own = _Seen(0, now, 0, now, UNWATCHED, False)
         self._seen = {
-            member.rank: _Seen(-1, now, 0, now, "start", False)
+            member.rank: _Seen(-1, now, 0, now, UNWATCHED, False)
             for member in meeting.members
             if member.rank != self._rank
         }
@@ -285,6 +286,8 @@ class Heart:
         behind = [rank for rank, seen in everybody.items() if seen.marks == least]
         first = everybody[behind[0]]
         since = max(everybody[rank].marks_since for rank in behind)
+        if first.phase == UNWATCHED:
+            return None
         limit = self._timeout * (STUCK_IN_STEP if first.is_step else STUCK_ELSEWHERE)
         if now - since <= limit:
             return None

@@ -325,6 +325,23 @@ def _told_apart(members: list[Member]) -> tuple[Member, ...]:
     )
 
 
+def exchange(meeting: Meeting, key: str, value: str, seconds: float) -> list[str]:
+    """Returns what each rank has given, by rank, through the store alone; every rank has to ask.
+
+    Raises:
+        InputError: some have not, within this time.
+    """
+    store, keys = meeting.store, [f"{key}/{rank}" for rank in range(len(meeting.members))]
+    store.set(keys[meeting.place.rank], value)
+    deadline = time.monotonic() + seconds
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [rank for rank, name in enumerate(keys) if not store.check([name])]
+            raise InputError(f"ranks {spans(missing)} have joined, and not gone on within {seconds:.0f} s; start again")
+        time.sleep(_RETRY_SECONDS / 10)
+    return [found.decode() for found in store.multi_get(keys)]
+
+
 def choose_interface(meeting: Meeting) -> str | None:
     """Returns the network interface through which this rank reaches the others; None where none is found.
 

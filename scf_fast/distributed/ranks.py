@@ -6,6 +6,7 @@ Serves ``deepspeed``, ``torchrun``, ``srun``, plain variables and plain ``python
 import contextlib
 import dataclasses
 import datetime
+import json
 import logging
 import os
 import re
@@ -19,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from scf_fast.command import INPUT_ERROR, INTERRUPTED
-from scf_fast.distributed.heartbeat import FAILED, Heart
-from scf_fast.distributed.meeting import Meeting, choose_interface, meet
+from scf_fast.distributed.heartbeat import FAILED, UNWATCHED, Heart
+from scf_fast.distributed.meeting import Meeting, Member, choose_interface, exchange, meet
 from scf_fast.distributed.place import Place, find_place
 from scf_fast.errors import Incomplete, InputError
 
@@ -122,7 +123,7 @@ def start(timeout: float = DEFAULT_TIMEOUT) -> Runtime:
     if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
         # The deepspeed launcher sets no limit, and every rank would take every core.
         torch.set_num_threads(cores_per_rank())
-    device = _choose_device(place) if has_gpu else torch.device("cpu")
+    device = _choose_device(place, JOIN * (timeout or DEFAULT_TIMEOUT))
     if has_gpu:
         torch.cuda.set_device(device)
         # --precision fp32 is float32 in convolutions too, as it is in matrix products by default.
@@ -131,21 +132,60 @@ def start(timeout: float = DEFAULT_TIMEOUT) -> Runtime:
     return Runtime(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _choose_device(place: Place) -> torch.device:
-    """Returns the GPU of the local rank; where the launcher shows each rank one GPU, that one.
+def gpu_number() -> int:
+    """Returns this rank's GPU among those that it sees: that of its local rank, or the only one that its launcher shows
+    it.
+    """
+    return 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", 0))
+
+
+def _choose_device(place: Place, seconds: float) -> torch.device:
+    """Returns the GPU of the local rank, where the launcher shows each rank one GPU that one; or the CPU.
 
     Raises:
-        InputError: there are fewer GPUs than ranks.
+        InputError: on all ranks: there are fewer GPUs than ranks on a node, two ranks have one, or only some have one.
     """
-    count, local_rank = torch.cuda.device_count(), place.local_rank or 0
-    if count == 1 and (place.local_size or 2) > 1:
-        return torch.device("cuda", 0)  # whether the ranks' GPUs are distinct is checked with the other ranks
-    if local_rank >= count:
-        raise InputError(
+    count, local_rank, problem, gpu = torch.cuda.device_count(), place.local_rank or 0, "", ""
+    number = 0 if count == 1 and (place.local_size or 2) > 1 else local_rank
+    if torch.cuda.is_available() and number < count:
+        gpu = str(torch.cuda.get_device_properties(number).uuid)
+    elif torch.cuda.is_available():
+        problem = (
             f"rank {place.rank} on {socket.gethostname()} is the node's number {local_rank} (LOCAL_RANK, from 0), and "
             f"there are {count} GPUs; start one rank a GPU"
         )
-    return torch.device("cuda", local_rank)
+    if _meeting is not None:
+        told = [json.loads(text) for text in exchange(_meeting, "gpu", json.dumps([gpu, problem]), seconds)]
+        problems = [problem for _, problem in told if problem]
+        problem = problems[0] if problems else device_problem(_meeting.members, [gpu for gpu, _ in told]) or ""
+    if problem:
+        shared = SharedInputError(problem)
+        shared.told_by_another = _meeting is not None and not _meeting.is_first_on_node
+        raise shared
+    return torch.device("cuda", number) if gpu else torch.device("cpu")
+
+
+def device_problem(members: Sequence[Member], gpus: Sequence[str]) -> str | None:
+    """Returns what is wrong with the ranks' GPUs; None where all is well.
+
+    Args:
+        gpus: identity of each rank's, empty for a rank on the CPU.
+    """
+    owners: dict[tuple[str, str], Member] = {}
+    for member, gpu in zip(members, gpus):
+        if bool(gpu) != bool(gpus[0]):
+            with_gpu, without = (member, members[0]) if gpu else (members[0], member)
+            return (
+                f"{without} has no GPU, and {with_gpu} has one; start one rank a GPU, or give --no_cuda to train on "
+                "the CPU of all"
+            )
+        other = owners.setdefault((member.node, gpu), member)
+        if gpu and other is not member:
+            return (
+                f"{member} has the same GPU as rank {other.rank} ({gpu}); start one rank a GPU, each with its own "
+                "LOCAL_RANK (srun: --ntasks-per-node as many as --gpus-per-node)"
+            )
+    return None
 
 
 def _form_group(backend: str, place: Place) -> None:
@@ -172,7 +212,7 @@ def _form_group(backend: str, place: Place) -> None:
         if _heart is not None:
             _heart.report_failure(problem, INPUT_ERROR)
         raise InputError(f"rank {place.rank} on {socket.gethostname()} {problem}") from None
-    mark("start")
+    mark(UNWATCHED)
 
 
 def current_meeting() -> Meeting | None:

@@ -1,5 +1,6 @@
 """What all ranks must have the same, found out together before any training: code, options, versions, clocks, data,
-weights, folders; GPUs of their own; and room for the run's checkpoints.
+weights and folders; and that there is room for the run's checkpoints. (That each has a GPU of its own is known before,
+see :func:`scf_fast.distributed.start`: ranks that share one could not even say so.)
 """
 
 import contextlib
@@ -46,7 +47,6 @@ class Report:
     Attributes:
         code: digest of the program's sources.
         clock: seconds since 1970, right after a moment that all ranks share.
-        gpu: its identity; None on a CPU.
         files: digest of what the options name, by option; of the data on one rank of each node.
     """
 
@@ -56,7 +56,6 @@ class Report:
     options: dict[str, Any]
     versions: dict[str, str | None]
     clock: float
-    gpu: str | None
     images: int
     identities: int
     files: dict[str, str]
@@ -109,7 +108,6 @@ def _report(config: Config, source: ImageSource, runtime: Runtime) -> Report:
         options={name: value for name, value in config.as_dict().items() if name not in local},
         versions=versions(),
         clock=0.0,
-        gpu=str(torch.cuda.get_device_properties(runtime.device).uuid) if runtime.device.type == "cuda" else None,
         images=len(source),
         identities=source.num_classes,
         files=files,
@@ -169,8 +167,7 @@ def differences(reports: Sequence[Report]) -> list[str]:
     compare("--data: the number of identities", lambda report: report.identities, _COPY)
     for name in sorted({name for report in reports for name in report.files}):
         compare(f"--{name}: the content", _entry("files", name), _COPY, show=False)
-    found += _check_clocks(reports) + _check_gpus(reports)
-    return found
+    return found + _check_clocks(reports)
 
 
 def _entry(table: str, name: str) -> Callable[[Report], Any]:
@@ -197,20 +194,6 @@ def _check_clocks(reports: Sequence[Report]) -> list[str]:
         f"the clock of {last} is {last.clock - first.clock:.0f} s ahead of that of {first}; set them by NTP: dates of "
         "files and logs would contradict each other"
     ]
-
-
-def _check_gpus(reports: Sequence[Report]) -> list[str]:
-    found: list[str] = []
-    owners: dict[tuple[str, str], Report] = {}
-    for report in reports:
-        if report.gpu is not None:
-            other = owners.setdefault((report.host, report.gpu), report)
-            if other is not report:
-                found.append(
-                    f"{report} has the same GPU as rank {other.rank} ({report.gpu}); start one rank a GPU, each with "
-                    "its LOCAL_RANK (srun: --ntasks-per-node and --gpus-per-node alike)"
-                )
-    return found
 
 
 def describe(reports: Sequence[Report]) -> list[str]:

@@ -1,6 +1,5 @@
 """Forecast of the memory that stage 1 takes on a rank, before it is taken."""
 
-import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scf_fast.config import BackboneConfig
-from scf_fast.distributed import Runtime, decoding_workers, ranks_on_this_machine
+from scf_fast.distributed import Runtime, decoding_workers, gpu_number, ranks_on_this_machine
 from scf_fast.engine.class_centers import fuses, rows_of
 from scf_fast.engine.deepspeed_config import deepspeed_config
 from scf_fast.errors import InputError
@@ -92,7 +91,7 @@ class MemoryForecast:
 def forecast(config: BackboneConfig, num_classes: int, world_size: int, precision: str) -> MemoryForecast:
     """Returns the forecast for stage 1 on this machine."""
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", gpu_number()) if on_gpu else torch.device("cpu")
     start, stop = rows_of(0, world_size, num_classes)
     centers = (stop - start) * config.z_dim * _FLOAT
     micro_batch = config.batch_size // (world_size * config.gradient_accumulation_steps)

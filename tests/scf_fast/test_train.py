@@ -411,3 +411,27 @@ def test_two_tasks_of_srun_are_one_run(faces, stage1, flags, tmp_path, fork_rank
     assert status == 0 and "2 ranks on" in output, output
     assert losses(tmp_path / "run", "loss") == losses(stage1[0], "loss")[:3]
     assert not list((tmp_path / "run").glob(".lock*"))
+
+
+def test_variables_that_would_train_alone_are_one_line(faces, flags, tmp_path, monkeypatch, capsys):
+    from scf_fast import train
+
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = [*flags["stage1"], "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    assert train.main(list(map(str, command))) == 2
+    assert capsys.readouterr().err.startswith(
+        "train.py: error: WORLD_SIZE=2 is set and RANK is not; start with torchrun"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_are_started_again_go_on_without_resume(faces, stage1, flags, tmp_path, fork_ranks):
+    """As torchrun --max_restarts starts them: with the flags of the first start, which must not begin anew."""
+    shutil.copytree(stage1[0], tmp_path / "run")
+    command = [*flags["stage1"], "--zero_stage", 0, "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    restarted = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
+    more = ["--epochs", 3, "--max_steps", STEPS + 1, "--overwrite"]
+    status, output = fork_ranks(1, *command, *more, variables=restarted)
+    assert status == 0 and f"resumed at step {STEPS}" in output, output

@@ -22,7 +22,6 @@ def make_reports():
             {"lr": 0.1, "seed": 1},
             {"torch": "2.13", "git": "x", "device": "H200"},
             1000.0,
-            f"GPU-{rank % 2}",
             100,
             10,
             {"data": "d" * 64, "saved_bkb": "w"},
@@ -51,7 +50,6 @@ def test_ranks_that_are_alike_may_start():
         ({"files": {"data": "d" * 64, "saved_bkb": "v"}}, "--saved_bkb: the content of ranks 2-3 on b differs from"),
         ({"clock": 1061.0}, "the clock of rank 2 on b is 61 s ahead of that of rank 0 on a; set them by NTP"),
         ({"clock": 900.0}, "the clock of rank 0 on a is 100 s ahead of that of rank 2 on b"),
-        ({"gpu": "GPU-7"}, "rank 3 on b has the same GPU as rank 2 (GPU-7); start one rank a GPU"),
     ],
 )
 def test_each_difference_is_one_line(changes, line):

@@ -13,6 +13,7 @@ from scf_fast import config as configuration
 from scf_fast.config import BackboneConfig, ConfidenceConfig
 from scf_fast.errors import Incomplete
 from scf_fast.run import folder as run_folder
+from scf_fast.run import folder_lock
 from scf_fast.run.same_folder import SameFolder
 
 
@@ -133,6 +134,28 @@ def test_stage_1_has_no_slope(folder):
     configuration.save(config, folder / run_folder.CONFIG_FILE, {})
     write_state(folder)
     assert run_folder.continued(config, run_folder.claim(config)) is config
+
+
+@pytest.mark.parametrize(("resume", "message"), [(False, "give --resume to continue it"), (True, "start again with")])
+def test_a_claim_is_repeated_once_the_folder_is_locked(resume, message, tmp_path):
+    """Two launches find nothing; the second must not write over what the first has left by then."""
+    config = stage2(tmp_path / "new", resume=resume)
+    assert run_folder.claim(config) is None
+    (tmp_path / "new").mkdir()
+    with run_folder.prepare(config, is_locked=False):
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [".lock", "checkpoints", "config.yaml"]
+        write_state(tmp_path / "new")
+    kept = (tmp_path / "new" / run_folder.CONFIG_FILE).stat().st_mtime_ns
+    with pytest.raises(ValueError, match=message), run_folder.prepare(config, is_locked=False):
+        pass
+    assert (tmp_path / "new" / run_folder.CONFIG_FILE).stat().st_mtime_ns == kept
+
+
+def test_overwrite_leaves_the_lock(folder):
+    (folder / "checkpoints").mkdir()
+    with folder_lock.locked(folder), run_folder.prepare(stage2(folder, overwrite=True), is_locked=True):
+        assert (folder / ".lock").exists() and not list((folder / "checkpoints").iterdir())
+    assert not (folder / ".lock").exists()
 
 
 def test_a_folder_that_pytorch_cannot_map_files_in_is_refused_before_the_work(tmp_path):
