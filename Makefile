@@ -1,16 +1,20 @@
-# Each target sets up what it needs in .venv: `make demo` runs the main job, `make test` the tests, `make lint` the checks of
-# form, types and imports. `make clean` deletes what the demo made.
+# Each target sets up what it needs in .venv: `make demo` runs the main job, `make test` the tests, `make cluster` those of
+# two nodes, `make lint` the checks of form, types and imports. `make clean` deletes what the demo made.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench chaos clean
+.PHONY: demo test cluster lint bench chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m scf_fast.demo
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Two nodes with a network between them, for real; needs the right to make network namespaces, and skips without it.
+cluster: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """How every command of the project parses its arguments and ends: one prefix, one line, one exit status."""
 
 import argparse
+import getpass
 import logging
 import os
 import sys
@@ -59,6 +60,7 @@ def run(prog: str, action: Callable[[], int | None]) -> int:
     for name in _OF_LAUNCHERS:
         if not os.environ.get(name, name).strip():  # empty, as a script or a container leaves it: not set
             del os.environ[name]
+    _name_user()
     try:
         return action() or 0
     except KeyboardInterrupt:
@@ -70,8 +72,27 @@ def run(prog: str, action: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0").strip() != "0":
             # As a rule rank 0 has the same error and prints it, and the launcher ends this rank in the meantime.
             time.sleep(_RANK_0_SPEAKS_FIRST)
-        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        if getattr(error, "told_by_another", False):
+            return INPUT_ERROR
+        print(f"{prog}: error: {one_line(error)}{_way_out(error)}", file=sys.stderr)
         return INPUT_ERROR
+
+
+def _name_user() -> None:
+    """Gives the user a name for this process where there is none, as in a container that runs under any number:
+    PyTorch asks for it when parts of it are imported, and fails without.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):  # the first up to Python 3.12, the second since
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+
+
+def _way_out(error: Exception) -> str:
+    """Returns what helps against errors whose own message does not say it."""
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # of tempfile
+        return "; set TMPDIR to a folder that can be written"
+    return ""
 
 
 def print_lines(*lines: object, file: TextIO | None = None) -> None:

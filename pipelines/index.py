@@ -1,11 +1,10 @@
 """Opens any data set by its path, and reports on one: ``python -m scf_fast.pipelines.index DATA [--verify]``."""
 
 import collections
-import multiprocessing
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import overload
 
@@ -26,6 +25,7 @@ from scf_fast.pipelines.sources.packed import PackedImages
 from scf_fast.pipelines.sources.recordio import RecordIndex
 from scf_fast.pipelines.sources.tar import TarIndex
 from scf_fast.pipelines.sources.tfrecord import TFRecordIndex, TFRecordList, is_tfrecord_list
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, add_timeout_argument, in_processes
 
 _SAMPLE = 2000  # images whose headers the report reads where not all are decoded
 _CHUNK = 256  # images in a task of --verify
@@ -85,9 +85,9 @@ def _kind(path: Path) -> type[IndexedImages]:
     except OSError as error:
         raise InputError(f"cannot list {path}: {reason_of(error)}; check its permissions") from error
     entries = [entry for entry in entries if not is_hidden(entry.name)]
-    for suffix, kind in _KINDS.items():
-        if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
-            return kind
+    packed = _packed_kind(entries)
+    if packed is not None:
+        return packed
     if any(entry.is_dir() for entry in entries):
         return FolderIndex
     files = sorted(entry.path for entry in entries if entry.is_file())
@@ -96,6 +96,21 @@ def _kind(path: Path) -> type[IndexedImages]:
         f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; check the "
         "path, or give the file of an image list" + (f" ({os.path.basename(files[0])} {found})" if found else "")
     )
+
+
+def _packed_kind(entries: Sequence[os.DirEntry[str]]) -> type[PackedImages] | None:
+    """Returns the source of the large files in a folder; None where there are none."""
+    for suffix, kind in _KINDS.items():
+        if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
+            return kind
+    return None
+
+
+def holds_shards_alone(path: StrPath) -> bool:
+    """Tells whether a folder holds ``.rec``, ``.tar`` or ``.tfrecord`` files and no folders, hidden ones aside."""
+    with os.scandir(path) as listed:
+        entries = [entry for entry in listed if not is_hidden(entry.name)]
+    return not any(entry.is_dir() for entry in entries) and _packed_kind(entries) is not None
 
 
 def _kind_of_file(path: Path) -> type[IndexedImages]:
@@ -149,23 +164,37 @@ def describe(source: IndexedImages) -> list[str]:
     return lines
 
 
-def find_broken(source: ImageSource, workers: int | None = None) -> dict[int, str]:
+def find_broken(source: ImageSource, workers: int | None = None, timeout: float = DEFAULT_TIMEOUT) -> dict[int, str]:
     """Decodes every image, in ``workers`` processes (one for each core by default).
 
+    Args:
+        timeout: seconds without progress, see :mod:`scf_fast.pipelines.waiting`.
     Returns:
         position -> message of the broken ones, ascending.
+    Raises:
+        InputError: a process has died, or none of them makes progress.
     """
     workers = workers or len(os.sched_getaffinity(0))
     starts = range(0, len(source), _CHUNK)
     broken: dict[int, str] = {}
+    parts = in_processes(
+        _broken_from,
+        starts,
+        workers,
+        who="the search for broken images",
+        doing="decode images",
+        timeout=timeout,
+        initializer=_set_source,
+        initargs=(source,),
+    )
     with (
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_source, (source,)) as pool,
+        contextlib.closing(parts),
         tqdm(total=len(source), desc="decoding", unit="img", unit_scale=True, disable=None) as bar,
     ):
-        for start, found in zip(starts, pool.map(_broken_from, starts)):
+        for looked_at, found in parts:
             broken.update(found)
-            bar.update(min(_CHUNK, len(source) - start))
-    return broken
+            bar.update(looked_at)
+    return dict(sorted(broken.items()))
 
 
 _source: ImageSource  # of a worker process of find_broken
@@ -176,15 +205,16 @@ def _set_source(source: ImageSource) -> None:
     _source = source
 
 
-def _broken_from(start: int) -> dict[int, str]:
-    found = {}
-    for i in range(start, min(start + _CHUNK, len(_source))):
+def _broken_from(start: int) -> tuple[int, dict[int, str]]:
+    """Returns how many images a task has, and which of them are broken."""
+    found, images = {}, range(start, min(start + _CHUNK, len(_source)))
+    for i in images:
         try:
             _source.check(i)
             load_face(_source, i)
         except InputError as error:
             found[i] = str(error)
-    return found
+    return len(images), found
 
 
 def _check_offsets_file(source: RecordIndex, rec_path: Path) -> str:
@@ -222,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "exit status 1 if there are any",
     )
     parser.add_argument("--workers", type=int, metavar="W", help="processes that decode (default: one for each core)")
+    add_timeout_argument(parser)
     options = parser.parse_args(arguments)
     log_to_terminal()
 
@@ -231,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         source, found = open_source(options.data, options.root, options.cache_dir), {}
         if options.verify:
-            found = find_broken(source, options.workers)
+            found = find_broken(source, options.workers, options.input_timeout)
             source.record_broken(list(found))
             source = open_source(options.data, options.root, options.cache_dir)
         print_lines(*describe(source))

@@ -1,4 +1,4 @@
-"""Batches of normalized faces from a source and a sampler, by NVIDIA DALI or by PyTorch workers.
+"""Batches of normalized faces from a source and a sampler, by NVIDIA DALI or by Pillow in worker processes.
 
 Both backends turn the sampler's requests (indices, flips) into uint8 faces and share everything else, so they give the
 same batches: same images, same flips, same augmentation, same arithmetic, same replacements of broken images.
@@ -6,6 +6,7 @@ same batches: same images, same flips, same augmentation, same arithmetic, same 
 
 import functools
 import logging
+import math
 
 import torch
 
@@ -14,6 +15,7 @@ from scf_fast.pipelines.loading.base import Loader, Preprocessing
 from scf_fast.pipelines.loading.broken import BrokenImages, OnBroken
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ def make_loader(
     num_workers: int = 2,
     prefetch: int = 2,
     on_broken: str = "raise",
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> Loader:
     """Returns a loader of the sampler's batches of a source.
 
@@ -39,13 +42,14 @@ def make_loader(
         device: where batches go; on a CUDA device DALI decodes there.
         dtype: floating-point type of the images.
         backend: 'dali', 'torch', or 'auto': DALI where it can be imported.
-        num_workers: decoding threads (DALI, at least one) or processes (PyTorch; 0 decodes in the calling process).
-        prefetch: batches decoded ahead; the PyTorch backend keeps at least one for each process.
+        num_workers: decoding threads (DALI, at least one) or processes ('torch'; 0 decodes in the calling process).
+        prefetch: batches decoded ahead; the 'torch' backend keeps at least one for each process.
         on_broken: what happens at an image that cannot be read or decoded. 'raise' ends the iteration with an error
             that names it: right where every image counts. 'replace' puts the next good image of the source in its
             place, label and all, and names the broken one in the log: right for training. 'leave_out' gives a black
             face with index and label -1: right where images are embedded. See
             :class:`scf_fast.pipelines.loading.broken.BrokenImages`.
+        timeout: seconds that a batch may take without any progress; an error then says what was waited for. 0: none.
     Raises:
         InputError: an argument does not fit, or backend='dali' and DALI cannot be imported.
     """
@@ -61,9 +65,11 @@ def make_loader(
     if on_broken not in {choice.value for choice in OnBroken}:
         choices = ", ".join(repr(choice.value) for choice in OnBroken)
         raise InputError(f"on_broken must be one of {choices}, got {on_broken!r}")
+    if not 0 <= timeout < math.inf:
+        raise InputError(f"timeout must be 0 or more seconds, got {timeout}")
     broken = BrokenImages(source, OnBroken(on_broken))
     return _loader_class(backend)(
-        source, sampler, preprocessing or Preprocessing(), device, dtype, broken, num_workers, prefetch
+        source, sampler, preprocessing or Preprocessing(), device, dtype, broken, num_workers, prefetch, timeout
     )
 
 
@@ -78,7 +84,7 @@ def _loader_class(backend: str) -> type[Loader]:
                 raise InputError(
                     f"backend='dali' needs NVIDIA DALI: {error}; install nvidia-dali or use backend='torch'"
                 ) from error
-            _warn_once(f"reading images with PyTorch workers, because NVIDIA DALI cannot be imported: {error}")
+            _warn_once(f"images are decoded by Pillow in worker processes: NVIDIA DALI cannot be imported: {error}")
     from scf_fast.pipelines.loading.torch import TorchLoader
 
     return TorchLoader

@@ -50,9 +50,8 @@ class _Flag:
         return self.field.name
 
 
-def _value_type(config_class: type[Config], name: str) -> tuple[Any, bool]:
+def _value_type(annotation: Any) -> tuple[Any, bool]:
     """Returns (Python type, whether it is a tuple of them) of a field, seen through ``| None``."""
-    annotation = typing.get_type_hints(config_class)[name]
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
     if typing.get_origin(annotation) is tuple:
@@ -64,10 +63,11 @@ def _all_flags() -> dict[str, _Flag]:
     """Returns every option of any stage by name."""
     flags: dict[str, _Flag] = {}
     for config_class in STAGES.values():
+        annotations = typing.get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
             having = [stage for stage, other in STAGES.items() if field.name in other.__dataclass_fields__]
             only = having[0] if len(having) == 1 else None
-            flags.setdefault(field.name, _Flag(field, *_value_type(config_class, field.name), only))
+            flags.setdefault(field.name, _Flag(field, *_value_type(annotations[field.name]), only))
     return flags
 
 

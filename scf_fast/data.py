@@ -156,4 +156,5 @@ def image_loader(config: Config, source: ImageSource, sampler: Sampler, runtime:
         backend=config.loader,
         num_workers=decoding_workers(config.num_workers),
         on_broken=config.on_broken,
+        timeout=config.input_timeout,
     )

@@ -128,7 +128,8 @@ def _embed(arguments: argparse.Namespace) -> None:
     embeddings = embed_images(embedder, ImageFiles(found.paths), options)
     images_per_second = len(found.paths) / (time.perf_counter() - began)
     kept = np.array([i for i in range(len(embeddings)) if i not in embeddings.left_out], dtype=np.int64)
-    write_embeddings(out, embeddings.select(kept), [found.paths[i] for i in kept.tolist()])
+    shown = embeddings.select(kept) if embeddings.left_out else embeddings
+    write_embeddings(out, shown, [found.paths[i] for i in kept.tolist()])
     listed = out.with_name(f"{out.name}.left_out.txt")
     listed.unlink(missing_ok=True)  # of an earlier call
     without = "" if embedder.objective is not None else f"; no kappa: {arguments.model} is a backbone alone"

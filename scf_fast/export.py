@@ -1,7 +1,7 @@
 """Exports a model in a format of other programs: ``python -m scf_fast.export MODEL OUT.onnx|OUT.pt2|OUT.safetensors``.
 
     .onnx         images -> mu (B, d) and confidence (B,), named kappa or, of Gaussians, precision (1 / variance); any
-                  batch size; opset 18 unless asked otherwise; needs the extra `export`
+                  batch size; opset 18 or the one asked for, read back from the file; needs the extra `export`
     .pt2          the same as a program of torch.export: torch.export.load(OUT).module()(images)
     .safetensors  the weights with objective, radius and pixel convention, as SCF.from_checkpoint reads them
 
@@ -77,7 +77,7 @@ def output_names(model: SCF) -> list[str]:
     return ["features"] if model.confidence_net is None else ["mu", model.density.confidence_name]
 
 
-def export(model: SCF, out: Path, *, preprocess: bool = False, opset: int = _OPSET) -> None:
+def export(model: SCF, out: Path, *, preprocess: bool = False, opset: int | None = None) -> None:
     """Writes a model to ``out``, in the format of its suffix, and compares what comes back with the model.
 
     Args:
@@ -85,31 +85,34 @@ def export(model: SCF, out: Path, *, preprocess: bool = False, opset: int = _OPS
         out: replaced if it exists, once the check has passed. With more than 2 GB of weights, those of an .onnx lie
             beside it in OUT.onnx.data.
         preprocess: images come as uint8; see the module.
-        opset: of ONNX.
+        opset: of ONNX, and of no other format; None: 18.
     Raises:
-        InputError: unknown suffix, a package is missing, or the file does not give the model's output.
+        InputError: unknown suffix, a package is missing, the file is not in the opset asked for, or does not give the
+            model's output.
     """
-    check_request(out, preprocess)
+    check_request(out, preprocess, opset)
     form = _FORMATS[out.suffix]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         aside = Path(folder) / out.name
-        form.write(model, aside, preprocess, opset)
+        form.write(model, aside, preprocess, _OPSET if opset is None else opset)
         _compare(model, form.load(aside), preprocess, out)
         for path in sorted(Path(folder).iterdir(), reverse=True):  # the file itself comes last, after its data
             publish(path, out.with_name(path.name))
 
 
-def check_request(out: Path, preprocess: bool) -> None:
+def check_request(out: Path, preprocess: bool, opset: int | None = None) -> None:
     """Checks a request before any work is done.
 
     Raises:
-        InputError: unknown suffix, a package is missing, or the format cannot hold preprocessing.
+        InputError: unknown suffix, a package is missing, or the format has no preprocessing or no opset.
     """
     if out.suffix not in _FORMATS:
         raise InputError(f"OUT must end in {', '.join(_FORMATS)}, got {out}")
     if out.suffix == ".safetensors" and preprocess:
         raise InputError("--preprocess belongs to .onnx and .pt2: a .safetensors file holds weights and no program")
+    if out.suffix != ".onnx" and opset is not None:
+        raise InputError(f"--opset belongs to .onnx, and OUT is {out}; leave it out, or write .onnx")
     if out.suffix == ".onnx":
         missing = [
             package for package in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(package) is None
@@ -175,6 +178,20 @@ def _write_onnx(model: SCF, path: Path, preprocess: bool, opset: int) -> None:
     program.model.metadata_props["scf_fast"] = json.dumps(facts)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     program.save(str(path), external_data=weights > _ONE_FILE)
+    written = read_opset(path)
+    if written != opset:
+        raise InputError(
+            f"--opset {opset}: PyTorch {torch.__version__} writes this model in opset {written} and cannot convert it; "
+            f"give --opset {written}"
+        )
+
+
+def read_opset(path: Path) -> int:
+    """Returns the opset that an .onnx file says it is in."""
+    import onnx
+
+    found = onnx.load(path, load_external_data=False)
+    return next(entry.version for entry in found.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def _load_onnx(path: Path) -> Program:
@@ -182,7 +199,13 @@ def _load_onnx(path: Path) -> Program:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no other common base
+        raise InputError(
+            f"{path.name}: onnxruntime {onnxruntime.__version__} cannot read it, so it cannot be compared with PyTorch "
+            f"({str(error).splitlines()[0]}); give a lower --opset, or install a newer onnxruntime"
+        ) from error
 
     def run_session(images: torch.Tensor) -> Output:
         first, *second = map(torch.from_numpy, session.run(None, {"images": np.ascontiguousarray(images.numpy())}))
@@ -263,13 +286,15 @@ def _parser() -> Parser:
         "--preprocess", action="store_true", help="take uint8 RGB images (B, 112, 112, 3) and scale them inside"
     )
     add_normalization_argument(parser)
-    parser.add_argument("--opset", type=int, default=_OPSET, help="of ONNX (default: %(default)s)")
+    parser.add_argument(
+        "--opset", type=int, help=f"of ONNX (default: {_OPSET}); refused where PyTorch cannot write the model in it"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     return parser
 
 
 def _export(options: argparse.Namespace) -> None:
-    check_request(options.out, options.preprocess)
+    check_request(options.out, options.preprocess, options.opset)
     if options.out.exists() and not options.overwrite:
         raise InputError(f"{options.out}: exists; give another name, or --overwrite")
     model = SCF.from_checkpoint(options.model, normalization=options.normalization, backbone_alone=True)
@@ -281,7 +306,7 @@ def _export(options: argparse.Namespace) -> None:
             images = f"(B, {FACE_SIZE}, {FACE_SIZE}, 3) uint8 RGB"
         else:
             images = f"(B, 3, {FACE_SIZE}, {FACE_SIZE}) float32 RGB, {model.normalization} scaling"
-        opset = f", opset {options.opset}" if options.out.suffix == ".onnx" else ""
+        opset = f", opset {read_opset(options.out)}" if options.out.suffix == ".onnx" else ""
         content = f"{images} -> {' and '.join(output_names(model))}{opset}"
     print_lines(f"{options.out}: {content}; output within {TOLERANCE:.0e} of PyTorch's")
 

@@ -1,6 +1,5 @@
 """Inference with a trained model: images -> features and log kappa or log variance, in batches of any image source."""
 
-import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scf_fast.distributed import all_ranks_agree, decoding_workers
+from scf_fast.distributed import all_ranks_agree, decoding_workers, gpu_number
 from scf_fast.errors import InputError
 from scf_fast.model import SCF, confidence_of
 from scf_fast.networks.frozen import CHECK_IMAGES, FrozenBackbone, frozen_precisions, full_float32
@@ -20,6 +19,7 @@ from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.loading.broken import OnBroken
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT
 from scf_fast.weights.digest import digest_weights
 
 
@@ -28,7 +28,8 @@ class Decoding:
     """How images are read and decoded; see :func:`scf_fast.pipelines.loader.make_loader`."""
 
     backend: str = "auto"  # "dali", "torch", or "auto": DALI where it is installed
-    num_workers: int | None = None  # threads of DALI, processes of PyTorch; None: by the CPU cores of a rank
+    num_workers: int | None = None  # threads of DALI, or processes; None: by the CPU cores of a rank
+    timeout: float = DEFAULT_TIMEOUT  # seconds without progress
 
 
 DEFAULT_DECODING = Decoding()
@@ -309,9 +310,7 @@ def open_embedder(path: str | Path, options: InferenceOptions) -> Embedder:
 
 def default_device() -> torch.device:
     """Returns this rank's GPU, or the CPU on a machine without one."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    return torch.device("cuda", gpu_number()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class ChosenBatches(Sampler):
@@ -354,6 +353,7 @@ def load_batches(
         backend=decoding.backend,
         num_workers=decoding_workers(decoding.num_workers),
         on_broken=(OnBroken.RAISE if left_out is None else OnBroken.LEAVE_OUT).value,
+        timeout=decoding.timeout,
     ) as loader:
         for images, _, indices in loader.batches(epoch=0):
             if left_out is not None:

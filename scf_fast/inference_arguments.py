@@ -13,6 +13,7 @@ from scf_fast.inference import Decoding, InferenceOptions
 from scf_fast.networks.precision import PRECISION_DTYPES
 from scf_fast.pipelines.sources.base import reason_of
 from scf_fast.pipelines.sources.image_names import IMAGE_SUFFIXES, list_skipped, subfolders, walk_images
+from scf_fast.pipelines.waiting import add_timeout_argument
 
 
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="end at an image that cannot be decoded (default: it is left out, counted and listed with the reason)",
     )
+    add_timeout_argument(parser)
 
 
 def inference_options(arguments: argparse.Namespace) -> InferenceOptions:
@@ -62,7 +64,7 @@ def inference_options(arguments: argparse.Namespace) -> InferenceOptions:
         device=arguments.device,
         precision=arguments.precision,
         batch_size=arguments.batch_size,
-        decoding=Decoding(arguments.loader, arguments.num_workers),
+        decoding=Decoding(arguments.loader, arguments.num_workers, arguments.input_timeout),
         strict=arguments.strict,
     )
 

@@ -1,5 +1,6 @@
 """Steps of a command that starts others: each is done once, and a later call goes on where an earlier one stopped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -61,6 +62,10 @@ class DoneSteps:
         write_json(self._seconds_file, self.seconds)
 
 
+_END_SECONDS = 60.0  # a launcher gives its ranks half of that
+_PRINT_SECONDS = 5.0
+
+
 class _Process:
     """A command that is running, in a session of its own.
 
@@ -104,14 +109,19 @@ class _Process:
         return self._seconds
 
     def end(self) -> None:
-        """Ends the command and all its children, where they still run."""
+        """Ends the command and all its children, where they still run; kills those that do not end by themselves."""
+        self._signal(signal.SIGTERM)
         try:
-            os.killpg(self._process.pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
         if self._printer.is_alive():
-            self._printer.join()
+            self._printer.join(_PRINT_SECONDS)  # a child that has left the session may hold the pipe
+
+    def _signal(self, sign: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, sign)
 
 
 _POLL_SECONDS = 0.05

@@ -6,6 +6,7 @@ The same as ``python -m scf_fast.train`` where the package is installed.
 import os
 import sys
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: where a rank is lost it prints stacks of its own
 from scf_fast import command_line, distributed
 from scf_fast.command import INTERRUPTED, print_lines, run
 from scf_fast.errors import Incomplete
@@ -25,7 +26,7 @@ def _train(arguments: list[str] | None) -> int:
     config = command_line.parse(arguments)
     if not config.cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif config.gpu_ids and "RANK" not in os.environ:  # a launcher has chosen already
+    elif config.gpu_ids and distributed.find_place().launcher == "python":  # a launcher has chosen already
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids.replace(" ", "")
     from scf_fast import trainer  # after the flags are known to be good: DeepSpeed and DALI take seconds to import
 

@@ -1,9 +1,9 @@
 """The order of a training run, whichever its stage: inputs, engine, steps, logs, checkpoints, resume."""
 
 import contextlib
+import dataclasses
 import itertools
 import logging
-import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,56 +11,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scf_fast import distributed
+from scf_fast import distributed, start_up
 from scf_fast.config import ConfidenceConfig, Config
 from scf_fast.data import describe_groups, epoch_sampler
 from scf_fast.distributed import Runtime
-from scf_fast.engine.deepspeed_config import load_deepspeed_config, resolve_precision
+from scf_fast.engine.deepspeed_config import resolve_precision
 from scf_fast.engine.dropped import Dropped
 from scf_fast.engine.engine import Engine
 from scf_fast.engine.learning_rate import LearningRate
 from scf_fast.errors import Incomplete
 from scf_fast.networks.flops import peak_flops
 from scf_fast.pipelines.loading.protocol import BatchLoader
-from scf_fast.run import checkpoints, same_inputs
+from scf_fast.run import checkpoints, cluster_checks, same_inputs
 from scf_fast.run import folder as run_folder
 from scf_fast.run.checkpoints import Checkpoints, ResumePoint
 from scf_fast.run.line_files import StepLines, forget_after
 from scf_fast.run.patience import Patience
 from scf_fast.run.reporting import Reporter, log_to_files, set_up_logging
 from scf_fast.run.run_state import RunState
+from scf_fast.run.same_folder import SameFolder
 from scf_fast.run.step_guard import StepGuard, Votes
 from scf_fast.run.step_outcome import StepOutcome
 from scf_fast.run.stop_signal import StopSignal
 from scf_fast.run.summary import log_summary
 from scf_fast.run.timing import Breakdown, StepProfile
 from scf_fast.stages.base import VALIDATION_LOSS, Progress, StepResult, flop_per_image
-from scf_fast.stages.inputs import Inputs, check_world, open_inputs
+from scf_fast.stages.inputs import Inputs
 from scf_fast.stages.published_files import flag_notes
 
 log = logging.getLogger(__name__)
-
-
-def _check_on_main(config: Config, world_size: int) -> tuple[ResumePoint | None, Inputs]:
-    """Checks everything before the group of ranks forms, on one rank: the others must not see files that this one has
-    just written.
-
-    Raises:
-        InputError: the run cannot start; nothing has been written or deleted.
-    """
-    if config.deepspeed_config:
-        load_deepspeed_config(config.deepspeed_config)
-    point = run_folder.claim(config)
-    check_world(config, world_size)
-    inputs = open_inputs(config if point is None else run_folder.continued(config, point))
-    if point is not None:
-        point.check_data(config.data, inputs.source.num_classes, len(inputs.source))
-        if isinstance(config, ConfidenceConfig):
-            point.check_objective(config.objective)
-    if config.resume:
-        same_inputs.check(config, inputs.source)
-    epoch_sampler(config, inputs.source, 0, world_size)
-    return point, inputs
 
 
 def train(config: Config) -> str | None:
@@ -75,36 +54,46 @@ def train(config: Config) -> str | None:
             values.
         Incomplete: the last checkpoint or the exported files could not be written.
     """
-    rank, world_size = distributed.environment()
-    launched = "RANK" in os.environ
+    place = distributed.find_place()
+    set_up_logging(place.rank == 0)
+    if place.restarts:  # by the launcher, with the flags of the first start
+        config = dataclasses.replace(config, resume=True, overwrite=False)
+    with distributed.ending_together():
+        runtime = distributed.start(config.timeout)
+        distributed.mark("the start: inputs, weights, checks")
+        return _train(config, runtime, place.launcher != "python")
+
+
+def _train(config: Config, runtime: Runtime, launched: bool) -> str | None:
+    """Does what :func:`train` does, as one of the ranks that have met."""
     folder = Path(config.output_dir)
-    set_up_logging(rank == 0)
-    point: ResumePoint | None = None
-    inputs: Inputs | None = None
     with contextlib.ExitStack() as held:
-        locked = rank == 0 and folder.is_dir()
-        if locked:
-            held.enter_context(run_folder.only_run_in(folder))
-        if rank == 0:
-            point, inputs = _check_on_main(config, world_size)
-        runtime = distributed.start()
-        point = distributed.broadcast_from_main(point)
+        locked, point, inputs = start_up.claim_and_open(config, runtime, held)
         for note in flag_notes(config, launched):
             log.info(note)
         torch.manual_seed(config.seed)  # the same weights on every rank
         precision = resolve_precision(config, runtime.device)
         log.info("precision: %s (%s)", precision, "auto" if config.precision == "auto" else "as given")
+        inputs = start_up.open_in_turn(config, runtime, point, inputs)
+        found = cluster_checks.check_nodes(config, inputs.source, runtime)
         with distributed.shared_input_errors(runtime):
-            inputs = inputs or open_inputs(config if point is None else run_folder.continued(config, point))
             if inputs.memory is not None:
                 log.info("%s", inputs.memory)
             module = inputs.stage.build(runtime, precision)
             if point:
                 checkpoints.load_weights(module, point)
-            else:
+            elif not config.check:
                 inputs.stage.prepare(module, inputs.source, runtime)
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             optimizer = inputs.stage.build_optimizer(trained, runtime.device)
+            needed = cluster_checks.checkpoint_bytes(optimizer, inputs.stage.centers)
+            if runtime.is_main:
+                found.append(cluster_checks.check_space(config, needed))
+        if config.check:
+            for line in found:
+                log.info("checked: %s", line)
+            log.info("all is ready; without --check this run %s", f"goes on from {point.tag}" if point else "starts")
+            return None
         config = inputs.stage.config  # the inputs have settled the rest of it
         with distributed.shared_input_errors(runtime):  # from here on the folder changes
             if runtime.is_main:
@@ -116,7 +105,6 @@ def train(config: Config) -> str | None:
         torch.manual_seed(config.seed + 1000 * (runtime.rank + 1))  # other dropout on every rank
         stopped_by = _Run(runtime, engine, inputs, folder, precision, point).train()
         engine.close()
-        distributed.finish()
         return stopped_by
 
 
@@ -145,8 +133,10 @@ class _Run:
             config.keep_checkpoints,
             config.keep_best,
             runtime.device.type == "cuda" if in_background is None else in_background,
+            config.input_timeout,
         )
         self.checkpoints.resume_from(point.tag if point else None)
+        self.same_folder = SameFolder(folder, config.wait_for_folder)
         not_finite = folder / f"not_finite_rank{runtime.rank}.jsonl"
         self.guard = StepGuard(engine.module, runtime, config.max_skipped_steps, not_finite)
         # of this epoch: sum of the losses, their number, and how many of these steps have changed the weights
@@ -232,6 +222,7 @@ class _Run:
             contextlib.closing(self.samples or contextlib.ExitStack()),
         ):
             step, stopped = self._make_steps(batches, reporter, profile, signal)
+            distributed.mark("the last checkpoint")
             self.checkpoints.finish()
         stopped_by = distributed.broadcast_from_main(signal.name or "a signal") if stopped else None
         self._summarize(step, loader, profile, stopped_by)
@@ -264,10 +255,12 @@ class _Run:
         """Makes the steps; returns the last one made and whether a signal has stopped the run before its end."""
         config, step = self.config, self.first_step
         for step in range(self.first_step + 1, self.last_step + 1):  # counted from 1: the step that is being made
+            distributed.mark("waiting for data", is_step=True)
             profile.before(step)
             rate = self.schedule.before_step(step - 1)
             batch = next(batches)
             self.clock.mark("data")
+            distributed.mark(f"step {step}", is_step=True)
             outcome = self._step(batch, bool(signal.name))
             votes = outcome.votes
             profile.after(step)
@@ -282,6 +275,7 @@ class _Run:
                 self.checkpoints.finish()
                 raise
             self._log(step, outcome, rate, reporter)
+            distributed.mark("checkpoints, validation and exported files")
             if self.checkpoints.pending and not votes.writing:
                 self.checkpoints.finish()
             epoch_ends, run_ends = step % self.per_epoch == 0, step == self.last_step
@@ -382,6 +376,7 @@ class _Run:
             self.clock.collect()
 
     def _save(self, step: int, epoch_ends: bool, rate: float, reporter: Reporter) -> None:
+        self.same_folder.require(self.checkpoints.written)
         self.engine.average_batchnorm_statistics()
         total, count, _ = distributed.average_over_ranks(self.epoch_loss).tolist()
         metric = total / count if epoch_ends and count else None
@@ -412,6 +407,7 @@ class _Run:
         self.checkpoints.save(self.engine, state, self.stage.centers)
 
     def _export(self, step: int) -> None:
+        self.same_folder.require(self.checkpoints.written)
         progress = Progress((step - 1) // self.per_epoch, step - 1)
         try:
             files = self.stage.export(self.engine, self.folder, self.runtime.is_main, progress)

@@ -2,6 +2,7 @@
 them first.
 """
 
+import gc
 import json
 import os
 import signal
@@ -54,14 +55,26 @@ def run(command, timeout=240, **environment):
     return process.returncode, output
 
 
-# Files of half a minute and more of one core, longest first.
-_LONGEST = ("test_train.py", "test_step_guard.py", "test_wheel.py", "test_chaos.py")
+# Files of 20 seconds and more of one core, longest first.
+_LONGEST = (
+    "test_instructions.py",
+    "test_train.py",
+    "test_step_guard.py",
+    "test_suite.py",
+    "test_wheel.py",
+    "test_margin_softmax.py",
+    "test_chaos.py",
+    "test_compiled.py",
+)
 
 
-def pytest_collection_modifyitems(items):
-    """Puts the longest files first, and then the others that launch processes: a long one that comes last leaves the
-    other worker idle.
+def pytest_collection_modifyitems(config, items):
+    """Leaves the tests of several nodes to ``-m cluster``, and puts the longest files first, then the others that
+    launch processes: a long one that comes last leaves the other worker idle.
     """
+    if "cluster" not in config.getoption("markexpr"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cluster")])
+        items[:] = [item for item in items if not item.get_closest_marker("cluster")]
     launching = {item.path for item in items if {"run_command", "start_ranks"} & set(getattr(item, "fixturenames", ()))}
 
     def place(item):
@@ -69,6 +82,13 @@ def pytest_collection_modifyitems(items):
         return longest, item.path not in launching
 
     items.sort(key=place)
+
+
+def pytest_collection_finish():
+    """Spares each collection of garbage from here on, which loaders and engines ask for, the look through all that is
+    imported: a quarter of a second.
+    """
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +127,8 @@ def start_ranks(tmp_path_factory):
     start (tests/rank_server.py).
 
     ``command`` is a script or ``-m module``, and its arguments; ``world_size`` 0 is plain python, without a launcher.
-    The output is appended to ``log``; ``file_bytes`` limits the size of any file that is written.
+    The output is appended to ``log``; ``file_bytes`` limits the size of any file that is written; ``launcher="srun"``
+    gives the ranks Slurm's variables, ``variables`` others on top; ``node`` starts them on another "machine".
     """
     logs = tmp_path_factory.mktemp("ranks")
     server = None
@@ -116,6 +137,7 @@ def start_ranks(tmp_path_factory):
         nonlocal server
         if server is None:
             environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
             server = subprocess.Popen(
                 [sys.executable, ROOT / "tests" / "rank_server.py"],
                 cwd=ROOT,
@@ -129,10 +151,11 @@ def start_ranks(tmp_path_factory):
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
-    def start(world_size, *command, log=None, file_bytes=None):
+    def start(world_size, *command, log=None, file_bytes=None, launcher=None, variables=None, node=None):
         log = log or logs / f"{len(list(logs.iterdir()))}.log"
         log.touch()
-        request = {"ranks": world_size, "command": list(map(str, command)), "log": str(log), "file_bytes": file_bytes}
+        request = {"ranks": world_size, "command": list(map(str, command)), "log": str(log)}
+        request |= {"file_bytes": file_bytes, "launcher": launcher, "variables": variables, "node": node}
         return Launch(ask, ask(request), log)
 
     yield start

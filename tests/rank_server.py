@@ -4,19 +4,24 @@ Four fifths of a small launch are the imports of its launcher and its ranks. Tes
 launched, start them here; the launchers themselves are tested with real launches. One JSON object a line comes in, one
 line of JSON goes out:
 
-    {"ranks", "command", "log", "file_bytes"}   ->   the launch's process id, which is its process group's too
-    {"wait", "seconds"}                         ->   the exit status of that launch, or null if it is still running
+    {"ranks", "command", "log", ...}                      -> the launch's process id, which is its process group's too
+    {"wait", "seconds"}                                   -> the exit status of that launch, or null if it still runs
 
-``ranks`` 0 is plain python, without a launcher's variables. ``command`` is ``["-m", module, ...]`` or ``[path, ...]``;
-``file_bytes`` limits the size of any file it writes. As under a launcher, a rank that fails ends the others.
+``ranks`` 0 is plain python, without a launcher's variables; ``launcher`` "srun" sets Slurm's, null torchrun's.
+``command`` is ``["-m", module, ...]`` or ``[path, ...]``; ``file_bytes`` limits the size of any file it writes;
+``variables`` are set, and ``node`` is a network namespace to enter, with the host's name there and ``mounts``, pairs of
+folders. As under a launcher, a rank that fails ends the others.
 """
 
+import ctypes
 import functools
+import gc
 import json
 import os
 import resource
 import runpy
 import signal
+import socket
 import sys
 import time
 
@@ -30,6 +35,8 @@ from scf_fast.engine.deepspeed_internals import DeepSpeedInternals
 
 IMPORTED = deepspeed, nvidia.dali.fn, torch.utils.tensorboard, torch._dynamo, trainer
 DeepSpeedInternals.leave_out_muon_compilation()
+_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWNET = 0x00020000, 0x04000000, 0x40000000  # of <linux/sched.h>
+_MS_BIND, _MS_REC, _MS_SLAVE = 0x1000, 0x4000, 0x80000  # of <linux/mount.h>
 GRACE = 10.0  # seconds between asking the other ranks to stop and killing them
 
 
@@ -68,13 +75,41 @@ def fork(action) -> int:
 def become_rank(rank: int, request: dict, port: str) -> None:
     size = str(request["ranks"])
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if request["launcher"] == "srun":
+        place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "MASTER_PORT": port}
+        place |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": size, "SLURM_STEP_NUM_NODES": "1"}
+        place |= {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_STEP_TASKS_PER_NODE": size}
+    for name, value in (place | (request["variables"] or {})).items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     become(request["command"])
+
+
+def enter(node: dict) -> None:
+    """Moves this process into a network namespace, with a host's name and mounts of its own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def check(status: int) -> None:
+        if status:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    with open(f"/run/netns/{node['namespace']}") as namespace:
+        check(libc.setns(namespace.fileno(), _CLONE_NEWNET))
+    check(libc.unshare(_CLONE_NEWNS | _CLONE_NEWUTS))
+    check(libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None))  # what is mounted here stays here
+    socket.sethostname(node["host"])
+    for source, target in node["mounts"]:
+        check(libc.mount(source.encode(), target.encode(), None, _MS_BIND, None))
 
 
 def become_launch(request: dict) -> None:
     """Becomes a process group of its own that ends with the status of the first rank that failed, or 0."""
     os.setsid()
+    if request["node"]:
+        enter(request["node"])
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number, target in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
         os.dup2(target, number)
@@ -140,4 +175,6 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # else every launch looks several times through all that is imported, and copies those pages
     serve()

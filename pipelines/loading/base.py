@@ -4,7 +4,6 @@ import abc
 import contextlib
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from scf_fast.pipelines.loading.broken import LEFT_OUT, BrokenImages
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads
 
 # Images of a rank that the disk is asked for together, 160 MB: 64 blocks of 256, which a block shuffle mixes.
 _READ_AHEAD = 1 << 14
@@ -102,14 +102,15 @@ class Loader(BatchLoader[Batch]):
         broken: BrokenImages,
         num_workers: int,
         prefetch: int,
+        timeout: float = DEFAULT_TIMEOUT,
     ):
         self._source, self._sampler, self._preprocessing = source, sampler, preprocessing
         self._device, self._dtype = device, dtype
-        self._num_workers, self._prefetch = num_workers, prefetch
+        self._num_workers, self._prefetch, self._timeout = num_workers, prefetch, timeout
         self.batches_per_epoch = sampler.batches_per_epoch
         self.broken = broken
         self._running: Generator[Batch, None, None] | None = None
-        self._read_ahead = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._read_ahead = DaemonThreads(1, "read-ahead")
 
     def batches(self, epoch: int, start_batch: int = 0) -> Generator[Batch, None, None]:
         """Iterates over the batches of one epoch.

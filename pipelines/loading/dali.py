@@ -20,10 +20,11 @@ import gc
 import io
 import itertools
 import logging
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import Future
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,11 +35,13 @@ from PIL import Image
 
 from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
+from scf_fast.pipelines.loading import generated_files
 from scf_fast.pipelines.loading.base import Decoded, Loader, Preprocessing, Request
 from scf_fast.pipelines.loading.broken import BrokenImages, OnBroken
 from scf_fast.pipelines.loading.decode import BLACK_FACE, is_packed, load_encoded, load_face, pack_face, read_headers
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, TimedOut, Wait, promptly, result_of
 
 if tuple(map(int, dali_version.split(".")[:2])) < (2, 2):
     raise ImportError(
@@ -49,6 +52,8 @@ _LOG = logging.getLogger(__name__)
 _BLANK = pack_face(BLACK_FACE), True  # as load_encoded returns a face
 _ALL_VALUES = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1)
 _DTYPES = {torch.float32: types.DALIDataType.FLOAT, torch.float16: types.DALIDataType.FLOAT16}
+_READ_TOGETHER = 256  # images
+_Result = TypeVar("_Result")
 _Fed = tuple[list[np.ndarray], np.ndarray, np.ndarray]  # encoded images, flips, and whether to resize, of a batch
 
 
@@ -95,6 +100,13 @@ class _Read(NamedTuple):
         return self.encoded[start:stop], np.zeros(stop - start, dtype=np.int32), self.resized[start:stop]
 
 
+class _Reading(NamedTuple):
+    """A request that a thread reads the files of."""
+
+    request: Request
+    future: Future[_Read]
+
+
 class DaliLoader(Loader):
     """The loader on DALI. Its pipeline is built with the first batch and lives until ``close()``."""
 
@@ -110,9 +122,13 @@ class DaliLoader(Loader):
         broken: BrokenImages,
         num_workers: int,
         prefetch: int,
+        timeout: float = DEFAULT_TIMEOUT,
     ):
-        super().__init__(source, sampler, preprocessing, device, dtype, broken, max(1, num_workers), prefetch)
-        self._readers = ThreadPoolExecutor(self._num_workers, thread_name_prefix="face-reader")
+        super().__init__(source, sampler, preprocessing, device, dtype, broken, max(1, num_workers), prefetch, timeout)
+        self._readers = DaemonThreads(self._num_workers, "face-reader")
+        self._runner = DaemonThreads(1, "dali-pipeline")  # in which DALI is called, since its waits have no end
+        self._awaited: Request | None = None  # that the pipeline waits for, while it does
+        self._moves = 0  # counts what readers have read and the pipeline was fed, so that progress shows
         self._pipeline: Pipeline | None = None
         self._feed: Callable[[], _Fed] = _exhausted
         self._normalizes = device.type == "cpu" and dtype in _DTYPES and not preprocessing.augmentation.does_something
@@ -122,7 +138,8 @@ class DaliLoader(Loader):
     def close(self) -> None:
         super().close()
         self._drop_pipeline()
-        self._readers.shutdown()
+        self._readers.shutdown(cancel_futures=True)
+        self._runner.shutdown()
 
     def _drop_pipeline(self) -> None:
         """Gives up the pipeline and its memory.
@@ -135,21 +152,25 @@ class DaliLoader(Loader):
 
     def _decode(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
         self._rewind()
-        reading: deque[Future[_Read]] = deque()
+        reading: deque[_Reading] = deque()
         decoding: deque[_Read] = deque()
         failure: Exception | None = None  # of a reader
-        reads = (self._readers.submit(self._read, request) for request in requests)
+        reads = map(self._start_reading, requests)
 
         def feed() -> _Fed:
             nonlocal failure
             reading.extend(itertools.islice(reads, max(0, self._prefetch + 1 - len(reading))))
             if not reading or failure is not None:
                 raise StopIteration
+            self._awaited = reading[0].request
             try:
-                read = reading[0].result()
+                read = reading[0].future.result()
             except Exception as error:  # its turn comes when the batches before it have been delivered
                 failure = error
                 raise StopIteration from None
+            finally:
+                self._awaited = None
+                self._moves += 1
             reading.popleft()  # not before: if earlier batches are decoded once more, a failed one must follow again
             decoding.append(read)
             return read.fed()
@@ -164,7 +185,7 @@ class DaliLoader(Loader):
                 # order.
                 stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
                 try:
-                    (faces,) = self._pipeline.run(stream)
+                    (faces,) = self._wait_for(functools.partial(self._pipeline.run, stream))
                 except StopIteration:
                     break
                 except RuntimeError as error:
@@ -176,7 +197,7 @@ class DaliLoader(Loader):
                     # Outside of the handler, since the error holds the pipeline, and this its memory on the device.
                     self._drop_pipeline()
                     self._search(decoding, refusal)
-                    reading.extendleft(self._readers.submit(self._read, read.request) for read in reversed(decoding))
+                    reading.extendleft(self._start_reading(read.request) for read in reversed(decoding))
                     decoding.clear()
                     failure = None
                     continue
@@ -185,7 +206,36 @@ class DaliLoader(Loader):
                 raise failure
         finally:
             for waiting in reading:
-                waiting.cancel()
+                waiting.future.cancel()
+
+    def _start_reading(self, request: Request) -> "_Reading":
+        return _Reading(request, self._readers.submit(self._read, request))
+
+    def _wait_for(self, run: Callable[[], _Result]) -> _Result:
+        """Returns the result of a call of DALI, which itself would wait for ever.
+
+        Raises:
+            TimedOut: there was no progress; the pipeline is given up as it is, since to delete it would wait too.
+        """
+        wait = Wait("the DALI loader", self._describe, self._timeout, lambda: self._moves)
+        try:
+            return result_of(self._runner.submit(run), wait)
+        except TimedOut:
+            self._pipeline = None  # the thread that it holds up holds it
+            raise
+        except RuntimeError:
+            # Once the thread has come to something else, it holds neither the pipeline nor the error.
+            result_of(self._runner.submit(_do_nothing), wait)
+            raise
+
+    def _describe(self) -> str:
+        """Says what a call of DALI waits for."""
+        request = self._awaited
+        if request is None:
+            return f"DALI's pipeline, which decodes on {self._device}"
+        first = int(request.indices[0])
+        name = promptly(lambda: self._source.name(first), f"image {first}")
+        return f"a thread that reads {len(request.indices)} images for DALI's pipeline, the first of them {name}"
 
     def _build(
         self, batch_size: int | None = None, feed: Callable[[], _Fed] | None = None, prefetch: int | None = None
@@ -196,24 +246,49 @@ class DaliLoader(Loader):
         if gpu and device_id is None:
             device_id = torch.cuda.current_device()
         normalized = self._preprocessing.normalize(_ALL_VALUES).flatten().tolist() if self._normalizes else None
-        return _face_pipeline(
-            feed or (lambda: self._feed()),
-            "mixed" if gpu else "cpu",
-            normalized,
-            _DTYPES.get(self._dtype),
-            batch_size=batch_size or self._sampler.global_batch_size // self._sampler.world_size,
-            num_threads=self._num_workers,
-            device_id=device_id if gpu else None,
-            prefetch_queue_depth=prefetch or self._prefetch,
-            exec_dynamic=True,
-        )
+        _tidy_up()
+        with generated_files.deleted_after():
+            return _face_pipeline(
+                feed or (lambda: self._feed()),
+                "mixed" if gpu else "cpu",
+                normalized,
+                _DTYPES.get(self._dtype),
+                batch_size=batch_size or self._sampler.global_batch_size // self._sampler.world_size,
+                num_threads=self._num_workers,
+                device_id=device_id if gpu else None,
+                prefetch_queue_depth=prefetch or self._prefetch,
+                exec_dynamic=True,
+            )
 
     def _read(self, request: Request) -> _Read:
-        shown = request.indices.copy()
-        data, starts, lengths = self._source.read(shown)
-        sizes = read_headers(data, starts, lengths)
+        shown, encoded, sizes, lengths = request.indices.copy(), [], [], []
+        for start in range(0, len(shown), _READ_TOGETHER):  # in parts, so that a slow disk shows its progress
+            read = self._source.read(shown[start : start + _READ_TOGETHER])
+            sizes.append(read_headers(*read))
+            ends = read.starts + read.lengths
+            encoded += [read.data[begin:end] for begin, end in zip(read.starts.tolist(), ends.tolist())]
+            lengths.append(read.lengths)
+            self._moves += 1
+        return self._checked(request, shown, encoded, np.concatenate(sizes), np.concatenate(lengths))
+
+    def _checked(
+        self,
+        request: Request,
+        shown: np.ndarray,
+        encoded: list[np.ndarray],
+        sizes: np.ndarray,
+        lengths: np.ndarray,
+    ) -> _Read:
+        """Puts what DALI can decode in the place of files that it cannot, and the next good image in that of a broken
+        one.
+
+        Args:
+            shown: (B,) positions; changed.
+            encoded: B files; changed.
+            sizes: (B, 2) of the images, 0 where there is a doubt.
+            lengths: (B,) of the files, 0 where one was not read.
+        """
         resized = (sizes != FACE_SIZE).any(axis=1)
-        encoded = [data[start:end] for start, end in zip(starts.tolist(), (starts + lengths).tolist())]
         doubtful = (sizes[:, 0] == 0) | self.broken.known(shown)
         if self._converted:
             doubtful |= np.isin(shown, list(self._converted))
@@ -222,6 +297,7 @@ class DaliLoader(Loader):
             load = functools.partial(self._load, i, encoded[row] if lengths[row] else None)
             shown[row], (encoded[row], is_face_sized) = self.broken.load(i, load, _BLANK)
             resized[row] = not is_face_sized
+            self._moves += 1
         return _Read(request, shown, encoded, resized)
 
     def _load(self, i: int, read: np.ndarray | None, j: int) -> tuple[np.ndarray, bool]:
@@ -241,7 +317,11 @@ class DaliLoader(Loader):
         """
         shown = list(dict.fromkeys(itertools.chain.from_iterable(read.shown.tolist() for read in decoding)))
         shown = [i for i in shown if i >= 0]  # not those left out
-        errors = list(self._readers.map(self._decoding_error, shown))
+        looks = [self._readers.submit(self._decoding_error, i) for i in shown]
+        errors = [
+            result_of(look, Wait("the DALI loader", f"Pillow, which decodes {self._source.name(i)}", self._timeout))
+            for i, look in zip(shown, looks)
+        ]
         found = {i: str(error) for i, error in zip(shown, errors) if error is not None}
         if found:
             if self.broken.on_broken is OnBroken.RAISE:
@@ -271,7 +351,7 @@ class DaliLoader(Loader):
     def _is_refused(self, fed: _Fed) -> bool:
         """Tells whether DALI cannot decode a batch, in a pipeline of its own: one that has failed is of no more use."""
         try:
-            self._build(len(fed[0]), lambda: fed, prefetch=1).run()
+            self._wait_for(self._build(len(fed[0]), lambda: fed, prefetch=1).run)
         except RuntimeError:
             return True
         return False
@@ -291,13 +371,25 @@ class DaliLoader(Loader):
         self._feed = _exhausted
         try:
             while True:
-                self._pipeline.run()
+                self._wait_for(self._pipeline.run)
         except StopIteration:
             self._pipeline.reset()
             return
         except RuntimeError:  # a broken image in a batch that is no longer wanted
             pass
         self._drop_pipeline()
+
+
+@functools.cache
+def _tidy_up() -> None:
+    """Deletes what earlier processes have left in the temporary folder, once a process."""
+    count = generated_files.delete_left_over("_face_pipeline")
+    if count:
+        _LOG.info("deleted %d files that killed runs have left in %s", count, tempfile.gettempdir())
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _exhausted() -> _Fed:

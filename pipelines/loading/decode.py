@@ -29,11 +29,14 @@ _FRAME, _TABLE = 1, 2
 _MARKERS = np.zeros(256, dtype=np.uint8)
 _MARKERS[[0xC0, 0xC1]] = _FRAME
 _MARKERS[[0xC4, 0xDB, 0xDD, *range(0xE0, 0xFF)]] = _TABLE
-_CHANNELS = np.isin(np.arange(256), (1, 3, 4))  # gray, YCbCr or RGB, CMYK
+_CHANNELS = np.isin(np.arange(256), (1, 3))  # gray; YCbCr or RGB
+_INK = 4  # channels of CMYK
+_ADOBE, _ADOBE_MARKER = 0xEE, b"Adobe"  # what says that 0 is full ink, which Pillow takes for granted and others do not
 _PPM_HEADER = b"P6 %d %d 255\n" % (FACE_SIZE, FACE_SIZE)  # of the file that pack_face makes
 _JPEG_END, _PNG_START, _PNG_END = b"\xff\xd9", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _RECOGNIZED = 1 << 12  # bytes of a file that is no image, by which it is told what it is
 BLACK_FACE = np.zeros((FACE_SIZE, FACE_SIZE, 3), dtype=np.uint8)
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _Result = TypeVar("_Result")
 
 
@@ -73,11 +76,32 @@ def decode_rgb(encoded: np.ndarray) -> Image.Image:
         InputError: as decode_face.
     """
     try:
-        read_header(encoded)
-        with _open(encoded) as opened:
-            return upright_rgb(opened)
+        try:
+            return _checked_rgb(encoded)
+        except ValueError as error:
+            if isinstance(error, InputError) or encoded[:8].tobytes() != _PNG_START:
+                raise
+            return _checked_rgb(_without_texts(encoded))  # Pillow refuses a PNG for long ones, other decoders do not
     except Exception as error:
         raise _undecodable(error, encoded) from error
+
+
+def _checked_rgb(encoded: np.ndarray) -> Image.Image:
+    read_header(encoded)
+    with _open(encoded) as opened:
+        return upright_rgb(opened)
+
+
+def _without_texts(png: np.ndarray) -> np.ndarray:
+    """Returns a PNG file without texts and color profile, which decide nothing about the pixels here."""
+    kept, at = [png[:8]], 8
+    while at + 12 <= len(png):
+        size, name = struct.unpack_from(">I4s", png.data, at)
+        end = at + 12 + size
+        if name not in _PNG_TEXTS:
+            kept.append(png[at:end])
+        at = end
+    return np.concatenate(kept)
 
 
 def _undecodable(error: Exception, encoded: np.ndarray) -> InputError:
@@ -91,7 +115,9 @@ def _undecodable(error: Exception, encoded: np.ndarray) -> InputError:
         kind = recognize_bytes(encoded[:_RECOGNIZED].tobytes(), size=len(encoded))
         if kind in (TEXT, BINARY):
             return InputError("unknown format")
-        return InputError("its header is damaged" if kind in IMAGES else f"it is {kind.name}, which is not read here")
+        if kind in IMAGES:  # a TIFF of 64-bit numbers, for instance
+            return InputError(f"it is {kind.name} that is damaged, or of a kind that is not read here")
+        return InputError(f"it is {kind.name}, which is not read here")
     return InputError(str(error) or type(error).__name__)
 
 
@@ -226,7 +252,7 @@ def _big_endian(digits: np.ndarray) -> np.ndarray:
 
 
 def _jpeg_header(data: memoryview) -> Header:
-    at = 2
+    at, is_adobe = 2, False
     while True:
         if data[at] != 0xFF:
             raise InputError("its header is damaged")
@@ -236,13 +262,15 @@ def _jpeg_header(data: memoryview) -> Header:
             if marker not in (0xC0, 0xC1) and bytes(data).count(b"\xff\xda") > _MAX_SCANS:
                 raise InputError(f"it must have at most {_MAX_SCANS} scans")
             is_huffman_coded = marker <= 0xC2  # sequential or progressive
-            is_common = is_huffman_coded and precision == 8 and bool(_CHANNELS[channels])
+            is_common = is_huffman_coded and precision == 8
+            is_common = is_common and (bool(_CHANNELS[channels]) or (channels == _INK and is_adobe))
             return Header("JPEG", height, width, is_common and bytes(data[-_TAIL:]).rfind(_JPEG_END) >= 0)
         if marker == 0xFF:  # filling
             at += 1
         elif marker in (0xD9, 0xDA):
             raise InputError("its header has no size")
         else:
+            is_adobe = is_adobe or (marker == _ADOBE and data[at + 4 : at + 9] == _ADOBE_MARKER)
             at += 2 + struct.unpack_from(">H", data, at + 2)[0]
 
 

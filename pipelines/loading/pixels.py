@@ -13,7 +13,7 @@ about it. For floating-point numbers 0..1 is tried first, and may be passed by h
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from scf_fast.pipelines.errors import InputError
 
@@ -25,7 +25,17 @@ _DEEP = ("I", "F")  # the modes, up to a ";", whose values have more than 8 bits
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 # Of the high bytes of colors of 16 bits, which are all that Pillow gives: at most 12 bits were used.
 _DARKEST_WHITE = 15
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _COLOR_MAP, _SAMPLE_FORMAT = 258, 262, 320, 339  # TIFF tags
+_ORIENTATION = 0x0112  # EXIF tag
+_TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class _Stored(NamedTuple):
@@ -35,18 +45,24 @@ class _Stored(NamedTuple):
     is_inverted: bool = False  # 0 is white
     is_unsigned: bool = False  # 32 bits that Pillow reads as signed
     has_deep_colors: bool = False  # 16 bits a channel, of which Pillow gives the high byte
+    # RGBRGB..., where the file has 8 bits of a color that should have 16, and Pillow gives the high byte: black
+    palette: bytes | None = None
 
     @classmethod
     def of(cls, image: Image.Image) -> "_Stored":
         """Reads it from an image that is open and not decoded yet."""
         mode = image.mode.partition(";")[0]
+        tags = getattr(image, "tag_v2", None) or {}
         if mode not in _DEEP:
             tiles: Any = getattr(image, "tile", ())  # of an image that is in memory already there are none
-            return cls(has_deep_colors=bool(tiles) and ";16" in str(tiles[0][3]))  # their raw mode is in there
+            colors = np.array(tags.get(_COLOR_MAP, ()) if mode in ("P", "PA") else ())
+            return cls(
+                has_deep_colors=bool(tiles) and ";16" in str(tiles[0][3]),  # their raw mode is in there
+                palette=colors.reshape(3, -1).T.astype(np.uint8).tobytes() if 0 < colors.max(initial=0) < 256 else None,
+            )
         if image.format == "PPM" and mode == "I":  # Pillow has scaled it from its maxval
             return cls(range=65535)
-        tags = getattr(image, "tag_v2", None)
-        if image.format != "TIFF" or tags is None:
+        if image.format != "TIFF":
             return cls()
         bits = tags.get(_BITS_PER_SAMPLE, (1,))[0]
         return cls(
@@ -64,19 +80,36 @@ def upright_rgb(opened: Image.Image) -> Image.Image:
             raises for a damaged file.
     """
     stored = _Stored.of(opened)
-    image = ImageOps.exif_transpose(opened) if "exif" in opened.info else opened
+    turn = _TO_UPRIGHT.get(_orientation(opened))
+    image = opened if turn is None else opened.transpose(turn)
     if image.mode.partition(";")[0] in _DEEP:
         return Image.fromarray(_scaled(np.asarray(image), stored)).convert("RGB")
     image.load()
+    if stored.palette is not None:
+        image.putpalette(stored.palette)
     image.info.pop("transparency", None)  # alpha is dropped, and Pillow would warn of it
-    image = image.convert(_PREMULTIPLIED.get(image.mode, image.mode))
-    image = image if image.mode == "RGB" else image.convert("LA" if image.mode == "LA" else "RGB").convert("RGB")
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
+    image = image if image.mode == "RGB" else image.convert("RGB")
     if stored.has_deep_colors and np.asarray(image).max() <= _DARKEST_WHITE:
         raise InputError(
             "its colors have 16 bits and use 12 of them at most, so that little is left in 8 bits; scale them to the "
             "full range"
         )
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns the orientation in an image's EXIF data; 1, upright, where there is none, or none that can be read: that
+    is no reason to refuse the pixels.
+    """
+    if "exif" not in image.info:
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow's parser raises nearly anything
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _scaled(values: np.ndarray, stored: _Stored) -> np.ndarray:

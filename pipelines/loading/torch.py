@@ -1,25 +1,25 @@
-"""The loader for machines without DALI: Pillow in PyTorch worker processes, a whole batch per task."""
+"""The loader for machines without DALI: Pillow in worker processes, a whole batch per task."""
 
-import functools
-import gc
-from collections.abc import Generator, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from scf_fast.pipelines.errors import InputError
 from scf_fast.pipelines.face_template import FACE_SIZE
 from scf_fast.pipelines.loading.base import Decoded, Loader, Preprocessing, Request
 from scf_fast.pipelines.loading.broken import BrokenImages, OnBroken
 from scf_fast.pipelines.loading.decode import BLACK_FACE, load_face
+from scf_fast.pipelines.loading.workers import DecodingProcesses
 from scf_fast.pipelines.sampling.sampler import Sampler
 from scf_fast.pipelines.sources.base import ImageSource
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, Wait, promptly, result_of
 
 
 class TorchLoader(Loader):
-    """The loader on PyTorch workers, which start with the first batch and live until ``close()``."""
+    """The loader on processes, which start with the first batch and live until ``close()``; without any, it decodes in
+    a thread, one batch after the other.
+    """
 
     backend = "torch"
 
@@ -33,75 +33,86 @@ class TorchLoader(Loader):
         broken: BrokenImages,
         num_workers: int,
         prefetch: int,
+        timeout: float = DEFAULT_TIMEOUT,
     ):
-        super().__init__(source, sampler, preprocessing, device, dtype, broken, num_workers, prefetch)
-        self._epoch_requests = _Requests()
-        self._started = False
-        self._workers: DataLoader | None = DataLoader(
-            _FaceBatches(source, broken.on_broken),
-            batch_size=None,
-            sampler=self._epoch_requests,
-            num_workers=num_workers,
-            pin_memory=device.type == "cuda",
-            prefetch_factor=-(-prefetch // num_workers) if num_workers else None,
-            persistent_workers=num_workers > 0,
-            generator=torch.Generator(),  # else each epoch would draw from the generator of dropout
-        )
+        super().__init__(source, sampler, preprocessing, device, dtype, broken, num_workers, prefetch, timeout)
+        self._decode_batch = _BatchDecoder(source, broken.on_broken)
+        self._processes: DecodingProcesses | None = None
+        self._thread = DaemonThreads(1, "face-decoder")
 
     def close(self) -> None:
         super().close()
-        self._workers = None  # the last reference to the worker processes, which end with it
+        self._end_processes()
+        self._thread.shutdown()
+
+    def _end_processes(self) -> None:
+        if self._processes is not None:
+            self._processes.close()
+            self._processes = None
 
     def _decode(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
-        assert self._workers is not None, "the loader is closed"
-        self._epoch_requests.requests = requests
-        if self._num_workers and not self._started:
-            # A forked worker that collected a DALI pipeline left over here would wait for its threads forever.
-            gc.collect()
-            self._started = True
-        for answer in self._workers:
-            if isinstance(answer, InputError):
-                raise answer
+        return self._decode_in_processes(requests) if self._num_workers else self._decode_here(requests)
+
+    def _decode_in_processes(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
+        if self._processes is None or self._processes.closed:
+            self._processes = DecodingProcesses(
+                self._decode_batch,
+                self._source.name,
+                self._num_workers,
+                self._sampler.global_batch_size // self._sampler.world_size,
+                max(self._prefetch, self._num_workers),
+                self._timeout,
+            )
+        processes = self._processes
+        processes.cancel()  # of an iteration left half way
+        for request in islice(requests, processes.ahead):
+            processes.submit(request)
+        while processes.under_way:
+            answer = processes.receive()
+            for request in islice(requests, 1):
+                processes.submit(request)
             self.broken.add(answer.found)
-            yield Decoded(answer.faces, answer.shown.numpy())
+            faces = torch.from_numpy(answer.faces)
+            yield Decoded(faces.pin_memory() if self._device.type == "cuda" else faces, answer.shown)
+
+    def _decode_here(self, requests: Iterator[Request]) -> Generator[Decoded, None, None]:
+        begun, image = 0, -1
+
+        def note(i: int) -> None:
+            nonlocal begun, image
+            begun, image = begun + 1, i
+
+        for request in requests:
+            count = len(request.indices)
+            faces = np.empty((count, FACE_SIZE, FACE_SIZE, 3), dtype=np.uint8)
+            shown = np.empty(count, dtype=np.int64)
+            wait = Wait(
+                "the torch loader",
+                lambda: promptly(lambda: self._source.name(image), f"image {image}"),
+                self._timeout,
+                lambda: begun,
+            )
+            self.broken.add(result_of(self._thread.submit(self._decode_batch, request, faces, shown, note), wait))
+            yield Decoded(torch.from_numpy(faces), shown)
 
 
-class _Requests:
-    """The sampler of the ``DataLoader``, which iterates over it once in each epoch."""
-
-    requests: Iterable[Request] = ()
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self.requests)
-
-
-class _Answer(NamedTuple):
-    """A worker's answer to a request, in types that ``DataLoader`` sends between processes."""
-
-    faces: torch.Tensor  # (B, 112, 112, 3) uint8
-    shown: torch.Tensor  # (B,) int64
-    found: dict[int, str]  # broken images that this worker has just found: position -> message
-
-
-class _FaceBatches(Dataset[_Answer | InputError]):
-    """Maps a request to its faces, or to the InputError that names a broken image.
-
-    An error raised in a worker would reach the user as its traceback in text; returned, it stays one line.
-    """
+class _BatchDecoder:
+    """Decodes batches by Pillow; each process finds out by itself what is broken, and the loader logs it."""
 
     def __init__(self, source: ImageSource, on_broken: OnBroken):
         self._source = source
-        self._broken = BrokenImages(source, on_broken, log=False)  # each worker finds out by itself; the loader logs
+        self._broken = BrokenImages(source, on_broken, log=False)
 
-    def __getitem__(self, request: Request) -> _Answer | InputError:
+    def __call__(
+        self, request: Request, faces: np.ndarray, shown: np.ndarray, note: Callable[[int], None]
+    ) -> dict[int, str]:
         known = len(self._broken.found)
-        faces = np.empty((len(request.indices), FACE_SIZE, FACE_SIZE, 3), dtype=np.uint8)
-        shown = np.empty(len(request.indices), dtype=np.int64)
-        try:
-            for row, (i, flip) in enumerate(zip(request.indices.tolist(), request.flips.tolist())):
-                shown[row], face = self._broken.load(i, functools.partial(load_face, self._source), BLACK_FACE)
-                faces[row] = face[:, :: -1 if flip else 1]
-        except InputError as error:
-            return error
-        found = dict(list(self._broken.found.items())[known:])
-        return _Answer(torch.from_numpy(faces), torch.from_numpy(shown), found)
+
+        def load(i: int) -> np.ndarray:
+            note(i)
+            return load_face(self._source, i)
+
+        for row, (i, flip) in enumerate(zip(request.indices.tolist(), request.flips.tolist())):
+            shown[row], face = self._broken.load(i, load, BLACK_FACE)
+            faces[row] = face[:, :: -1 if flip else 1]
+        return dict(list(self._broken.found.items())[known:])

@@ -3,6 +3,7 @@
 import abc
 import bisect
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -284,6 +285,8 @@ def read_image_file(path: str | bytes) -> ByteArray:
 
 def reason_of(error: OSError) -> str:
     """Returns the system's words for an error, without the file's name."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{os.strerror(error.errno)} (`ulimit -n` raises the limit)"
     return os.strerror(error.errno) if error.errno is not None else str(error)
 
 

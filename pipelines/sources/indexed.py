@@ -214,8 +214,11 @@ class IndexedImages(ImageSource):
         folder = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
         if cache_dir is not None:
             return [Path(cache_dir) / folder / beside.name]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scf_fast"
-        return [beside, cache / folder / beside.name]
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # a user without a name has no home, as in a container that runs under any number
+            return [beside]
+        return [beside, cache / "scf_fast" / folder / beside.name]
 
     @classmethod
     def _property_of(cls, path: Path) -> Path | None:

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from scf_fast.pipelines.sources.indexed import Arrays, IndexedImages, Scan
 
 LARGEST_OFFSET = 1 << 62  # bytes
 _SMALL_GAP = 4096  # bytes
-_KEPT_OPEN = 256  # files; of more, each is opened when it is read: a process may often hold just 1024
+_KEPT_OPEN = 256  # files; of more, each is opened when it is read
 
 
 class PackedImages(IndexedImages):
@@ -41,7 +42,7 @@ class PackedImages(IndexedImages):
         self._lengths: npt.NDArray[np.uint32] = self._arrays["lengths"]
         self._first: IntArray = self._arrays["first"]
         self._names = self._indexed_files()
-        if len(self._names) <= _KEPT_OPEN:
+        if len(self._names) <= min(_KEPT_OPEN, _free_descriptors() // 2):
             self._descriptors = [_open(name) for name in self._names]
 
     def __del__(self) -> None:
@@ -195,6 +196,12 @@ class PackedImages(IndexedImages):
     @classmethod
     def _fingerprint(cls, path: Path, arrays: Arrays | None) -> str | None:
         return fingerprint_of_files(cls._files(path))
+
+
+def _free_descriptors() -> int:
+    """Returns how many files this process may still open; a process may often hold just 1024, of all data sets."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(0, most - len(os.listdir("/proc/self/fd"))) if most != resource.RLIM_INFINITY else _KEPT_OPEN * 2
 
 
 def as_lengths(lengths: npt.ArrayLike) -> npt.NDArray[np.uint32]:

@@ -51,12 +51,13 @@ class TarIndex(PackedImages):
     """The images of tar shards; made by ``TarIndex.open(path)``, where ``path`` is one ``.tar`` or a folder of them.
 
     An image and the label of the same name up to the suffix belong together: the whole number in ``NAME.cls``, or under
-    "label", "cls" or "class" in ``NAME.json``; NAME may hold dots and folders. Members of one sample, whose names are
-    equal up to the first dot, stand together, as WebDataset requires. Of several images of one name the last counts.
-    What finds no partner, further images, images of zero bytes, hidden members, those of kinds that are not read and
-    sparse ones are skipped and counted; members with other suffixes are ignored. Archives that were joined to one file
-    are read one after the other. Nothing is ever unpacked, so paths and links in a shard lead nowhere. Compressed
-    shards are refused. A ``property`` file beside the shards gives ``num_classes``.
+    "label", "cls" or "class" in ``NAME.json``; NAME may hold dots and folders. The two may stand apart, as tar leaves
+    them without ``--sort=name``, where no other members have their name. Of several images of one name in one sample,
+    whose names are equal up to the first dot, the last counts. What finds no partner, further images, images of zero
+    bytes, hidden members, those of kinds that are not read and sparse ones are skipped and counted; members with other
+    suffixes are ignored. Archives that were joined to one file are read one after the other. Nothing is ever unpacked,
+    so paths and links in a shard lead nowhere. Compressed shards are refused. A ``property`` file beside the shards
+    gives ``num_classes``.
     """
 
     FORMAT, SUFFIX, KIND = "tar shards", ".tar", file_kinds.TAR
@@ -207,10 +208,13 @@ class _Content(NamedTuple):
     start: int
     size: int
     suffix: bytes
+    has_dots: bool  # its name has dots before that of the suffix
 
 
 class _Found:
-    """Pairs images with labels while a shard is scanned."""
+    """Pairs images with labels while a shard is scanned: those of a sample when it ends, what is left over at the end
+    of the shard.
+    """
 
     def __init__(self, data: ByteArray):
         self._data = data
@@ -223,13 +227,16 @@ class _Found:
         self._sample: bytes | None = None
         self._images: dict[bytes, _Content] = {}
         self._label_files: dict[bytes, list[_Content]] = {}
+        # What found no partner in its sample.
+        self._images_apart: dict[bytes, list[_Content]] = {}
+        self._labels_apart: dict[bytes, list[list[_Content]]] = {}
 
     def add(self, name: bytes, start: int, size: int) -> None:
         """Takes the next member."""
         folder, slash, base = name.rpartition(b"/")
         first, _, suffix = base.partition(b".")
-        stem = first
-        if b"." in suffix:
+        stem, has_dots = first, b"." in suffix
+        if has_dots:
             stem, _, suffix = base.rpartition(b".")
         suffix = suffix.lower()
         is_image = _IS_IMAGE.get(suffix)
@@ -242,41 +249,66 @@ class _Found:
         else:
             sample, stem = folder + slash + first, folder + slash + stem
             if sample != self._sample:
-                self.finish()
+                self._finish_sample()
                 self._sample = sample
-            content = _Content(start, size, suffix)
-            if is_image:
-                self.skipped[_FURTHER] += stem in self._images
-                self._images[stem] = content
-            else:
+            content = _Content(start, size, suffix, has_dots)
+            if not is_image:
                 self._label_files.setdefault(stem, []).append(content)
+            else:
+                if stem in self._images:
+                    self.skipped[_FURTHER] += 1
+                self._images[stem] = content
 
     def finish(self) -> None:
-        """Takes note that the members of one sample are complete."""
-        labels = {stem: self._label(stem, files) for stem, files in self._label_files.items()}
-        for stem, image in self._images.items():
-            label = labels.pop(stem, None)
+        """Takes note that the shard has ended."""
+        self._finish_sample()
+        before = len(self.offsets)
+        for stem, images in self._images_apart.items():
+            files = self._labels_apart.get(stem, ())
+            # Of several with one name, as in shards that were joined, nobody can say which belong together.
+            label = self._label(stem, files[0]) if len(images) == len(files) == 1 else None
             if label is None:
-                self.skipped[_UNLABELED if stem == self._sample else _DOTTED] += 1
-            elif not image.size:
-                self.skipped[EMPTY_REASON] += 1
+                for image in images:
+                    self.skipped[_DOTTED if image.has_dots else _UNLABELED] += 1
             else:
-                self.offsets.append(image.start)
-                self.lengths.append(image.size)
-                self.labels.append(label)
-                self.keys.append(stem)
-        self.skipped[_WITHOUT_IMAGE] += sum(
-            label is not None or self._label_files[stem][0].suffix == b"cls" for stem, label in labels.items()
-        )
+                self._take(stem, images[0], label)
+                del self._labels_apart[stem]
+        for samples in self._labels_apart.values():
+            # a.meta.json may be anything
+            self.skipped[_WITHOUT_IMAGE] += sum(files[0].suffix == b"cls" or not files[0].has_dots for files in samples)
+        if len(self.offsets) > before:
+            order = np.argsort(self.offsets, kind="stable").tolist()
+            for values in self.offsets, self.lengths, self.labels, self.keys:
+                values[:] = [values[i] for i in order]  # type: ignore[index]  # of one list each
+
+    def _finish_sample(self) -> None:
+        """Pairs what belongs to the sample at hand."""
+        for stem, image in self._images.items():
+            files = self._label_files.pop(stem, None)
+            label = None if files is None else self._label(stem, files)
+            if label is None:
+                self._images_apart.setdefault(stem, []).append(image)
+            else:
+                self._take(stem, image, label)
+        for stem, files in self._label_files.items():
+            if files[0].has_dots or self._label(stem, files) is not None:
+                self._labels_apart.setdefault(stem, []).append(files)
         self._images, self._label_files = {}, {}
 
+    def _take(self, stem: bytes, image: _Content, label: float) -> None:
+        if not image.size:
+            self.skipped[EMPTY_REASON] += 1
+            return
+        self.offsets.append(image.start)
+        self.lengths.append(image.size)
+        self.labels.append(label)
+        self.keys.append(stem)
+
     def _label(self, stem: bytes, files: list[_Content]) -> float | None:
-        """Returns the label of a name; None where it has none, or where the name has further dots and is of no image:
-        a.meta.json may hold anything.
-        """
+        """Returns the label of a name, the last of several; None where it has none."""
         label = None
-        for start, size, suffix in files:
-            if size <= _LABEL_BYTES and (stem == self._sample or stem in self._images):
+        for start, size, suffix, _ in files:
+            if size <= _LABEL_BYTES:
                 found = _label_in(self._data[start : start + size].tobytes(), suffix, stem)
                 label = label if found is None else found
         return label

@@ -39,6 +39,7 @@ from scf_fast.pipelines.synthetic.pictures import (
     contact_sheet,
     stream_rng,
 )
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT
 
 FORMAT = 2  # of the folder and of the pictures: raise it with any change that alters either
 
@@ -239,7 +240,12 @@ def _differences(found: dict[str, object], wanted: dict[str, int]) -> str:
 
 
 def write_synthetic_set(
-    out: str | os.PathLike[str], parameters: Parameters, *, workers: int | None = None, overwrite: bool = False
+    out: str | os.PathLike[str],
+    parameters: Parameters,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> dict:
     """Writes a set, or completes one that was interrupted, or leaves a complete one as it is.
 
@@ -248,6 +254,7 @@ def write_synthetic_set(
         parameters: which set.
         workers: processes; None takes one for each core that this process may use.
         overwrite: remove a set of other parameters, and write into a folder that holds other files.
+        timeout: seconds in which no process has rendered a part, see :mod:`scf_fast.pipelines.waiting`.
     Returns:
         The manifest.
     Raises:
@@ -257,7 +264,7 @@ def write_synthetic_set(
     if workers is not None and workers < 1:
         raise InputError(f"workers must be at least 1, got {workers}")
     if not _claim(out, parameters, overwrite):
-        parts.render_parts(out, parameters, workers or len(os.sched_getaffinity(0)))
+        parts.render_parts(out, parameters, workers or len(os.sched_getaffinity(0)), timeout)
         _write_files(out, parameters)
     shutil.rmtree(out / parts.FOLDER, ignore_errors=True)
     return json.loads((out / "manifest.json").read_text())

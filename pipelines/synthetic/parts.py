@@ -1,10 +1,7 @@
 """Rendering of a set's pictures in parts, by several processes; an interrupted run keeps the parts that are done."""
 
 import itertools
-import multiprocessing
-import signal
 from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +19,7 @@ from scf_fast.pipelines.synthetic.pictures import (
     evaluation_pictures,
     train_pictures,
 )
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, in_processes
 
 FOLDER = ".parts"  # in the folder of the set, until that is complete
 _IDENTITIES_PER_PART = 10
@@ -80,11 +78,11 @@ def load_pictures(out: Path, parameters: Parameters, split: str) -> Iterator[Pic
             yield from (picture for picture in part.load(out) if picture.split == split)
 
 
-def render_parts(out: Path, parameters: Parameters, workers: int) -> None:
+def render_parts(out: Path, parameters: Parameters, workers: int, timeout: float = DEFAULT_TIMEOUT) -> None:
     """Renders the parts that are missing, and shows the progress.
 
     Raises:
-        InputError: a worker process has died.
+        InputError: a worker process has died, or none of them makes progress.
     """
     parts = list(parts_of(parameters))
     finished = [part for part in parts if part.path(out).exists()]
@@ -96,33 +94,27 @@ def render_parts(out: Path, parameters: Parameters, workers: int) -> None:
     )
     reused = sum(part.count(out) for part in finished)
     with tqdm(total=expected, initial=reused, unit=" images", desc="rendering", smoothing=0.1) as progress:
-        for count in _render(missing, out, parameters, min(workers, len(missing))):
+        for count in _render(missing, out, parameters, min(workers, len(missing)), timeout):
             progress.update(count)
         progress.total = progress.n  # the sizes of templates are random, so the total was an expectation
         progress.refresh()
 
 
-def _render(parts: list[Part], out: Path, parameters: Parameters, workers: int) -> Iterator[int]:
+def _render(parts: list[Part], out: Path, parameters: Parameters, workers: int, timeout: float) -> Iterator[int]:
     """Renders parts, yielding the number of pictures in each as it is done."""
     if workers <= 1:
         for part in parts:
             yield part.render(out, parameters)
         return
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        # An interrupt reaches every process of the terminal: workers ignore it and finish their part.
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    ) as pool:
-        try:
-            for future in as_completed([pool.submit(part.render, out, parameters) for part in parts]):
-                yield future.result()
-        except BrokenExecutor as error:
-            raise InputError(
-                f"a process that renders has died, perhaps out of memory: {error} Try fewer --workers; the same "
-                f"command goes on with what lies in {out}"
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # waits for the parts that are under way, which stay
-            raise
+    tasks = [(part, out, parameters) for part in parts]
+    try:
+        yield from in_processes(
+            _render_part, tasks, workers, who="the synthetic set", doing="render pictures", timeout=timeout
+        )
+    except InputError as error:
+        raise type(error)(f"{error}; the same command goes on with what lies in {out}") from error
+
+
+def _render_part(task: tuple[Part, Path, Parameters]) -> int:
+    part, out, parameters = task
+    return part.render(out, parameters)

@@ -12,6 +12,7 @@ from scf_fast.command import split_paths
 from scf_fast.config.options import PerStage, option, option_of
 from scf_fast.errors import InputError
 from scf_fast.pipelines.loading.augmentation import PRESETS
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, TIMEOUT_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,12 @@ class Config:
         False, "continue from the newest checkpoint in --output_dir, or start if there is none", group="task"
     )
     overwrite: bool = option(False, "delete what an earlier run left in --output_dir", group="task")
+    check: bool = option(
+        False,
+        "only check what training would need, on all ranks: files, folders, memory, versions, clocks, free space; "
+        "leaves nothing behind",
+        group="task",
+    )
     seed: int = option(777, "seed of weights, shuffle and flips", group="task", identity=True)
     batch_size: int = option(
         PerStage(512, 1024), "images per optimizer step over all ranks; of pfe: P x K", identity=True
@@ -137,6 +144,7 @@ class Config:
     index_dir: str | None = option(
         None, "folder for the indices of the data; default: beside the data", group="input", metavar="DIR", reads=True
     )
+    input_timeout: float = option(DEFAULT_TIMEOUT, TIMEOUT_HELP, group="input", metavar="SECONDS")
     on_broken: str = option(
         "replace",
         "an image that cannot be decoded: replaced by the next good one and counted, or the end of the run",
@@ -165,6 +173,12 @@ class Config:
         choices=("none", "cpu"),
         group="system",
     )
+    timeout: float = option(
+        60.0,
+        "seconds without a sign of life of a rank after which the run ends and names it; the ranks may take 10 times "
+        "as long to come, and to make a step; 0: no limit",
+        group="system",
+    )
     deepspeed_config: str | None = option(
         None, "DeepSpeed JSON whose keys override the generated ones", group="system", metavar="FILE", reads=True
     )
@@ -177,6 +191,13 @@ class Config:
         False,
         "keep the checkpoint of the epoch with the lowest mean training loss too, or the lowest loss of --validation",
         group="system",
+    )
+    wait_for_folder: float = option(
+        0.0,
+        "seconds to wait for --output_dir at a checkpoint where it has gone or is another one, as when its disk is "
+        "unmounted; then, and with 0 at once, the run ends with status 1",
+        group="system",
+        metavar="SECONDS",
     )
     background_checkpoints: bool | None = option(
         None, "write checkpoints while training goes on, from a copy in host memory; default: on a GPU", group="system"
@@ -267,9 +288,12 @@ class Config:
                 "max_grad_norm",
                 "max_grad_clip",
                 "checkpoint_every",
+                "input_timeout",
+                "wait_for_folder",
                 "max_steps",
                 "max_images_per_identity",
                 "images_per_identity",
+                "timeout",
             ),
             lambda value: value >= 0,
             "0 or more",

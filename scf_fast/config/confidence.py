@@ -58,6 +58,12 @@ class FeatureConfig(Config):
         metavar="DIR",
         reads=True,
     )
+    feature_cache_local: bool = option(
+        False,
+        "--feature_cache is on each node's own disk: a node keeps there what its own ranks compute, which fills it "
+        "over the epochs, and needs room for the whole; without it the folder must be one that all nodes share",
+        group="system",
+    )
     cache_dtype: str = option(
         "bf16", "type of the cached feature map", choices=("fp32", "fp16", "bf16", "fp8", "int8"), group="system"
     )
@@ -72,6 +78,11 @@ class FeatureConfig(Config):
         require = self._require
         require(self.saved_bkb, "saved_bkb", "given for stage 2: the backbone that stage 1 wrote")
         require(self.cache_budget >= 0, "cache_budget", "0 or more")
+        require(
+            self.feature_cache or not self.feature_cache_local,
+            "feature_cache_local",
+            "given with --feature_cache, the folder on each node",
+        )
         require(
             self.augmentation == "none" or not self.feature_cache,
             "augmentation",

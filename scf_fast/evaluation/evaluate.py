@@ -98,6 +98,7 @@ class Verification(Evaluation):
             likelihood = likelihood_of(embeddings, store.embedder.radius)
             scores = protocols.score_verification_set(embeddings, likelihood, store.embedder.device)
             summaries[name] = protocols.summarize_verification(scores, pairs.same)
+            notes += protocols.note_on_few_impostors(name, pairs.same)
             if self.draws:
                 for score, values in scores.items():
                     curves[name, score.label] = plots.roc_points(values, pairs.same)
@@ -160,6 +161,7 @@ class Templates(Evaluation):
                 )
             if Weighting.DETECTOR not in protocols.pooling_weights(embeddings, templates.protocol):
                 notes.append(f"All detector scores of {name} are equal, so pooling by them is left out.")
+            notes += protocols.note_on_few_impostors(name, templates.protocol.pair_labels)
             people = quality.people_of_templates(templates.protocol)
             qualities[name] = quality.summarize_quality(embeddings, templates.severity, people)
         first = next(iter(self._sets))

@@ -13,6 +13,9 @@ from scf_fast.errors import InputError
 from scf_fast.ranking import RejectCurve as RejectCurve
 from scf_fast.ranking import error_versus_reject as error_versus_reject
 
+# Of fewer impostor pairs ten are more than a tenth, which leaves too little of a curve to see.
+FEW_IMPOSTORS = 100
+
 
 @dataclass(frozen=True)
 class Roc:

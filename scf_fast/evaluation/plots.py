@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from scf_fast.evaluation.metrics import tar_at_far
+from scf_fast.evaluation.metrics import FEW_IMPOSTORS, tar_at_far
 from scf_fast.evaluation.quality import Rejection
 from scf_fast.evaluation.results import DENSITY_MEASURES, Quality, Score, ScoreHistogram
 from scf_fast.held_out import Reliability
@@ -77,9 +77,10 @@ def _png(figure: "Figure") -> bytes:
 
 def roc_points(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns 400 points (FAR, TAR), as many as a curve can show, evenly spaced on a logarithmic axis from where ten
-    impostor pairs pass.
+    impostor pairs pass; with fewer than FEW_IMPOSTORS, from where none does.
     """
-    fars = np.geomspace(min(1, 10 / np.count_nonzero(~same)), 1, 400)  # of ten impostor pairs all are 1
+    impostors = np.count_nonzero(~same)
+    fars = np.geomspace((0.5 if impostors < FEW_IMPOSTORS else 10) / impostors, 1, 400)
     tars = tar_at_far(scores, same, fars.tolist())
     return fars, np.array([tars[far] for far in fars.tolist()])
 

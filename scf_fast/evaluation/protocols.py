@@ -62,6 +62,19 @@ def summarize_verification(scores: PairScores, same: np.ndarray) -> Verification
     return VerificationResult(len(same), by_score)
 
 
+def note_on_few_impostors(name: str, same: np.ndarray) -> list[str]:
+    """Returns what a set's impostor pairs are too few for; nothing where they are enough."""
+    count = np.count_nonzero(~same)
+    if count >= metrics.FEW_IMPOSTORS:
+        return []
+    return [
+        f"{name} has {count} impostor pairs: TAR at FAR below {10 / count:.2g} is left out, since it takes ten of them "
+        "that pass, and curves start where none does."
+        if count > 10
+        else f"{name} has {count} impostor pairs, and TAR at FAR takes more than ten; curves start where none passes."
+    ]
+
+
 # ---- templates
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from scf_fast import distributed
 from scf_fast.config import FeatureConfig
 from scf_fast.data import image_loader
 from scf_fast.distributed import Runtime
@@ -69,7 +69,15 @@ def open_stream(
 
     def calibration() -> torch.Tensor:  # the same on every rank and after a resume, so that all settle on one precision
         sample = EpochSampler(len(source), min(CHECK_IMAGES, len(source)))
-        with make_loader(source, sample, preprocessing, backend="torch", num_workers=0, on_broken="replace") as loader:
+        with make_loader(
+            source,
+            sample,
+            preprocessing,
+            backend="torch",
+            num_workers=0,
+            on_broken="replace",
+            timeout=config.input_timeout,
+        ) as loader:
             return next(loader.batches(0)).images
 
     precisions, cache = frozen_precisions(config.precision, runtime.device), None
@@ -93,6 +101,7 @@ def open_stream(
         flip=config.flip,
         device=runtime.device,
         cache=cache,
+        timeout=config.input_timeout,
     )
 
 
@@ -122,32 +131,63 @@ def _open_cache(
     if config.cache_budget:
         affordable = int(config.cache_budget * 1e9 / layout.image_bytes)
         layout = dataclasses.replace(layout, num_images=min(len(source), affordable))
-    if runtime.is_main:
-        error = 0.0
-        if (folder / "meta.json").exists():
-            held = read_meta(folder).key.precision
-            # Each of them was found accurate before it was taken.
-            acceptable = PRECISION_DTYPES if config.precision == "auto" else precisions
-            precision = held if held in acceptable else " or ".join(acceptable)
-        else:
-            frozen, images = FrozenBackbone(backbone, runtime.device, precisions), calibration().to(runtime.device)
-            precision, error = frozen.choose(images), encoding_error(layout, *frozen(images))
-        key = cache_key(backbone_state, source, _normalization(config), precision)
-        FeatureCache.create_or_check(folder, key, layout, error)
-        meta = read_meta(folder)
-        log.info(
-            "feature cache: %s has room for %d of %d images in %s, %.2f GB; computed in %s, of which the dtype loses "
-            "%.1e",
-            folder,
-            layout.num_images,
-            len(source),
-            layout.dtype,
-            layout.total_bytes / 1e9,
-            meta.key.precision,
-            meta.convf_error,
-        )
-    dist.barrier()
-    return FeatureCache.open(folder, layout, runtime.rank), read_meta(folder).key.precision
+    meeting = distributed.current_meeting()
+    makes_it = runtime.is_main if not config.feature_cache_local or meeting is None else meeting.is_first_on_node
+    made: tuple[CacheKey, float] | None = None
+    with distributed.shared_input_errors(runtime):
+        if runtime.is_main:
+            made = _make_cache(
+                config, folder, layout, backbone_state, backbone, source, precisions, calibration, runtime
+            )
+    made = distributed.broadcast_from_main(made)  # all nodes compute in one precision
+    assert made is not None, "the main rank has made it"
+    with distributed.shared_input_errors(runtime):
+        if makes_it and not runtime.is_main:
+            FeatureCache.create_or_check(folder, made[0], layout, made[1])
+    with distributed.shared_input_errors(runtime):
+        return FeatureCache.open(folder, layout, runtime.rank, config.input_timeout), made[0].precision
+    raise AssertionError("an error of any rank is every rank's")
+
+
+def _make_cache(
+    config: FeatureConfig,
+    folder: Path,
+    layout: CacheLayout,
+    backbone_state: StateDict,
+    backbone: Backbone,
+    source: ImageSource,
+    precisions: tuple[str, ...],
+    calibration: Callable[[], torch.Tensor],
+    runtime: Runtime,
+) -> tuple[CacheKey, float]:
+    """Makes the cache, or checks the one that is there, on the main rank; returns its key, with the precision of its
+    rows, and what its dtype loses.
+    """
+    error = 0.0
+    if (folder / "meta.json").exists():
+        held = read_meta(folder).key.precision
+        # Each of them was found accurate before it was taken.
+        acceptable = PRECISION_DTYPES if config.precision == "auto" else precisions
+        precision = held if held in acceptable else " or ".join(acceptable)
+    else:
+        frozen, images = FrozenBackbone(backbone, runtime.device, precisions), calibration().to(runtime.device)
+        precision, error = frozen.choose(images), encoding_error(layout, *frozen(images))
+    key = cache_key(backbone_state, source, _normalization(config), precision)
+    FeatureCache.create_or_check(folder, key, layout, error)
+    meta = read_meta(folder)
+    log.info(
+        "feature cache: %s%s has room for %d of %d images in %s, %.2f GB; computed in %s, of which the dtype loses "
+        "%.1e",
+        folder,
+        ", on each node," if config.feature_cache_local else "",
+        layout.num_images,
+        len(source),
+        layout.dtype,
+        layout.total_bytes / 1e9,
+        meta.key.precision,
+        meta.convf_error,
+    )
+    return meta.key, meta.convf_error
 
 
 def _normalization(config: FeatureConfig) -> str:

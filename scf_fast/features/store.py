@@ -5,6 +5,7 @@
     folder/rows-NNNNN.bin    fixed-size records, one for each image (:mod:`scf_fast.features.records`)
     folder/checksums.bin     two uint32 for each image: CRC-32 of each orientation's half of the record, 0 while missing
     folder/writing-R         exists while rank R has an incomplete cache open, and so may write to it
+                             (:mod:`scf_fast.features.write_marks`)
 
 A record counts as present only once its checksums are stored, after the record itself, and is compared with them when a
 run first reads it. A run that dies leaves its ``writing`` mark, and the next one to open the cache then checks every
@@ -21,7 +22,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from tqdm import tqdm
 
 from scf_fast.errors import InputError
 from scf_fast.features.records import CACHE_DTYPES, CacheLayout, encode
+from scf_fast.features.write_marks import WriteMark, dead_marks, only_maker
 from scf_fast.pipelines.formats.atomic_file import write_json
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, TimedOut, Wait, result_of
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +80,15 @@ class FeatureCache:
     Attributes:
         present: (num_images,) bool, which images were there at the last :meth:`refresh`.
         problem: the error that ended writing; None while all is well.
+        records_moved: counts those read and written, about: it shows only that there is progress.
     """
 
     present: np.ndarray
 
-    def __init__(self, folder: Path, layout: CacheLayout, rank: int):
-        self.folder, self.layout = folder, layout
-        self._mark = folder / f"writing-{rank}"
+    def __init__(self, folder: Path, layout: CacheLayout, rank: int, timeout: float = DEFAULT_TIMEOUT):
+        self.folder, self.layout, self._timeout = folder, layout, timeout
+        self.records_moved = 0
+        self._mark = WriteMark(folder, rank)
         self._shards = [
             os.open(_shard_path(folder, shard), os.O_RDWR)
             for shard in range(-(-layout.num_images // layout.rows_per_shard))
@@ -95,8 +100,8 @@ class FeatureCache:
         self._checksums = self._checksums_file.reshape(-1, 2)
         self.problem: OSError | None = None
         self._verified = np.zeros(self._checksums.shape, dtype=bool)  # compared with the checksum by this process
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="feature-cache")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="feature-cache-writer")
+        self._threads = DaemonThreads(_THREADS, "feature-cache")
+        self._writer = DaemonThreads(1, "feature-cache-writer")
         self._writing: deque[Future[None]] = deque()
         self.refresh()
 
@@ -117,6 +122,12 @@ class FeatureCache:
                 f"--cache_dtype {layout.dtype}: cannot hold the last map of this backbone, whose values are too large "
                 "for it; use bf16"
             )
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_maker(folder):
+            cls._create_or_check(folder, key, layout, convf_error)
+
+    @classmethod
+    def _create_or_check(cls, folder: Path, key: CacheKey, layout: CacheLayout, convf_error: float) -> None:
         if (folder / _META_FILE).exists():
             different = read_meta(folder).differences(key, layout)
             if different:
@@ -126,25 +137,34 @@ class FeatureCache:
                 )
             cls._check_after_crash(folder, layout)
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        _remove_files(folder)  # of a process that was killed before they were a cache
         free = shutil.disk_usage(folder).free
         if layout.total_bytes > free:
-            raise InputError(
-                f"--feature_cache {folder}: needs {layout.total_bytes / 1e9:.1f} GB for {layout.num_images} images, "
-                f"but {free / 1e9:.1f} GB are free; use --cache_dtype int8, or --cache_budget {0.9 * free / 1e9:.1f} "
-                "(GB; the rest is recomputed in every epoch)"
+            budget = 0.9 * free / 1e9
+            ways = "use --cache_dtype int8" + (
+                f", or --cache_budget {budget:.3g} (GB; the rest is recomputed in every epoch)"
+                if 0.9 * free > layout.image_bytes
+                else " and another disk"
             )
-        for shard, start in enumerate(range(0, layout.num_images, layout.rows_per_shard)):
-            rows = min(layout.rows_per_shard, layout.num_images - start)
-            _allocate(_shard_path(folder, shard), rows * layout.record_bytes)
-        _allocate(folder / _CHECKSUMS_FILE, 8 * layout.num_images)
+            raise InputError(
+                f"--feature_cache {folder}: needs {layout.total_bytes / 1e9:.3g} GB for {layout.num_images} images, "
+                f"but {free / 1e9:.3g} GB are free; {ways}"
+            )
+        try:
+            for shard, start in enumerate(range(0, layout.num_images, layout.rows_per_shard)):
+                rows = min(layout.rows_per_shard, layout.num_images - start)
+                _allocate(_shard_path(folder, shard), rows * layout.record_bytes)
+            _allocate(folder / _CHECKSUMS_FILE, 8 * layout.num_images)
+        except BaseException:
+            _remove_files(folder)
+            raise
         meta = {"format": _FORMAT, "key": asdict(key), "layout": asdict(layout), "convf_error": convf_error}
         write_json(folder / _META_FILE, meta, indent=2, end="\n")
 
     @classmethod
     def _check_after_crash(cls, folder: Path, layout: CacheLayout) -> None:
         """Checks every record if a run has left its mark, and takes the mark away."""
-        marks = list(folder.glob("writing-*"))
+        marks = dead_marks(folder)
         if not marks:
             return
         checked = cls(folder, layout, 0)
@@ -159,11 +179,15 @@ class FeatureCache:
         )
 
     @classmethod
-    def open(cls, folder: Path, layout: CacheLayout, rank: int) -> "FeatureCache":
-        """Opens the cache and marks it as being written, unless it is complete: several runs may read it then."""
-        cache = cls(folder, layout, rank)
+    def open(cls, folder: Path, layout: CacheLayout, rank: int, timeout: float = DEFAULT_TIMEOUT) -> "FeatureCache":
+        """Opens the cache and marks it as being written, unless it is complete: several runs may read it then.
+
+        Args:
+            timeout: seconds that writing may take without progress, see :mod:`scf_fast.pipelines.waiting`.
+        """
+        cache = cls(folder, layout, rank, timeout)
         if not cache.present.all():
-            cache._mark.touch()
+            cache._mark.take()
         return cache
 
     def refresh(self) -> None:
@@ -202,6 +226,7 @@ class FeatureCache:
             if os.pwrite(shard, rows[row], offset) < len(rows[row]):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._checksums[indices[row]] = self._checksums_of(rows[row].data)
+            self.records_moved += 1
 
         try:
             list(self._threads.map(store, np.flatnonzero(indices < self.layout.num_images)))
@@ -216,9 +241,26 @@ class FeatureCache:
             self.problem = error
 
     def flush(self, but: int = 0) -> None:
-        """Waits for the batches that are being written, except for the newest ``but``."""
+        """Waits for the batches that are being written, except for the newest ``but``.
+
+        Raises:
+            TimedOut: nothing of them gets onto the disk; they are given up.
+        """
         while len(self._writing) > but:
-            self._writing.popleft().result()
+            try:
+                self._finish(self._writing.popleft())
+            except TimedOut:
+                self._writing.clear()  # or closing would wait for them once more
+                raise
+
+    def _finish(self, written: Future[None]) -> None:
+        wait = Wait(
+            "stage 2",
+            f"the background writer of the feature cache {self.folder}",
+            self._timeout,
+            lambda: self.records_moved,
+        )
+        result_of(written, wait)
 
     def read(self, indices: np.ndarray, flips: np.ndarray, pin_memory: bool = False) -> torch.Tensor:
         """Reads present images in the orientation asked for: (B, view_bytes) uint8 on the CPU, for
@@ -235,6 +277,7 @@ class FeatureCache:
 
         def fill(part: np.ndarray) -> None:
             for row in part:
+                self.records_moved += 1
                 shard, offset = self._place(indices[row])
                 if os.preadv(shard, [rows[row]], offset + size * int(flips[row])) != size:
                     raise OSError(
@@ -288,17 +331,24 @@ class FeatureCache:
         return bad
 
     def close(self) -> None:
-        """Writes everything out and takes the mark away."""
+        """Writes everything out and takes the mark away.
+
+        Raises:
+            TimedOut: the disk does not take it; the mark stays.
+        """
         try:
             self.flush()
+            self._finish(self._writer.submit(self._close_files))
         finally:
             self._writer.shutdown()
             self._threads.shutdown()
+        self._mark.remove()
+
+    def _close_files(self) -> None:
         for shard in self._shards:
             os.fsync(shard)
             os.close(shard)
         self._checksums_file.flush()
-        self._mark.unlink(missing_ok=True)
 
 
 def read_meta(folder: Path) -> CacheMeta:
@@ -344,17 +394,18 @@ def count_present(folder: Path) -> int:
     return int(np.count_nonzero(checksums.all(axis=1)))
 
 
-def is_marked(folder: Path) -> bool:
-    """Tells whether a run has the cache open for writing, or died while it had."""
-    return any(folder.glob("writing-*"))
-
-
 def _checksum(view: memoryview | bytes) -> int:
     return zlib.crc32(view) or 1  # 0 means missing
 
 
 def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"rows-{shard:05d}.bin"
+
+
+def _remove_files(folder: Path) -> None:
+    """Removes rows and checksums of a folder that is no cache yet."""
+    for path in (*folder.glob("rows-[0-9][0-9][0-9][0-9][0-9].bin"), folder / _CHECKSUMS_FILE):
+        path.unlink(missing_ok=True)
 
 
 def _allocate(path: Path, size: int) -> None:

@@ -5,7 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from scf_fast.networks.frozen import FrozenBackbone
 from scf_fast.pipelines.loading.base import Batch, Loader
 from scf_fast.pipelines.loading.protocol import BatchLoader
 from scf_fast.pipelines.sampling.sampler import Sampler
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, Wait, result_of
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class FeatureStream(BatchLoader[FeatureBatch]):
         flip: whether images are mirrored at random.
         device: where the batches go.
         cache: closed when the stream is, if it owns it. Also an attribute.
+        timeout: seconds that reading the cache may take without progress, see :mod:`scf_fast.pipelines.waiting`.
     """
 
     def __init__(
@@ -99,9 +101,11 @@ class FeatureStream(BatchLoader[FeatureBatch]):
         device: torch.device,
         cache: FeatureCache | None = None,
         owns_cache: bool = True,
+        timeout: float = DEFAULT_TIMEOUT,
     ):
         self._make_images, self._sampler, self._labels, self._backbone = make_images, sampler, labels, backbone
         self._flip, self._device, self.cache, self._owns_cache = flip, device, cache, owns_cache
+        self._timeout = timeout
         # One stream for all epochs: the backbone's graph has one memory.
         self._making = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._images: Loader | None = None  # of every image, when there is no cache
@@ -178,12 +182,18 @@ class FeatureStream(BatchLoader[FeatureBatch]):
             if not complete:
                 self._loader = stack.enter_context(self._make_images(_Missing(self._sampler, present), False))
                 images = stack.enter_context(contextlib.closing(self._loader.batches(epoch, start_batch)))
-            reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="feature-reader"))
+            reader = stack.enter_context(DaemonThreads(1, "feature-reader"))
             ahead: deque[Future[tuple[np.ndarray, torch.Tensor | None]]] = deque()
             for batch in wanted:
                 while len(ahead) < _READ_AHEAD and batch + len(ahead) in wanted:
                     ahead.append(reader.submit(self._read, cache, epoch, batch + len(ahead), present))
-                hits, packed = self._wait(ahead.popleft().result)
+                wait = Wait(
+                    "stage 2",
+                    f"the reader of batch {batch} of the feature cache {cache.folder}",
+                    self._timeout,
+                    lambda: cache.records_moved,
+                )
+                hits, packed = self._wait(lambda: result_of(ahead.popleft(), wait))  # noqa: B023 -- called at once
                 found = None if packed is None else decode(cache.layout, packed.to(self._device, non_blocking=True))
                 missing = None if images is None else self._wait(lambda: next(images))
                 made = self._assemble(cache, epoch, batch, hits, found, missing)
@@ -278,6 +288,7 @@ class FeatureStream(BatchLoader[FeatureBatch]):
             device=self._device,
             cache=self.cache,
             owns_cache=False,
+            timeout=self._timeout,
         )
 
 

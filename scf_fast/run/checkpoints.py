@@ -17,10 +17,8 @@ import logging
 import os
 import re
 import shutil
-import stat
-import zlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,14 @@ from scf_fast.engine.engine import Engine
 from scf_fast.engine.partitions import Piece
 from scf_fast.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import write_json, write_text
+from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, Wait, result_of
 from scf_fast.run.run_state import (
     STATE_FILE,
     DamagedStateError,
-    Fingerprint,
     RunState,
+    fingerprint_of,
     rank_file,
+    read_intact,
     read_state,
     step_of,
     tag_of,
@@ -53,7 +53,6 @@ log = logging.getLogger(__name__)
 _LATEST = "latest"
 _LATEST_MOST_BYTES = 1 << 10
 _OURS = re.compile(r"(class_centers_)?rank\d+\.(pt|json)|.*\.part")  # names in a half-written checkpoint
-_READ_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -107,17 +106,27 @@ class Checkpoints:
         keep: number of the newest that stay.
         keep_best: whether the one with the lowest ``metric`` stays too.
         background: whether files are written while training goes on, from a copy of the state in host memory.
+        timeout: seconds that writing may take without progress, see :mod:`scf_fast.pipelines.waiting`.
     Attributes:
         written: name of the newest complete checkpoint, equal on all ranks; None before the first.
         failed: whether the last one could not be written, equal on all ranks.
     """
 
-    def __init__(self, folder: Path, runtime: Runtime, keep: int, keep_best: bool, background: bool):
+    def __init__(
+        self,
+        folder: Path,
+        runtime: Runtime,
+        keep: int,
+        keep_best: bool,
+        background: bool,
+        timeout: float = DEFAULT_TIMEOUT,
+    ):
         self.folder, self.keep, self.keep_best = folder, keep, keep_best
         self.runtime, self.background = runtime, background
         self.written: str | None = None
         self.failed = False
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = DaemonThreads(1, "checkpoint")
+        self._timeout, self._bytes_written = timeout, 0
         self._pending: _Pending | None = None
 
     @property
@@ -176,13 +185,16 @@ class Checkpoints:
 
     def _write(self, tag: str, content: dict[str, Any], rows: dict[str, Any] | None) -> None:
         folder, rank = self.folder / tag, self.runtime.rank
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # in a folder that is there: it is not made anew where a disk was
         files = {rank_file(rank): content}
         if rows is not None:
             files[ClassCenters.file_name(rank)] = rows
         for name, value in files.items():
-            save_torch_file(value, folder / name)
-        write_json(folder / f"rank{rank}.json", {name: _fingerprint(folder / name) for name in files})
+            save_torch_file(value, folder / name, self._count)
+        write_json(folder / f"rank{rank}.json", {name: fingerprint_of(folder / name, self._count) for name in files})
+
+    def _count(self, size: int) -> None:
+        self._bytes_written += size
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on every rank's disk, then makes it count: no other moment leaves a folder
@@ -190,14 +202,25 @@ class Checkpoints:
 
         A disk that is full, or gone, is logged and remembered in ``failed``, and the half checkpoint deleted: the run
         goes on with the older ones.
+
+        Raises:
+            TimedOut: the disk takes nothing and says nothing.
         """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         tag, state = pending.tag, pending.state
-        error = pending.future.exception()
-        if error is not None and not isinstance(error, OSError):
-            raise error
+        wait = Wait(
+            f"rank {self.runtime.rank}",
+            f"the background writer of checkpoint {self.folder / tag}",
+            self._timeout,
+            lambda: self._bytes_written,
+        )
+        error: OSError | None = None
+        try:
+            result_of(pending.future, wait)
+        except OSError as problem:
+            error = problem
         complete = all_ranks_agree(error is None)
         if complete and self.runtime.is_main:
             try:
@@ -282,7 +305,7 @@ def newest_intact(folder: Path) -> ResumePoint | None:
     problems = []
     for tag in complete[complete.index(named) if named in complete else 0 :]:
         try:
-            return ResumePoint(folder / tag, _read_intact(folder / tag))
+            return ResumePoint(folder / tag, read_intact(folder / tag))
         except (OSError, ValueError) as error:
             problem = str(error) if isinstance(error, ValueError) else f"{error.filename}: {error.strerror}"
         log.warning(
@@ -403,35 +426,3 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         log.warning("checkpoint %s could not be deleted: %s", folder, error)
-
-
-def _fingerprint(path: Path) -> Fingerprint:
-    """Returns [bytes, CRC-32] of a file."""
-    size = checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return [size, checksum]
-
-
-def _read_intact(folder: Path) -> RunState:
-    """Returns the state of a checkpoint, all files of which have been compared with it.
-
-    Raises:
-        OSError: a file cannot be read.
-        ValueError: a file is not as it was written; the message says which, and what is wrong.
-    """
-    saved = read_state(folder)
-    for name, fingerprint in saved.files.items():
-        facts = os.lstat(folder / name)
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError(f"{name} is no regular file")
-        if facts.st_size != fingerprint[0]:
-            raise ValueError(f"{name} has {facts.st_size} bytes, not {fingerprint[0]}")
-        if _fingerprint(folder / name) != fingerprint:
-            raise ValueError(f"{name} has other bytes than were written")
-    if not saved.has_checksum:
-        log.info(
-            "checkpoint %s is of an older version, without a checksum of its numbers; its files are intact", folder.name
-        )
-    return saved.state

@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import logging
 import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,12 @@ from scf_fast.errors import InputError
 from scf_fast.pipelines.text import is_utf8
 from scf_fast.run import same_inputs
 from scf_fast.run.checkpoints import ResumePoint, newest_intact
+from scf_fast.run.folder_lock import PREFIX as LOCK_PREFIX
+from scf_fast.run.folder_lock import locked
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
-_LOCK_SECONDS = 15  # workers of a run that was killed notice within 5
 
 
 def versions() -> dict[str, str | None]:
@@ -74,7 +73,7 @@ def claim(config: Config) -> ResumePoint | None:
     if not old.exists() and config.resume and (folder / CHECKPOINTS).is_dir():
         return _find_slope(newest_intact(folder / CHECKPOINTS), {})
     if not old.exists():
-        if folder.exists() and any(folder.iterdir()) and not config.overwrite:
+        if folder.exists() and any(_contents(folder)) and not config.overwrite:
             raise InputError(
                 f"--output_dir {folder}: holds files that are no run of this program; give another folder, or "
                 "--overwrite to delete them"
@@ -164,52 +163,38 @@ def _check_nothing_else_is_lost(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Holds the folder against a second launch, which would delete what the first is writing.
-
-    Raises:
-        InputError: another process holds it for longer than the workers of a dead run live.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        for attempt in range(_LOCK_SECONDS + 1):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == _LOCK_SECONDS:
-                    raise InputError(
-                        f"--output_dir {folder}: another run is writing to it; wait for its end, or stop its ranks: "
-                        "pkill -f train.py"
-                    ) from None
-                time.sleep(1)
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
 def prepare(config: Config, is_locked: bool) -> Iterator[None]:
     """Empties the run's folder if it is to be overwritten, or makes and locks it, and notes the configuration in it.
 
     Args:
-        is_locked: whether :func:`only_run_in` holds it already, since it was there before.
+        is_locked: whether the caller holds its lock already, since it was there before.
+    Raises:
+        InputError: another run has begun in it since :func:`claim`.
     """
     folder = Path(config.output_dir)
     if config.overwrite and is_locked:
         _empty(folder)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext() if is_locked else only_run_in(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if is_locked else locked(folder):
+        if not is_locked and claim(config) is not None:  # of a run that began, and ended, in the meantime
+            raise InputError(
+                f"--output_dir {folder}: another launch has trained here since this one began; start again with "
+                "--resume"
+            )
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
         configuration.save(config, folder / CONFIG_FILE, versions())
         yield
 
 
 def _empty(folder: Path) -> None:
-    """Deletes everything in a folder, which stays: it is locked."""
-    for path in folder.iterdir():
+    """Deletes everything in a folder, which stays, with its lock."""
+    for path in _contents(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _contents(folder: Path) -> Iterator[Path]:
+    """Yields what is in a folder besides its lock."""
+    return (path for path in folder.iterdir() if not path.name.startswith(LOCK_PREFIX))

@@ -4,6 +4,7 @@ import json
 import logging.handlers
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -45,7 +46,9 @@ _early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
 
 
 def set_up_logging(is_main: bool) -> None:
-    """Sends log lines to stderr; from the other ranks errors alone, and what they know of broken images."""
+    """Sends log lines to stderr; from the other ranks errors alone, what they know of broken images, and whom they wait
+    for.
+    """
     to_terminal = logging.StreamHandler(sys.stderr)
     to_terminal.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     # A full disk must not fill the terminal with tracebacks of lines it could not take.
@@ -53,7 +56,8 @@ def set_up_logging(is_main: bool) -> None:
     _early.buffer.clear()
     level = logging.INFO if is_main else logging.ERROR
     logging.basicConfig(level=level, force=True, handlers=[to_terminal, _early])
-    logging.getLogger("scf_fast.pipelines.loading.broken").setLevel(logging.WARNING)
+    for speaker in ("scf_fast.pipelines.loading.broken", "scf_fast.distributed"):
+        logging.getLogger(speaker).setLevel(logging.INFO if is_main else logging.WARNING)
 
 
 def log_to_files(folder: Path) -> None:
@@ -65,6 +69,12 @@ def log_to_files(folder: Path) -> None:
             handler.handle(record)
         root.addHandler(handler)
     root.removeHandler(_early)
+
+
+def _note_end_of_thread(died: threading.ExceptHookArgs) -> None:
+    """Leaves out the traceback where TensorBoard's writing thread ends: its next value says why, in one line."""
+    if not type(died.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(died)
 
 
 class Reporter:
@@ -88,6 +98,7 @@ class Reporter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _note_end_of_thread
             self._writer = SummaryWriter(str(folder / "runs"), purge_step=first_step + 1)
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm(

@@ -7,11 +7,13 @@ into another step, another file or another schedule.
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
 import stat
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ from typing import Any
 from scf_fast.engine.class_centers import ClassCenters
 from scf_fast.pipelines.formats.atomic_file import write_json
 
+log = logging.getLogger(__name__)
+
 STATE_FILE = "state.json"
+_READ_BYTES = 1 << 24
 _CHECKSUM, _FILES = "crc32", "files"
 _MOST_BYTES = 1 << 26  # of the file: 500,000 ranks
 _TAG = re.compile(r"step(\d{8}|[1-9]\d{8,})")
@@ -193,3 +198,36 @@ def _check_files(files: Any, world_size: int) -> None:
     if files.keys() not in (set(ranks), {*ranks, *centers}):
         foreign = sorted(files.keys() - {*ranks, *centers}) or sorted({*ranks, *centers} - files.keys())
         raise DamagedStateError(f"{STATE_FILE} has other files than those of {world_size} ranks: {foreign[0]!r}")
+
+
+def fingerprint_of(path: Path, read: Callable[[int], object] = lambda count: None) -> Fingerprint:
+    """Returns [bytes, CRC-32] of a file; calls ``read`` with the number of bytes of each piece."""
+    size = checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+            read(len(block))
+    return [size, checksum]
+
+
+def read_intact(folder: Path) -> RunState:
+    """Returns the state of a checkpoint, all files of which have been compared with it.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is not as it was written; the message says which, and what is wrong.
+    """
+    saved = read_state(folder)
+    for name, fingerprint in saved.files.items():
+        facts = os.lstat(folder / name)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError(f"{name} is no regular file")
+        if facts.st_size != fingerprint[0]:
+            raise ValueError(f"{name} has {facts.st_size} bytes, not {fingerprint[0]}")
+        if fingerprint_of(folder / name) != fingerprint:
+            raise ValueError(f"{name} has other bytes than were written")
+    if not saved.has_checksum:
+        log.info(
+            "checkpoint %s is of an older version, without a checksum of its numbers; its files are intact", folder.name
+        )
+    return saved.state

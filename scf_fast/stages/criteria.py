@@ -25,7 +25,7 @@ _DIVERGED = 1000.0  # times the one that fits the cosine
 _COLLAPSED = 0.01  # of the largest value so far, and of the one that fits the cosine
 _USUAL = (1e-3, 1e8)  # kappa and precision of a model in use
 _LEAST_SPREAD = 1e-3  # of log kappa
-_BISECTIONS = 60  # of log kappa, over 40: to float64's rounding
+_SECTIONS, _ROUNDS = 256, 7  # of the interval of log kappa, which is 40 wide: to float64's rounding
 
 
 class PairShare(NamedTuple):
@@ -52,11 +52,11 @@ def fitting_value(objective: Objective, cosine: float, dim: int) -> float:
     if objective is Objective.SCF:
         return inverse_mean_resultant_length(torch.tensor(cosine, dtype=torch.float64), dim).item()
     factor, low, high = math.sqrt(2 + 2 * cosine), -20.0, 20.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        kappa = math.exp(middle) * torch.tensor([factor, 1.0], dtype=torch.float64)
-        of_sum, of_one = mean_resultant_length(kappa, dim).tolist()
-        low, high = (middle, high) if factor * of_sum > 2 * of_one else (low, middle)
+    for _ in range(_ROUNDS):  # each asks for many kappas at once: a call takes as long for one
+        log_kappa = torch.linspace(low, high, _SECTIONS + 1, dtype=torch.float64)
+        of_sum, of_one = mean_resultant_length(torch.stack((factor * log_kappa.exp(), log_kappa.exp())), dim)
+        below = int((factor * of_sum > 2 * of_one).cumprod(0).sum())  # of the first ones, how many are too small
+        low, high = log_kappa[max(below - 1, 0)].item(), log_kappa[min(below, _SECTIONS)].item()
     return math.exp(low)
 
 

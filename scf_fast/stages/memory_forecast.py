@@ -1,11 +1,8 @@
 """Forecast of the memory that stage 1 takes on a rank, before it is taken."""
 
-import os
-import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scf_fast.config import BackboneConfig
-from scf_fast.distributed import Runtime, decoding_workers, ranks_on_this_machine
+from scf_fast.distributed import Runtime, decoding_workers, gpu_number, ranks_on_this_machine
 from scf_fast.engine.class_centers import fuses, rows_of
 from scf_fast.engine.deepspeed_config import deepspeed_config
 from scf_fast.errors import InputError
 from scf_fast.networks.backbones import Backbone
 from scf_fast.pipelines.face_template import FACE_SIZE
+from scf_fast.pipelines.memory import free_memory
 
 _FLOAT = 4  # bytes of a float32, which parameters, states and gradients are
 _GB = 1e9
@@ -93,7 +91,7 @@ class MemoryForecast:
 def forecast(config: BackboneConfig, num_classes: int, world_size: int, precision: str) -> MemoryForecast:
     """Returns the forecast for stage 1 on this machine."""
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", gpu_number()) if on_gpu else torch.device("cpu")
     start, stop = rows_of(0, world_size, num_classes)
     centers = (stop - start) * config.z_dim * _FLOAT
     micro_batch = config.batch_size // (world_size * config.gradient_accumulation_steps)
@@ -155,10 +153,7 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-    assert found is not None, "Linux since 3.14 has it"
-    kilobytes = int(found[1])
-    return kilobytes * 1024 // ranks_on_this_machine()
+    return free_memory() // ranks_on_this_machine()
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -4,13 +4,16 @@ A file is recognized by its first bytes, whatever it is called. What its tensors
 :mod:`scf_fast.weights.reading` and :mod:`scf_fast.weights.writing`.
 """
 
+import io
 import json
+import os
 import pickle
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import safetensors.torch
 import torch
@@ -34,18 +37,43 @@ CENTERS_FILE = "fc.pth"
 CONFIDENCE_FILE = "confidence.pth"
 MODEL_FILE = "scf_model.pt"
 
+_SYNC_BYTES = 1 << 28
 # Of entries in a safetensors header: our facts, as JSON, and the checksum of facts and tensors.
 _METADATA_KEY, _CHECKSUM_KEY = "scf_fast", "scf_fast_crc32"
 
 
-def save_torch_file(value: Any, path: str | Path) -> None:
+def save_torch_file(value: Any, path: str | Path, wrote: Callable[[int], object] | None = None) -> None:
     """Writes a file with ``torch.save``, complete or not at all.
 
+    Args:
+        wrote: called with the number of bytes after each piece.
     Raises:
         OSError: it could not be written, for instance because the disk is full; names the file.
     """
     with atomic_output(path) as file:
-        torch.save(_compact(value), file)
+        torch.save(_compact(value), file if wrote is None else cast(BinaryIO, _Watched(file, wrote)))
+
+
+class _Watched(io.BufferedIOBase):
+    """A file whose bytes reach the disk step by step as they are written, so that a slow disk is seen to move; the
+    sync of a whole checkpoint would be silent for as long as that takes.
+    """
+
+    def __init__(self, file: BinaryIO, wrote: Callable[[int], object]):
+        self._file, self._wrote, self._unsynced = file, wrote, 0
+
+    def write(self, data: Any) -> int:
+        count = self._file.write(data)
+        self._unsynced += count
+        if self._unsynced >= _SYNC_BYTES:
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+            self._unsynced = 0
+        self._wrote(count)
+        return count
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _compact(value: Any) -> Any:

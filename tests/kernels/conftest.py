@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from bench.executor.approximation import Approximation, Mode, TensorCores
 from bench.executor.launcher import executing
@@ -42,6 +44,33 @@ def _on_device(place: Place) -> contextlib.AbstractContextManager[None]:
         pytest.skip("no CUDA device")
     return contextlib.nullcontext()
 
+
+class _PatchOnce:
+    """Stands for the interpreter's ``_patch_lang``, which puts Python functions in the place of ``triton.language``'s.
+
+    A kernel does it once, and undoes it at its end. Triton does it again at each call of a device function, which finds
+    everything in place and takes half of the interpreter's time.
+    """
+
+    def __init__(self, patch):
+        self._patch, self._in_place = patch, frozenset()
+
+    def __call__(self, function):
+        languages = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if languages <= self._in_place:
+            return interpreter._LangPatchScope()
+        scope, before = self._patch(function), self._in_place
+        restore, self._in_place = scope.restore, before | languages
+
+        def restore_all():
+            restore()
+            self._in_place = before
+
+        scope.restore = restore_all
+        return scope
+
+
+interpreter._patch_lang = _PatchOnce(interpreter._patch_lang)
 
 # Compiled for sm_80 and run by bench.executor: approximate instructions land anywhere within their documented bounds,
 # and tensor cores cut as an A100's do.

@@ -1,3 +1,7 @@
+import getpass
+import os
+import tempfile
+
 import pytest
 
 from scf_fast.pipelines.command import (
@@ -25,6 +29,29 @@ def test_flags_take_hyphens_and_underscores():
         options = parser.parse_args(arguments)
         assert (options.batch_size, options.num_workers) == (3, 4)
     assert parser.parse_args(["--", "--batch_size"]).rest == ["--batch_size"]
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    """A container may run under a number that is in no list of users; PyTorch asks for the name."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert run("prog", lambda: getpass.getuser() == f"uid{os.getuid()}") is True
+    monkeypatch.setenv("USER", "somebody")
+    monkeypatch.delenv("LOGNAME")
+    assert run("prog", lambda: getpass.getuser() == "somebody" and "LOGNAME" not in os.environ) is True
+
+
+def test_without_a_temporary_folder_the_error_says_what_helps(monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    assert run("prog", tempfile.gettempdir) == INPUT_ERROR
+    error = capsys.readouterr().err
+    assert error.endswith("; set TMPDIR to a folder that can be written\n") and error.count("\n") == 1
 
 
 def test_errors_of_arguments_are_one_line(capsys):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from scf_fast.pipelines.errors import InputError
+from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.augmentation import Augmentation
 from scf_fast.pipelines.loading.base import Preprocessing
@@ -22,6 +23,7 @@ from scf_fast.pipelines.loading.decode import decode_face
 from scf_fast.pipelines.sampling.pair_sampler import PairSampler
 from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sources.base import EncodedImages
+from scf_fast.pipelines.sources.tar import write_shard
 
 try:
     import nvidia.dali  # noqa: F401
@@ -424,7 +426,7 @@ def test_torch_takes_over_where_dali_is_missing(source, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="scf_fast.pipelines.loader"):
         assert [make_loader(source, sampler).backend for _ in range(2)] == ["torch", "torch"]
     assert [record.message for record in caplog.records] == [
-        "reading images with PyTorch workers, because NVIDIA DALI cannot be imported: libcuda.so.1 is missing"
+        "images are decoded by Pillow in worker processes: NVIDIA DALI cannot be imported: libcuda.so.1 is missing"
     ]
     with pytest.raises(ValueError, match="backend='dali' needs NVIDIA DALI: libcuda"):
         make_loader(source, sampler, backend="dali")
@@ -488,5 +490,19 @@ def test_workers_forked_after_dali_gave_up_do_not_wait_for_its_threads(source):
     del loader, error
     kept.clear()
     with make_loader(source, EpochSampler(NUM_IMAGES, 4), backend="torch", num_workers=1) as loader:
-        loader._workers.worker_init_fn = lambda _: gc.collect()
+        decode = loader._decode_batch
+        loader._decode_batch = lambda *batch: (gc.collect(), decode(*batch))[1]
         assert len(list(loader.batches(0))) == 5
+
+
+def test_fewer_shards_than_processes_and_ranks(source, tmp_path):
+    """One tar for two ranks with three processes each: images are dealt by their index, so nobody goes without."""
+    write_shard(tmp_path / "a.tar", [(f"{i}", ".jpg", source.encoded(i).tobytes(), i % 5) for i in range(12)])
+    images, shown = open_source(tmp_path / "a.tar"), []
+    for rank in range(2):
+        sampler = EpochSampler(12, 4, rank=rank, world_size=2, seed=1)
+        with make_loader(images, sampler, backend="torch", num_workers=3) as loader:
+            batches = list(loader.batches(0))
+        assert [len(batch.labels) for batch in batches] == [2, 2, 2]
+        shown += torch.cat([batch.indices for batch in batches]).tolist()
+    assert sorted(shown) == list(range(12))

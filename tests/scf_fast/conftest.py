@@ -22,10 +22,10 @@ def faces(tmp_path_factory, fork_ranks):
 
 _COMMON = ["--batch_size", "32", "--epochs", "2", "--log_every", "1", "--num_workers", "1"]
 _FLAGS = {
-    "stage1": ["--stage", "backbone", "--network", "ir_small", "--z_dim", "32", "--lr", "0.01", *_COMMON],
+    "stage1": ["--stage", "backbone", "--network", "ir_tiny", "--z_dim", "32", "--lr", "0.01", *_COMMON],
     "stage2": ["--stage", "confidence", "--confidence_net", "conv", "--precision", "fp32", "--lr", "1e-3", *_COMMON],
 }
-_FLAGS["stage2"] += ["--initial_kappa", "1"]  # so that eight steps have a way to go
+_FLAGS["stage2"] += ["--initial_kappa", "100"]  # far above the best, so that eight steps have a way to go
 
 
 @pytest.fixture(scope="session")

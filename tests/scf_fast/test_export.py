@@ -60,13 +60,15 @@ def test_program(model, pixels, tmp_path, preprocess):
 
 
 @needs_onnx
-@pytest.mark.parametrize(("network", "net", "preprocess"), [("ir_tiny", "conv", True), ("ir_se_small", "mlp", False)])
-def test_onnx(pixels, tmp_path, network, net, preprocess):
+@pytest.mark.parametrize(
+    ("network", "net", "preprocess", "opset"), [("ir_tiny", "conv", True, 18), ("ir_se_small", "mlp", False, 20)]
+)
+def test_onnx(pixels, tmp_path, network, net, preprocess, opset):
     import onnx
     import onnxruntime
 
     model = make_model(network, net)
-    export.export(model, tmp_path / "model.onnx", preprocess=preprocess)
+    export.export(model, tmp_path / "model.onnx", preprocess=preprocess, opset=opset)
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     check(
         lambda images: [
@@ -78,7 +80,11 @@ def test_onnx(pixels, tmp_path, network, net, preprocess):
         preprocess,
     )
     stored = onnx.load(tmp_path / "model.onnx")
-    assert {entry.domain: entry.version for entry in stored.opset_import}[""] == 18
+    assert (
+        {entry.domain: entry.version for entry in stored.opset_import}[""]
+        == opset
+        == export.read_opset(tmp_path / "model.onnx")
+    )
     assert stored.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert '"radius": 32.0' in {entry.key: entry.value for entry in stored.metadata_props}["scf_fast"]
 
@@ -94,7 +100,8 @@ def test_a_gaussian_model_gives_its_precision_and_says_so(pixels, tmp_path, suff
         assert again.objective is Objective.PFE
         check(again, model, pixels, False)
         return
-    assert "-> mu and precision" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "-> mu and precision" in told and (", opset 18;" in told) == (suffix == "onnx")
     if suffix == "pt2":
         check(torch.export.load(out).module(), model, pixels, False)
         return
@@ -218,6 +225,8 @@ def test_command(model, tmp_path, capsys):
         ("m.bin", [], "must end in .onnx, .pt2, .safetensors"),
         ("m.safetensors", ["--preprocess"], "holds weights and no program"),
         ("m.pt2", [], "absent: cannot be read"),
+        ("m.pt2", ["--opset", "18"], "--opset belongs to .onnx"),
+        ("m.safetensors", ["--opset", "17"], "--opset belongs to .onnx"),
     ],
 )
 def test_command_refuses_in_one_line(tmp_path, capsys, out, options, message):
@@ -230,3 +239,35 @@ def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(ValueError, match=r"needs onnxscript; install .* pip install '\.\[export\]'"):
         export.check_request(tmp_path / "m.onnx", False)
+
+
+@needs_onnx
+def test_an_opset_that_the_file_has_not_got_is_refused(model, tmp_path, capsys):
+    """PyTorch writes 18 where it cannot convert to an older one, and warns at most."""
+    save_model(
+        tmp_path / "m.pt",
+        model.backbone.state_dict(),
+        model.confidence_net.state_dict(),
+        radius=32.0,
+        normalization="published",
+    )
+    out = tmp_path / "m.onnx"
+    assert export.main([str(tmp_path / "m.pt"), str(out), "--opset", "17"]) == 2
+    captured = capsys.readouterr()
+    assert (
+        "--opset 17: PyTorch" in captured.err and "in opset 18 and cannot convert it; give --opset 18" in captured.err
+    )
+    assert "opset" not in captured.out and [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+@needs_onnx
+def test_an_opset_that_onnxruntime_cannot_read_is_one_clear_line(tmp_path):
+    import onnx
+
+    identity = onnx.helper.make_node("Identity", ["images"], ["features"])
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["b"]) for name in ("images", "features")]
+    graph = onnx.helper.make_graph([identity], "g", value[:1], value[1:])
+    opset = [onnx.helper.make_opsetid("", 999)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset), tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match=r"^m\.onnx: onnxruntime .* cannot read it, .*give a lower --opset"):
+        export._load_onnx(tmp_path / "m.onnx")

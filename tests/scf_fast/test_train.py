@@ -1,4 +1,4 @@
-"""Real launches of train.py: both stages on two ranks, resume, the three launchers, and bad input."""
+"""Launches of train.py: both stages on two ranks, resume, plain python and torchrun, and bad input."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from scf_fast import distributed
-from scf_fast.distributed import free_port, launcher
+from scf_fast.distributed import free_port
 from scf_fast.model import SCF
 from scf_fast.networks.backbones import Backbone
-from scf_fast.run import folder as run_folder
+from scf_fast.run import folder_lock
 from scf_fast.weights.family_names import identify_backbone
 from scf_fast.weights.reading import read_weights
 
@@ -34,14 +34,14 @@ def test_stage_1_on_two_ranks(stage1):
     assert losses(folder, "step") == list(range(1, STEPS + 1))
     assert all(0 < m["loss"] < 100 and 0 <= m["accuracy"] <= 1 and m["images_per_second"] > 0 for m in metrics(folder))
     state = read_weights(folder / "backbone.pth").require_backbone()
-    assert identify_backbone(state) == ("ir_small", 32)
+    assert identify_backbone(state) == ("ir_tiny", 32)
     assert all(v.dtype == torch.float32 for k, v in state.items() if "num_batches" not in k)
     assert read_weights(folder / "fc.pth").require_class_centers().shape == (8, 32)
     assert sorted(p.name for p in (folder / "checkpoints").glob("step*")) == ["step00000004", "step00000008"]
     assert (folder / "checkpoints" / "latest").read_text() == "step00000008"
     assert list((folder / "runs").glob("events.*"))
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert saved["config"]["network"] == "ir_small"
+    assert saved["config"]["network"] == "ir_tiny"
     assert saved["versions"]["torch"] == torch.__version__
     assert "2 ranks on" in output and "img/s" in output and "optimizer: fused SGD" in output
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -74,7 +74,9 @@ def test_stage_2_on_two_ranks(stage1, stage2):
         constant = 16 * torch.log(torch.tensor(2 * torch.pi)).item() + 32 * torch.log(torch.tensor(64.0)).item()
         assert record["total_loss"] == pytest.approx(total + constant, rel=1e-4)
         assert 0 < record["kappa_p05"] <= record["kappa_p50"] <= record["kappa_p95"]
-    assert losses(folder, "total_loss")[-1] < losses(folder, "total_loss")[0]
+    total, kappa = losses(folder, "total_loss"), losses(folder, "kappa")
+    assert sum(total[STEPS // 2 :]) < sum(total[: STEPS // 2])  # an epoch's batches are all images
+    assert kappa[-1] < kappa[0]
     model = SCF.from_checkpoint(folder)
     frozen = read_weights(stage1[0] / "backbone.pth").require_backbone()
     assert all(torch.equal(v, frozen[k]) for k, v in model.backbone.state_dict().items())
@@ -114,42 +116,25 @@ def test_cached_stage_2_trains_the_same_and_computes_nothing_twice(faces, stage1
     assert losses(tmp_path / "again", "total_loss") == pytest.approx(losses(stage2[0], "total_loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize("zero_stage, how", [(0, "python"), (1, "torchrun"), (3, "deepspeed")])
-def test_other_launchers_and_zero_stages_train_the_same(zero_stage, how, faces, stage1, flags, tmp_path, run_command):
+@pytest.mark.parametrize("zero_stage, how", [(0, "python"), (1, "torchrun"), (3, "forked")])
+def test_other_launchers_and_zero_stages_train_the_same(
+    zero_stage, how, faces, stage1, flags, tmp_path, run_command, fork_ranks
+):
     """One rank or two, ZeRO 0 to 3: BatchNorm sees other batches on one rank, so only the two-rank losses must agree
-    closely.
+    closely. The deepspeed launcher runs the published command, in stages/test_published_files.py.
     """
-    start = {
-        "python": [sys.executable, "train.py"],
-        "deepspeed": launcher(2),
-        "torchrun": [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            2,
-            "--master_port",
-            free_port(),
-            "train.py",
-        ],
-    }[how]
+    command = [*flags["stage1"], "--zero_stage", zero_stage, "--data", faces / "train"]
+    command += ["--output_dir", tmp_path / "run"]
     before = set(os.listdir("/dev/shm"))
-    profile = ["--profile"] * (how == "python")
-    status, output = run_command(
-        [
-            *start,
-            *flags["stage1"],
-            *profile,
-            "--zero_stage",
-            zero_stage,
-            "--data",
-            faces / "train",
-            "--output_dir",
-            tmp_path / "run",
-        ]
-    )
+    if how == "python":
+        status, output = run_command([sys.executable, "train.py", *command, "--profile"])
+    elif how == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
+        status, output = run_command([sys.executable, *torchrun, "train.py", *command])
+    else:
+        status, output = fork_ranks(2, *command)
     assert status == 0, output
-    if profile:
+    if how == "python":
         trace = json.loads((tmp_path / "run" / "profile" / "steps6-8_rank0.json").read_text())
         assert any("convolution" in event.get("name", "") for event in trace["traceEvents"])
     assert set(os.listdir("/dev/shm")) <= before
@@ -246,16 +231,17 @@ BAD = {
 def test_a_second_run_in_the_same_folder_is_refused(faces, stage1, flags, monkeypatch, capsys):
     from scf_fast import train
 
-    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 1)
+    monkeypatch.setattr(folder_lock, "PATIENCE", 1)
     monkeypatch.setattr(
         sys,
         "argv",
         ["train.py", *map(str, [*flags["stage1"], "--data", faces / "train", "--output_dir", stage1[0], "--resume"])],
     )
     before = snapshot(stage1[0])
-    with run_folder.only_run_in(stage1[0]):
+    with folder_lock.locked(stage1[0]):
         assert train.main() == 2
-    assert "another run is writing to it" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"another run is writing to it: process {os.getpid()} on " in message and "pkill" not in message
     assert snapshot(stage1[0]) == before
 
 
@@ -352,7 +338,7 @@ def snapshot(folder):
 
 @pytest.mark.parametrize("case", list(BAD))
 def test_bad_input_is_one_line_and_status_2(case, faces, stage1, flags, tmp_path, monkeypatch, capsys):
-    """In this process, so that ten starts of the interpreter are saved; the launched form is tested below."""
+    """In this process, so that ten starts of the interpreter are saved; that of several ranks is tested below."""
     from scf_fast import train
 
     (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
@@ -409,19 +395,43 @@ def test_stage_2_refuses_weights_that_do_not_fit(swap, expected, faces, stage1, 
     assert len(error.strip().splitlines()) == 1 and ("must hold" in error if swap == "both" else expected in error)
 
 
-def test_bad_input_under_the_launcher(faces, flags, tmp_path, run_command):
-    status, output = run_command(
-        [
-            *launcher(2),
-            *flags["stage1"],
-            "--batch_size",
-            "33",
-            "--data",
-            faces / "train",
-            "--output_dir",
-            tmp_path / "out",
-        ]
-    )
+def test_bad_input_of_two_ranks_is_said_once(faces, flags, tmp_path, fork_ranks):
+    """That the deepspeed launcher passes a status on is seen where a signal stops the ranks, run/test_step_guard.py."""
+    words = ["--batch_size", 33, "--data", faces / "train", "--output_dir", tmp_path / "out"]
+    status, output = fork_ranks(2, *flags["stage1"], *words)
     assert status == 2
     assert output.count("--batch_size 33 must be divisible by ranks") == 1
     assert "Traceback" not in output and not Path(tmp_path / "out").exists()
+
+
+def test_two_tasks_of_srun_are_one_run(faces, stage1, flags, tmp_path, fork_ranks):
+    """Not two that train alone and delete each other's files."""
+    command = [*flags["stage1"], "--zero_stage", 2, "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    status, output = fork_ranks(2, *command, "--max_steps", 3, launcher="srun")
+    assert status == 0 and "2 ranks on" in output, output
+    assert losses(tmp_path / "run", "loss") == losses(stage1[0], "loss")[:3]
+    assert not list((tmp_path / "run").glob(".lock*"))
+
+
+def test_variables_that_would_train_alone_are_one_line(faces, flags, tmp_path, monkeypatch, capsys):
+    from scf_fast import train
+
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = [*flags["stage1"], "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    assert train.main(list(map(str, command))) == 2
+    assert capsys.readouterr().err.startswith(
+        "train.py: error: WORLD_SIZE=2 is set and RANK is not; start with torchrun"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_are_started_again_go_on_without_resume(faces, stage1, flags, tmp_path, fork_ranks):
+    """As torchrun --max_restarts starts them: with the flags of the first start, which must not begin anew."""
+    shutil.copytree(stage1[0], tmp_path / "run")
+    command = [*flags["stage1"], "--zero_stage", 0, "--data", faces / "train", "--output_dir", tmp_path / "run"]
+    restarted = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
+    more = ["--epochs", 3, "--max_steps", STEPS + 1, "--overwrite"]
+    status, output = fork_ranks(1, *command, *more, variables=restarted)
+    assert status == 0 and f"resumed at step {STEPS}" in output, output

@@ -1,6 +1,7 @@
 """What happens when DALI gives up an image, or everything, as on a device without memory."""
 
 import io
+import time
 import weakref
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from scf_fast.pipelines import waiting
 from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Request
 from scf_fast.pipelines.loading.decode import decode_face
 from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sources.base import EncodedImages
+from scf_fast.pipelines.waiting import TimedOut
 
 pytest.importorskip("nvidia.dali")
 from scf_fast.pipelines.loading import dali
@@ -176,3 +179,45 @@ def test_error_of_a_source_is_not_taken_for_dalis(built):
     with loader_of(source, 4) as loader, pytest.raises(RuntimeError, match=r"^a bug in the source$"):
         list(loader.batches(0))
     assert len(built) == 1
+
+
+class Slow(EncodedImages):
+    """Waits before each file is read."""
+
+    def __init__(self, count, seconds):
+        super().__init__([encode(i) for i in range(count)], labels=np.arange(count))
+        self._seconds = seconds
+
+    def encoded(self, i):
+        time.sleep(self._seconds(i))
+        return super().encoded(i)
+
+
+def test_a_reader_that_hangs_is_named(monkeypatch):
+    monkeypatch.setattr(waiting, "_JOIN", 0.1)
+    source = Slow(12, lambda i: 4 if i == 5 else 0)
+    sampler = EpochSampler(12, 4, shuffle=False)
+    expected = (
+        "the DALI loader has waited . s for a thread that reads 4 images for DALI's pipeline, the first .* image 4,"
+    )
+    with make_loader(source, sampler, backend="dali", num_workers=1, prefetch=1, timeout=0.5) as loader:
+        with pytest.raises(TimedOut, match=f"^{expected}"):
+            list(loader.batches(0))
+
+
+def test_a_pipeline_that_hangs_is_named(monkeypatch):
+    monkeypatch.setattr(waiting, "_JOIN", 0.1)
+    monkeypatch.setattr(dali.Pipeline, "run", lambda *_: time.sleep(3))
+    sampler = EpochSampler(8, 4, shuffle=False)
+    with make_loader(make_source(8), sampler, backend="dali", num_workers=1, timeout=0.3) as loader:
+        with pytest.raises(TimedOut, match="for DALI's pipeline, which decodes on cpu, and there was no progress"):
+            list(loader.batches(0))
+
+
+def test_readers_that_are_slow_are_waited_for(monkeypatch):
+    """A batch takes three times the limit, no part of it takes half."""
+    monkeypatch.setattr(dali, "_READ_TOGETHER", 2)
+    sampler = EpochSampler(12, 12, shuffle=False)
+    source = Slow(12, lambda i: 0.1)
+    with make_loader(source, sampler, backend="dali", num_workers=1, prefetch=1, timeout=0.4) as loader:
+        assert [batch.indices.tolist() for batch in loader.batches(0)] == [list(range(12))]

@@ -120,6 +120,7 @@ def test_headers_of_a_batch():
     sizes = dict(zip(files, check_headers(list(files.values())).tolist()))
     assert [kind for kind in files if sizes[kind] == [0, 0]] == [
         "progressive",
+        "cmyk",
         "webp",
         "padded jpeg",
         *OTHERS,

@@ -1,6 +1,8 @@
+import errno
 import multiprocessing
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +71,26 @@ def test_read_only_data_is_indexed_in_the_user_cache(tmp_path, monkeypatch, reco
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert images_of(RecordIndex.open(tmp_path / "data")) == records.images
     assert len(index_files(tmp_path / "xdg" / "scf_fast")) == 1 and not index_files(tmp_path / "data")
+
+
+def test_a_user_without_a_home_indexes_beside_the_data_or_is_told_what_helps(tmp_path, monkeypatch, records, images_of):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    def refuse(*arguments):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    records.write(tmp_path / "data")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        patch.setattr("scf_fast.pipelines.sources.indexed.write_arrays", refuse)
+        with pytest.raises(
+            ValueError, match=r"cannot write the index .*Read-only file system; .* give another folder for"
+        ):
+            RecordIndex.open(tmp_path / "data")
+    assert images_of(RecordIndex.open(tmp_path / "data")) == records.images and len(index_files(tmp_path / "data")) == 1
 
 
 def test_pickled_copy_is_small_and_forked_process_reads(tmp_path, records, images_of):

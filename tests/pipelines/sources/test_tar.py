@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import tarfile
 from collections import Counter
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.sources.tar import TarIndex, _members, write_shard
+from scf_fast.pipelines.text import one_line
 
 
 def tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -148,6 +150,39 @@ def test_names_with_dots_pair_by_all_but_the_suffix(tmp_path, images_of):
         open_source(tar(tmp_path / "c.tar", [("x.face.jpg", b"1"), ("x.cls", b"0")]))
 
 
+def test_images_and_labels_that_stand_apart_are_paired_by_their_names(tmp_path, images_of):
+    """As tar packs a folder that it does not sort; of names that come twice nobody can say which belong together."""
+    members = [
+        ("a.jpg", b"a"),
+        ("b.1.png", b"b"),
+        ("c.jpg", b"c"),
+        ("d.jpg", b"no"),
+        ("d.jpg.meta", b""),
+        ("e.jpg", b""),
+    ]
+    members += [("e.cls", b"4"), ("c.cls", b"2"), ("x.cls", b"9"), ("b.1.cls", b"1"), ("a.json", b'{"label": 0}')]
+    members += [
+        ("f.jpg", b"f"),
+        ("f.cls", b"5"),
+        ("d.cls", b"3"),
+        ("g.cls", b"6"),
+        ("d.jpg", b"no"),
+        ("y.meta.json", b"{"),
+    ]
+    source = open_source(tar(tmp_path / "a.tar", members))
+    assert images_of(source) == [b"a", b"b", b"c", b"f"] and source.labels.tolist() == [0, 1, 2, 5]
+    assert source.skipped == {"images without label": 2, "labels without image": 3, "empty images": 1}
+    assert [source.name(i).rpartition(" ")[2] for i in range(4)] == ["a.jpg", "b.1.png", "c.jpg", "f.jpg"]
+    twice = open_source(
+        tar(
+            tmp_path / "b.tar",
+            [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"0"), ("b.cls", b"1")] * 2
+            + [("c.jpg", b"3"), ("c.cls", b"2")],
+        )
+    )
+    assert images_of(twice) == [b"3"] and twice.skipped == {"images without label": 4, "labels without image": 4}
+
+
 def test_what_macos_and_a_nas_put_into_an_archive_is_skipped(tmp_path, images_of):
     apple = b"\0\5\x16\7Mac OS X"
     members = [("./._a.jpg", apple), ("./a.jpg", b"a"), ("./._a.cls", apple), ("./a.cls", b"0"), (".DS_Store", apple)]
@@ -212,8 +247,18 @@ def test_sparse_members_are_counted_and_passed(tmp_path, old, images_of):
 
 
 def test_pax_names_with_line_breaks(tmp_path, images_of):
-    members = [("a\n12 path=x.jpg/ü.jpg", b"a"), ("a\n12 path=x.jpg/ü.cls", b"3")]
+    members = [("a\nü.jpg", b"a"), ("a\nü.cls", b"3")]
     assert open_source(tar(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)).labels.tolist() == [3]
+
+
+def test_names_that_are_not_utf8_are_kept_and_shown(tmp_path, images_of):
+    """As programs write them that take text for Latin-1, or GBK."""
+    name = os.fsdecode("张.1".encode("gbk"))
+    good = open_source(tar(tmp_path / "a.tar", [(f"{name}.jpg", b"a"), (f"{name}.cls", b"0")]))
+    assert images_of(good) == [b"a"] and os.fsencode(good.name(0)).endswith(b"member \xd5\xc5.1.jpg")
+    with pytest.raises(ValueError, match="must hold a label") as error:
+        open_source(tar(tmp_path / "b.tar", [(f"{name}.jpg", b"a"), (f"{name}.cls", b"one")]))
+    assert r"member \xd5\xc5.1.cls must hold" in one_line(error.value)
 
 
 def test_members_lead_nowhere(tmp_path, images_of):
@@ -303,3 +348,20 @@ def test_written_shard_is_plain_tar(tmp_path):
         found = {member.name: shard.extractfile(member).read() for member in shard}
     assert found == {"000.jpg": b"one", "000.cls": b"7", "001.png": b"two", "001.cls": b"0"}
     assert json.loads(found["000.cls"]) == 7
+
+
+def test_many_shards_leave_room_for_other_files(tmp_path):
+    """A process may hold 1024 files as a rule, and several data sets have hundreds of shards each."""
+    for number in range(40):
+        tar(tmp_path / f"{number:02d}.tar", [(f"{number}.jpg", b"face"), (f"{number}.cls", b"%d" % (number % 3))])
+    before, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 60, limits[1]))
+    try:
+        source = open_source(tmp_path)
+        assert len(os.listdir("/proc/self/fd")) < before + 10
+        assert [source.encoded(i).tobytes() for i in range(40)] == [b"face"] * 40
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        with pytest.raises(ValueError, match=r"Too many open files \(`ulimit -n` raises the limit\)"):
+            source.encoded(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

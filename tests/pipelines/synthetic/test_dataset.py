@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scf_fast.pipelines import waiting
 from scf_fast.pipelines.synthetic import dataset, parts
 from scf_fast.pipelines.synthetic.__main__ import main
 from scf_fast.pipelines.synthetic.dataset import write_synthetic_set
@@ -247,9 +248,9 @@ def test_a_process_that_dies_is_an_error_of_one_line(tmp_path, monkeypatch, caps
         def submit(self, *arguments):
             return super().submit(os._exit, 9)
 
-    monkeypatch.setattr(parts, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(waiting, "ProcessPoolExecutor", Pool)
     message = _refusal(capsys, [str(tmp_path), *_arguments(TINY), "--workers", "2"])
-    assert "a process that renders has died" in message and "--workers" in message
+    assert "a process that should render pictures has died" in message and "--workers" in message
 
 
 def _refusal(capsys, arguments):

@@ -20,7 +20,7 @@ from scf_fast.stages.backbone import BackboneStage
 from scf_fast.weights.reading import read_weights
 
 ONE_RANK = Runtime(0, 1, torch.device("cpu"))
-STEPS, BATCH, CLASSES, WIDTH, CLIP = 20, 12, 11, 5, 0.5
+STEPS, BATCH, CLASSES, WIDTH, CLIP = 12, 12, 11, 5, 0.5
 SCENARIOS = {
     "plain": {},
     "unfused": {"fused_center_update": False},

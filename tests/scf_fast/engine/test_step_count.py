@@ -114,6 +114,7 @@ class Kernels:
 
 def install(set_item, set_attribute):
     """Puts the stand-ins into place."""
+    import cpuinfo
     import deepspeed.ops.adam
 
     modules = {name: types.ModuleType(name) for name in ("apex", "apex.optimizers", "amp_C")}
@@ -123,6 +124,7 @@ def install(set_item, set_attribute):
     modules["apex.optimizers"].FusedAdam, modules["apex.optimizers"].FusedSGD = FusedAdam, FusedSGD
     set_attribute(sys.modules[deepspeed.ops.adam.FusedAdam.__module__], "FusedAdamBuilder", Kernels)
     set_attribute(sys.modules[deepspeed.ops.adam.DeepSpeedCPUAdam.__module__], "CPUAdamBuilder", Kernels)
+    set_attribute(cpuinfo, "get_cpu_info", dict)  # a process of a second for each optimizer, to warn of AMD's in fp16
 
 
 def make_config(**options):

@@ -54,7 +54,7 @@ def test_the_built_cache_is_whole(cache, capsys):
         return capsys.readouterr().out
 
     shown = command("info", cache)
-    assert "128 of 128 (100.0 %), both orientations" in shown and "convf 128x7x7 int8" in shown
+    assert "128 of 128 (100.0 %), both orientations" in shown and "convf 16x7x7 int8" in shown
     assert "precision  fp32" in shown
     assert 1e-4 < float(shown.split("difference ")[1].split()[0]) < 2e-2
     assert command("verify", cache).startswith("128 intact records, 0 damaged")

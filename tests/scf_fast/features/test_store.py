@@ -1,5 +1,8 @@
+import errno
 import json
 import os
+import threading
+import time
 import zlib
 from dataclasses import replace
 
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from scf_fast.features.open import cache_key
 from scf_fast.features.records import CacheLayout, decode, encoding_error
 from scf_fast.features.store import CacheKey, FeatureCache, read_meta
+from scf_fast.pipelines.waiting import TimedOut
 
 KEY = CacheKey("b", "d", "insightface", "fp32")
 
@@ -123,6 +127,12 @@ def test_a_cache_left_open_is_checked_before_it_is_used(small):
     cache._checksums[2] += 1  # a record half written when the machine died
     cache._checksums.flush()
     assert (folder / "writing-1").exists()
+    with pytest.raises(ValueError, match="another run is writing to it; wait for its end, or give another folder"):
+        FeatureCache.create_or_check(folder, KEY, layout)
+    with pytest.raises(ValueError, match="another run is writing to it"):
+        FeatureCache.open(folder, layout, 1)
+    assert (folder / "writing-1").exists()
+    cache._mark._file.close()  # as the system does when a process ends
     FeatureCache.create_or_check(folder, KEY, layout)
     assert not list(folder.glob("writing-*"))
     assert FeatureCache(folder, layout, 0).present.nonzero()[0].tolist() == [0, 1]
@@ -197,9 +207,33 @@ def test_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=120_000_000))
     with pytest.raises(
         ValueError,
-        match=r"needs 0\.4 GB for 1000000 images, but 0\.1 GB are free; use --cache_dtype int8, or --cache_budget 0\.1",
+        match=r"needs 0\.392 GB for 1000000 images, but 0\.12 GB .*use --cache_dtype int8, or --cache_budget 0\.108",
     ):
         FeatureCache.create_or_check(tmp_path / "c", KEY, CacheLayout(1_000_000, 8, (4, 3, 3), "fp32"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(ValueError, match=r"but 1e-07 GB are free; use --cache_dtype int8 and another disk$"):
+        FeatureCache.create_or_check(tmp_path / "c", KEY, CacheLayout(1_000_000, 8, (4, 3, 3), "fp32"))
+
+
+def test_a_cache_that_does_not_fit_leaves_nothing_and_takes_no_room_from_the_next(tmp_path, monkeypatch):
+    layout, folder = CacheLayout(1000, 8, (4, 3, 3), "fp32"), tmp_path / "c"
+    allocate, calls = os.posix_fallocate, []
+
+    def refuse(descriptor, start, size):
+        calls.append(size)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(descriptor, start, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(ValueError, match=r"cannot allocate .*No space left"):
+            FeatureCache.create_or_check(folder, KEY, layout)
+    assert not list(folder.iterdir())
+    (folder / "rows-00007.bin").write_bytes(bytes(1000))  # a killed process's
+    (folder / "notes.txt").write_text("mine")
+    FeatureCache.create_or_check(folder, KEY, layout)
+    assert {path.name for path in folder.iterdir()} == {"meta.json", "rows-00000.bin", "checksums.bin", "notes.txt"}
 
 
 def test_meta_reads_back_and_damage_is_named(small):
@@ -251,3 +285,33 @@ def test_a_map_that_the_dtype_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--cache_dtype fp16: cannot hold the last map"):
         FeatureCache.create_or_check(tmp_path / "c", KEY, layout, error)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_disk_that_hangs_ends_reading_and_writing_with_the_caches_name(small, monkeypatch):
+    """Writing in the background, and closing after it, which does not wait once more."""
+    monkeypatch.setattr("scf_fast.pipelines.waiting._JOIN", 0.1)
+    folder, layout = small
+    cache, hang = FeatureCache.open(folder, layout, 0, timeout=0.3), threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda *_: hang.wait())
+        cache.write(np.arange(4), views(layout, 4))
+        with pytest.raises(
+            TimedOut, match=f"^stage 2 has waited 0 s for the background writer of the feature cache {folder}"
+        ):
+            cache.flush()
+    began = time.monotonic()
+    with pytest.raises(TimedOut):  # the writer is still held up
+        cache.close()
+    assert time.monotonic() - began < 2 and (folder / "writing-0").exists()
+    hang.set()
+
+
+def test_a_disk_that_is_slow_is_waited_for(small, monkeypatch):
+    folder, layout = small
+    cache, write = FeatureCache.open(folder, layout, 0, timeout=0.3), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: (time.sleep(0.1), write(*arguments))[1])
+    cache.write(np.arange(48), views(layout, 48))  # six of each of the eight threads: twice the limit
+    cache.close()
+    again = FeatureCache.open(folder, layout, 0)
+    assert again.present.sum() == 48
+    again.close()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from scf_fast.pipelines.loader import make_loader
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.pipelines.sampling.sampler import EpochSampler
 from scf_fast.pipelines.sources.base import EncodedImages
+from scf_fast.pipelines.waiting import TimedOut
 from scf_fast.stages.confidence import ConfidenceStage
 from scf_fast.stages.criteria import make_criterion
 
@@ -327,7 +329,6 @@ def test_a_step_never_waits_for_the_device(rows, faces, backbone, tmp_path):
 
 
 def test_a_cache_goes_on_in_its_own_precision_unless_another_was_asked_for(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr("scf_fast.features.open.dist.barrier", lambda: None)
     source = open_source(faces / "train")
     state = Backbone("ir_tiny", 16).state_dict()
 
@@ -360,3 +361,21 @@ def test_a_cache_goes_on_in_its_own_precision_unless_another_was_asked_for(faces
         assert made._backbone.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="precision: cached bf16, needed fp32"):
         opened("fp32")
+
+
+def test_a_cache_that_hangs_is_named(faces, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("scf_fast.pipelines.waiting._JOIN", 0.1)
+    source = open_source(faces / "train")
+    layout = CacheLayout(len(source), 16, (64, 7, 7), "fp16")
+    FeatureCache.create_or_check(tmp_path, KEY, layout)
+    cache, hang = FeatureCache.open(tmp_path, layout, 0), threading.Event()
+    cache._checksums[:] = 1
+    monkeypatch.setattr(cache, "read", lambda *_, **__: hang.wait())
+    sampler = EpochSampler(len(source), 32, seed=1)
+    made = FeatureStream(None, sampler, source.labels, backbone, flip=True, device=CPU, cache=cache, timeout=0.3)
+    with pytest.raises(
+        TimedOut, match=f"^stage 2 has waited 0 s for the reader of batch 0 of the feature cache {tmp_path}"
+    ):
+        next(made.batches(0))
+    hang.set()
+    made.close()

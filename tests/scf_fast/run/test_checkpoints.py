@@ -3,8 +3,11 @@ test_train.py.
 """
 
 import json
+import os
 import resource
 import shutil
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +15,9 @@ import pytest
 import torch
 
 from scf_fast.distributed import Runtime
-from scf_fast.run.checkpoints import Checkpoints, clear_away, newest_intact
-from scf_fast.run.run_state import DamagedStateError, read_state, write_state
+from scf_fast.pipelines.waiting import TimedOut
+from scf_fast.run.checkpoints import Checkpoints, _Pending, clear_away, newest_intact
+from scf_fast.run.run_state import DamagedStateError, fingerprint_of, read_state, write_state
 from scf_fast.weights.files import save_torch_file
 
 
@@ -195,7 +199,7 @@ def test_a_run_outlives_a_full_disk_and_resumes_when_there_is_room(faces, flags,
         "--output_dir",
         tmp_path / "run",
     ]
-    status, output = fork_ranks(2, *command, "--no_tensorboard", file_bytes=1_000_000)
+    status, output = fork_ranks(2, *command, "--no_tensorboard", file_bytes=100_000)
     assert status == 1, output
     assert "checkpoint of step 4 could not be written" in output and "training goes on" in output
     assert "Traceback" not in output and "free some space and --resume" in output
@@ -241,3 +245,35 @@ def test_keep_and_keep_best(faces, flags, tmp_path, fork_ranks):
     assert states["step00000008"]["metric"] < states["step00000016"]["metric"]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert states["step00000008"]["metric"] == pytest.approx(sum(r["loss"] for r in records[4:8]) / 4, rel=1e-6)
+
+
+def test_a_disk_that_hangs_ends_the_run_with_the_checkpoints_name(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("scf_fast.pipelines.waiting._JOIN", 0.1)
+    runtime, hang = Runtime(0, 1, torch.device("cpu")), threading.Event()
+    writer = Checkpoints(tmp_path, runtime, keep=1, keep_best=False, background=True, timeout=0.3)
+    writer._pending = _Pending(
+        "step00000001", read_state(folder / "step00000004").state, writer._writer.submit(hang.wait)
+    )
+    with pytest.raises(
+        TimedOut, match=f"^rank 0 has waited 0 s for the background writer of checkpoint {tmp_path}/step00"
+    ):
+        writer.finish()
+    began = time.monotonic()
+    writer.close()
+    assert time.monotonic() - began < 2
+    hang.set()
+
+
+def test_a_slow_disk_is_seen_to_move_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """A file of 40 pieces; its bytes reach the disk step by step, not in one sync at its end."""
+    synced, moved, fdatasync = [], [], os.fdatasync
+    monkeypatch.setattr("scf_fast.weights.files._SYNC_BYTES", 1 << 20)
+    monkeypatch.setattr(os, "fdatasync", lambda file: (synced.append(sum(moved)), fdatasync(file))[1])
+    value = {str(i): torch.full((1 << 16,), i, dtype=torch.float32) for i in range(40)}
+    save_torch_file(value, tmp_path / "a.pt", moved.append)
+    size = (tmp_path / "a.pt").stat().st_size
+    assert sum(moved) == size and len(moved) > 40 and len(synced) in range(8, 11)
+    again = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert all(torch.equal(again[key], value[key]) for key in value)
+    read = []
+    assert fingerprint_of(tmp_path / "a.pt", read.append)[0] == size == sum(read)

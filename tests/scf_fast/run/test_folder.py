@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 import zlib
 
 import pytest
@@ -10,7 +11,10 @@ import yaml
 
 from scf_fast import config as configuration
 from scf_fast.config import BackboneConfig, ConfidenceConfig
+from scf_fast.errors import Incomplete
 from scf_fast.run import folder as run_folder
+from scf_fast.run import folder_lock
+from scf_fast.run.same_folder import SameFolder
 
 
 def stage2(folder, **changes):
@@ -132,9 +136,67 @@ def test_stage_1_has_no_slope(folder):
     assert run_folder.continued(config, run_folder.claim(config)) is config
 
 
+@pytest.mark.parametrize(("resume", "message"), [(False, "give --resume to continue it"), (True, "start again with")])
+def test_a_claim_is_repeated_once_the_folder_is_locked(resume, message, tmp_path):
+    """Two launches find nothing; the second must not write over what the first has left by then."""
+    config = stage2(tmp_path / "new", resume=resume)
+    assert run_folder.claim(config) is None
+    (tmp_path / "new").mkdir()
+    with run_folder.prepare(config, is_locked=False):
+        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [".lock", "checkpoints", "config.yaml"]
+        write_state(tmp_path / "new")
+    kept = (tmp_path / "new" / run_folder.CONFIG_FILE).stat().st_mtime_ns
+    with pytest.raises(ValueError, match=message), run_folder.prepare(config, is_locked=False):
+        pass
+    assert (tmp_path / "new" / run_folder.CONFIG_FILE).stat().st_mtime_ns == kept
+
+
+def test_overwrite_leaves_the_lock(folder):
+    (folder / "checkpoints").mkdir()
+    with folder_lock.locked(folder), run_folder.prepare(stage2(folder, overwrite=True), is_locked=True):
+        assert (folder / ".lock").exists() and not list((folder / "checkpoints").iterdir())
+    assert not (folder / ".lock").exists()
+
+
 def test_a_folder_that_pytorch_cannot_map_files_in_is_refused_before_the_work(tmp_path):
     """Its name is not UTF-8; data of such names is no hindrance (test_names_of_bytes.py)."""
     name = os.fsdecode(os.fsencode(tmp_path) + b"/\xca\xfd")
     with pytest.raises(ValueError, match="its name must be UTF-8, or PyTorch cannot map the files in it"):
         run_folder.claim(stage2(name))
     assert run_folder.claim(stage2(tmp_path / "数据", data=name)) is None
+
+
+def wait_for(path, launch):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert launch.poll() is None and time.monotonic() < deadline, launch.log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_a_run_whose_folder_has_gone_ends_and_writes_nothing_elsewhere(is_deleted, faces, flags, tmp_path, start_ranks):
+    """Deleted, or unmounted: the empty folder beneath has another inode. The other one comes back in time."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    more = ["--epochs", 400, "--checkpoint_every", 2, "--data", faces / "train", "--output_dir", run]
+    launch = start_ranks(1, "-m", "scf_fast.train", *flags["stage1"], *more)
+    wait_for(run / "checkpoints" / "latest", launch)
+    run.rename(away)
+    if not is_deleted:
+        run.mkdir()
+    assert launch.wait() == 1
+    what = "has gone" if is_deleted else "is no longer the folder that this run began in"
+    assert f"--output_dir {run}: {what}" in launch.log.read_text()
+    assert is_deleted == (not run.exists()) and (is_deleted or not any(run.iterdir()))
+    assert "Traceback" not in launch.log.read_text()
+
+
+def test_a_run_waits_for_its_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setattr("scf_fast.run.same_folder.all_ranks_agree", lambda own: own)
+    waits, gives_up = SameFolder(folder, 60), SameFolder(folder, 0.01)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(Incomplete, match=r"has gone.*mount it again and --resume, from step00000004"):
+        gives_up.require("step00000004")
+    monkeypatch.setattr("time.sleep", lambda seconds: (tmp_path / "away").rename(folder))
+    waits.require(None)

@@ -102,7 +102,8 @@ def test_a_machines_memory_is_divided_among_its_own_ranks(monkeypatch, variable)
     """deepspeed sets LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE; WORLD_SIZE counts the ranks of other machines too."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "16")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "16", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     alone = forecast(make_config(), CLASSES, 16, "fp32").available
     monkeypatch.setenv(variable, "2")
     assert forecast(make_config(), CLASSES, 16, "fp32").available == pytest.approx(8 * alone, rel=0.2)
