@@ -26,7 +26,13 @@ from tqdm import tqdm
 from scf_fast.pipelines.aliases import ByteArray, Progress, StrPath
 from scf_fast.pipelines.command import INTERRUPTED, Parser, log_to_terminal, print_lines, run
 from scf_fast.pipelines.errors import InputError
-from scf_fast.pipelines.formats.atomic_file import atomic_output, publish, write_bytes, write_json
+from scf_fast.pipelines.formats.atomic_file import (
+    atomic_output,
+    publish,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
 from scf_fast.pipelines.formats.mapped_file import map_file
 from scf_fast.pipelines.formats.recordio import pack_record, whole_records, write_property
 from scf_fast.pipelines.formats.tfrecord import write_shard as write_tfrecords
@@ -98,6 +104,7 @@ def convert(source: ImageSource, dst: StrPath, to: str, shard_images: int = 10_0
 def _claim(dst: Path, state: dict[str, Any]) -> bool:
     """Checks that ``dst`` is free or this conversion's, and tells whether there is work left to do in it."""
     dst.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(dst)
     if not (dst / _STATE).exists():
         if any(dst.iterdir()):
             raise InputError(
@@ -192,6 +199,8 @@ def _write_tfrecord(images: ImageSource, dst: Path, shard_images: int, progress:
 
 
 def _write_folder(images: ImageSource, dst: Path, _: int, progress: Progress) -> None:
+    for identity in filter(Path.is_dir, dst.iterdir()):
+        remove_leftovers(identity)
     present = {int(path.stem) for path in dst.glob("*/*") if path.stem.isdigit()}
     for i in range(len(images)):
         if i not in present:

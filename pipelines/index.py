@@ -85,9 +85,9 @@ def _kind(path: Path) -> type[IndexedImages]:
     except OSError as error:
         raise InputError(f"cannot list {path}: {reason_of(error)}; check its permissions") from error
     entries = [entry for entry in entries if not is_hidden(entry.name)]
-    for suffix, kind in _KINDS.items():
-        if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
-            return kind
+    packed = _packed_kind(entries)
+    if packed is not None:
+        return packed
     if any(entry.is_dir() for entry in entries):
         return FolderIndex
     files = sorted(entry.path for entry in entries if entry.is_file())
@@ -96,6 +96,21 @@ def _kind(path: Path) -> type[IndexedImages]:
         f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; check the "
         "path, or give the file of an image list" + (f" ({os.path.basename(files[0])} {found})" if found else "")
     )
+
+
+def _packed_kind(entries: Sequence[os.DirEntry[str]]) -> type[PackedImages] | None:
+    """Returns the source of the large files in a folder; None where there are none."""
+    for suffix, kind in _KINDS.items():
+        if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
+            return kind
+    return None
+
+
+def holds_shards_alone(path: StrPath) -> bool:
+    """Tells whether a folder holds ``.rec``, ``.tar`` or ``.tfrecord`` files and no folders, hidden ones aside."""
+    with os.scandir(path) as listed:
+        entries = [entry for entry in listed if not is_hidden(entry.name)]
+    return not any(entry.is_dir() for entry in entries) and _packed_kind(entries) is not None
 
 
 def _kind_of_file(path: Path) -> type[IndexedImages]:

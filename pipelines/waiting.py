@@ -10,12 +10,14 @@ import functools
 import logging
 import math
 import multiprocessing
+import os
 import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from multiprocessing import connection
 from typing import Any, TypeVar
 
 from scf_fast.pipelines.errors import InputError
@@ -245,8 +247,17 @@ def _next(done: "queue.SimpleQueue[_Result]", wait: Wait) -> _Result:
 
 def _start_process(initializer: Callable[..., object] | None, initargs: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Else it would wait for tasks for ever, and keep the locks in /dev/shm, where this process's parent is killed.
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     if initializer is not None:
         initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def add_timeout_argument(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,8 @@ from scf_fast import distributed
 from scf_fast.command import Parser, print_lines, run
 from scf_fast.command_line import parse_feature_pass
 from scf_fast.features.feature_pass import FeaturePass, fill_cache
-from scf_fast.features.store import FeatureCache, count_present, is_marked, read_meta
+from scf_fast.features.store import FeatureCache, count_present, read_meta
+from scf_fast.features.write_marks import is_marked
 
 
 def _build(folder: Path, flags: list[str]) -> None:

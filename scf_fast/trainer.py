@@ -29,6 +29,7 @@ from scf_fast.run.line_files import StepLines, forget_after
 from scf_fast.run.patience import Patience
 from scf_fast.run.reporting import Reporter, log_to_files, set_up_logging
 from scf_fast.run.run_state import RunState
+from scf_fast.run.same_folder import SameFolder
 from scf_fast.run.step_guard import StepGuard, Votes
 from scf_fast.run.step_outcome import StepOutcome
 from scf_fast.run.stop_signal import StopSignal
@@ -135,6 +136,7 @@ class _Run:
             config.input_timeout,
         )
         self.checkpoints.resume_from(point.tag if point else None)
+        self.same_folder = SameFolder(folder, config.wait_for_folder)
         not_finite = folder / f"not_finite_rank{runtime.rank}.jsonl"
         self.guard = StepGuard(engine.module, runtime, config.max_skipped_steps, not_finite)
         # of this epoch: sum of the losses, their number, and how many of these steps have changed the weights
@@ -374,6 +376,7 @@ class _Run:
             self.clock.collect()
 
     def _save(self, step: int, epoch_ends: bool, rate: float, reporter: Reporter) -> None:
+        self.same_folder.require(self.checkpoints.written)
         self.engine.average_batchnorm_statistics()
         total, count, _ = distributed.average_over_ranks(self.epoch_loss).tolist()
         metric = total / count if epoch_ends and count else None
@@ -404,6 +407,7 @@ class _Run:
         self.checkpoints.save(self.engine, state, self.stage.centers)
 
     def _export(self, step: int) -> None:
+        self.same_folder.require(self.checkpoints.written)
         progress = Progress((step - 1) // self.per_epoch, step - 1)
         try:
             files = self.stage.export(self.engine, self.folder, self.runtime.is_main, progress)

@@ -55,8 +55,17 @@ def run(command, timeout=240, **environment):
     return process.returncode, output
 
 
-# Files of half a minute and more of one core, longest first.
-_LONGEST = ("test_train.py", "test_step_guard.py", "test_wheel.py", "test_chaos.py")
+# Files of 20 seconds and more of one core, longest first.
+_LONGEST = (
+    "test_instructions.py",
+    "test_train.py",
+    "test_step_guard.py",
+    "test_suite.py",
+    "test_wheel.py",
+    "test_margin_softmax.py",
+    "test_chaos.py",
+    "test_compiled.py",
+)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -115,7 +115,9 @@ def _undecodable(error: Exception, encoded: np.ndarray) -> InputError:
         kind = recognize_bytes(encoded[:_RECOGNIZED].tobytes(), size=len(encoded))
         if kind in (TEXT, BINARY):
             return InputError("unknown format")
-        return InputError("its header is damaged" if kind in IMAGES else f"it is {kind.name}, which is not read here")
+        if kind in IMAGES:  # a TIFF of 64-bit numbers, for instance
+            return InputError(f"it is {kind.name} that is damaged, or of a kind that is not read here")
+        return InputError(f"it is {kind.name}, which is not read here")
     return InputError(str(error) or type(error).__name__)
 
 

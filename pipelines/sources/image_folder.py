@@ -1,5 +1,6 @@
 """A folder of image files, one subfolder for each identity."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -16,8 +17,10 @@ from scf_fast.pipelines.sources.image_names import is_system_folder, subfolders,
 from scf_fast.pipelines.sources.indexed import Arrays, IndexedImages, Scan, check_labels
 from scf_fast.pipelines.text import shown_names
 
+_LOG = logging.getLogger(__name__)
 _OUTSIDE = "images outside the folders of identities"
 _WITHOUT = "folders without an image, whose class numbers stay unused"
+_STRANGE = "which a system or a program made for itself"
 _NAMED = 8  # folders that a line of the report names
 
 
@@ -50,13 +53,32 @@ class FolderIndex(IndexedImages):
             for position, name in enumerate(identities)
             if (position if self._property is None else int(name)) not in used
         ]
-        strange = sorted({part for name in folders for part in name.split(b"/") if is_system_folder(part)})
         lines = [f"without an image       {_shown(without)}"] if without else []
-        if strange:  # in an index of an earlier version
-            lines.append(
-                f"counted as images      those in {_shown(strange)}, which a system or a program made for itself"
-            )
+        strange = self._system_folders()
+        if strange:
+            lines.append(f"counted as images      those in {_shown(strange)}, {_STRANGE}")
         return [*super().remarks(), *lines]
+
+    def _system_folders(self) -> list[bytes]:
+        """Returns the names of folders that an index of an earlier version counts and the rule leaves out."""
+        if self._meta.get("rules", 0) == self.RULES:
+            return []
+        folders = (_name(self._arrays, "folders", i) for i in range(len(self._arrays["folders_ends"])))
+        return sorted({part for name in folders for part in name.split(b"/") if is_system_folder(part)})
+
+    @classmethod
+    def open(cls, path: StrPath, cache_dir: StrPath | None = None, root: StrPath | None = None) -> "FolderIndex":
+        source = super().open(path, cache_dir, root)
+        strange = source._system_folders()
+        if strange:
+            _LOG.warning(
+                "%s: its index is of an earlier version and counts the images in %s, %s; for a new run delete %s",
+                path,
+                _shown(strange),
+                _STRANGE,
+                source._index_path,
+            )
+        return source
 
     def _file(self, i: int) -> bytes:
         return os.path.join(os.fsencode(self._path), _name(self._arrays, "files", i))

@@ -68,22 +68,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace whatever set OUT holds")
     options = parser.parse_args(arguments)
 
-    def write() -> None:
-        parameters = Parameters(options.identities, options.images_per_identity, options.eval_identities, options.seed)
-        try:
-            manifest = write_synthetic_set(
-                options.out,
-                parameters,
-                workers=options.workers,
-                overwrite=options.overwrite,
-                timeout=options.input_timeout,
-            )
-        except KeyboardInterrupt:
-            print_lines(f"the same command goes on with what lies in {options.out}", file=sys.stderr)
-            raise
-        print_lines(f"{options.out}: {json.dumps(manifest['counts'])}")
+    return run(parser.prog, lambda: _write(options))
 
-    return run(parser.prog, write)
+
+def _write(options: argparse.Namespace) -> None:
+    parameters = Parameters(options.identities, options.images_per_identity, options.eval_identities, options.seed)
+    try:
+        manifest = write_synthetic_set(
+            options.out,
+            parameters,
+            workers=options.workers,
+            overwrite=options.overwrite,
+            timeout=options.input_timeout,
+        )
+    except KeyboardInterrupt:
+        print_lines(f"the same command goes on with what lies in {options.out}", file=sys.stderr)
+        raise
+    print_lines(f"{options.out}: {json.dumps(manifest['counts'])}")
 
 
 if __name__ == "__main__":

@@ -192,6 +192,13 @@ class Config:
         "keep the checkpoint of the epoch with the lowest mean training loss too, or the lowest loss of --validation",
         group="system",
     )
+    wait_for_folder: float = option(
+        0.0,
+        "seconds to wait for --output_dir at a checkpoint where it has gone or is another one, as when its disk is "
+        "unmounted; then, and with 0 at once, the run ends with status 1",
+        group="system",
+        metavar="SECONDS",
+    )
     background_checkpoints: bool | None = option(
         None, "write checkpoints while training goes on, from a copy in host memory; default: on a GPU", group="system"
     )
@@ -282,6 +289,7 @@ class Config:
                 "max_grad_clip",
                 "checkpoint_every",
                 "input_timeout",
+                "wait_for_folder",
                 "max_steps",
                 "max_images_per_identity",
                 "images_per_identity",

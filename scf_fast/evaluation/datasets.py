@@ -23,7 +23,7 @@ from scf_fast.pipelines.evaluation_sets.template_protocol import (
 from scf_fast.pipelines.evaluation_sets.verification_set import draw_pairs, read_verification_set
 from scf_fast.pipelines.formats.file_kinds import Wanted
 from scf_fast.pipelines.formats.text_file import read_text
-from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.index import holds_shards_alone, open_source
 from scf_fast.pipelines.sources.base import ImageFiles, ImageSource
 from scf_fast.pipelines.sources.image_names import visible
 from scf_fast.pipelines.text import shown
@@ -246,7 +246,7 @@ def open_subjects(path: Path) -> Subjects:
     Raises:
         InputError: nothing is there, it is damaged, or it holds no image.
     """
-    if not path.is_dir():
+    if not path.is_dir() or holds_shards_alone(path):
         source = open_source(path)
         return Subjects(source, source.labels.astype(str), source.skipped)
     images, skipped = find_images([path])

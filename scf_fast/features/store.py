@@ -5,6 +5,7 @@
     folder/rows-NNNNN.bin    fixed-size records, one for each image (:mod:`scf_fast.features.records`)
     folder/checksums.bin     two uint32 for each image: CRC-32 of each orientation's half of the record, 0 while missing
     folder/writing-R         exists while rank R has an incomplete cache open, and so may write to it
+                             (:mod:`scf_fast.features.write_marks`)
 
 A record counts as present only once its checksums are stored, after the record itself, and is compared with them when a
 run first reads it. A run that dies leaves its ``writing`` mark, and the next one to open the cache then checks every
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from scf_fast.errors import InputError
 from scf_fast.features.records import CACHE_DTYPES, CacheLayout, encode
+from scf_fast.features.write_marks import WriteMark, dead_marks, only_maker
 from scf_fast.pipelines.formats.atomic_file import write_json
 from scf_fast.pipelines.waiting import DEFAULT_TIMEOUT, DaemonThreads, TimedOut, Wait, result_of
 
@@ -86,7 +88,7 @@ class FeatureCache:
     def __init__(self, folder: Path, layout: CacheLayout, rank: int, timeout: float = DEFAULT_TIMEOUT):
         self.folder, self.layout, self._timeout = folder, layout, timeout
         self.records_moved = 0
-        self._mark = folder / f"writing-{rank}"
+        self._mark = WriteMark(folder, rank)
         self._shards = [
             os.open(_shard_path(folder, shard), os.O_RDWR)
             for shard in range(-(-layout.num_images // layout.rows_per_shard))
@@ -120,6 +122,12 @@ class FeatureCache:
                 f"--cache_dtype {layout.dtype}: cannot hold the last map of this backbone, whose values are too large "
                 "for it; use bf16"
             )
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_maker(folder):
+            cls._create_or_check(folder, key, layout, convf_error)
+
+    @classmethod
+    def _create_or_check(cls, folder: Path, key: CacheKey, layout: CacheLayout, convf_error: float) -> None:
         if (folder / _META_FILE).exists():
             different = read_meta(folder).differences(key, layout)
             if different:
@@ -129,25 +137,34 @@ class FeatureCache:
                 )
             cls._check_after_crash(folder, layout)
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        _remove_files(folder)  # of a process that was killed before they were a cache
         free = shutil.disk_usage(folder).free
         if layout.total_bytes > free:
-            raise InputError(
-                f"--feature_cache {folder}: needs {layout.total_bytes / 1e9:.1f} GB for {layout.num_images} images, "
-                f"but {free / 1e9:.1f} GB are free; use --cache_dtype int8, or --cache_budget {0.9 * free / 1e9:.1f} "
-                "(GB; the rest is recomputed in every epoch)"
+            budget = 0.9 * free / 1e9
+            ways = "use --cache_dtype int8" + (
+                f", or --cache_budget {budget:.3g} (GB; the rest is recomputed in every epoch)"
+                if 0.9 * free > layout.image_bytes
+                else " and another disk"
             )
-        for shard, start in enumerate(range(0, layout.num_images, layout.rows_per_shard)):
-            rows = min(layout.rows_per_shard, layout.num_images - start)
-            _allocate(_shard_path(folder, shard), rows * layout.record_bytes)
-        _allocate(folder / _CHECKSUMS_FILE, 8 * layout.num_images)
+            raise InputError(
+                f"--feature_cache {folder}: needs {layout.total_bytes / 1e9:.3g} GB for {layout.num_images} images, "
+                f"but {free / 1e9:.3g} GB are free; {ways}"
+            )
+        try:
+            for shard, start in enumerate(range(0, layout.num_images, layout.rows_per_shard)):
+                rows = min(layout.rows_per_shard, layout.num_images - start)
+                _allocate(_shard_path(folder, shard), rows * layout.record_bytes)
+            _allocate(folder / _CHECKSUMS_FILE, 8 * layout.num_images)
+        except BaseException:
+            _remove_files(folder)
+            raise
         meta = {"format": _FORMAT, "key": asdict(key), "layout": asdict(layout), "convf_error": convf_error}
         write_json(folder / _META_FILE, meta, indent=2, end="\n")
 
     @classmethod
     def _check_after_crash(cls, folder: Path, layout: CacheLayout) -> None:
         """Checks every record if a run has left its mark, and takes the mark away."""
-        marks = list(folder.glob("writing-*"))
+        marks = dead_marks(folder)
         if not marks:
             return
         checked = cls(folder, layout, 0)
@@ -170,7 +187,7 @@ class FeatureCache:
         """
         cache = cls(folder, layout, rank, timeout)
         if not cache.present.all():
-            cache._mark.touch()
+            cache._mark.take()
         return cache
 
     def refresh(self) -> None:
@@ -325,7 +342,7 @@ class FeatureCache:
         finally:
             self._writer.shutdown()
             self._threads.shutdown()
-        self._mark.unlink(missing_ok=True)
+        self._mark.remove()
 
     def _close_files(self) -> None:
         for shard in self._shards:
@@ -377,17 +394,18 @@ def count_present(folder: Path) -> int:
     return int(np.count_nonzero(checksums.all(axis=1)))
 
 
-def is_marked(folder: Path) -> bool:
-    """Tells whether a run has the cache open for writing, or died while it had."""
-    return any(folder.glob("writing-*"))
-
-
 def _checksum(view: memoryview | bytes) -> int:
     return zlib.crc32(view) or 1  # 0 means missing
 
 
 def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"rows-{shard:05d}.bin"
+
+
+def _remove_files(folder: Path) -> None:
+    """Removes rows and checksums of a folder that is no cache yet."""
+    for path in (*folder.glob("rows-[0-9][0-9][0-9][0-9][0-9].bin"), folder / _CHECKSUMS_FILE):
+        path.unlink(missing_ok=True)
 
 
 def _allocate(path: Path, size: int) -> None:

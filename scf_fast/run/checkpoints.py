@@ -185,7 +185,7 @@ class Checkpoints:
 
     def _write(self, tag: str, content: dict[str, Any], rows: dict[str, Any] | None) -> None:
         folder, rank = self.folder / tag, self.runtime.rank
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # in a folder that is there: it is not made anew where a disk was
         files = {rank_file(rank): content}
         if rows is not None:
             files[ClassCenters.file_name(rank)] = rows

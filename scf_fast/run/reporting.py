@@ -4,6 +4,7 @@ import json
 import logging.handlers
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -70,6 +71,12 @@ def log_to_files(folder: Path) -> None:
     root.removeHandler(_early)
 
 
+def _note_end_of_thread(died: threading.ExceptHookArgs) -> None:
+    """Leaves out the traceback where TensorBoard's writing thread ends: its next value says why, in one line."""
+    if not type(died.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(died)
+
+
 class Reporter:
     """Shows and stores the progress of a run on the main rank; silent on the others."""
 
@@ -91,6 +98,7 @@ class Reporter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _note_end_of_thread
             self._writer = SummaryWriter(str(folder / "runs"), purge_step=first_step + 1)
         self._interactive = sys.stderr.isatty()
         self._bar = tqdm(

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from scf_fast.pipelines import convert as module
-from scf_fast.pipelines.convert import FORMATS, convert, main
+from scf_fast.pipelines.convert import _STATE, FORMATS, convert, main
 from scf_fast.pipelines.formats.recordio import RecordWriter
 from scf_fast.pipelines.index import open_source
 from scf_fast.pipelines.sources.base import EncodedImages
@@ -93,6 +93,26 @@ def test_interrupted_conversion_goes_on(source, tmp_path, to):
     assert files(tmp_path / "dst") == files(tmp_path / "whole" / "dst")
     stops.left = 9
     assert convert(stops, tmp_path / "dst", to, shard_images=2) == 9  # complete: nothing to do
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_a_killed_conversion_has_left_is_its_own(source, tmp_path, to):
+    """Of the state, before anything else was there, and of an image."""
+    dst, token = tmp_path / "dst", "0123456789ab"
+    dst.mkdir()
+    (dst / f".{_STATE}.{token}.part").write_bytes(b"{")
+    convert(source, dst, to, shard_images=2)
+    if to == "folder":
+        (dst / _STATE).write_text((dst / _STATE).read_text().replace('"complete": true', '"complete": false'))
+        image = next(dst.glob("*/*"))
+        image.rename(image.with_name(f".{image.name}.{token}.part"))
+        convert(source, dst, to, shard_images=2)
+    convert(source, tmp_path / "whole" / "dst", to, shard_images=2)
+    assert files(dst) == files(tmp_path / "whole" / "dst") and not list(dst.rglob("*.part"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.part").write_text("mine")
+    with pytest.raises(ValueError, match="it holds other files"):
+        convert(source, tmp_path / "other", to)
 
 
 def test_broken_images_are_left_out(source, tmp_path):

@@ -4,9 +4,12 @@ import errno
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +89,56 @@ def test_processes_that_die_or_hang_end_the_work(kind, message, monkeypatch):
             results.append(result)
     assert time.monotonic() - began < 20
     assert set(results) <= {"a", "b"}
+
+
+_MASTER = """
+import time
+from multiprocessing import resource_tracker
+from scf_fast.pipelines.waiting import in_processes
+if __name__ == "__main__":
+    register = resource_tracker.register
+    resource_tracker.register = lambda name, kind: (print(name, flush=True), register(name, kind))
+    next(in_processes(time.sleep, [60, 60], 2, who="a", doing="b"))
+"""
+
+
+def test_processes_of_a_killed_command_end_and_leave_no_locks(tmp_path):
+    """They waited for ever for their next task, and their locks lay in /dev/shm."""
+    script = tmp_path / "master.py"
+    script.write_text(_MASTER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    output = tmp_path / "locks.txt"
+    with open(output, "w") as file:
+        master = subprocess.Popen([sys.executable, script], env=environment, stdout=file)
+
+    def children():
+        try:
+            return Path(f"/proc/{master.pid}/task/{master.pid}/children").read_text().split()
+        except FileNotFoundError:
+            return []
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 30
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return condition()
+
+    assert wait_for(lambda: len(children()) == 3)  # two, and the one that keeps account of locks
+    time.sleep(0.5)  # the two are at work
+    pids = children()
+    locks = {f"sem.{name.strip('/')}" for name in output.read_text().split()}
+    assert locks and locks <= set(os.listdir("/dev/shm"))
+    master.kill()
+    master.wait()
+    assert wait_for(lambda: not any(_runs(pid) for pid in pids))
+    assert wait_for(lambda: not locks & set(os.listdir("/dev/shm")))
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def test_one_worker_takes_no_process(monkeypatch):

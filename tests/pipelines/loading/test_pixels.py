@@ -208,6 +208,7 @@ def test_deep_images_are_turned_upright_too():
         (tiff((SHARE * 2 - 1).astype(np.float32)), r"go from -1 to 1; scale them"),
         (tiff(levels(4095, np.int16) - 2048), r"go from -2048 to 2047; scale them"),
         (tiff(levels(1e20, np.float32)), r"from 0 to 1e\+20"),
+        (tiff(levels(1, np.float64)), "it is a TIFF image that is damaged, or of a kind that is not read here"),
         (png16(np.dstack([levels(4095, np.uint16)] * 3), 2), "colors have 16 bits and use 12 of them at most"),
     ],
 )

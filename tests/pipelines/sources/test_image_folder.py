@@ -64,7 +64,7 @@ def test_folders_without_an_image_keep_their_numbers_and_are_named(tmp_path):
     assert FolderIndex.open(numbered).remarks() == ["without an image       7"]
 
 
-def test_index_of_an_earlier_version_is_kept_and_says_what_it_counts(tmp_path):
+def test_index_of_an_earlier_version_is_kept_and_says_what_it_counts(tmp_path, caplog):
     """It has no rules noted, and took what a NAS keeps for itself as an identity; numbers of a run go by it."""
     root = fill(tmp_path / "data", {"@eaDir/1.jpg/thumb.jpg": b"t", "ann/1.jpg": b"a", "bob/1.jpg": b"b"})
     source = FolderIndex.open(root)
@@ -80,6 +80,7 @@ def test_index_of_an_earlier_version_is_kept_and_says_what_it_counts(tmp_path):
     write_arrays(tmp_path / "data.index", meta, arrays)
     source = FolderIndex.open(root)
     assert source.labels.tolist() == [0, 1, 2] and source.encoded(1).tobytes() == b"a"
+    assert "counts the images in @eaDir, which a system or a program made for itself; for a new run" in caplog.text
     first, second = source.remarks()
     assert "of an earlier version, which chose the images in another way; runs that began with it go on" in first
     assert first.endswith(f"for a new one delete {tmp_path / 'data.index'}")

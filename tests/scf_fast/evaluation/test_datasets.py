@@ -4,9 +4,11 @@ from PIL import Image
 
 from scf_fast.evaluation.alignment import AlignedFaces
 from scf_fast.evaluation.datasets import open_pair_sets, open_subjects, open_template_set, read_pair_list
+from scf_fast.pipelines.convert import FORMATS, convert
 from scf_fast.pipelines.evaluation_sets.template_protocol import write_template_protocol
 from scf_fast.pipelines.evaluation_sets.verification_set import write_verification_set
 from scf_fast.pipelines.face_template import TEMPLATE
+from scf_fast.pipelines.sources.base import EncodedImages
 
 
 def draw(path):
@@ -129,3 +131,11 @@ def test_subjects_of_folders_and_lists(tmp_path):
         open_subjects(tmp_path / "people")
     with pytest.raises(ValueError, match="no data set at"):
         open_subjects(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_subjects_of_every_format(tmp_path, to):
+    """Folders of shards too, whose subjects are the labels."""
+    convert(EncodedImages([b"P5 1 1 255\n0"] * 4, labels=[2, 0, 2, 1]), tmp_path / to, to)
+    subjects = open_subjects(tmp_path / to)
+    assert len(subjects.source) == 4 and len(set(subjects.names.tolist())) == 3

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import threading
@@ -126,6 +127,12 @@ def test_a_cache_left_open_is_checked_before_it_is_used(small):
     cache._checksums[2] += 1  # a record half written when the machine died
     cache._checksums.flush()
     assert (folder / "writing-1").exists()
+    with pytest.raises(ValueError, match="another run is writing to it; wait for its end, or give another folder"):
+        FeatureCache.create_or_check(folder, KEY, layout)
+    with pytest.raises(ValueError, match="another run is writing to it"):
+        FeatureCache.open(folder, layout, 1)
+    assert (folder / "writing-1").exists()
+    cache._mark._file.close()  # as the system does when a process ends
     FeatureCache.create_or_check(folder, KEY, layout)
     assert not list(folder.glob("writing-*"))
     assert FeatureCache(folder, layout, 0).present.nonzero()[0].tolist() == [0, 1]
@@ -200,9 +207,33 @@ def test_disk_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=120_000_000))
     with pytest.raises(
         ValueError,
-        match=r"needs 0\.4 GB for 1000000 images, but 0\.1 GB are free; use --cache_dtype int8, or --cache_budget 0\.1",
+        match=r"needs 0\.392 GB for 1000000 images, but 0\.12 GB .*use --cache_dtype int8, or --cache_budget 0\.108",
     ):
         FeatureCache.create_or_check(tmp_path / "c", KEY, CacheLayout(1_000_000, 8, (4, 3, 3), "fp32"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(ValueError, match=r"but 1e-07 GB are free; use --cache_dtype int8 and another disk$"):
+        FeatureCache.create_or_check(tmp_path / "c", KEY, CacheLayout(1_000_000, 8, (4, 3, 3), "fp32"))
+
+
+def test_a_cache_that_does_not_fit_leaves_nothing_and_takes_no_room_from_the_next(tmp_path, monkeypatch):
+    layout, folder = CacheLayout(1000, 8, (4, 3, 3), "fp32"), tmp_path / "c"
+    allocate, calls = os.posix_fallocate, []
+
+    def refuse(descriptor, start, size):
+        calls.append(size)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(descriptor, start, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(ValueError, match=r"cannot allocate .*No space left"):
+            FeatureCache.create_or_check(folder, KEY, layout)
+    assert not list(folder.iterdir())
+    (folder / "rows-00007.bin").write_bytes(bytes(1000))  # a killed process's
+    (folder / "notes.txt").write_text("mine")
+    FeatureCache.create_or_check(folder, KEY, layout)
+    assert {path.name for path in folder.iterdir()} == {"meta.json", "rows-00000.bin", "checksums.bin", "notes.txt"}
 
 
 def test_meta_reads_back_and_damage_is_named(small):

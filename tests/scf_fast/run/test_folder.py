@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 import zlib
 
 import pytest
@@ -10,8 +11,10 @@ import yaml
 
 from scf_fast import config as configuration
 from scf_fast.config import BackboneConfig, ConfidenceConfig
+from scf_fast.errors import Incomplete
 from scf_fast.run import folder as run_folder
 from scf_fast.run import folder_lock
+from scf_fast.run.same_folder import SameFolder
 
 
 def stage2(folder, **changes):
@@ -161,3 +164,39 @@ def test_a_folder_that_pytorch_cannot_map_files_in_is_refused_before_the_work(tm
     with pytest.raises(ValueError, match="its name must be UTF-8, or PyTorch cannot map the files in it"):
         run_folder.claim(stage2(name))
     assert run_folder.claim(stage2(tmp_path / "数据", data=name)) is None
+
+
+def wait_for(path, launch):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert launch.poll() is None and time.monotonic() < deadline, launch.log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_a_run_whose_folder_has_gone_ends_and_writes_nothing_elsewhere(is_deleted, faces, flags, tmp_path, start_ranks):
+    """Deleted, or unmounted: the empty folder beneath has another inode. The other one comes back in time."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    more = ["--epochs", 400, "--checkpoint_every", 2, "--data", faces / "train", "--output_dir", run]
+    launch = start_ranks(1, "-m", "scf_fast.train", *flags["stage1"], *more)
+    wait_for(run / "checkpoints" / "latest", launch)
+    run.rename(away)
+    if not is_deleted:
+        run.mkdir()
+    assert launch.wait() == 1
+    what = "has gone" if is_deleted else "is no longer the folder that this run began in"
+    assert f"--output_dir {run}: {what}" in launch.log.read_text()
+    assert is_deleted == (not run.exists()) and (is_deleted or not any(run.iterdir()))
+    assert "Traceback" not in launch.log.read_text()
+
+
+def test_a_run_waits_for_its_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setattr("scf_fast.run.same_folder.all_ranks_agree", lambda own: own)
+    waits, gives_up = SameFolder(folder, 60), SameFolder(folder, 0.01)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(Incomplete, match=r"has gone.*mount it again and --resume, from step00000004"):
+        gives_up.require("step00000004")
+    monkeypatch.setattr("time.sleep", lambda seconds: (tmp_path / "away").rename(folder))
+    waits.require(None)
