@@ -333,8 +333,9 @@ def exchange(meeting: Meeting, key: str, value: str, seconds: float) -> list[str
     """
     store, keys = meeting.store, [f"{key}/{rank}" for rank in range(len(meeting.members))]
     store.set(keys[meeting.place.rank], value)
+    store.add(f"{key}/given", 1)
     deadline = time.monotonic() + seconds
-    while not store.check(keys):
+    while store.add(f"{key}/given", 0) < len(keys):  # one number, however many ranks ask
         if time.monotonic() > deadline:
             missing = [rank for rank, name in enumerate(keys) if not store.check([name])]
             raise InputError(f"ranks {spans(missing)} have joined, and not gone on within {seconds:.0f} s; start again")
