@@ -1,6 +1,7 @@
 """How every command of the project parses its arguments and ends: one prefix, one line, one exit status."""
 
 import argparse
+import errno
 import getpass
 import logging
 import os
@@ -92,6 +93,8 @@ def _way_out(error: Exception) -> str:
     """Returns what helps against errors whose own message does not say it."""
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # of tempfile
         return "; set TMPDIR to a folder that can be written"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "; free some space, or, where `df -i` shows that there are too many files, delete some"
     return ""
 
 

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import logging
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from scf_fast.inference_arguments import add_normalization_argument
 from scf_fast.model import SCF, confidence_of
 from scf_fast.networks.frozen import FoldedBackbone
 from scf_fast.pipelines.face_template import FACE_SIZE
-from scf_fast.pipelines.formats.atomic_file import publish
+from scf_fast.pipelines.formats.atomic_file import folder_aside, publish
 from scf_fast.pipelines.loading.base import Preprocessing
 from scf_fast.weights.contents import Facts, Weights
 from scf_fast.weights.writing import write_weights
@@ -93,11 +92,11 @@ def export(model: SCF, out: Path, *, preprocess: bool = False, opset: int | None
     check_request(out, preprocess, opset)
     form = _FORMATS[out.suffix]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        aside = Path(folder) / out.name
+    with folder_aside(out) as folder:
+        aside = folder / out.name
         form.write(model, aside, preprocess, _OPSET if opset is None else opset)
         _compare(model, form.load(aside), preprocess, out)
-        for path in sorted(Path(folder).iterdir(), reverse=True):  # the file itself comes last, after its data
+        for path in sorted(folder.iterdir(), reverse=True):  # the file itself comes last, after its data
             publish(path, out.with_name(path.name))
 
 

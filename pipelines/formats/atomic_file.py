@@ -2,6 +2,7 @@
 
     atomic_output(path)                    context manager: a binary file to write into
     atomic_path(path)                      context manager: a path, for libraries that open the file themselves
+    folder_aside(path)                     context manager: a folder beside it, for what becomes several files
     write_bytes, write_text, write_json    the whole content at once
     publish(aside, path)                   gives a file that was finished elsewhere its name
 
@@ -22,6 +23,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -105,18 +107,48 @@ def remove_leftovers(folder: StrPath, name: str | None = None) -> int:
     return removed
 
 
+@contextlib.contextmanager
+def folder_aside(path: StrPath) -> Iterator[Path]:
+    """Makes a locked folder beside ``path``, which must have a parent; it is removed after the block, and by whoever
+    writes ``path`` next where this process is killed in it.
+
+    Raises:
+        OSError: it cannot be made; names ``path``.
+    """
+    path = Path(path)
+    remove_leftovers(path.parent, path.name)
+    aside = _aside(path)
+    try:
+        aside.mkdir()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    descriptor = os.open(aside, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.close(descriptor)
+
+
 def _remove_if_left(path: str, is_unlocked: bool) -> bool:
-    """Removes a file that nobody is writing; of an older version, which locked none, one that is a day old."""
+    """Removes a file or folder that nobody is writing; of an older version, which locked none, a file of a day ago."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:
         facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode) or (is_unlocked and time.time() - facts.st_mtime < _DAY):
+        is_folder = stat.S_ISDIR(facts.st_mode) and not is_unlocked  # of folder_aside, which older versions had not
+        is_file = stat.S_ISREG(facts.st_mode) and not (is_unlocked and time.time() - facts.st_mtime < _DAY)
+        if not is_folder and not is_file:
             return False
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
+        if is_folder:
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
     except OSError:  # somebody is writing it, or the file system has no locks: it stays
         return False
     finally:
@@ -129,11 +161,16 @@ def _shortened(name: str) -> str:
     return os.fsdecode(os.fsencode(name)[:_LONGEST_NAME])
 
 
+def _aside(path: Path) -> Path:
+    """Returns a new name beside a path."""
+    return path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(_TOKEN_BYTES)}.part")
+
+
 def _new_aside(path: Path) -> tuple[Path, int]:
     """Makes a locked file beside ``path``, with the permissions that the umask gives; returns it open for writing."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     while True:
-        aside = path.with_name(f".{_shortened(path.name)}.{secrets.token_hex(_TOKEN_BYTES)}.part")
+        aside = _aside(path)
         try:
             descriptor = os.open(aside, flags, 0o666)
         except FileExistsError:

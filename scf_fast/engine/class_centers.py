@@ -237,7 +237,8 @@ class ClassCenters:
         if self.runtime.is_main:
             try:
                 # On a full disk the mapping of a sparse file would be a fatal signal, not an error.
-                with open(rows_file, "wb") as file:
+                rows_file.unlink(missing_ok=True)  # of a run that was killed, or a link
+                with open(rows_file, "xb") as file:
                     os.posix_fallocate(file.fileno(), 0, 4 * self.num_classes * self.width)
             except OSError as error:
                 problem = error

@@ -108,7 +108,7 @@ def check_folder(out: Path, request: Request, overwrite: bool) -> None:
             if not _is_same(key, earlier.get(key), value)
         )
         is_same = not different and earlier.keys() <= request.keys()
-    except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or JSON of another form
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or of another form
         raise InputError(f"{path} is no evaluation result; give another --out, or --overwrite") from None
     if not is_same:
         raise InputError(f"{out} holds another evaluation ({different}); give another --out, or --overwrite")

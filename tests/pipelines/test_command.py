@@ -1,3 +1,4 @@
+import errno
 import getpass
 import os
 import tempfile
@@ -44,6 +45,14 @@ def test_a_user_without_a_name_gets_one(monkeypatch):
     monkeypatch.setenv("USER", "somebody")
     monkeypatch.delenv("LOGNAME")
     assert run("prog", lambda: getpass.getuser() == "somebody" and "LOGNAME" not in os.environ) is True
+
+
+def test_a_full_disk_may_be_one_with_too_many_files(capsys):
+    def fail():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+
+    assert run("prog", fail) == INPUT_ERROR
+    assert "No space left on device: 'file'; free some space, or, where `df -i`" in capsys.readouterr().err
 
 
 def test_without_a_temporary_folder_the_error_says_what_helps(monkeypatch, capsys):

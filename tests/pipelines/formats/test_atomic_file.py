@@ -18,6 +18,7 @@ from safetensors.torch import save_file as save_safetensors
 from scf_fast.pipelines.formats.atomic_file import (
     atomic_output,
     atomic_path,
+    folder_aside,
     publish,
     remove_leftovers,
     write_bytes,
@@ -214,3 +215,32 @@ def test_what_a_killed_process_has_left_is_removed_and_what_is_being_written_is_
     assert remove_leftovers(tmp_path) == 1
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"file", "other", ".file.124.part", f".file.{'b' * 12}.part", "notes.part"}
+
+
+def test_a_folder_aside_is_removed_after_use_and_after_a_kill(tmp_path):
+    """A child that ends without a word is what a kill leaves."""
+    path = tmp_path / "model.onnx"
+    with folder_aside(path) as folder:
+        (folder / "data").write_bytes(b"1")
+        with folder_aside(path) as other:  # of another process: this one is locked
+            assert folder.exists() and other != folder
+        assert remove_leftovers(tmp_path) == 0
+    assert not list(tmp_path.iterdir())
+    child = os.fork()
+    if child == 0:
+        with folder_aside(path) as folder:
+            (folder / "data").write_bytes(b"1")
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "model.onnx.part").mkdir()  # somebody else's
+    with folder_aside(path) as folder:
+        assert sorted(tmp_path.iterdir()) == sorted([folder, tmp_path / "model.onnx.part"])
+    (tmp_path / f".model.onnx.{'a' * 12}.part").mkdir()
+    write_bytes(path, b"model")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model.onnx", "model.onnx.part"}
+
+
+def test_a_folder_aside_that_cannot_be_made_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing/model.onnx'"), folder_aside(tmp_path / "missing/model.onnx"):
+        pass
