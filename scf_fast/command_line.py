@@ -3,20 +3,18 @@
 import argparse
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from scf_fast.command import Parser, split_commas
-from scf_fast.config import STAGES, ConfidenceConfig, Config, FeatureConfig, PerStage, option_of
+from scf_fast.config import STAGES, ConfidenceConfig, Config, FeatureConfig, PerStage, option_of, value_type
+from scf_fast.config.yaml_file import YAMLError, read_yaml
 from scf_fast.errors import InputError
 from scf_fast.pipelines.formats import file_kinds
 from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
-from scf_fast.pipelines.formats.text_file import read_text
+from scf_fast.pipelines.text import shown
 
 _STAGE_HELP = "which stage to train; implied to be 'confidence' by --saved_bkb"
 _GROUPS = {
@@ -27,6 +25,7 @@ _GROUPS = {
     "system": "system",
     "published": "the published command line",
 }
+_IN_WORDS: dict[type, str] = {bool: "true or false", str: "text, several names in it with commas between"}
 SomeConfig = TypeVar("SomeConfig", bound=Config)
 
 
@@ -50,15 +49,6 @@ class _Flag:
         return self.field.name
 
 
-def _value_type(annotation: Any) -> tuple[Any, bool]:
-    """Returns (Python type, whether it is a tuple of them) of a field, seen through ``| None``."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0], True
-    return annotation, False
-
-
 def _all_flags() -> dict[str, _Flag]:
     """Returns every option of any stage by name."""
     flags: dict[str, _Flag] = {}
@@ -67,7 +57,7 @@ def _all_flags() -> dict[str, _Flag]:
         for field in dataclasses.fields(config_class):
             having = [stage for stage, other in STAGES.items() if field.name in other.__dataclass_fields__]
             only = having[0] if len(having) == 1 else None
-            flags.setdefault(field.name, _Flag(field, *_value_type(annotations[field.name]), only))
+            flags.setdefault(field.name, _Flag(field, *value_type(annotations[field.name]), only))
     return flags
 
 
@@ -85,23 +75,28 @@ def _coerce(flag: _Flag, value: Any, source: str) -> Any:
             return None
         if flag.is_tuple:
             parts = split_commas(value) if isinstance(value, str) else value
-            return tuple(kind(part) for part in parts if part != "")
-        if kind is bool:
-            if isinstance(value, bool):
-                return value
-            raise ValueError
-        if kind is int:
-            # 1e5 is a whole number, and a long seed is no float
-            number = int(value) if str(value).strip().lstrip("+-").isdigit() else float(value)
-            if int(number) != number:
+            if not isinstance(parts, list):
                 raise ValueError
-            return int(number)
-        return kind(value)
+            return tuple(_coerce_one(kind, part) for part in parts if part != "")
+        return _coerce_one(kind, value)
     except (TypeError, ValueError, OverflowError):
-        expected = (
-            f"comma-separated {kind.__name__}s" if flag.is_tuple else "true or false" if kind is bool else kind.__name__
-        )
-        raise InputError(f"{source}: {flag.name} must be {expected}, got {value!r}") from None
+        expected = f"comma-separated {kind.__name__}s" if flag.is_tuple else _IN_WORDS.get(kind, kind.__name__)
+        raise InputError(f"{source}: {flag.name} must be {expected}, got {shown(value)}") from None
+
+
+def _coerce_one(kind: type, value: Any) -> Any:
+    """Returns a single value as a type; TypeError, ValueError or OverflowError if it is none: true is no number, and a
+    list no path.
+    """
+    if isinstance(value, bool) != (kind is bool) or isinstance(value, list | dict | set | tuple | bytes):
+        raise ValueError
+    if kind is int:
+        # 1e5 is a whole number, and a long seed is no float
+        number = int(value) if str(value).strip().lstrip("+-").isdigit() else float(value)
+        if int(number) != number:
+            raise ValueError
+        return int(number)
+    return kind(value)
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
@@ -174,14 +169,14 @@ def load_recipe(path: str) -> dict[str, Any]:
         InputError: the file is missing, is no YAML mapping, or has an unknown key or a value of the wrong type.
     """
     try:
-        values = yaml.safe_load(read_text(path, Wanted.RECIPE))
+        values = read_yaml(path, Wanted.RECIPE)
     except OSError as error:
         raise InputError(
             f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML recipe"
         ) from None
     except InputError as error:
         raise InputError(f"--config {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, ValueError) as error:
         what = refusal(path, Wanted.RECIPE, file_kinds.YAML) or f"is no valid YAML ({_where(error)})"
         raise InputError(f"--config {path}: {what}") from None
     if not isinstance(values, dict):
@@ -191,7 +186,7 @@ def load_recipe(path: str) -> dict[str, Any]:
     flags = _all_flags()
     for key in values:
         if key != "stage" and key not in flags:
-            raise InputError(f"--config {path}: unknown key {key!r}{_suggest(str(key), ['stage', *flags])}")
+            raise InputError(f"--config {path}: unknown key {shown(key)}{_suggest(str(key), ['stage', *flags])}")
     return {
         key: value if key == "stage" else _coerce(flags[key], value, f"--config {path}")
         for key, value in values.items()
@@ -218,8 +213,8 @@ def make_config(values: dict[str, Any]) -> Config:
     stage = values.pop("stage", None)
     if stage is None and values.get("saved_bkb"):
         stage = "confidence"
-    if stage not in STAGES:
-        raise InputError(f"--stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    if not isinstance(stage, str) or stage not in STAGES:
+        raise InputError(f"--stage must be one of {', '.join(STAGES)}, got {shown(stage)}")
     return make_config_of(STAGES[stage], values)
 
 
@@ -236,7 +231,8 @@ def make_config_of(config_class: type[SomeConfig], values: dict[str, Any]) -> So
             raise InputError(
                 f"--{name} belongs to stage {flags[name].stage}, but this is stage {config_class.stage}; leave it out"
             )
-    return config_class(**{name: value for name, value in values.items() if name in own})
+    # nothing, as a recipe may have it, is the default
+    return config_class(**{name: value for name, value in values.items() if name in own and value is not None})
 
 
 def parse_values(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -9,15 +9,14 @@ default < recipe (``--config``) < command line.
     backbone    BackboneConfig, stage 1
     confidence  FeatureConfig and ConfidenceConfig, stage 2
     saved       config.yaml of a run
+    yaml_file   YAML that may come from anywhere
 """
 
 from scf_fast.config.backbone import MARGIN_PRESETS, BackboneConfig
 from scf_fast.config.base import Config
 from scf_fast.config.confidence import PAIR_BATCH, ConfidenceConfig, FeatureConfig
-from scf_fast.config.options import Option, PerStage, option, option_of
-from scf_fast.config.saved import load_saved, save
-
-STAGES: dict[str, type[Config]] = {"backbone": BackboneConfig, "confidence": ConfidenceConfig}
+from scf_fast.config.options import Option, PerStage, option, option_of, value_type
+from scf_fast.config.saved import STAGES, load_saved, save
 
 __all__ = [
     "MARGIN_PRESETS",
@@ -33,4 +32,5 @@ __all__ = [
     "option",
     "option_of",
     "save",
+    "value_type",
 ]

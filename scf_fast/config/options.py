@@ -1,6 +1,8 @@
 """Description of an option, for the command line, recipes and the run folder."""
 
 import dataclasses
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,3 +40,12 @@ def option(default: Any, help: str, **settings) -> Any:
 def option_of(field: dataclasses.Field) -> Option:
     """Returns what :func:`option` was told about a field."""
     return field.metadata["option"]
+
+
+def value_type(annotation: Any) -> tuple[Any, bool]:
+    """Returns (Python type, whether it is a tuple of them) of a field, seen through ``| None``."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    return annotation, False

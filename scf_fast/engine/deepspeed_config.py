@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from scf_fast.networks.precision import PRECISION_DTYPES, check_precision, dtype
 from scf_fast.pipelines.formats import file_kinds
 from scf_fast.pipelines.formats.file_kinds import Wanted, refusal
 from scf_fast.pipelines.formats.text_file import read_text
+from scf_fast.pipelines.text import shorten, shown
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typing error would silently train something else.
 _KNOWN_KEYS = frozenset(
@@ -37,6 +40,16 @@ _OUR_KEYS = {
     **dict.fromkeys(("fp16", "bf16", "amp", "torch_autocast"), "--precision, which keeps parameters in float32"),
 }
 
+# DeepSpeed takes any value for these, and fails on it in a step, or takes it for another.
+_SWITCHES = frozenset(
+    """
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer prescale_gradients sparse_gradients graph_harvesting
+    dump_state wall_clock_breakdown memory_breakdown disable_allgather load_universal_checkpoint dataloader_drop_last
+    use_data_before_expert_parallel_
+    """.split()
+)
+_SMALLEST = {"gradient_clipping": 0.0, "gradient_predivide_factor": 1e-6, "steps_per_print": 1.0}
+
 
 def resolve_precision(config: Config, device: torch.device) -> str:
     """Returns the precision of a run: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
@@ -54,10 +67,13 @@ def load_deepspeed_config(path: str) -> dict[str, Any]:
     """Reads a user's DeepSpeed JSON and checks its top-level keys.
 
     Raises:
-        InputError: unreadable, no JSON object, an unknown top-level key, or a key that belongs to our own flags.
+        InputError: unreadable, no JSON object, an unknown top-level key, a key that belongs to our own flags, or a
+            value that DeepSpeed cannot use.
     """
     try:
         values = json.loads(read_text(path, Wanted.JSON))
+    except RecursionError:
+        raise InputError(f"--deepspeed_config {path}: is nested too deep for JSON") from None
     except OSError as error:
         raise InputError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from None
     except InputError as error:
@@ -71,7 +87,7 @@ def load_deepspeed_config(path: str) -> dict[str, Any]:
         if key not in _KNOWN_KEYS:
             close = difflib.get_close_matches(key, _KNOWN_KEYS, n=1)
             raise InputError(
-                f"--deepspeed_config {path}: DeepSpeed has no key {key!r} and would ignore it"
+                f"--deepspeed_config {path}: DeepSpeed has no key {shown(key)} and would ignore it"
                 f"{f'; did you mean {close[0]}?' if close else ''}"
             )
         if key in _OUR_KEYS:
@@ -87,7 +103,54 @@ def load_deepspeed_config(path: str) -> dict[str, Any]:
         raise InputError(f"--deepspeed_config {path}: --zero_stage sets it; leave out 'stage'")
     if "device" in offload:
         raise InputError(f"--deepspeed_config {path}: --offload_optimizer sets it; leave out 'device'")
+    _check_values(path, values)
     return values
+
+
+def _check_values(path: str, values: dict[str, Any]) -> None:
+    """Checks what DeepSpeed would trip over on each rank, once the run has begun.
+
+    Raises:
+        InputError: a value is of the wrong type or out of its range.
+    """
+    for name, value in _numbers(values):
+        if not math.isfinite(value):
+            raise InputError(f"--deepspeed_config {path}: {shown(name)} must be finite, got {value}")
+    for key, value in values.items():
+        if key in _SWITCHES and not isinstance(value, bool):
+            raise InputError(f"--deepspeed_config {path}: {key!r} must be true or false, got {shown(value)}")
+        least = _SMALLEST.get(key)
+        if least is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not least <= value):
+            raise InputError(
+                f"--deepspeed_config {path}: {key!r} must be a number of at least {least:g}, got {shown(value)}"
+            )
+    from deepspeed.runtime.config import DeepSpeedConfig  # takes a second to import
+
+    try:
+        DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **values})
+    except Exception as error:  # of any type: as a rule DeepSpeed uses a value without looking at it
+        raise InputError(f"--deepspeed_config {path}: DeepSpeed refuses it: {_reason(error)}") from error
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the name and value of each number with a decimal point."""
+    if isinstance(value, float):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, name)
+
+
+def _reason(error: Exception) -> str:
+    """Returns an error of DeepSpeed in one line: of pydantic's, which key, why, and the value."""
+    list_errors = getattr(error, "errors", None)
+    if not callable(list_errors):
+        return shorten(str(error) or type(error).__name__)
+    found = list_errors()[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}, got {shown(found.get('input'))}"
 
 
 def _merge(base: dict, override: dict) -> dict:

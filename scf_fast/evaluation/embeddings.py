@@ -1,6 +1,9 @@
 """Embeddings kept on disk by model and data, computed by any number of ranks."""
 
 import contextlib
+import io
+import logging
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from scf_fast.pipelines.sources.base import ImageSource
 from scf_fast.pipelines.sources.digest import content_digest
 from scf_fast.pipelines.text import printable
 
+log = logging.getLogger(__name__)
+
 _PART = 4096  # images in a file of the store: what an interruption costs at most, and a rank's unit of work
 _PREDICTION_KEYS = {Density.VMF: "log_kappa", Density.GAUSSIAN: "log_variance"}  # beside "features"
 _LEFT_OUT, _REASONS = "left_out", "reasons"  # rows without an embedding, and why; where there are any
@@ -27,6 +32,7 @@ _PIXELS = 3  # counts the changes in how files become pixels; stored embeddings 
 
 class EmbeddingStore:
     """Embeddings of one model on disk, by model and data: each is computed once, and a run that was cut off resumes.
+    What is damaged on the disk is computed again.
 
     Args:
         embedder: the model.
@@ -54,6 +60,7 @@ class EmbeddingStore:
         self._batch_size, self._decoding = batch_size, decoding
         self._rank, self._world_size = rank, world_size
         self._strict = strict
+        self._intact: set[Path] = set()
 
     def fill(self, source: ImageSource, description: str, others: "Sequence[EmbeddingStore]" = ()) -> None:
         """Computes this rank's share of what is missing, under a progress bar.
@@ -69,7 +76,11 @@ class EmbeddingStore:
         folders = {store: store._data_folder(source) for store in (self, *others)}
         all_ranks_agree(True)  # a rank that is still at an earlier source may be writing parts of this one
         lacking = {
-            part: {store: path for store, folder in folders.items() if not (path := _path(folder, part)).exists()}
+            part: {
+                store: path
+                for store, folder in folders.items()
+                if not store._is_intact(path := _path(folder, part), len(part))
+            }
             for part in _parts(source)
         }
         missing = {part: paths for part, paths in lacking.items() if paths}
@@ -141,21 +152,33 @@ class EmbeddingStore:
             self.fill(source, description)
         folder = self._data_folder(source)
         embeddings = self._allocate(len(source))
-        density = embeddings.density
         for part in _parts(source):
-            with np.load(_path(folder, part)) as stored:
-                prediction = torch.from_numpy(stored[_PREDICTION_KEYS[density]]) if self.embedder.outputs else None
-                embeddings.write_rows(
-                    slice(part.start, part.stop), Embeddings(torch.from_numpy(stored["features"]), prediction, density)
-                )
-                if _LEFT_OUT in stored:
-                    rows = (stored[_LEFT_OUT] + part.start).tolist()
-                    embeddings.leave_out(dict(zip(rows, stored[_REASONS].tolist(), strict=True)))
+            path = _path(folder, part)
+            try:
+                stored = _read(path, self._allocate(len(part)))
+            except _DamagedError as error:
+                raise InputError(f"{path}: {error}; start again, and it is computed anew") from None
+            embeddings.write_rows(slice(part.start, part.stop), stored)
+            embeddings.leave_out({row + part.start: reason for row, reason in stored.left_out.items()})
         if self._strict and embeddings.left_out:
             raise InputError(
                 f"{len(embeddings.left_out)} images are broken: {next(iter(embeddings.left_out.values()))}"
             )
         return embeddings
+
+    def _is_intact(self, path: Path, count: int) -> bool:
+        """Tells whether a part is there as it was written; every byte is read, once in a process."""
+        if path in self._intact:
+            return True
+        if not path.exists():
+            return False
+        try:
+            _read(path, self._allocate(count))
+        except _DamagedError as error:
+            log.warning("%s: %s; it is computed again", path, error)
+            return False
+        self._intact.add(path)
+        return True
 
     def _allocate(self, count: int) -> Embeddings:
         embedder = self.embedder
@@ -193,6 +216,45 @@ def _write(path: Path, embeddings: Embeddings) -> None:
         arrays[_REASONS] = np.array(list(embeddings.left_out.values()))
     with atomic_output(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy 2 types its own keywords there
+
+
+class _DamagedError(ValueError):
+    """A part that is not as it was written; the message says in what."""
+
+
+def _read(path: Path, into: Embeddings) -> Embeddings:
+    """Returns a part, checked by the checksums in it.
+
+    Args:
+        into: embeddings of its size, which it is read into.
+    Raises:
+        OSError: it cannot be read.
+        _DamagedError: it is not as it was written.
+    """
+    content = io.BytesIO(path.read_bytes())  # a damaged offset must not look like an error of the disk
+    try:
+        with zipfile.ZipFile(content) as archive:
+            arrays = {name.removesuffix(".npy"): _array(archive.read(name)) for name in archive.namelist()}
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise _DamagedError(f"is damaged ({error})") from None
+    wanted = {"features": into.features}
+    if into.prediction is not None:
+        wanted[_PREDICTION_KEYS[into.density]] = into.prediction
+    for name, tensor in wanted.items():
+        array = arrays.pop(name, None)
+        if array is None or array.shape != tuple(tensor.shape) or array.dtype != np.float32:
+            raise _DamagedError(f"has no {name} of {list(tensor.shape)}")
+        tensor.copy_(torch.from_numpy(array))
+    rows, reasons = arrays.pop(_LEFT_OUT, np.empty(0, np.int64)), arrays.pop(_REASONS, np.empty(0, np.str_))
+    is_list = rows.dtype == np.int64 and reasons.dtype.kind == "U" and rows.shape == reasons.shape == (len(rows),)
+    if arrays or not is_list or not np.isin(rows, np.arange(len(into))).all():
+        raise _DamagedError("has other arrays than are written")
+    into.leave_out(dict(zip(rows.tolist(), reasons.tolist(), strict=True)))
+    return into
+
+
+def _array(content: bytes) -> np.ndarray:
+    return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
 
 
 def _path(folder: Path, part: range) -> Path:

@@ -5,6 +5,7 @@ checksums that torch.save writes. So they are verified here: the CRC-32 of every
 safetensors, which have none, the one that our own files note in their header.
 """
 
+import errno
 import math
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+_ARCHIVE = b"PK\3\4"
 _READ_BYTES = 1 << 22
 _FREE_BYTES = 1 << 26  # that a file may expand to, or a tensor claim, whatever its size
 _MOST_EXPANSION = 8  # times its size, of a compressed file
@@ -30,8 +32,9 @@ def check_archive(path: str | Path) -> None:
         OSError: the file cannot be read.
         DamagedFileError: a record differs, or they expand to far more than the file.
     """
-    if not zipfile.is_zipfile(path):
-        return
+    with open(path, "rb") as file:
+        if file.read(len(_ARCHIVE)) != _ARCHIVE:  # what torch.load goes by; zipfile.is_zipfile looks at its end
+            return
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
@@ -42,8 +45,9 @@ def check_archive(path: str | Path) -> None:
                 with archive.open(record) as stream:
                     while stream.read(_READ_BYTES):
                         pass  # at its end the record is compared with its checksum
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, DamagedFileError):
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, OSError) as error:
+        # RuntimeError: a record that would be encrypted, or packed in an unknown way. EINVAL: a place before the file.
+        if isinstance(error, DamagedFileError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise
         raise DamagedFileError(f"is damaged: {error}; copy or download it again") from None
 

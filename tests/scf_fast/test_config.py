@@ -216,6 +216,9 @@ def test_bad_input_is_one_clear_line(capsys, arguments, expected):
     assert expected in fails(capsys, *arguments)
 
 
+ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(8)) + "lr: *a7"
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -224,11 +227,29 @@ def test_bad_input_is_one_clear_line(capsys, arguments, expected):
         ("- 1", "must hold `key: value` lines"),
         ("epochs: many", "epochs must be int, got 'many'"),
         ("resume: 3", "resume must be true or false, got 3"),
+        ("epochs: true", "epochs must be int, got True"),
+        ("lr: yes", "lr must be float, got True"),
+        ("milestones: [true, 2]", "milestones must be comma-separated ints, got [True, 2]"),
+        ("data: [a, b]", "data must be text, several names in it with commas between, got ['a', 'b']"),
+        ("epochs: 3\nlr: 1\nepochs: 5", "line 3: key 'epochs' is there twice"),
+        pytest.param("epochs: " + "[" * 5000, "nested deeper than 20 levels", id="nested"),
+        ("epochs: &a [*a]", "a value contains itself"),
+        pytest.param(ALIASES, "line 5: holds more than 10000 values", id="aliases"),
+        pytest.param("data: " + "x" * (1 << 20), "more than 1 MiB", id="large"),
     ],
 )
 def test_bad_recipe_is_one_clear_line(tmp_path, capsys, text, expected):
     (tmp_path / "r.yaml").write_text(text)
     assert expected in fails(capsys, *STAGE1, "--config", str(tmp_path / "r.yaml"))
+
+
+def test_a_key_without_a_value_has_its_default_and_a_long_value_is_cut(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("epochs:\nlr: null\n")
+    assert parse([*STAGE1, "--config", str(tmp_path / "r.yaml")]) == parse(STAGE1)
+    (tmp_path / "r.yaml").write_text(f"epochs: {['x' * 100] * 900}\n")
+    assert len(fails(capsys, *STAGE1, "--config", str(tmp_path / "r.yaml"))) < 600
+    (tmp_path / "r.yaml").write_text("stage: [backbone]\n")
+    assert "got ['backbone']" in fails(capsys, "--data", "x", "--config", str(tmp_path / "r.yaml"))
 
 
 def test_help_names_every_option_with_its_default(capsys):
@@ -252,6 +273,31 @@ def test_saved_configuration_reads_back(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["versions"] == {"torch": "x"}
     saved = {name: value for name, value in c.as_dict().items() if name != "stage"}
     assert BackboneConfig(**{**saved, "margins": tuple(c.margins), "milestones": (), "data_weights": ()}) == c
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("config: [1]", "no options"),
+        ("config: 3", "no options"),
+        ("[]", "TypeError"),
+        ("config: {data: [a]}", "without data"),
+        ("config: {data: a, stage: [backbone]}", "no such stage"),
+        ("config: {data: a, stage: other}", "no such stage"),
+        ("config: {data: a, dataroot: [b]}", "dataroot is of another type"),
+        ("config: {data: a, epochs: true}", "epochs is of another type"),
+        ("config: {data: a, milestones: 3}", "milestones is of another type"),
+        pytest.param("config: " + "[" * 5000 + "]" * 5000, "ComposerError", id="nested"),
+        pytest.param(ALIASES, "ComposerError", id="aliases"),
+    ],
+)
+def test_a_configuration_of_another_shape_is_one_line(tmp_path, content, expected):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(
+        InputError, match=rf"is no saved configuration \({expected}.*--overwrite starts over$"
+    ) as raised:
+        config.load_saved(tmp_path / "config.yaml")
+    assert len(str(raised.value)) < 500
 
 
 RECIPES = sorted(path.stem for path in Path(command_line.__file__).with_name("recipes").glob("*.yaml"))

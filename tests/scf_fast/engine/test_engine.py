@@ -19,6 +19,7 @@ from scf_fast.engine.deepspeed_config import deepspeed_config, load_deepspeed_co
 from scf_fast.engine.deepspeed_internals import DeepSpeedInternals
 from scf_fast.engine.loss_scale import LossScaler
 from scf_fast.engine.optimizers import OptimizerRule, build_optimizer
+from scf_fast.errors import InputError
 from scf_fast.kernels import scf_loss
 from scf_fast.networks.confidence import MLPConfidence
 
@@ -327,6 +328,36 @@ def test_what_our_flags_say_is_no_business_of_a_deepspeed_file(content, expected
     (tmp_path / "ds.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=expected):
         load_deepspeed_config(tmp_path / "ds.json")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ('{"gradient_clipping": "x"}', "'gradient_clipping' must be a number of at least 0, got 'x'"),
+        ('{"gradient_clipping": NaN}', "'gradient_clipping' must be finite, got nan"),
+        ('{"gradient_clipping": -1}', "'gradient_clipping' must be a number of at least 0, got -1"),
+        ('{"steps_per_print": true}', "'steps_per_print' must be a number of at least 1, got True"),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": 1e999}}',
+            "'zero_optimization.reduce_bucket_size' must be finite",
+        ),
+        (
+            '{"zero_optimization": {"reduce_bucket_size": -1}}',
+            "_bucket_size: Input should be greater than 0, got -1",
+        ),
+        ('{"zero_optimization": {"sub_group_size": "x"}}', "sub_group_size: Input should be a valid integer.*got 'x'"),
+        ('{"zero_optimization": {"reduce_buckets": 5}}', "reduce_buckets: Extra inputs are not permitted"),
+        ('{"prescale_gradients": "no"}', "'prescale_gradients' must be true or false, got 'no'"),
+        ('{"flops_profiler": [1]}', "DeepSpeed refuses it: 'list' object"),
+        ('{"tensorboard": {"enabled": "perhaps"}}', "tensorboard.enabled: .*valid boolean.*got 'perhaps'"),
+        pytest.param('{"timers": ' + "[" * 100_000, "nested too deep", id="nested"),
+    ],
+)
+def test_values_that_deepspeed_cannot_use_are_refused_before_the_run(content, expected, tmp_path):
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(InputError, match=expected) as raised:
+        load_deepspeed_config(tmp_path / "ds.json")
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
 
 
 def test_offload_is_passed_on_and_needs_zero():

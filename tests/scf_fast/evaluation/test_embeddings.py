@@ -197,6 +197,52 @@ def test_ranks_share_the_work_and_settle_on_one_precision(run_ranks, tmp_path, f
     )
 
 
+def test_no_flipped_bit_and_no_lost_end_of_a_part_is_used(tmp_path, files):
+    files[1].write_bytes(b"broken")  # so that all arrays are there
+    store(tmp_path, Counting()).load(ImageFiles(files), "images")
+    path = min((tmp_path / "store").rglob("*.npz"))
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+
+    def read():
+        return module._read(path, Embeddings.allocate(4, 3, 1))
+
+    whole, refused = read(), 0
+    damaged = [content[:length] for length in range(0, len(content), 150)]
+    for place in range(0, len(content), 3):
+        flipped = content[place] ^ 1 << int(rng.integers(8))
+        damaged.append(content[:place] + bytes([flipped]) + content[place + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            found = read()
+        except ValueError:
+            refused += 1
+            continue
+        assert found.left_out == whole.left_out
+        torch.testing.assert_close(found.features, whole.features, equal_nan=True, rtol=0, atol=0)
+        torch.testing.assert_close(found.log_kappa, whole.log_kappa, equal_nan=True, rtol=0, atol=0)
+    assert refused > len(damaged) / 2  # the others are dates and the like
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:300], lambda content: b"x" + content])
+def test_a_damaged_part_is_computed_again(tmp_path, files, caplog, damage):
+    whole = store(tmp_path, Counting()).load(ImageFiles(files), "images")
+    path = min((tmp_path / "store").rglob("*.npz"))
+    content = path.read_bytes()
+    path.write_bytes(damage(content)[: len(content)])
+    again = Counting()
+    torch.testing.assert_close(store(tmp_path, again).load(ImageFiles(files), "images").features, whole.features)
+    assert again.seen == 4 and "000000000.npz: is damaged" in caplog.text and path.stat().st_size == len(content)
+
+
+def test_a_part_that_is_damaged_after_the_check_ends_in_one_line(tmp_path, files):
+    shared = store(tmp_path, Counting(), world_size=2)  # its rank 0, after all have filled it
+    store(tmp_path, Counting()).fill(ImageFiles(files), "images")
+    sorted((tmp_path / "store").rglob("*.npz"))[1].write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"004\.npz: is damaged \(.*\); start again, and it is computed anew"):
+        shared.load(ImageFiles(files), "images")
+
+
 @pytest.mark.parametrize("change", ["model", "content", "time", "landmarks"])
 def test_another_model_or_other_data_is_computed_anew(tmp_path, files, change):
     landmarks = np.tile(TEMPLATE, (11, 1, 1))

@@ -14,6 +14,8 @@ from scf_fast.config import ConfidenceConfig
 from scf_fast.features.open import cache_key
 from scf_fast.pipelines.formats.recordio import RecordWriter
 from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.sources.base import ImageFiles
+from scf_fast.pipelines.sources.digest import content_digest
 from scf_fast.run import folder as run_folder
 from scf_fast.run import same_inputs
 
@@ -162,6 +164,21 @@ def test_cache_and_calibration_know_data_that_have_moved(tmp_path):
     assert len(keys) == 1
     _, chosen = choose_images(tmp_path / "run", str(write_records(tmp_path / "C", [0, 0, 1, 1])))
     assert np.array_equal(chosen, [True] * 4)
+
+
+def test_index_and_stored_embeddings_move_with_the_data(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_records(tmp_path / "A")
+    write_folder(tmp_path / "A" / "faces")
+    digests = set()
+    for data in ("A", "B"):
+        faces = tmp_path / data / "faces"
+        images = ImageFiles(sorted(faces.glob("*/*.png")))
+        open_source(tmp_path / data)
+        digests.add((content_digest(images, "model"), content_digest(open_source(tmp_path / data), "model")))
+        if data == "A":
+            shutil.move(tmp_path / "A", tmp_path / "B")
+    assert len(digests) == 1 and caplog.text.count("indexed in") == 1
 
 
 def test_a_launch_goes_on_after_its_data_have_moved(faces, stage1, flags, fork_ranks, tmp_path, capsys, monkeypatch):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from scf_fast.errors import InputError
 from scf_fast.weights.contents import Facts, Weights
 from scf_fast.weights.files import load_tensor_file, save_torch_file
-from scf_fast.weights.integrity import checksum_of, not_finite
+from scf_fast.weights.integrity import DamagedFileError, check_archive, checksum_of, not_finite
 from scf_fast.weights.reading import read_weights
 from scf_fast.weights.writing import write_weights
 
@@ -47,6 +47,26 @@ def test_no_flipped_bit_is_used(suffix, centers, tmp_path):
     assert found > 200
     read = read_weights(path)
     assert torch.equal(read.class_centers, centers) and read.facts.normalization == "insightface"
+
+
+def test_a_damaged_directory_of_an_archive_is_said_to_be_damaged(centers, tmp_path):
+    """Every third of its bits, and a lost end: zipfile has five kinds of errors for them, an OSError among them."""
+    path = tmp_path / "fc.pth"
+    save_torch_file({"weight": centers}, path)
+    content, refused = path.read_bytes(), 0
+    for bit in range(8 * content.index(b"PK\1\2"), 8 * len(content), 3):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            check_archive(path)
+        except DamagedFileError as error:
+            assert "is damaged: " in str(error)
+            refused += 1
+    assert refused > 200
+    path.write_bytes(content[:-30])
+    with pytest.raises(DamagedFileError, match="is damaged: File is not a zip file"):
+        check_archive(path)
 
 
 def test_a_flipped_weight_is_said_to_be_damaged(centers, tmp_path):
