@@ -225,24 +225,3 @@ def test_torchrun_starts_again_and_goes_on_with_fewer_nodes(nodes, faces, tmp_pa
     resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", text)]
     assert len(resumed) >= 2 and 4 <= resumed[0] < 10 <= resumed[-1], text
     assert "1 rank on cpu" in text and losses(out, "step") == list(range(1, 33))
-
-
-def test_torchrun_with_fixed_nodes_starts_again(nodes, faces, tmp_path, wait_for_step):
-    """The agents know nothing of each other: a rank that is killed comes again while the other node still finds out,
-    and waits for it. In the end a signal to one rank stops both; torchrun has one status for everything but 0.
-    """
-    out, log = tmp_path / "run", tmp_path / "log"
-    flags = [*STAGE_1, *ENDLESS, "--checkpoint_every", 2, "--data", faces, "--output_dir", out, "--timeout", TIMEOUT]
-    started = nodes.torchrun(*flags, options=("--max_restarts", 1), log=log)
-    try:
-        wait_for_step(out, 5)
-        os.kill(rank_of(started[1]), signal.SIGKILL)
-        wait_for_step(out, 12)
-        os.kill(rank_of(started[0]), signal.SIGTERM)
-        assert [process.wait(60) for process in started] == [1, 1]
-    finally:
-        nodes.a.kill_all()
-        nodes.b.kill_all()
-    text = (tmp_path / "log.nodea").read_text()
-    assert "rank 1 on nodeb" in text and "resumed at step" in text and "stopped by SIGTERM" in text, text
-    assert "exitcode  : 75" in text, text
