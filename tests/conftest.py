@@ -84,6 +84,14 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=place)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escapes what a test has printed of names that are not UTF-8: xdist cannot send them to the process that reports."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
+
+
 def pytest_collection_finish():
     """Spares each collection of garbage from here on, which loaders and engines ask for, the look through all that is
     imported: a quarter of a second.
