@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Escapes what a test has printed of names that are not UTF-8: xdist cannot send them to the process that reports."""
+    """Escapes what a test has printed of names that are not UTF-8: xdist cannot send them on."""
     report = yield
     report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
     return report
