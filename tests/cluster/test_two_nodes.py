@@ -85,6 +85,13 @@ def test_torchrun_both_stages_with_a_resume_on_one_node(nodes, faces, whole, tmp
         assert status == 2 and "--data: the content of rank 1 on nodeb differs from that of rank 0 on nodea" in output
 
 
+def test_deepspeed_with_a_hostfile(nodes, faces, whole, tmp_path):
+    """As started on each node by hand; ssh and pdsh start the same command there."""
+    started = nodes.deepspeed(*STAGE_1, "--data", faces, "--output_dir", tmp_path / "run", log=tmp_path / "log")
+    assert [process.wait(120) for process in started] == [0, 0], (tmp_path / "log.nodea").read_text()
+    assert losses(tmp_path / "run") == losses(whole)
+
+
 @pytest.mark.parametrize("flag", ["output_dir", "feature_cache"])
 def test_folders_that_must_be_shared_are_found_out(nodes, faces, whole, tmp_path, flag):
     weights = ["--saved_bkb", whole / "backbone.pth", "--saved_fc", whole / "fc.pth", "--data", faces]
