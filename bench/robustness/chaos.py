@@ -4,11 +4,16 @@
 
 Two ranks train on synthetic faces of which 1 % are corrupt. One run of each stage is left alone. Another is killed at
 random moments, also while checkpoints and the feature cache are being written; its newest checkpoint and its cache are
-corrupted; its disk is full for a while; a scheduler's signal stops it; it continues under another ZeRO stage and, in
-stage 2, with another number of ranks. After each fault it is launched again with ``--resume``. At the end both runs
-must have seen the same images in every epoch and have the same losses.
+corrupted; a scheduler's signal stops it; it continues under another ZeRO stage and, in stage 2, with another number of
+ranks. In stage 1 a process that decodes is killed, a rank stands still for good, two runs begin at once, the disk has
+no room or no files left and then has, becomes read-only, or is unmounted, and the data disappear. After each fault it
+is launched again with ``--resume``. At the end both runs must have seen the same images in every epoch and have the
+same losses.
 
-The full disk is a limit on the size of any file (RLIMIT_FSIZE): writing fails in the middle, as on a full disk.
+Then single bits are flipped in every kind of file that these runs have written (:mod:`bench.robustness.flips`).
+
+One full disk is a limit on the size of any file (RLIMIT_FSIZE): writing fails in the middle. The others are mounted,
+for which root is needed; without it they are left out, and the output says so.
 """
 
 import argparse
@@ -26,11 +31,14 @@ from typing import Any
 
 from bench.measuring.environment import environment
 from bench.measuring.results import write_json
-from bench.robustness.faults import EVERYWHERE, STAGE_2, Chaos, Job
+from bench.robustness.faults import EVERYWHERE, STAGE_2, Job
+from bench.robustness.flips import USED, flip_all, index_file, other_files, run_files, weight_files
+from bench.robustness.machine_faults import DISKS, PROCESSES, MachineFaults, can_mount
 from scf_fast.command import Parser, run
 from scf_fast.errors import InputError
 from scf_fast.pipelines.index import open_source
 
+FLIPS = 100  # in each kind of file
 IDENTITIES, IMAGES_EACH, BATCH, EPOCHS = 16, 32, 32, 3
 CORRUPT_SHARE = 0.01
 STEPS = IDENTITIES * IMAGES_EACH // BATCH * EPOCHS
@@ -109,7 +117,7 @@ def compare(out: Path, alone: Path, corrupt: set[int], loss: str) -> dict[str, A
     }
 
 
-def torment(job: Job, kinds: list[str], chaos: Chaos) -> collections.Counter:
+def torment(job: Job, kinds: list[str], chaos: MachineFaults) -> collections.Counter:
     """Strikes with each kind in turn, then lets the job finish; returns how often each has struck."""
     struck: collections.Counter[str] = collections.Counter()
     for number, kind in enumerate(kinds):
@@ -118,7 +126,7 @@ def torment(job: Job, kinds: list[str], chaos: Chaos) -> collections.Counter:
         began = time.monotonic()
         hit = getattr(chaos, kind)(job, steps)
         struck[kind] += hit
-        outcome, seconds = "survived" if hit else "missed", time.monotonic() - began
+        outcome, seconds = "survived" if hit else "FAILED", time.monotonic() - began
         print(
             f"  {kind.replace('_', ' '):22s} {outcome:9s} step {job.step:3d} of {STEPS}  {seconds:3.0f} s", flush=True
         )
@@ -161,7 +169,7 @@ def make_plan(work: Path) -> list[Stage]:
     weights = ["--saved_bkb", work / "alone1" / "backbone.pth", "--saved_fc", work / "alone1" / "fc.pth"]
     stage2 = [*net, "--cache_dtype", "fp32", *weights, *_COMMON, *data]
     return [
-        Stage("1", stage1, EVERYWHERE, "loss", 0.0, cached=False),
+        Stage("1", stage1, EVERYWHERE + PROCESSES + (DISKS if can_mount() else []), "loss", 0.0, cached=False),
         # Another number of ranks sums in another order.
         Stage("2", stage2, EVERYWHERE + STAGE_2, "total_loss", 1e-5, cached=True),
     ]
@@ -188,11 +196,12 @@ def run_stage(
     job = Job(
         [*stage.arguments, *(["--feature_cache", cache] if stage.cached else [])], work / f"tormented{stage.number}"
     )
-    struck = torment(job, kinds or order, Chaos(rng, cache))
+    struck = torment(job, kinds or order, MachineFaults(rng, cache))
     return {
         **compare(job.out, alone.out, corrupt, stage.loss),
         "tolerance": stage.tolerance,
         "faults": dict(struck),
+        "tried": kinds or order,
     }
 
 
@@ -210,6 +219,9 @@ def run_all(options: argparse.Namespace, work: Path) -> int:
     )
     kinds = options.kinds.split(",") if options.kinds else None
     results = {stage.name: run_stage(stage, work, corrupt, kinds, rng) for stage in make_plan(work)[: options.stages]}
+    flips = try_all_flips(work, options.stages, rng)
+    used = sum(counts[USED] for counts in flips.values())
+    tried = sum(len(result["tried"]) for result in results.values())
     survived = sum(sum(result["faults"].values()) for result in results.values())
     missed = [kind for result in results.values() for kind, struck in result["faults"].items() if not struck]
     lost, repeated = (sum(result[count] for result in results.values()) for count in ("lost", "repeated"))
@@ -221,9 +233,12 @@ def run_all(options: argparse.Namespace, work: Path) -> int:
             f"differ by {result['largest_difference']:.1e} at most, allowed {result['tolerance']:.0e}"
         )
     print(
-        f"faults survived {survived}, samples lost {lost}, samples repeated within an epoch {repeated}, "
-        f"losses {'equal' if equal else 'DIFFERENT'}, {seconds:.0f} s"
+        f"faults tried {tried}, survived {survived}, samples lost {lost}, samples repeated within an epoch {repeated}, "
+        f"losses {'equal' if equal else 'DIFFERENT'}, flips tried {sum(map(sum_of, flips.values()))}, silently used "
+        f"{used}, {seconds:.0f} s"
     )
+    if not can_mount():
+        print(f"left out, since nothing can be mounted here: {', '.join(DISKS)}")
     if options.out:
         measured_on = environment("cpu")
         path = options.out / f"chaos-{measured_on['date']}.json"
@@ -233,7 +248,10 @@ def run_all(options: argparse.Namespace, work: Path) -> int:
                 "environment": measured_on,
                 "command": "python -m bench.chaos",
                 "seconds": seconds,
+                "faults_tried": tried,
                 "faults_survived": survived,
+                "flips": flips,
+                "flips_silently_used": used,
                 "samples_lost": lost,
                 "samples_repeated": repeated,
                 "stages": results,
@@ -241,8 +259,26 @@ def run_all(options: argparse.Namespace, work: Path) -> int:
         )
         print(f"Written: {path}")
     if missed:
-        print(f"did not strike: {', '.join(missed)}; another --seed may do")
-    return 0 if equal and not lost and not repeated and not missed else 1
+        print(f"failed, or did not strike: {', '.join(missed)}; another --seed may tell")
+    return 0 if equal and not lost and not repeated and not missed and not used else 1
+
+
+def sum_of(counts: dict[str, int]) -> int:
+    """Returns how many flips were tried in a kind of file."""
+    return sum(counts.values())
+
+
+def try_all_flips(work: Path, stages: int, rng: random.Random) -> dict[str, dict[str, int]]:
+    """Flips bits in the files of the runs under faults; returns the counts by kind of file."""
+    print("flipped bits", flush=True)
+    (stage1, *others), run1, run2 = make_plan(work), work / "tormented1", work / "tormented2"
+    files = run_files("1", run1, map(str, stage1.arguments)) + weight_files(run1)
+    if stages > 1:
+        files += run_files("2", run2, map(str, others[0].arguments)) + weight_files(run2)
+        files += other_files(run2 / "scf_model.pt", work / "faces" / "train", work / "cache", work)
+    else:
+        files += index_file(work / "faces" / "train")
+    return flip_all(files, FLIPS, rng)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kinds",
         help="faults of each stage in this order, separated by commas; default: each once, in random order: "
-        f"{', '.join(EVERYWHERE)}, in stage 2 also {', '.join(STAGE_2)}",
+        f"{', '.join(EVERYWHERE)}, in stage 1 also {', '.join(PROCESSES + DISKS)}, in stage 2 {', '.join(STAGE_2)}",
     )
     parser.add_argument("--work", type=Path, help="folder for data and runs, kept; default: a temporary one")
     parser.add_argument("--out", type=Path, help="folder for the results as JSON")

@@ -1,5 +1,6 @@
 """The faults of ``bench.chaos``, and the launches of a training command that they strike."""
 
+import contextlib
 import json
 import os
 import random
@@ -75,18 +76,28 @@ class Job:
 
     def ranks_of(self, process: subprocess.Popen) -> list[int]:
         """Returns the process ids of a launch's ranks."""
-        found = []
-        for entry in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                if (
-                    os.getpgid(int(entry)) == process.pid
-                    and b"\0RANK=" in Path("/proc", entry, "environ").read_bytes()
-                    and b"scf_fast.train" in Path("/proc", entry, "cmdline").read_bytes()
-                ):
-                    found.append(int(entry))
-            except OSError:
-                pass
-        return found
+        parents = _of_launch(process)
+        return [found for found, parent in parents.items() if parent not in parents]
+
+    def workers_of(self, process: subprocess.Popen) -> list[int]:
+        """Returns the process ids of what the ranks of a launch have forked: processes that decode."""
+        parents = _of_launch(process)
+        return [found for found, parent in parents.items() if parent in parents]
+
+
+def _of_launch(process: subprocess.Popen) -> dict[int, int]:
+    """Returns the ranks of a launch and what they have forked, each with its parent, by process id."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, IndexError):
+            folder = Path("/proc", entry)
+            if (
+                os.getpgid(int(entry)) == process.pid
+                and b"\0RANK=" in (folder / "environ").read_bytes()
+                and b"scf_fast.train" in (folder / "cmdline").read_bytes()
+            ):
+                found[int(entry)] = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
+    return found
 
 
 def kill_all(process: subprocess.Popen) -> None:

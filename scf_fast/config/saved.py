@@ -1,8 +1,12 @@
-"""The configuration in the run folder."""
+"""The configuration in the run folder, with a checksum: a flipped digit must not hold other people out. Older versions
+wrote none.
+"""
 
 import dataclasses
+import json
 import sys
 import typing
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +20,19 @@ from scf_fast.config.yaml_file import YAMLError, read_yaml
 from scf_fast.errors import InputError
 from scf_fast.pipelines.formats.atomic_file import write_text
 
+_CHECKSUM = "crc32"
 STAGES: dict[str, type[Config]] = {"backbone": BackboneConfig, "confidence": ConfidenceConfig}
 
 
 def save(config: Config, path: Path, versions: dict) -> None:
     """Writes the resolved configuration and versions as YAML, complete or not at all."""
-    text = yaml.safe_dump(
-        {"config": config.as_dict(), "command": " ".join(sys.argv), "versions": versions}, sort_keys=False
-    )
-    write_text(path, text)
+    options = config.as_dict()
+    content = {"config": options, "command": " ".join(sys.argv), "versions": versions, _CHECKSUM: _checksum(options)}
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
+
+
+def _checksum(options: Any) -> int:
+    return zlib.crc32(json.dumps(options, sort_keys=True, default=str).encode(errors="surrogatepass"))
 
 
 def load_saved(path: Path) -> dict[str, Any]:
@@ -34,8 +42,11 @@ def load_saved(path: Path) -> dict[str, Any]:
         InputError: it is no such file.
     """
     try:
-        saved = read_yaml(path)["config"]
+        content = read_yaml(path)
+        saved = content["config"]
         problem = _problem(saved)
+        if problem is None and content.get(_CHECKSUM, _checksum(saved)) != _checksum(saved):
+            problem = f"other options than were written: damaged, or, if you have changed it, delete its {_CHECKSUM}"
     except (OSError, YAMLError, KeyError, TypeError, ValueError) as error:
         problem = type(error).__name__
     if problem is not None:

@@ -300,6 +300,19 @@ def test_a_configuration_of_another_shape_is_one_line(tmp_path, content, expecte
     assert len(str(raised.value)) < 500
 
 
+def test_a_configuration_with_another_digit_is_refused_unless_somebody_has_written_it(tmp_path):
+    """`validation` decides whom `scf_fast.calibrate` takes for people held out."""
+    path = tmp_path / "config.yaml"
+    c = parse([*STAGE2, "--validation", "0.25"])
+    config.save(c, path, {})
+    assert config.load_saved(path) == c.as_dict()
+    path.write_text(path.read_text().replace("validation: 0.25", "validation: 0.35"))
+    with pytest.raises(InputError, match="than were written: damaged, or, if you have changed it, delete its crc32"):
+        config.load_saved(path)
+    path.write_text("".join(line for line in path.open() if not line.startswith("crc32")))
+    assert config.load_saved(path)["validation"] == 0.35
+
+
 RECIPES = sorted(path.stem for path in Path(command_line.__file__).with_name("recipes").glob("*.yaml"))
 assert len(RECIPES) >= 6  # or the test below would try nothing
 

@@ -82,7 +82,7 @@ def test_an_option_that_the_run_did_not_know_yet_had_its_default(folder):
     """As in a folder of an earlier version."""
     path = folder / run_folder.CONFIG_FILE
     saved = yaml.safe_load(path.read_text())
-    del saved["config"]["confidence_net"]
+    del saved["config"]["confidence_net"], saved["crc32"]
     path.write_text(yaml.safe_dump(saved))
     assert run_folder.claim(stage2(folder, resume=True)) is None
     with pytest.raises(ValueError, match="confidence_net 'mlp' -> 'conv'"):
@@ -116,6 +116,7 @@ def write_state(folder, **more):
 def test_a_run_goes_on_with_the_slope_that_it_began_with(in_state, in_config, slope, folder):
     path = folder / run_folder.CONFIG_FILE
     saved = yaml.safe_load(path.read_text())
+    del saved["crc32"]
     for name in ("slope", "initial_kappa", "max_first_step", "objective", "update_rule", "variance", "validation"):
         del saved["config"][name]
     if in_config is None:
