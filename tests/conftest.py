@@ -4,6 +4,7 @@ them first.
 
 import gc
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -97,6 +98,16 @@ def pytest_collection_finish():
     imported: a quarter of a second.
     """
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def log_levels_stay():
+    """Gives the loggers the levels back that a command, run in this process, has changed."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("scf_fast")]
+    before = {logger: logger.level for logger in (logging.root, *map(logging.getLogger, names))}
+    yield
+    for logger, level in before.items():
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
