@@ -94,7 +94,8 @@ def _kind(path: Path) -> type[IndexedImages]:
     found = refusal(files[0], Wanted.DATA) if files else None
     raise InputError(
         f"{path} must hold train.rec, .tar or .tfrecord shards, or a folder of images for each identity; check the "
-        "path, or give the file of an image list" + (f" ({os.path.basename(files[0])} {found})" if found else "")
+        "path, or give the file of an image list; python -m scf_fast.embed scores pictures without identities"
+        + (f" ({os.path.basename(files[0])} {found})" if found else "")
     )
 
 

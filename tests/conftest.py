@@ -4,6 +4,7 @@ them first.
 
 import gc
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -84,11 +85,29 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=place)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escapes what a test has printed of names that are not UTF-8: xdist cannot send them on."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
+
+
 def pytest_collection_finish():
     """Spares each collection of garbage from here on, which loaders and engines ask for, the look through all that is
     imported: a quarter of a second.
     """
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def log_levels_stay():
+    """Gives the loggers the levels back that a command, run in this process, has changed."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("scf_fast")]
+    before = {logger: logger.level for logger in (logging.root, *map(logging.getLogger, names))}
+    yield
+    for logger, level in before.items():
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -201,7 +201,8 @@ def draw_pairs(source: ImageSource, num_pairs: int = 6000, folds: int = 10, seed
         if len(identities) < 2 or possible < per_kind:
             raise InputError(
                 f"a fold needs two identities and {per_kind} pairs of images of one person, but one of {folds} folds "
-                f"has {len(identities)} identities and {possible} such pairs; ask for fewer pairs, or give more images"
+                f"has {len(identities)} identities and {possible} such pairs; ask for fewer pairs "
+                "(verify --pairs N), or give more images"
             )
         # One of each identity, then one more ...
         in_turn = (pair for turn in itertools.zip_longest(*own) for pair in turn if pair is not None)

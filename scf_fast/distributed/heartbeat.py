@@ -34,6 +34,7 @@ FAILED = 1  # exit status of a launch that has lost a rank
 STUCK_IN_STEP, STUCK_ELSEWHERE = 10, 60  # times ``timeout``
 _LONGEST_INTERVAL = 2.0  # seconds between beats
 _CLOCK_SECONDS = 0.25
+_SAY_SECONDS = 3.0  # that the last line may take
 _QUIET_SECONDS = 1.0  # before ranks end that leave the line to the first of their node
 _BROKEN_SECONDS = 5.0  # that a closed connection to the store may be the end of a launch that is done
 _LEAVE_SECONDS = 5.0  # that rank 0 waits at the end for the last beats of the others
@@ -303,6 +304,12 @@ class Heart:
             return
         if self._is_leaving and verdict["rank"] == self._rank:
             return  # the main thread is telling its error
+        speaker = threading.Thread(target=self._say, args=(verdict,), daemon=True)
+        speaker.start()
+        speaker.join(_SAY_SECONDS)  # the log may lie on what is cut off, and the main thread may hold its lock
+        self._leave(verdict["status"])
+
+    def _say(self, verdict: dict[str, Any]) -> None:
         if self._meeting.is_first_on_node or verdict["rank"] in (m.rank for m in self._meeting.neighbors[:1]):
             way = "; the run ends here, --resume goes on from the newest checkpoint"
             text = "%s" + way * (verdict["status"] == FAILED)
@@ -312,4 +319,3 @@ class Heart:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        self._leave(verdict["status"])

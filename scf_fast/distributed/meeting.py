@@ -218,6 +218,12 @@ def _wait_for_store(place: Place, address: str, port: int, deadline: float) -> N
     began = spoken = time.monotonic()
     while (error := network.connect(address, port)) is not None:
         now = time.monotonic()
+        if place.has_agent and error.errno == errno.ECONNREFUSED and now - began > (deadline - began) / 5 + 5:
+            # Of a fixed rendezvous: it told this rank the store of the round before. Rank 0 needs that long to end too.
+            raise InputError(
+                f"torchrun's store at {address}, port {port}, is gone: the agents have started their ranks again one "
+                "after the other; torchrun starts this one again, as often as --max_restarts allows"
+            )
         if now > deadline:
             raise InputError(
                 f"{keeper} has not been reached from {socket.gethostname()} at MASTER_ADDR={address}, port {port}, "
@@ -333,8 +339,9 @@ def exchange(meeting: Meeting, key: str, value: str, seconds: float) -> list[str
     """
     store, keys = meeting.store, [f"{key}/{rank}" for rank in range(len(meeting.members))]
     store.set(keys[meeting.place.rank], value)
+    store.add(f"{key}/given", 1)
     deadline = time.monotonic() + seconds
-    while not store.check(keys):
+    while store.add(f"{key}/given", 0) < len(keys):  # one number, however many ranks ask
         if time.monotonic() > deadline:
             missing = [rank for rank, name in enumerate(keys) if not store.check([name])]
             raise InputError(f"ranks {spans(missing)} have joined, and not gone on within {seconds:.0f} s; start again")

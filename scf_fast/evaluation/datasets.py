@@ -99,7 +99,8 @@ def _draw_pair_set(path: Path, num_pairs: int, seed: int) -> PairSet:
     if not any(child.is_dir() for child in path.iterdir()):
         raise InputError(
             f"{path} must hold verification sets (*.bin or verification/*.bin) or one folder of images for each "
-            "identity; give the folder or the file that has them"
+            "identity; give the folder or the file that has them (python -m scf_fast.embed scores pictures without "
+            "identities)"
         )
     source, names, skipped = open_subjects(path)
     labeled = ImageFiles(list(map(source.name, range(len(source)))), np.unique(names, return_inverse=True)[1])

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from scf_fast.command import LineFormatter
 from scf_fast.distributed import Runtime
 from scf_fast.run.line_files import LineHandler, StepLines, forget_after
+from scf_fast.run.timing import rate_text
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,10 @@ class Reporter:
             left = (self._total - self._done) / max(speed, 1e-9)
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             log.info(
-                "step %d  %3.0f %%  %.0f img/s  %s left  %s",
+                "step %d  %3.0f %%  %s img/s  %s left  %s",
                 step,
                 100 * self._done / self._total,
-                speed,
+                rate_text(speed),
                 tqdm.format_interval(left),
                 text,
                 extra={"event": "progress", "step": step},

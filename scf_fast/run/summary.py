@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 from scf_fast.engine.dropped import Dropped
-from scf_fast.run.timing import Breakdown
+from scf_fast.run.timing import Breakdown, rate_text
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,11 @@ def log_summary(
     flops = rate * flop_per_image
     share = flops / peak_flops if peak_flops else None
     log.info(
-        "%s: %d steps in %s, %.0f img/s%s%s; %s%s",
+        "%s: %d steps in %s, %s img/s%s%s; %s%s",
         f"stopped by {stopped_by} after step {step}, --resume continues" if stopped_by else "done",
         steps,
         tqdm.format_interval(seconds),
-        rate,
+        rate_text(rate),
         "" if share is None else f" ({100 * share:.0f} % of the device's peak)",
         "".join(f"; {', '.join(lost)}" if lost else ""),
         clock,

@@ -82,6 +82,11 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
+def rate_text(images_per_second: float) -> str:
+    """Returns a rate with as many digits as say something: a large net on a CPU makes less than one image a second."""
+    return f"{images_per_second:.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
+
+
 class Breakdown:
     """Time of a run by its parts: each :meth:`mark` gives the time since the last one to a part.
 

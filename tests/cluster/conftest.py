@@ -93,6 +93,19 @@ class Nodes:
         launches = self.start_both(*flags, variables=variables)
         return [(launch.wait(120), launch.log.read_text()) for launch in launches]
 
+    def deepspeed(self, *flags, log):
+        """Starts DeepSpeed's launcher on both nodes, as it would itself by ssh; output as for :meth:`torchrun`."""
+        self.new_port()
+        hosts = self._tmp / "hosts"
+        hosts.write_text("".join(f"{node.name} slots=1\n" for node in (self.a, self.b)))
+        started = []
+        for number, node in enumerate((self.a, self.b)):
+            where = ["--hostfile", hosts, "--no_ssh", "--node_rank", number]
+            where += ["--master_addr", ADDRESS, "--master_port", self._port]
+            words = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", *where, "train.py", *flags]
+            started.append(node.popen(words, f"{log}.{node.name}", DS_ACCELERATOR="cpu"))
+        return started
+
     def torchrun(self, *flags, options=("--max_restarts", 0), static=True, log):
         """Starts torchrun on both nodes, one rank each; its output goes to ``log`` with the node's name at the end."""
         self.new_port()

@@ -85,6 +85,13 @@ def test_torchrun_both_stages_with_a_resume_on_one_node(nodes, faces, whole, tmp
         assert status == 2 and "--data: the content of rank 1 on nodeb differs from that of rank 0 on nodea" in output
 
 
+def test_deepspeed_with_a_hostfile(nodes, faces, whole, tmp_path):
+    """As started on each node by hand; ssh and pdsh start the same command there."""
+    started = nodes.deepspeed(*STAGE_1, "--data", faces, "--output_dir", tmp_path / "run", log=tmp_path / "log")
+    assert [process.wait(120) for process in started] == [0, 0], (tmp_path / "log.nodea").read_text()
+    assert losses(tmp_path / "run") == losses(whole)
+
+
 @pytest.mark.parametrize("flag", ["output_dir", "feature_cache"])
 def test_folders_that_must_be_shared_are_found_out(nodes, faces, whole, tmp_path, flag):
     weights = ["--saved_bkb", whole / "backbone.pth", "--saved_fc", whole / "fc.pth", "--data", faces]
@@ -225,24 +232,3 @@ def test_torchrun_starts_again_and_goes_on_with_fewer_nodes(nodes, faces, tmp_pa
     resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", text)]
     assert len(resumed) >= 2 and 4 <= resumed[0] < 10 <= resumed[-1], text
     assert "1 rank on cpu" in text and losses(out, "step") == list(range(1, 33))
-
-
-def test_torchrun_with_fixed_nodes_starts_again(nodes, faces, tmp_path, wait_for_step):
-    """The agents know nothing of each other: a rank that is killed comes again while the other node still finds out,
-    and waits for it. In the end a signal to one rank stops both; torchrun has one status for everything but 0.
-    """
-    out, log = tmp_path / "run", tmp_path / "log"
-    flags = [*STAGE_1, *ENDLESS, "--checkpoint_every", 2, "--data", faces, "--output_dir", out, "--timeout", TIMEOUT]
-    started = nodes.torchrun(*flags, options=("--max_restarts", 1), log=log)
-    try:
-        wait_for_step(out, 5)
-        os.kill(rank_of(started[1]), signal.SIGKILL)
-        wait_for_step(out, 12)
-        os.kill(rank_of(started[0]), signal.SIGTERM)
-        assert [process.wait(60) for process in started] == [1, 1]
-    finally:
-        nodes.a.kill_all()
-        nodes.b.kill_all()
-    text = (tmp_path / "log.nodea").read_text()
-    assert "rank 1 on nodeb" in text and "resumed at step" in text and "stopped by SIGTERM" in text, text
-    assert "exitcode  : 75" in text, text

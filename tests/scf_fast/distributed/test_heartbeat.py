@@ -175,3 +175,25 @@ def test_a_store_that_is_gone_is_the_end_of_rank_0(make_ranks, monkeypatch, capl
     other._store = Broken()
     ranks.wait(1)
     assert ranks.ended.get(1) == 1 and "has closed the connection: it has ended" in caplog.text
+
+
+def test_a_log_that_cannot_be_written_holds_nobody(make_ranks, monkeypatch):
+    """As one on a network disk that is cut off with the rest."""
+    monkeypatch.setattr(heartbeat, "_SAY_SECONDS", 0.2)
+    release = threading.Event()
+
+    class Hanging(logging.Handler):
+        def emit(self, record):
+            release.wait(10)
+
+    hanging = Hanging()
+    logging.getLogger().addHandler(hanging)
+    try:
+        ranks = make_ranks(2)
+        time.sleep(0.2)
+        silence(ranks.hearts[1])
+        ranks.wait(1, seconds=3 * TIMEOUT)
+        assert ranks.ended.get(0) == 1
+    finally:
+        release.set()
+        logging.getLogger().removeHandler(hanging)

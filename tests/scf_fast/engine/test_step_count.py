@@ -219,6 +219,7 @@ def work(folder):
                 engine = make_engine(rule, before, stage)
                 steps(engine, 0, STOP)
                 writer = checkpoints.Checkpoints(folder / f"{stage} {rule.value} {before}", runtime, 1, False, False)
+                writer.folder.mkdir(exist_ok=True)
                 writer.save(engine, RunState(STOP, {}, 1, 1, None, [0.0, 0.0], runtime.world_size, stage))
                 writer.close()
                 engine.close()

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from scf_fast.run.reporting import EVENTS_FILE, LOG_FILE, log_to_files, set_up_logging
+from scf_fast.run.timing import rate_text
 
 
 @pytest.fixture
@@ -34,3 +35,10 @@ def test_a_folder_named_with_a_newline_forges_no_log_line(tmp_path, root_logger,
         assert re.fullmatch(r"\d\d:\d\d:\d\d and (.*)", second)[1] == shown
     events = [json.loads(line) for line in (tmp_path / EVENTS_FILE).read_text().splitlines()]
     assert [event["message"] for event in events] == [f"broken image: {name}", f"and {name}"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.034, "0.034"), (0.5, "0.5"), (9.96, "10"), (12.4, "12"), (1234.5, "1234")]
+)
+def test_a_slow_rate_is_no_zero(rate, text):
+    assert rate_text(rate) == text

@@ -14,6 +14,8 @@ from scf_fast.config import ConfidenceConfig
 from scf_fast.features.open import cache_key
 from scf_fast.pipelines.formats.recordio import RecordWriter
 from scf_fast.pipelines.index import open_source
+from scf_fast.pipelines.sources.base import ImageFiles
+from scf_fast.pipelines.sources.digest import content_digest
 from scf_fast.run import folder as run_folder
 from scf_fast.run import same_inputs
 
@@ -56,6 +58,11 @@ def go_on(config):
     same_inputs.check(config, open_source(list(config.data_sets)))
 
 
+def said_in(caplog):
+    """Returns what has been said of inputs, whatever else is logged."""
+    return [record.getMessage() for record in caplog.records if record.name == same_inputs.log.name]
+
+
 @pytest.mark.parametrize("write", [write_records, write_folder])
 def test_data_may_move(write, tmp_path, monkeypatch, caplog):
     begin(tmp_path, write(tmp_path / "A"))
@@ -65,15 +72,14 @@ def test_data_may_move(write, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     for data in spellings:
         go_on(stage2(tmp_path, data))
-    assert not caplog.records
+    assert not said_in(caplog)
     (tmp_path / "link").unlink()
     shutil.move(tmp_path / "A", tmp_path / "deep" / "B")
     moved = [tmp_path / "deep" / "B", "deep/B/", *([tmp_path / "deep/B/train.rec"] if write is write_records else [])]
     for data in moved:
         caplog.clear()
         go_on(stage2(tmp_path, data))
-        (record,) = caplog.records
-        said = record.getMessage()
+        (said,) = said_in(caplog)
         assert said.startswith(f"--data has moved from {tmp_path}/A to {data}") and "so the run goes on" in said
 
 
@@ -82,7 +88,7 @@ def test_a_rec_for_its_folder_and_a_copy_in_another_format(tmp_path, caplog):
     begin(tmp_path, write_records(tmp_path / "A"))
     go_on(stage2(tmp_path, tmp_path / "A" / "train.rec"))
     go_on(stage2(tmp_path, write_folder(tmp_path / "B")))
-    assert [record.getMessage().split(":")[1] for record in caplog.records] == [
+    assert [message.split(":")[1] for message in said_in(caplog)] == [
         " the same images and identities, so the run goes on"
     ] * 2
 
@@ -162,6 +168,21 @@ def test_cache_and_calibration_know_data_that_have_moved(tmp_path):
     assert len(keys) == 1
     _, chosen = choose_images(tmp_path / "run", str(write_records(tmp_path / "C", [0, 0, 1, 1])))
     assert np.array_equal(chosen, [True] * 4)
+
+
+def test_index_and_stored_embeddings_move_with_the_data(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_records(tmp_path / "A")
+    write_folder(tmp_path / "A" / "faces")
+    digests = set()
+    for data in ("A", "B"):
+        faces = tmp_path / data / "faces"
+        images = ImageFiles(sorted(faces.glob("*/*.png")))
+        open_source(tmp_path / data)
+        digests.add((content_digest(images, "model"), content_digest(open_source(tmp_path / data), "model")))
+        if data == "A":
+            shutil.move(tmp_path / "A", tmp_path / "B")
+    assert len(digests) == 1 and caplog.text.count("indexed in") == 1
 
 
 def test_a_launch_goes_on_after_its_data_have_moved(faces, stage1, flags, fork_ranks, tmp_path, capsys, monkeypatch):
