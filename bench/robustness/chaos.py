@@ -10,8 +10,7 @@ no room or no files left and then has, becomes read-only, or is unmounted, and t
 is launched again with ``--resume``. At the end both runs must have seen the same images in every epoch and have the
 same losses.
 
-Then single bits are flipped in every kind of file that these runs have written (:mod:`bench.robustness.flips`), and the
-commands that write files are killed and given hostile names (:mod:`bench.robustness.commands`).
+Then single bits are flipped in every kind of file that these runs have written (:mod:`bench.robustness.flips`).
 
 One full disk is a limit on the size of any file (RLIMIT_FSIZE): writing fails in the middle. The others are mounted,
 for which root is needed; without it they are left out, and the output says so.
@@ -32,7 +31,6 @@ from typing import Any
 
 from bench.measuring.environment import environment
 from bench.measuring.results import write_json
-from bench.robustness.commands import try_commands
 from bench.robustness.faults import EVERYWHERE, STAGE_2, Job
 from bench.robustness.flips import USED, flip_all, index_file, other_files, run_files, weight_files
 from bench.robustness.machine_faults import DISKS, PROCESSES, MachineFaults, can_mount
@@ -224,14 +222,9 @@ def run_all(options: argparse.Namespace, work: Path) -> int:
     results = {stage.name: run_stage(stage, work, corrupt, kinds, rng) for stage in make_plan(work)[: options.stages]}
     flips = try_all_flips(work, options.stages, rng)
     used = sum(counts[USED] for counts in flips.values())
-    commands: dict[str, bool] = {}
-    if options.stages > 1:
-        model = work / "tormented2" / "scf_model.pt"
-        commands = try_commands(model, work / "faces" / "train", work / "commands", rng)
-    tried = sum(len(result["tried"]) for result in results.values()) + len(commands)
-    survived = sum(sum(result["faults"].values()) for result in results.values()) + sum(commands.values())
+    tried = sum(len(result["tried"]) for result in results.values())
+    survived = sum(sum(result["faults"].values()) for result in results.values())
     missed = [kind for result in results.values() for kind, struck in result["faults"].items() if not struck]
-    missed += [name for name, held in commands.items() if not held]
     lost, repeated = (sum(result[count] for result in results.values()) for count in ("lost", "repeated"))
     equal = all(result["largest_difference"] <= result["tolerance"] for result in results.values())
     seconds = time.monotonic() - began
@@ -258,7 +251,6 @@ def run_all(options: argparse.Namespace, work: Path) -> int:
                 "seconds": seconds,
                 "faults_tried": tried,
                 "faults_survived": survived,
-                "commands": commands,
                 "flips": flips,
                 "flips_silently_used": used,
                 "samples_lost": lost,

@@ -6,7 +6,6 @@ import random
 import pytest
 
 from bench.robustness import chaos
-from bench.robustness.commands import forged
 from bench.robustness.faults import Job
 from bench.robustness.flips import DETECTED, HARMLESS, USED, Written, try_flips
 from scf_fast.errors import InputError
@@ -80,8 +79,3 @@ def test_a_flip_that_a_reader_takes_for_the_truth_is_counted(tmp_path):
     assert try_flips(Written("number", path, lambda: None), 5, random.Random(0)) == {HARMLESS: 5}
     with pytest.raises(ValueError, match="invalid literal"):  # a command would show a traceback
         try_flips(Written("number", path, lambda: int(path.read_bytes(), 2)), 5, random.Random(0))
-
-
-def test_names_that_come_through_are_seen():
-    assert forged(b"a\\nforged: all is well.jpg b\\x1b[2J") == []
-    assert len(forged(b"a\nforged: all is well.jpg b\x1b[2J")) == 2
